@@ -1,0 +1,153 @@
+"""Health of the routing: how evenly experts are chosen, and how many choices are lost to ghosts."""
+
+import torch
+from torch import Tensor
+
+from fomoe_pl.metrics.flat import FlatSumMetric
+
+STARVED_BELOW = 0.1
+"""An expert is starved when its load is below this part of the mean load."""
+
+
+def load_entropy(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
+    """Entropy of the shares of the load, over log n: 1 = even, 0 = everything to one expert.
+
+    The FoMoE paper (arXiv 2606.19025) reports entropy without a formula; this is the entropy of the aggregate load
+    f, ``-sum f_i log f_i / log n``, not the mean entropy of single tokens' gates.
+
+    Args:
+        load_LE: Picks of each expert; L layers, E experts. 0 where not scored.
+        scored_LE: Bool, the n experts of a layer that could be picked.
+
+    Returns:
+        (L,). 1 where n is 1, NaN where nothing was picked.
+    """
+    share_LE = load_LE / load_LE.sum(dim=1, keepdim=True)
+    entropy_L = -torch.special.xlogy(share_LE, share_LE).sum(dim=1)
+    n_L = scored_LE.sum(dim=1)
+    # One expert has the only share there is: even, but 0/0 by the formula. Adding 0 times its entropy keeps the NaN.
+    return torch.where(n_L > 1, entropy_L / torch.log(n_L.double().clamp(min=2)), 1 + 0 * entropy_L)
+
+
+def load_cv(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
+    """Coefficient of variation of the load, standard deviation over mean: 0 = even, sqrt(n - 1) = all to one.
+
+    After Shazeer et al. 2017 (arXiv 1701.06538), whose balance loss is its square; standard deviation of the
+    population (divided by n).
+
+    Args:
+        load_LE: Picks of each expert; L layers, E experts. 0 where not scored.
+        scored_LE: Bool, the n experts of a layer that could be picked.
+
+    Returns:
+        (L,). NaN where nothing was picked.
+    """
+    n_L = scored_LE.sum(dim=1)
+    mean_L = load_LE.sum(dim=1) / n_L
+    deviation_LE = (load_LE - mean_L[:, None]) * scored_LE
+    return torch.sqrt(deviation_LE.square().sum(dim=1) / n_L) / mean_L
+
+
+def max_violation(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
+    """MaxVio, ``max(load) / mean(load) - 1``: 0 = even, n - 1 = everything to one expert.
+
+    Wang et al. 2024 (arXiv 2408.15664, section 4.1).
+
+    Args:
+        load_LE: Picks of each expert; L layers, E experts. 0 where not scored.
+        scored_LE: Bool, the n experts of a layer that could be picked.
+
+    Returns:
+        (L,). NaN where nothing was picked.
+    """
+    mean_L = load_LE.sum(dim=1) / scored_LE.sum(dim=1)
+    return load_LE.amax(dim=1) / mean_L - 1
+
+
+def starved_experts(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
+    """Number of scored experts with less than a tenth of the mean load (a cut of this project's choice).
+
+    Args:
+        load_LE: Picks of each expert; L layers, E experts. 0 where not scored.
+        scored_LE: Bool, the n experts of a layer that could be picked.
+
+    Returns:
+        (L,). NaN where nothing was picked.
+    """
+    mean_L1 = (load_LE.sum(dim=1) / scored_LE.sum(dim=1))[:, None]
+    starved_LE = scored_LE & (load_LE < STARVED_BELOW * mean_L1)
+    return torch.where(mean_L1[:, 0] > 0, starved_LE.sum(dim=1).double(), torch.nan)
+
+
+def ghost_fraction(live_L: Tensor, picks: Tensor) -> Tensor:
+    """Share of the picks that no resident expert executed: 1 - sigma_st of arXiv 2606.19025, section 4.1.
+
+    Args:
+        live_L: Executed picks of each layer.
+        picks: All picks of one layer, 0-dim.
+
+    Returns:
+        (L,). NaN where nothing was picked.
+    """
+    return 1 - live_L / picks
+
+
+class RoutingHealth(FlatSumMetric):
+    """Load entropy, CV, MaxVio, starved experts and ghost fraction, by layer and as the mean of the layers.
+
+    Over the sum of all updates since the last reset, so over a batch, a round or a validation set, and after a
+    reduction over the picks of all sites. Ghosts' picks belong to the load: it describes what the router chose.
+
+    In partitioned routing a site's load of non-residents is zero because the router never sees them. The statistics
+    are over the scored experts: those that at least one update (of one rank) could pick.
+
+    Args:
+        n_layers: Number of MoE layers L.
+        n_experts: Number of routed experts E of a layer.
+    """
+
+    load_LE: Tensor
+    scored_LE: Tensor
+    live_L: Tensor
+    picks: Tensor
+
+    def __init__(self, n_layers: int, n_experts: int) -> None:
+        super().__init__()
+        self.add_sum("load_LE", (n_layers, n_experts))
+        self.add_sum("scored_LE", (n_layers, n_experts))
+        self.add_sum("live_L", (n_layers,))
+        self.add_sum("picks", ())
+
+    def update(self, load_LE: Tensor, live_L: Tensor, picks: int, scored_LE: Tensor | None = None) -> None:
+        """Add one forward pass. All layers at once: single layers would cost L times the kernel launches.
+
+        Args:
+            load_LE: Picks of each expert, those of ghosts included; of any number type.
+            live_L: Picks that a resident expert executed.
+            picks: All picks of one layer (tokens times choices), the same in each.
+            scored_LE: Bool, the experts that the router could pick; None = all.
+        """
+        self.load_LE = self.load_LE + load_LE
+        self.scored_LE = self.scored_LE + (1 if scored_LE is None else scored_LE)
+        self.live_L = self.live_L + live_L
+        self.picks = self.picks + picks
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``<statistic>`` (mean of the layers) and ``<statistic>/layer_<i>``, 0-dim float64 tensors on the CPU.
+
+        Statistics: ``load_entropy``, ``load_cv``, ``max_violation``, ``starved_experts`` (a number of experts, of the
+        mean layer) and ``ghost_fraction``. All are NaN while nothing was picked.
+        """
+        # One copy to the CPU here instead of one for each of the many values when they are logged.
+        load_LE, scored_LE = self.load_LE.cpu(), self.scored_LE.cpu() > 0
+        statistics = {
+            "load_entropy": load_entropy(load_LE, scored_LE),
+            "load_cv": load_cv(load_LE, scored_LE),
+            "max_violation": max_violation(load_LE, scored_LE),
+            "starved_experts": starved_experts(load_LE, scored_LE),
+            "ghost_fraction": ghost_fraction(self.live_L.cpu(), self.picks.cpu()),
+        }
+        values = {name: value_L.mean() for name, value_L in statistics.items()}
+        for name, value_L in statistics.items():
+            values |= {f"{name}/layer_{layer}": value for layer, value in enumerate(value_L)}
+        return values
