@@ -1,0 +1,1 @@
+"""Federation: placement, rounds, averaging, wire and checkpoint. Knows no model class."""

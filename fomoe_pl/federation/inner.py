@@ -1,0 +1,116 @@
+"""AdamW whose expert rows can be replaced one by one.
+
+Experts of a layer are stacked in one parameter, row r being one resident expert. Under random placement a row may be
+handed to another expert in mid-training: it then starts with zero moments, its own step count for bias correction and
+a learning-rate warm-up of its own, while the other rows go on (FoMoE, arXiv 2606.19025, random placement). The
+arithmetic is torch's: parameters without replaced rows take the stock path, rows of the others are handed to torch's
+functional AdamW as views, grouped by learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+class RowAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` with row-wise replacement of stacked expert parameters.
+
+    State of a parameter whose rows were replaced: `step` has shape (R,) instead of (), and `warmup` (R,) counts the
+    steps of learning-rate warm-up that each row still has to go.
+
+    Args:
+        params: as for AdamW.
+        row_warmup_steps: length of a received row's warm-up, optimizer steps; 0 for none.
+        **kwargs: as for AdamW.
+    """
+
+    def __init__(self, params: Any, *, row_warmup_steps: int = 0, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
+        self.row_warmup_steps = row_warmup_steps
+
+    def replace_rows(self, param: Tensor, sources: Sequence[int | None]) -> None:
+        """Rearrange the state's rows: new row r takes the state of old row `sources[r]`, or starts fresh for None.
+
+        Args:
+            param: stacked parameter (R, ...), its own rows are moved by the caller.
+            sources: one old row or None for each of the R rows.
+        """
+        state = self.state[param]
+        if not state or list(sources) == list(range(len(sources))):
+            return
+        kept = torch.tensor([r for r, source in enumerate(sources) if source is not None], dtype=torch.long)
+        old = torch.tensor([source for source in sources if source is not None], dtype=torch.long)
+        rows = param.shape[0]
+        if state["step"].dim() == 0:
+            state["step"] = state["step"].detach().cpu().float().repeat(rows)
+            state["warmup"] = torch.zeros(rows)
+        for name in ("exp_avg", "exp_avg_sq", "step", "warmup"):
+            value = state[name]
+            fresh = float(self.row_warmup_steps) if name == "warmup" else 0.0
+            moved = torch.full_like(value, fresh)
+            moved[kept.to(value.device)] = value[old.to(value.device)]
+            state[name] = moved
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One AdamW step; rows in warm-up take a part of the learning rate."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rowwise = [
+            (group, p)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and "warmup" in self.state[p]
+        ]
+        grads = [p.grad for _, p in rowwise]
+        for _, p in rowwise:  # hidden from the stock step, which skips parameters without a gradient
+            p.grad = None
+        super().step()
+        for (group, p), grad in zip(rowwise, grads, strict=True):
+            p.grad = grad
+            self._row_step(group, p, grad)
+        return loss
+
+    def _row_step(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
+        state = self.state[param]
+        warmup = state["warmup"]
+        length = max(self.row_warmup_steps, 1)
+        scales = (1.0 - (warmup - 1.0).clamp(min=0.0) / length).where(warmup > 0, torch.ones(()))
+        for scale in scales.unique().tolist():
+            rows = (scales == scale).nonzero().flatten().tolist()
+            adamw(
+                [param[r] for r in rows],
+                [grad[r] for r in rows],
+                [state["exp_avg"][r] for r in rows],
+                [state["exp_avg_sq"][r] for r in rows],
+                [],
+                [state["step"][r] for r in rows],
+                foreach=group["foreach"],
+                capturable=False,
+                differentiable=False,
+                fused=False,
+                grad_scale=None,
+                found_inf=None,
+                has_complex=False,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"] * scale,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+        state["warmup"] = (warmup - 1.0).clamp(min=0.0)
+
+
+def moments(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
+    """The moment buffers of a parameter: every state tensor of its shape, in a fixed order (empty before a step)."""
+    state = optimizer.state[param] if param in optimizer.state else {}
+    return [value for _, value in sorted(state.items()) if isinstance(value, Tensor) and value.shape == param.shape]

@@ -1,0 +1,42 @@
+"""Which tensor is dense, and which rows of which tensor are which expert of which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """The tensors that sites agree on.
+
+    Attributes:
+        tensors: name -> tensor of this site. Stacked expert tensors have one row for each resident expert.
+        expert_layer: name -> layer, for the stacked expert tensors; row r is the layer's r-th resident expert.
+        trained: names that the inner optimizer moves; the others are buffers, which rounds average plainly.
+    """
+
+    tensors: Mapping[str, Tensor]
+    expert_layer: Mapping[str, int]
+    trained: frozenset[str]
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, expert_layer: Mapping[str, int]) -> ParameterLayout:
+        """Layout of a module: its parameters and persistent buffers, tied ones once."""
+        tensors: dict[str, Tensor] = dict(module.named_parameters())
+        trained = frozenset(name for name, p in tensors.items() if p.requires_grad)
+        persistent = module.state_dict(keep_vars=True)
+        tensors |= {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+        return cls(tensors, dict(expert_layer), trained)
+
+    @property
+    def dense(self) -> list[str]:
+        """Names of the tensors that every site holds, in a fixed order."""
+        return [name for name in self.tensors if name not in self.expert_layer]
+
+    def sparse(self, layer: int) -> list[str]:
+        """Names of one layer's stacked expert tensors, in a fixed order."""
+        return [name for name in self.tensors if self.expert_layer.get(name) == layer]

@@ -1,0 +1,278 @@
+"""Rounds: what sites agree on, and how they come to agree (FoMoE, arXiv 2606.19025, synchronisation).
+
+A `Federation` owns this site's anchors and outer state. It never sees a model class: it gets a `ParameterLayout`.
+The order of collectives follows from the placement and the round index alone, so that no site waits for a collective
+that another does not issue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomoe_pl.federation.inner import RowAdamW, moments
+from fomoe_pl.federation.layout import ParameterLayout
+from fomoe_pl.federation.ledger import Kind
+from fomoe_pl.federation.outer import OuterRule, outer_step_
+from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
+from fomoe_pl.federation.wire import Wire
+
+InnerMoments = Literal["keep", "reset", "average"]
+
+
+class Piece(NamedTuple):
+    """A tensor, or one expert's row of a stacked tensor."""
+
+    name: str
+    row: int | None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece of a tensor that has the layout's shape, as a view."""
+        return tensor if self.row is None else tensor[self.row]
+
+
+class Federation:
+    """One site's side of the rounds.
+
+    Args:
+        layout: this site's tensors.
+        placement: who holds what.
+        wire: counted collectives.
+        outer: outer rule.
+        inner_moments: what a round does to the inner optimizer's moments.
+    """
+
+    def __init__(
+        self,
+        layout: ParameterLayout,
+        placement: Placement,
+        wire: Wire,
+        *,
+        outer: OuterRule,
+        inner_moments: InnerMoments = "keep",
+    ) -> None:
+        self.layout = layout
+        self.placement = placement
+        self.wire = wire
+        self.outer = outer
+        self.inner_moments = inner_moments
+        self.site = wire.topology.site
+        # Agreed values and outer state are float32 whatever the training precision: bf16 would lose small updates.
+        self.anchors = {n: t.detach().to(torch.float32, copy=True) for n, t in layout.tensors.items()}
+        self.momenta = {n: torch.zeros_like(self.anchors[n]) for n in layout.trained if outer.has_momentum}
+        self._stash: dict[str, Tensor] | None = None
+
+    # -- what is averaged with whom -------------------------------------------------------------------------------
+
+    def _groups(self) -> list[tuple[Kind, tuple[int, ...], list[Piece]]]:
+        """(kind, sites, pieces) of every average that this site takes part in, in the global order."""
+        groups: list[tuple[Kind, tuple[int, ...], list[Piece]]] = [
+            ("dense", self.wire.everyone, [Piece(name, None) for name in self.layout.dense])
+        ]
+        residents = self.placement.residents(self.site)
+        rows = [{expert: row for row, expert in enumerate(layer)} for layer in residents]
+        for sites in self.placement.holder_sets():
+            if self.site in sites:
+                pieces = [
+                    Piece(name, rows[layer][expert])
+                    for layer, expert in self.placement.experts_of(sites)
+                    for name in self.layout.sparse(layer)
+                ]
+                groups.append(("expert", sites, pieces))
+        return groups
+
+    # -- the round ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def synchronize(self, optimizer: torch.optim.Optimizer) -> None:
+        """End a round: average, outer step, new anchors, new local values.
+
+        Args:
+            optimizer: the inner optimizer, whose moments are kept, reset or averaged.
+        """
+        for kind, sites, pieces in self._groups():
+            numels = [piece.of(self.anchors[piece.name]).numel() for piece in pieces]
+            self.wire.average(
+                kind, sites, numels, lambda i, p=pieces: self._pseudo_gradient(p[i]),
+                lambda i, mean, p=pieces, k=kind: self._outer_step(p[i], mean, is_expert=k == "expert"),
+            )  # fmt: skip
+        if self.inner_moments == "average":
+            self._average_moments(optimizer)
+        elif self.inner_moments == "reset":
+            optimizer.state.clear()
+        for name, tensor in self.layout.tensors.items():
+            tensor.copy_(self.anchors[name])
+
+    def _pseudo_gradient(self, piece: Piece) -> Tensor:
+        return piece.of(self.anchors[piece.name]) - piece.of(self.layout.tensors[piece.name]).float()
+
+    def _outer_step(self, piece: Piece, mean: Tensor, *, is_expert: bool) -> None:
+        anchor = piece.of(self.anchors[piece.name])
+        delta = mean.to(anchor.device).view_as(anchor)
+        if piece.name not in self.layout.trained:
+            anchor.sub_(delta)
+            return
+        momentum = piece.of(self.momenta[piece.name]) if self.outer.has_momentum else None
+        outer_step_(self.outer, anchor, delta, momentum, freeze_if_zero=is_expert)
+
+    def _average_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        for _, sites, pieces in self._groups():
+            views = [
+                piece.of(moment)
+                for piece in pieces
+                if piece.name in self.layout.trained
+                for moment in moments(optimizer, self.layout.tensors[piece.name])
+            ]
+            self.wire.average(
+                "moments", sites, [v.numel() for v in views], lambda i, v=views: v[i].float(),
+                lambda i, mean, v=views: v[i].copy_(mean.view_as(v[i])),
+            )  # fmt: skip
+
+    # -- moving experts -------------------------------------------------------------------------------------------
+
+    def _exchange(
+        self, kind: Kind, transfers: Sequence[Transfer], layer: int, sources: Sequence[dict[str, Tensor]],
+        dtype: torch.dtype | None,
+    ) -> dict[int, dict[tuple[int, str], Tensor]]:  # fmt: skip
+        """Carry one layer's experts; returns expert -> {(index of source, name): its row}."""
+        names = self.layout.sparse(layer)
+        keys = [(i, name) for i, source in enumerate(sources) for name in names if name in source]
+        row = {expert: r for r, expert in enumerate(self.placement.residents(self.site)[layer])}
+        shapes = {key: sources[key[0]][key[1]].shape[1:] for key in keys}
+        per_expert = sum(shape.numel() for shape in shapes.values())
+        outgoing = [
+            (t.receiver, sources[i][name][row[t.expert]]) for t in transfers if t.giver == self.site for i, name in keys
+        ]
+        mine = [t for t in transfers if t.receiver == self.site]
+        incoming: dict[int, int] = {}
+        for t in mine:
+            incoming[t.giver] = incoming.get(t.giver, 0) + per_expert
+        flat = self.wire.exchange(kind, outgoing, incoming, dtype or torch.float32)
+        cursors = {giver: iter(part.split([shapes[k].numel() for _ in range(part.numel() // per_expert) for k in keys]))
+                   for giver, part in flat.items()}  # fmt: skip
+        return {t.expert: {key: next(cursors[t.giver]).view(shapes[key]) for key in keys} for t in mine}
+
+    @torch.no_grad()
+    def migrate(self, new: Placement, optimizer: torch.optim.Optimizer) -> int:
+        """Move to another placement at a round boundary; experts travel with anchors and outer momentum.
+
+        Received experts start with fresh inner state; kept ones keep theirs.
+
+        Args:
+            new: the next placement, equal on all sites.
+            optimizer: the inner optimizer.
+
+        Returns:
+            Number of experts that this site received, over all layers.
+        """
+        transfers = migration(self.placement, new)
+        before, after = self.placement.residents(self.site), new.residents(self.site)
+        received = 0
+        for layer in range(len(new.holders)):
+            moving = [t for t in transfers if t.layer == layer]
+            if not moving:
+                continue
+            sources = [self.anchors, self.momenta]
+            arrived = self._exchange("migration", moving, layer, sources, torch.float32)
+            received += len(arrived)
+            old_row = {expert: r for r, expert in enumerate(before[layer])}
+            plan = [old_row.get(expert) for expert in after[layer]]
+            for name in self.layout.sparse(layer):
+                for i, source in enumerate(sources):
+                    if name in source:
+                        old = source[name].clone()
+                        for r, expert in enumerate(after[layer]):
+                            kept = plan[r]
+                            source[name][r].copy_(old[kept] if kept is not None else arrived[expert][i, name])
+                self.layout.tensors[name].copy_(self.anchors[name])
+                if name in self.layout.trained and isinstance(optimizer, RowAdamW):
+                    optimizer.replace_rows(self.layout.tensors[name], plan)
+        self.placement = new
+        return received
+
+    @torch.no_grad()
+    def gather(self, layer: int) -> dict[str, Tensor]:
+        """All E experts of one layer, stacked, from their holders (every site must call it).
+
+        Returns:
+            Name -> (E, ...) in the training dtype, on the tensor's device; the site's own rows are copied too.
+        """
+        residents = self.placement.residents(self.site)[layer]
+        names = self.layout.sparse(layer)
+        local = {name: self.layout.tensors[name] for name in names}
+        transfers = gather_layer(self.placement, layer)
+        # Tensors of one layer may differ in dtype (a float32 bias beside bf16 weights): one exchange for each dtype.
+        gathered: dict[str, Tensor] = {}
+        n_experts = len(self.placement.holders[layer])
+        for dtype in sorted({t.dtype for t in local.values()}, key=str):
+            source = {name: t for name, t in local.items() if t.dtype == dtype}
+            arrived = self._exchange("evaluation", transfers, layer, [source], dtype) if transfers else {}
+            for name, tensor in source.items():
+                full = tensor.new_empty((n_experts, *tensor.shape[1:]))
+                full[list(residents)] = tensor.detach()
+                for expert, rows in arrived.items():
+                    full[expert].copy_(rows[0, name])
+                gathered[name] = full
+        return gathered
+
+    # -- the global model in mid-round ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def enter_global(self) -> None:
+        """Put the agreed values into the model; local ones are kept aside until `leave_global`."""
+        self._stash = {name: tensor.detach().clone() for name, tensor in self.layout.tensors.items()}
+        for name, tensor in self.layout.tensors.items():
+            tensor.copy_(self.anchors[name])
+
+    @torch.no_grad()
+    def leave_global(self) -> None:
+        """Undo `enter_global`."""
+        if self._stash is not None:
+            for name, tensor in self.layout.tensors.items():
+                tensor.copy_(self._stash[name])
+            self._stash = None
+
+    # -- agreement and state --------------------------------------------------------------------------------------
+
+    def digest(self) -> int:
+        """A 62-bit hash of the agreed dense values, equal on all sites."""
+        h = hashlib.blake2b(digest_size=8)
+        for name in self.layout.dense:
+            h.update(self.anchors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return int.from_bytes(h.digest(), "big") >> 2
+
+    def check_agreement(self) -> None:
+        """Compare the dense values of all sites.
+
+        Raises:
+            RuntimeError: if any site differs.
+        """
+        if not self.wire.agree("control", self.digest()):
+            raise RuntimeError(
+                f"site {self.site}: dense parameters differ between sites after a round; resume from a checkpoint"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this site needs, beside the global model, to go on from here."""
+        local = {name: tensor.detach().clone() for name, tensor in self.layout.tensors.items()}
+        return {"momenta": self.momenta, "local": local, "ledger": self.wire.ledger.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`; anchors must have been set by `load_global` before."""
+        for name, momentum in self.momenta.items():
+            momentum.copy_(state["momenta"][name])
+        for name, tensor in self.layout.tensors.items():
+            tensor.copy_(state["local"][name])
+        self.wire.ledger.load_state_dict(state["ledger"])
+
+    @torch.no_grad()
+    def load_global(self, weights: dict[str, Tensor]) -> None:
+        """Set anchors and local values from the global model (this site's rows)."""
+        for name, tensor in self.layout.tensors.items():
+            self.anchors[name].copy_(weights[name])
+            tensor.copy_(self.anchors[name])

@@ -1,0 +1,164 @@
+"""The wire: the only place where bytes cross between sites. Every collective is counted in the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.federation.topology import Topology
+
+WireDtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Wire:
+    """Process groups and counted collectives between sites.
+
+    Args:
+        topology: this rank's place.
+        holder_sets: every holder set (sorted sites) that a collective may run over; groups are made here, once,
+            in sorted order, the same on every rank.
+        ledger: where bytes are counted.
+        device: where wire buffers live: the CPU for gloo, the rank's device for NCCL.
+        dtype: dtype of averaged values on the wire; sums are decoded to float32.
+        bucket_bytes: upper bound of one buffer (a single larger tensor gets a buffer of its own).
+        timeout: after which a collective raises.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        holder_sets: Sequence[tuple[int, ...]],
+        ledger: Ledger,
+        *,
+        device: torch.device,
+        dtype: WireDtype = "float32",
+        bucket_bytes: int = 64 * 2**20,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.topology = topology
+        self.ledger = ledger
+        self.device = device
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.bucket_bytes = bucket_bytes
+        everyone = tuple(range(topology.n_sites))
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        for sites in sorted({*holder_sets, everyone}):
+            # Groups of one site need no process group, the group of all sites is the world's.
+            if 1 < len(sites) < topology.n_sites:
+                self._groups[sites] = dist.new_group(list(topology.peers(sites)), timeout=timeout)
+            else:
+                self._groups[sites] = None
+        self.everyone = everyone
+
+    def average(
+        self,
+        kind: Kind,
+        sites: tuple[int, ...],
+        numels: Sequence[int],
+        read: Callable[[int], Tensor],
+        write: Callable[[int, Tensor], None],
+    ) -> None:
+        """Average pieces over the sites of a holder set, bucket by bucket.
+
+        Args:
+            kind: ledger kind.
+            sites: the holder set; this rank's site is one of it.
+            numels: number of elements of each piece, equal on all holders.
+            read: gives piece i as a float32 tensor.
+            write: takes the mean of piece i, flat, float32, on the wire's device.
+        """
+        if len(sites) == 1:  # nothing crosses, so nothing is rounded to the wire's dtype either
+            for i in range(len(numels)):
+                write(i, read(i).reshape(-1))
+            return
+        for bucket in _buckets(numels, self.bucket_bytes // self.dtype.itemsize):
+            sizes = [numels[i] for i in bucket]
+            buffer = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+            for i, part in zip(bucket, buffer.split(sizes), strict=True):
+                part.copy_(read(i).reshape(-1))
+            self._all_reduce(kind, buffer, sites)
+            mean = buffer.float().div_(len(sites))
+            for i, part in zip(bucket, mean.split(sizes), strict=True):
+                write(i, part)
+
+    def sum(self, kind: Kind, values: Tensor) -> Tensor:
+        """Sum a small tensor over all sites; returns a new tensor on the input's device and in its dtype."""
+        if self.topology.n_sites == 1:
+            return values.clone()
+        buffer = values.to(self.device, copy=True)
+        self._all_reduce(kind, buffer, self.everyone)
+        return buffer.to(values.device)
+
+    def agree(self, kind: Kind, value: int) -> bool:
+        """Whether all sites have the same 62-bit integer."""
+        if self.topology.n_sites == 1:
+            return True
+        extremes = torch.tensor([value, -value], dtype=torch.int64, device=self.device)
+        self.ledger.all_reduce(kind, extremes.nbytes, self.topology.n_sites)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        return int(extremes[0]) == -int(extremes[1])
+
+    def _all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> None:
+        self.ledger.all_reduce(kind, buffer.nbytes, len(sites))
+        dist.all_reduce(buffer, group=self._groups[sites])
+
+    def exchange(
+        self,
+        kind: Kind,
+        outgoing: Sequence[tuple[int, Tensor]],
+        incoming: dict[int, int],
+        dtype: torch.dtype,
+    ) -> dict[int, Tensor]:
+        """Send tensors point to point and receive from others; every site must call it.
+
+        Args:
+            kind: ledger kind.
+            outgoing: (receiver site, tensor) in the order in which the receiver reads them.
+            incoming: giver site -> number of elements that come from it.
+            dtype: dtype on the wire, the same on all sites.
+
+        Returns:
+            Giver site -> flat tensor of what it sent, in the order in which it listed it, on the wire's device.
+        """
+        sites = self.everyone
+        ordered = sorted(outgoing, key=lambda pair: pair[0])  # stable: keeps each receiver's order
+        sends = [sum(tensor.numel() for to, tensor in ordered if to == site) for site in sites]
+        receives = [incoming.get(site, 0) for site in sites]
+        source = torch.empty(sum(sends), dtype=dtype, device=self.device)
+        for (_, tensor), part in zip(ordered, source.split([t.numel() for _, t in ordered]), strict=True):
+            part.copy_(tensor.reshape(-1))
+        target = torch.empty(sum(receives), dtype=dtype, device=self.device)
+        self.ledger.send(kind, source.nbytes)
+        dist.all_to_all_single(target, source, receives, sends)
+        return {site: part for site, part in zip(sites, target.split(receives), strict=True) if part.numel()}
+
+    def barrier(self) -> None:
+        """Wait for all sites; counted as one control message of a byte."""
+        if self.topology.n_sites > 1:
+            self.sum("control", torch.zeros(1, dtype=torch.uint8))
+
+    def close(self) -> None:
+        """Drop the process groups, so that the backend ends cleanly."""
+        for group in self._groups.values():
+            if group is not None:
+                dist.destroy_process_group(group)
+        self._groups.clear()
+
+
+def _buckets(numels: Sequence[int], limit: int) -> list[list[int]]:
+    """Cut a list of pieces, in order, into buckets of at most `limit` elements (or one larger piece)."""
+    buckets: list[list[int]] = []
+    filled = 0
+    for i, numel in enumerate(numels):
+        if not buckets or filled + numel > limit:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(i)
+        filled += numel
+    return buckets
