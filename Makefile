@@ -1,0 +1,73 @@
+# Everything on a machine that has Python 3.11 or newer, and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+# See tools/install_torch.sh: one requirement for torch, and more arguments for pip.
+TORCH ?=
+PIP_ARGS ?=
+# A whole file goes to one process, so that what its tests share is built once. The tests start processes themselves.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+BIN := $(VENV)/bin
+DATA := runs/data/sample
+RUN := runs/quickstart
+export OMP_NUM_THREADS ?= 1
+export TORCH PIP_ARGS
+
+.DELETE_ON_ERROR:
+.PHONY: help install quickstart test lint clean
+
+help:
+	@echo "make quickstart   four sites train one Mixture-of-Experts model on real text"
+	@echo "make test         run the tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make install      only the virtual environment $(VENV) with fomoe in it"
+	@echo "make clean        remove $(VENV) and caches (results under runs/ stay)"
+
+quickstart: $(VENV)/.stamp-install
+	$(BIN)/python tools/prepare_data.py --source data/sample --output $(DATA)
+	$(BIN)/fomoe fit -c configs/quickstart.yaml
+	$(BIN)/fomoe validate -c configs/quickstart.yaml --ckpt_path $(RUN)/last.ckpt
+	$(BIN)/python tools/summary.py $(RUN)
+	@echo
+	@echo "Curves:  $(BIN)/tensorboard --logdir runs    then open http://localhost:6006"
+
+test: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.stamp-install
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing)." \
+	       "Name another: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments." \
+	       "On Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --upgrade pip
+	@touch $@
+
+$(VENV)/.stamp-torch: $(VENV)/.stamp-venv tools/install_torch.sh
+	tools/install_torch.sh $(BIN)/pip
+	@touch $@
+
+$(VENV)/.stamp-install: $(VENV)/.stamp-torch pyproject.toml
+	$(BIN)/pip install --quiet $(PIP_ARGS) --editable .
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-install
+	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[test,data]"
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-install
+	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,122 @@
+"""Imports point one way. The arrows are in ORDER; a part may import itself and the parts below it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# `fomoe_pl/__main__.py` is the part `__main__`, `fomoe_pl/model/*.py` the part `model`, and so on.
+ORDER = (
+    "__main__",
+    "cli",
+    "module",
+    "strategies",
+    "callbacks",
+    "metrics",
+    "data",
+    "costs",
+    "federation",
+    "model",
+    "errors",
+    "__init__",
+)
+
+
+def imported_names(source: str, package: list[str]) -> Iterator[str]:
+    """All modules and names a source imports, absolute and dotted: `from a.b import c` gives a.b.c."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = node.module.split(".") if node.module else []
+            yield from (".".join([*base, *module, alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield "torch.distributed"  # there after `import torch` already
+
+
+def within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def violations(root: Path) -> list[str]:
+    """Imports of the package under `root` that go against the arrows, as `file: why`."""
+    found = []
+    for path in sorted((root / "fomoe_pl").rglob("*.py")):
+        file = path.relative_to(root)
+        part = file.parts[1].removesuffix(".py")
+        if part not in ORDER:
+            found.append(f"{file}: the part {part} has no place in ORDER")
+            continue
+        for name in imported_names(path.read_text(), list(file.parts[:-1])):
+            top, _, rest = name.partition(".")
+            if top in ("tools", "tests"):
+                found.append(f"{file}: nothing imports {top}")
+            if part == "costs" and within(name, "torch.distributed"):
+                found.append(f"{file}: costs is calculated without processes, so without torch.distributed")
+            if top != "fomoe_pl":
+                continue
+            target = rest.partition(".")[0]
+            target = target if target in ORDER else "__init__"
+            if ORDER.index(target) < ORDER.index(part):
+                found.append(f"{file}: {part} is below {target} and must not import {name}")
+            if part == "federation" and target == "model" and not within(name, "fomoe_pl.model.residency"):
+                found.append(f"{file}: federation knows no model class, so not {name}")
+    return found
+
+
+def test_imports_follow_the_arrows() -> None:
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("model/moe.py", "from fomoe_pl.federation.topology import Topology"),
+        ("model/moe.py", "import fomoe_pl.data"),
+        ("model/moe.py", "from fomoe_pl import costs"),
+        ("model/moe.py", "from ..costs import bytes"),
+        ("model/backends/loop.py", "from ...data import module"),
+        ("model/moe.py", "def f():\n    from fomoe_pl.cli import main"),
+        ("errors.py", "from fomoe_pl.model.config import ModelConfig"),
+        ("errors.py", "from .model import config"),
+        ("__init__.py", "from fomoe_pl.strategies import FederatedStrategy"),
+        ("federation/layout.py", "from fomoe_pl.model.transformer import Transformer"),
+        ("federation/layout.py", "from fomoe_pl.model import Transformer"),
+        ("federation/layout.py", "from ..model.residency_of_others import x"),
+        ("costs/wire.py", "import torch.distributed as dist"),
+        ("costs/wire.py", "from torch import distributed"),
+        ("costs/wire.py", "from torch.distributed.fsdp import fully_shard"),
+        ("costs/wire.py", "import torch\n\ntorch.distributed.get_rank()"),
+        ("cli.py", "from tools.prepare_data import main"),
+        ("cli.py", "import tests.helpers"),
+        ("servers/http.py", "import os"),
+    ],
+)
+def test_planted_imports_are_refused(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / "fomoe_pl" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert len(violations(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("cli.py", "from fomoe_pl.strategies.federated import FederatedStrategy\nfrom fomoe_pl import __version__"),
+        ("model/moe.py", "from fomoe_pl.errors import ConfigError\nfrom .router import Router\nfrom ..errors import E"),
+        ("federation/layout.py", "from fomoe_pl.model.residency import Residency\nimport torch.distributed as dist"),
+        ("federation/layout.py", "from fomoe_pl.model import residency"),
+        (
+            "costs/wire.py",
+            "import torch\nfrom fomoe_pl.federation.placement import place\nfrom fomoe_pl.model import sizes",
+        ),
+    ],
+)
+def test_imports_along_the_arrows_are_taken(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / "fomoe_pl" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert violations(tmp_path) == []
