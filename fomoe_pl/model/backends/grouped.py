@@ -1,0 +1,104 @@
+"""Grouped backend: picks sorted by expert, all experts in one grouped matrix product (``torch.nn.functional``).
+
+``grouped_mm`` neither reads nor writes the rows behind its last offset, where the ghosts' picks lie: in its output, and
+in the gradient of its input, they hold whatever the memory held. ``0 * NaN`` is NaN, so these rows are never
+multiplied away but selected away, at the three places where they would meet anything else: the result on its way back
+to the tokens, the tokens' gradient, and the gates' gradient.
+
+Shapes: T tokens, D model, R resident experts, K picks of a token, P = T·K picks, L the picks that are laid out (all on
+an accelerator, where their number is not known without a wait; the live ones on a CPU), I input width of an expert
+(F, or 2F with swiglu), F expert width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fomoe_pl.model.backends.activation import activate
+from fomoe_pl.model.config import ExpertKind
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
+    """Return why ``grouped_mm`` does not work here, or None if it does.
+
+    Args:
+        device: Where the tokens are.
+        dtype: In which type the product runs.
+        d_model: Width D.
+        d_expert: Width F.
+    """
+    if device.type == "cuda":
+        if dtype != torch.bfloat16:
+            return f"on CUDA it is fast for bfloat16 alone, not {dtype}"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs compute capability 8.0 or above"
+    elif device.type == "cpu":
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it does not take {dtype}"
+    else:
+        return f"it does not run on {device.type}"
+    unit = 16 // dtype.itemsize
+    if d_model % unit or d_expert % unit:
+        return f"d_model ({d_model}) and d_expert ({d_expert}) must be multiples of {unit} for {dtype}"
+    return None
+
+
+class _ToExperts(torch.autograd.Function):
+    """Lay tokens out by expert. Its backward sums K rows per token in a fixed order, without atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_L: Tensor, place_TK: Tensor, live_TK1: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK, live_TK1)
+        return x_TD.index_select(0, order_L // place_TK.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        place_TK, live_TK1 = ctx.saved_tensors
+        return _gather_sum(grads[0], place_TK, live_TK1), None, None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """Sum each token's results. The transpose of ``_ToExperts``."""
+
+    @staticmethod
+    def forward(ctx: Any, y_LD: Tensor, order_L: Tensor, place_TK: Tensor, live_TK1: Tensor) -> Tensor:
+        ctx.save_for_backward(order_L)
+        ctx.top_k = place_TK.shape[1]
+        return _gather_sum(y_LD, place_TK, live_TK1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (order_L,) = ctx.saved_tensors
+        return grads[0].index_select(0, order_L // ctx.top_k), None, None, None
+
+
+def _gather_sum(y_LD: Tensor, place_TK: Tensor, live_TK1: Tensor) -> Tensor:
+    """Sum over k of the live rows y[place[t,k]]; (T,D)."""
+    y_TKD = y_LD.index_select(0, place_TK.flatten()).view(*place_TK.shape, -1)
+    return y_TKD.masked_fill_(~live_TK1, 0).sum(dim=1)
+
+
+def dispatch(
+    x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, kind: ExpertKind
+) -> Tensor:
+    """Run all resident experts at once; arguments and result as in ``loop.dispatch``.
+
+    The gate multiplies before the output matrix, where a row has F channels instead of D.
+    """
+    n_resident, n_picks = w_in_RDI.shape[0], slots_TK.numel()
+    slots_P, order_P = slots_TK.flatten().sort(stable=True)
+    ends_R = torch.searchsorted(slots_P, torch.arange(1, n_resident + 1, device=x_TD.device)).int()
+    # Without a live pick one dead row stays, so that every tensor has a row to point at.
+    n_laid = max(int(ends_R[-1]), 1) if x_TD.device.type == "cpu" else n_picks
+    order_L = order_P[:n_laid]
+    place_P = torch.empty_like(order_P)
+    place_P[order_P] = torch.arange(n_picks, device=x_TD.device)
+    live_TK = slots_TK < n_resident
+    place_TK = place_P.view_as(slots_TK).clamp(max=n_laid - 1)
+    x_LD = _ToExperts.apply(x_TD, order_L, place_TK, live_TK[..., None])
+    gates_L = torch.where(live_TK, gates_TK, 0).flatten().gather(0, order_L)
+    h_LF = activate(F.grouped_mm(x_LD, w_in_RDI, offs=ends_R), kind) * gates_L[:, None].to(x_TD.dtype)
+    y_LD = F.grouped_mm(h_LF, w_out_RFD, offs=ends_R)
+    return _ToTokens.apply(y_LD, order_L, place_TK, live_TK[..., None])

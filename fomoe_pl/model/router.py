@@ -1,0 +1,161 @@
+"""The router: which experts a token goes to, and with which gates.
+
+Shapes: T tokens, D model, E experts of the layer, R resident experts, N scored experts (E in ghost mode, R in
+partitioned mode), K experts chosen for each token.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Routing
+
+
+class RoutingStats(NamedTuple):
+    """What one layer's router did with one batch. Only ``importance_E`` and ``z`` carry gradients.
+
+    Attributes:
+        load_E: float32 (E,), picks of each expert, ghosts included; zero for experts that were not scored.
+        live: int64 (), picks that were executed, i.e. of resident experts.
+        picks: All picks, T·K.
+        importance_E: float32 (E,), mean over tokens of the scores normalised to sum 1; zero where not scored.
+        z: float32 (), mean over tokens of logsumexp(logits)² (ST-MoE, arXiv 2202.08906).
+        gate_entropy: float32 (), mean over tokens of the entropy of the normalised scores, divided by log N.
+    """
+
+    load_E: Tensor
+    live: Tensor
+    picks: int
+    importance_E: Tensor
+    z: Tensor
+    gate_entropy: Tensor
+
+
+class Router(nn.Module):
+    """Scores experts and picks top-k, in float32 whatever the precision of the rest.
+
+    The lookup buffers ``resident_ids`` (R,) and ``slot_of_expert`` (E,), where a ghost has slot R, are rebuilt from
+    the residency and not saved. ``balance_bias`` is saved, and stays float32 when the module is cast.
+
+    Args:
+        config: The architecture.
+        routing: ``ghost`` holds all E rows; ``partitioned`` holds the residents' rows.
+        resident: Sorted ids of the resident experts.
+        device: Where the weights live; None is torch's default.
+        dtype: Type of the weights; None is torch's default.
+    """
+
+    resident_ids: Tensor
+    slot_of_expert: Tensor
+    balance_bias: Tensor | None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        routing: Routing,
+        resident: tuple[int, ...],
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_experts = config.n_experts
+        self.top_k = config.top_k
+        self.gate = config.gate
+        self.normalize_gates = config.normalize_gates
+        self.routing = routing
+        n_scored = config.n_experts if routing == "ghost" else len(resident)
+        self.weight = nn.Parameter(torch.empty(n_scored, config.d_model, device=device, dtype=dtype))
+        ids_R, slots_E = lookup(config.n_experts, resident)
+        self.register_buffer("resident_ids", ids_R.to(self.weight.device), persistent=False)
+        self.register_buffer("slot_of_expert", slots_E.to(self.weight.device), persistent=False)
+        bias = torch.zeros(n_scored, device=device, dtype=torch.float32) if config.balance == "bias" else None
+        self.register_buffer("balance_bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        bias = self.balance_bias
+        super()._apply(fn, recurse)
+        # A step of 1e-3 vanishes in a bfloat16 bias, and `.to(bfloat16)` casts buffers like weights.
+        if bias is not None and self.balance_bias is not None and self.balance_bias.dtype != torch.float32:
+            self.balance_bias = bias.to(self.balance_bias.device)
+        return self
+
+    def set_resident(self, resident: tuple[int, ...]) -> None:
+        """Change in place which experts are resident; their number stays."""
+        ids_R, slots_E = lookup(self.n_experts, resident)
+        self.resident_ids.copy_(ids_R)
+        self.slot_of_expert.copy_(slots_E)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
+        """Pick experts for each token.
+
+        Args:
+            x_TD: Tokens (T,D).
+
+        Returns:
+            ``gates_TK`` float32, ``slots_TK`` int64 (the row of the expert in the stacked tensors, R for a ghost) and
+            the statistics.
+        """
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            logits_TN = F.linear(x_TD.float(), self.weight.float())
+            scores_TN = logits_TN.sigmoid() if self.gate == "sigmoid" else logits_TN.softmax(dim=-1)
+            n_scored = scores_TN.shape[1]
+            # The bias is for choosing only; the gate stays the score (arXiv 2408.15664, §3).
+            choose_TN = scores_TN if self.balance_bias is None else scores_TN.detach() + self.balance_bias
+            chosen_TK = choose_TN.topk(min(self.top_k, n_scored), dim=-1).indices
+            gates_TK = scores_TN.gather(1, chosen_TK)
+            if self.normalize_gates:
+                gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
+            slots_TK = self.slot_of_expert[chosen_TK] if self.routing == "ghost" else chosen_TK
+            shares_TN = scores_TN
+            if self.gate == "sigmoid":
+                shares_TN = scores_TN / scores_TN.sum(dim=-1, keepdim=True)
+            z = logits_TN.logsumexp(dim=-1).square().mean()
+            stats = self._stats(chosen_TK, slots_TK, shares_TN, z)
+        return gates_TK, slots_TK, stats
+
+    def _stats(self, chosen_TK: Tensor, slots_TK: Tensor, shares_TN: Tensor, z: Tensor) -> RoutingStats:
+        n_scored, n_picks = shares_TN.shape[1], chosen_TK.numel()
+        # float32 is said aloud: in Lightning's bf16-true steps the default type is bfloat16, which counts to 256.
+        zeros = partial(torch.zeros, device=chosen_TK.device, dtype=torch.float32)
+        load_N = zeros(n_scored).scatter_add_(0, chosen_TK.flatten(), zeros(n_picks) + 1)
+        importance_N = shares_TN.mean(dim=0)
+        if self.routing == "partitioned":
+            zeros_E = zeros(self.n_experts)
+            load_E = zeros_E.index_copy(0, self.resident_ids, load_N)
+            importance_E = zeros_E.index_copy(0, self.resident_ids, importance_N)
+        else:
+            load_E, importance_E = load_N, importance_N
+        live = (slots_TK < self.resident_ids.numel()).sum()
+        shares_TN = shares_TN.detach()
+        entropy = -torch.xlogy(shares_TN, shares_TN).sum(dim=-1).mean()
+        # One scored expert leaves no choice: the entropy is 0, and so is its bound.
+        gate_entropy = entropy / math.log(n_scored) if n_scored > 1 else entropy
+        return RoutingStats(load_E, live, n_picks, importance_E, z, gate_entropy)
+
+    @torch.no_grad()
+    def update_balance_bias(self, load_E: Tensor, rate: float) -> None:
+        """Move the bias of each scored expert by ``rate`` towards the mean load (arXiv 2408.15664, algorithm 1).
+
+        Args:
+            load_E: Picks of each expert (E,) since the last update; over more than one batch, summed.
+            rate: Size of the step.
+        """
+        if self.balance_bias is None:
+            return
+        load_N = load_E if self.routing == "ghost" else load_E[self.resident_ids]
+        self.balance_bias += rate * torch.sign(load_N.mean() - load_N)
+
+
+def lookup(n_experts: int, resident: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return ``resident_ids`` (R,) and ``slot_of_expert`` (E,) on the CPU, int64; a ghost has slot R."""
+    ids_R = torch.tensor(resident, dtype=torch.int64, device="cpu")
+    slots_E = torch.full((n_experts,), len(resident), dtype=torch.int64, device="cpu")
+    slots_E[ids_R] = torch.arange(len(resident), device="cpu")
+    return ids_R, slots_E

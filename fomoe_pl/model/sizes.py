@@ -1,0 +1,129 @@
+"""Parameter counts and FLOPs from the configuration alone: pure functions, no torch, nothing is built."""
+
+from dataclasses import dataclass, fields
+
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Routing
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model by what they are.
+
+    Attributes:
+        embeddings: Input embedding, and the output matrix if it is not tied.
+        attention: Query, key, value and output projections, all layers.
+        norms: All norms.
+        router: Router rows, all layers.
+        shared: Shared experts, all layers.
+        experts: Routed experts, all layers.
+    """
+
+    embeddings: int
+    attention: int
+    norms: int
+    router: int
+    shared: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all kinds."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def expert_parameters(config: ModelConfig) -> int:
+    """Return the parameters of one routed expert of one layer, without its router row."""
+    return config.d_model * (config.expert_in_width + config.d_expert)
+
+
+def attention_parameters(config: ModelConfig) -> int:
+    """Return the parameters of one layer's four projections."""
+    return 2 * config.d_model * config.head_size * (config.n_heads + config.kv_heads)
+
+
+def norm_parameters(config: ModelConfig) -> int:
+    """Return the parameters of all norms."""
+    per_layer = config.d_model * (4 if config.norm_placement == "peri" else 2)
+    if config.qk_norm == "full":
+        per_layer += config.head_size * (config.n_heads + config.kv_heads)
+    elif config.qk_norm == "head":
+        per_layer += 2 * config.head_size
+    return config.n_layers * per_layer + config.d_model * (2 if config.embedding_norm else 1)
+
+
+def resident_counts(config: ModelConfig, n_resident: int, routing: Routing) -> ParameterCounts:
+    """Return what a site holds that has ``n_resident`` experts of every layer.
+
+    Args:
+        config: The architecture.
+        n_resident: Resident experts R of each layer.
+        routing: In ghost mode the router is whole, in partitioned mode it has R rows.
+    """
+    rows = config.n_experts if routing == "ghost" else n_resident
+    return ParameterCounts(
+        embeddings=config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2),
+        attention=config.n_layers * attention_parameters(config),
+        norms=norm_parameters(config),
+        router=config.n_layers * rows * config.d_model,
+        shared=config.n_layers * config.n_shared_experts * expert_parameters(config),
+        experts=config.n_layers * n_resident * expert_parameters(config),
+    )
+
+
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    """Return the counts of the whole model."""
+    return resident_counts(config, config.n_experts, "ghost")
+
+
+def sparse_parameters(config: ModelConfig, routing: Routing) -> int:
+    """Return the parameters that only an expert's holders have: experts, and in partitioned mode router rows."""
+    counts = parameter_counts(config)
+    return counts.experts + (counts.router if routing == "partitioned" else 0)
+
+
+def dense_parameters(config: ModelConfig, routing: Routing) -> int:
+    """Return the parameters that every site has."""
+    return parameter_counts(config).total - sparse_parameters(config, routing)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Return the parameters that one token meets in the whole model: everything but the experts not chosen."""
+    return resident_counts(config, config.top_k, "ghost").total
+
+
+def forward_flops_per_token(
+    config: ModelConfig, sequence_length: int, *, executed_picks: float | None = None, n_scored: int | None = None
+) -> float:
+    """Return the FLOPs of one token's forward pass: 2 for each multiply-add of every matrix product.
+
+    Attention counts the whole square of positions, as PaLM does (arXiv 2204.02311, appendix B), although half of it is
+    masked. Norms, activations, softmax and rotations are left out; the output matrix counts, the embedding lookup does
+    not.
+
+    Args:
+        config: The architecture.
+        sequence_length: Positions S of a sequence.
+        executed_picks: Mean number of routed experts that run for a token and layer; None is top_k (nominal). With
+            ghosts it is FoMoE's sigma_st · top_k (§3.3).
+        n_scored: Experts that the router scores; None is all.
+    """
+    picks = config.top_k if executed_picks is None else executed_picks
+    scored = config.n_experts if n_scored is None else n_scored
+    per_layer = (
+        attention_parameters(config)
+        + 2 * sequence_length * config.n_heads * config.head_size
+        + scored * config.d_model
+        + (config.n_shared_experts + picks) * expert_parameters(config)
+    )
+    return 2 * (config.n_layers * per_layer + config.vocab_size * config.d_model)
+
+
+def training_flops_per_token(
+    config: ModelConfig, sequence_length: int, *, executed_picks: float | None = None, n_scored: int | None = None
+) -> float:
+    """Return the FLOPs of one token's forward and backward pass: three times the forward pass.
+
+    Recomputation by activation checkpointing is not counted. Arguments as in ``forward_flops_per_token``.
+    """
+    return 3 * forward_flops_per_token(config, sequence_length, executed_picks=executed_picks, n_scored=n_scored)
