@@ -78,7 +78,9 @@ def main() -> None:
         (arguments.output / f"{domain}.jsonl.xz").write_bytes(packed)
         size = sum(len(text.encode()) for _, text in kept)
         digest = hashlib.sha256(lines).hexdigest()
-        print(f"{domain:7} {len(kept):4} documents {size:8} bytes, packed {len(packed):7}, sha256 of the lines {digest}")
+        print(
+            f"{domain:7} {len(kept):4} documents {size:8} bytes, packed {len(packed):7}, sha256 of the lines {digest}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""What a prepared corpus says about itself: ``manifest.json`` beside its shards."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fomoe_pl.errors import ConfigError
+
+VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TOKEN_BYTES_FILE = "token_bytes.npy"
+Split = Literal["train", "val"]
+_PREPARE = "python tools/prepare_data.py --source PATH --output"
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer of a corpus.
+
+    Attributes:
+        kind: ``bytes``, ``bpe`` (trained on the corpus) or ``file``.
+        vocab_size: Number of token ids.
+        eod_id: Id that ends every document.
+        sha256: Hash of the tokenizer.
+        file: Its file in the corpus folder; None for bytes.
+    """
+
+    kind: str
+    vocab_size: int
+    eod_id: int
+    sha256: str
+    file: str | None
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """Size of one split of one domain; tokens count each document's end, bytes are of UTF-8 text."""
+
+    documents: int
+    bytes: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    """One domain: its name and the sizes of its two splits."""
+
+    name: str
+    train: SplitInfo
+    val: SplitInfo
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One webdataset tar.
+
+    Attributes:
+        file: Name in the corpus folder.
+        split: ``train`` or ``val``.
+        domain: Name of the domain.
+        documents: Number of samples.
+        tokens: Tokens in them, ends of documents included.
+        bytes: Bytes of their UTF-8 text.
+        file_bytes: Size of the tar.
+        sha256: Hash of the tar.
+    """
+
+    file: str
+    split: Split
+    domain: str
+    documents: int
+    tokens: int
+    bytes: int
+    file_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prepared corpus.
+
+    Attributes:
+        root: Its folder.
+        tokenizer: Its tokenizer.
+        domains: Its domains; their order gives the domain indices of batches.
+        shards: Its shards, by domain, split and number.
+        settings: What it was prepared with, the hash of the source documents included.
+    """
+
+    root: Path
+    tokenizer: TokenizerInfo
+    domains: tuple[DomainInfo, ...]
+    shards: tuple[ShardInfo, ...]
+    settings: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, V."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def eod_id(self) -> int:
+        """Id that ends every document."""
+        return self.tokenizer.eod_id
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Names of the domains, in the order of the domain indices."""
+        return [domain.name for domain in self.domains]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything in the manifest, and so over every shard."""
+        content = json.dumps(self._content(), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def shards_of(self, split: Split, domain: str) -> list[ShardInfo]:
+        """The shards of one split of one domain, by number."""
+        return [shard for shard in self.shards if shard.split == split and shard.domain == domain]
+
+    def token_bytes(self) -> Tensor:
+        """Bytes of text per token id, float32 (V,); special tokens have 0."""
+        return torch.from_numpy(np.load(self.root / TOKEN_BYTES_FILE))
+
+    def save(self) -> None:
+        """Write ``manifest.json`` into the corpus folder."""
+        content = {**self._content(), "fingerprint": self.fingerprint}
+        (self.root / MANIFEST_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+    def _content(self) -> dict[str, Any]:
+        content = asdict(self)
+        del content["root"]
+        # Through JSON, so that what was read compares and hashes like what was made.
+        return {"version": VERSION, **json.loads(json.dumps(content))}
+
+
+def read_manifest(root: str | Path) -> Manifest:
+    """Read a corpus' manifest without looking at its shards.
+
+    Raises:
+        ConfigError: There is no manifest, or it is of another version, or it was changed by hand.
+    """
+    path = Path(root) / MANIFEST_FILE
+    if not path.is_file():
+        raise ConfigError("data.root", str(root), f"there is no {path}", f"Prepare a corpus: {_PREPARE} {root}")
+    content = json.loads(path.read_text("utf-8"))
+    if content.get("version") != VERSION:
+        raise ConfigError(
+            "data.root",
+            str(root),
+            f"{path} has version {content.get('version')}, this program reads {VERSION}",
+            f"Prepare it again: {_PREPARE} {root} --overwrite",
+        )
+    manifest = Manifest(
+        root=Path(root),
+        tokenizer=TokenizerInfo(**content["tokenizer"]),
+        domains=tuple(
+            DomainInfo(d["name"], SplitInfo(**d["train"]), SplitInfo(**d["val"])) for d in content["domains"]
+        ),
+        shards=tuple(ShardInfo(**shard) for shard in content["shards"]),
+        settings=content["settings"],
+    )
+    if manifest.fingerprint != content["fingerprint"]:
+        raise ConfigError(
+            "data.root",
+            str(root),
+            f"{path} does not have its own fingerprint: it was changed",
+            f"Prepare it again: {_PREPARE} {root} --overwrite",
+        )
+    return manifest
+
+
+def load_manifest(root: str | Path) -> Manifest:
+    """Read a corpus' manifest and check that all its files are there at full size.
+
+    Raises:
+        ConfigError: As :func:`read_manifest`; or a file is missing or has another size.
+    """
+    manifest = read_manifest(root)
+    needed: dict[str, int | None] = {shard.file: shard.file_bytes for shard in manifest.shards}
+    needed[TOKEN_BYTES_FILE] = None
+    if manifest.tokenizer.file is not None:
+        needed[manifest.tokenizer.file] = None
+    again = f"Copy the whole folder again, or prepare it again: {_PREPARE} {root} --overwrite"
+    for name, size in needed.items():
+        path = manifest.root / name
+        if not path.is_file():
+            raise ConfigError("data.root", str(root), f"{path} is missing", again)
+        if size is not None and path.stat().st_size != size:
+            raise ConfigError("data.root", str(root), f"{path} has {path.stat().st_size} bytes, not {size}", again)
+    return manifest

@@ -1,0 +1,198 @@
+"""Documents to tokens to webdataset shards.
+
+Every document is read twice (three times where a tokenizer is trained), so that neither the text nor the tokens of a
+corpus have to fit into memory: first its hash and size, which decide split, order and shard; then its text.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fomoe_pl.data.documents import find_sources
+from fomoe_pl.data.index import DomainIndex, ReadOptions, index_domain, training_bytes, training_share
+from fomoe_pl.data.manifest import (
+    MANIFEST_FILE,
+    TOKEN_BYTES_FILE,
+    DomainInfo,
+    Manifest,
+    ShardInfo,
+    Split,
+    SplitInfo,
+    TokenizerInfo,
+    read_manifest,
+)
+from fomoe_pl.data.shards import ShardSpill, write_shard
+from fomoe_pl.data.tokenizer import TextTokenizer, bpe_vocab_size, fixed_tokenizer, token_dtype, train_bpe
+from fomoe_pl.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+_MB = 1e6
+# Text encoded at a time: the encodings of `tokenizers` take some hundred times their text.
+_BATCH_BYTES = 2_000_000
+
+
+def prepare(
+    source: list[str],
+    output: str,
+    tokenizer: str = "bytes",
+    eod: str | None = None,
+    text_field: str = "text",
+    separator: str | None = None,
+    val_fraction: float = 0.05,
+    shards_per_domain: int = 16,
+    max_shard_mb: float = 16.0,
+    tokenizer_mb: float = 50.0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Manifest:
+    r"""Prepare a corpus: documents to tokens to shards, with a manifest.
+
+    The same documents and settings give the same files, byte for byte. The corpus is written beside the output folder
+    and moved there when it is complete.
+
+    Args:
+        source: Domains: NAME=PATH (a file or a folder), or the path of a folder with one domain per entry.
+        output: Folder of the corpus. One that already holds this corpus is kept.
+        tokenizer: bytes, bpe:VOCAB (trained on an equal share of each domain's training split), or a tokenizer.json.
+        eod: Token of a tokenizer.json that ends a document. Default: what the tokenizer itself says.
+        text_field: Field of .jsonl and column of .parquet files that holds the text.
+        separator: What stands between the documents of a .txt file, e.g. '\x1e'. Default: a file is a document.
+        val_fraction: Share of the documents that the validation split gets, by hash of the document.
+        shards_per_domain: Least number of training shards of a domain; sites x workers cannot be more than that.
+        max_shard_mb: Most text in a shard in 10^6 bytes, give or take a document. A reader holds a shard in memory.
+        tokenizer_mb: Text that a BPE is trained on in 10^6 bytes, over all domains.
+        seed: Seed of the documents' order.
+        overwrite: Replace another corpus in the output folder.
+
+    Returns:
+        The manifest of the corpus in ``output``.
+
+    Raises:
+        ConfigError: A setting that cannot work, unreadable input, or an output folder that holds something else.
+    """
+    if not 0 < val_fraction < 1:
+        raise ConfigError("val_fraction", val_fraction, "must lie between 0 and 1", "Common values: 0.01 to 0.1")
+    # Before the sources are read, since a mistyped tokenizer should not cost a pass over the corpus.
+    choice = bpe_vocab_size(tokenizer) if tokenizer.startswith("bpe:") else fixed_tokenizer(tokenizer, eod)
+    target = Path(output)
+    if target.exists() and any(target.iterdir()) and not (target / MANIFEST_FILE).is_file():
+        raise ConfigError("output", output, "is a folder of something else", "Give a new folder, or empty this one")
+    options = ReadOptions(text_field, separator)
+    indices = [
+        index_domain(part, options, val_fraction, shards_per_domain, max_shard_mb * _MB, seed)
+        for part in find_sources(source)
+    ]
+    documents = {index.source.domain: index.documents_sha256 for index in indices}
+    settings: dict[str, Any] = {
+        "tokenizer": tokenizer if isinstance(choice, int) else choice.kind,
+        "tokenizer_sha256": None if isinstance(choice, int) else choice.sha256,
+        "tokenizer_mb": tokenizer_mb if isinstance(choice, int) else None,
+        "eod_id": None if isinstance(choice, int) else choice.eod_id,
+        "val_fraction": val_fraction,
+        "shards_per_domain": shards_per_domain,
+        "max_shard_mb": max_shard_mb,
+        "seed": seed,
+        "documents_sha256": documents,
+    }
+    if (target / MANIFEST_FILE).is_file() and not overwrite:
+        return _existing(target, settings)
+    encoder = _trained(indices, choice, tokenizer_mb * _MB) if isinstance(choice, int) else choice
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that did not end
+    partial.mkdir(parents=True)
+    _write(indices, encoder, partial, settings)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    return read_manifest(target)
+
+
+def _existing(target: Path, settings: dict[str, Any]) -> Manifest:
+    """The corpus that is already there, if it is the wanted one."""
+    manifest = read_manifest(target)
+    differing = [key for key, value in settings.items() if manifest.settings.get(key) != value]
+    if differing:
+        raise ConfigError(
+            "output",
+            str(target),
+            f"holds another corpus (other {', '.join(differing)})",
+            "Give another folder, or --overwrite to replace it",
+        )
+    _log.info("%s already holds this corpus: kept", target)
+    return manifest
+
+
+def _trained(indices: Sequence[DomainIndex], vocab_size: int, n_bytes: float) -> TextTokenizer:
+    """Train a BPE on as much text of each domain as the smallest has, at most ``n_bytes`` together."""
+    share = min(int(n_bytes / len(indices)), *map(training_bytes, indices))
+
+    def texts() -> Iterator[str]:
+        for index in indices:
+            yield from training_share(index, share)
+
+    encoder = train_bpe(texts(), vocab_size)
+    if encoder.vocab_size < vocab_size:
+        _log.info("The text has merges for %d tokens, not for %d.", encoder.vocab_size, vocab_size)
+    return encoder
+
+
+def _write(indices: Sequence[DomainIndex], encoder: TextTokenizer, folder: Path, settings: dict[str, Any]) -> None:
+    """Write shards, tokenizer, bytes per token and manifest."""
+    encoder.save(folder)
+    np.save(folder / TOKEN_BYTES_FILE, encoder.token_bytes())
+    shards: list[ShardInfo] = []
+    domains = []
+    for index in indices:
+        own = list(_write_shards(index, encoder, folder))
+        shards += own
+        domains.append(DomainInfo(index.source.domain, _total(own, "train"), _total(own, "val")))
+        _log.info("%s: %d documents encoded", index.source.domain, len(index.sizes))
+    info = TokenizerInfo(encoder.kind, encoder.vocab_size, encoder.eod_id, encoder.sha256, encoder.file)
+    Manifest(folder, info, tuple(domains), tuple(shards), settings).save()
+
+
+def _write_shards(index: DomainIndex, encoder: TextTokenizer, folder: Path) -> Iterator[ShardInfo]:
+    """Encode a domain and write its shards, one after the other."""
+    spill = ShardSpill(folder, token_dtype(encoder.vocab_size))
+    first = 0
+    for texts in _batches(index.documents()):
+        for document, tokens in enumerate(encoder.encode(texts), first):
+            spill.add(int(index.shard[document]), int(index.rank[document]), tokens)
+        first += len(texts)
+    for shard in range(index.n_train_shards + index.n_val_shards):
+        name, split = index.shard_name(shard)
+        documents = spill.take(shard)
+        sha256 = write_shard(folder / name, documents)
+        yield ShardInfo(
+            file=name,
+            split=split,
+            domain=index.source.domain,
+            documents=len(documents),
+            tokens=sum(map(len, documents)),
+            bytes=int(index.sizes[index.shard == shard].sum()),
+            file_bytes=(folder / name).stat().st_size,
+            sha256=sha256,
+        )
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Consecutive texts in lists of about _BATCH_BYTES characters."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _total(shards: Sequence[ShardInfo], split: Split) -> SplitInfo:
+    own = [shard for shard in shards if shard.split == split]
+    return SplitInfo(sum(s.documents for s in own), sum(s.bytes for s in own), sum(s.tokens for s in own))

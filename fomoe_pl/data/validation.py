@@ -1,0 +1,89 @@
+"""The fixed validation sequences, the same set however many sites share them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fomoe_pl.data.manifest import Manifest
+from fomoe_pl.data.shards import Tokens, read_shard
+
+IGNORED = -100  # target without a loss: torch.nn.functional.cross_entropy's ignore_index
+
+
+def sequence_counts(available: Sequence[int], limit: int | None) -> list[int]:
+    """How many validation sequences each domain gives.
+
+    Args:
+        available: Sequences that each domain has.
+        limit: Most sequences in all; None: all of them. Each domain gives an equal share of it (the first ones one
+            more where it does not divide), or what it has where that is less.
+    """
+    if limit is None:
+        return list(available)
+    share, rest = divmod(limit, len(available))
+    return [min(count, share + (domain < rest)) for domain, count in enumerate(available)]
+
+
+def available_sequences(manifest: Manifest, sequence_length: int) -> list[int]:
+    """Validation sequences that each domain has, the short last one included."""
+    return [-(-domain.val.tokens // sequence_length) for domain in manifest.domains]
+
+
+class ValidationSequences(Dataset[dict[str, Tensor]]):
+    """The validation sequences of all sites.
+
+    Each domain's validation documents, in the order of the manifest, are packed as in training: the first sequence
+    begins with an end of document and every token is a target once; the last sequence is filled up with targets that
+    are ignored. Sequence i belongs to site i % M. Where M does not divide their number, sequences with ignored targets
+    only are added, so that all sites have the same number of batches.
+
+    Args:
+        manifest: The corpus.
+        sequence_length: S.
+        limit: Most sequences over all sites; None: all.
+        n_sites: Number of sites, M.
+    """
+
+    def __init__(self, manifest: Manifest, sequence_length: int, limit: int | None, n_sites: int) -> None:
+        self._eod_id = manifest.eod_id
+        self._length = sequence_length
+        counts = sequence_counts(available_sequences(manifest, sequence_length), limit)
+        self._tokens = [
+            _first_tokens(manifest, name, count * sequence_length)
+            for name, count in zip(manifest.domain_names, counts, strict=True)
+        ]
+        self._index = [(domain, i) for domain, count in enumerate(counts) for i in range(count)]
+        behind_the_end = (0, counts[0] + 1)
+        self._index += [behind_the_end] * (-len(self._index) % n_sites)
+
+    def __len__(self) -> int:
+        """Number of sequences, a multiple of M."""
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """``inputs`` (S,), ``targets`` (S,) and ``domain`` (), all int64."""
+        domain, i = self._index[index]
+        tokens = self._tokens[domain][i * self._length : (i + 1) * self._length + 1].astype(np.int64)
+        sequence = torch.full((self._length + 1,), IGNORED)
+        sequence[: len(tokens)] = torch.from_numpy(tokens)
+        inputs = torch.where(sequence == IGNORED, self._eod_id, sequence)[:-1]
+        return {"inputs": inputs, "targets": sequence[1:], "domain": torch.tensor(domain)}
+
+
+def _first_tokens(manifest: Manifest, domain: str, n: int) -> Tokens:
+    """An end of document and the first ``n`` validation tokens of a domain."""
+    first = np.array([manifest.eod_id])
+    pieces: list[Tokens] = []
+    size = 0
+    for shard in manifest.shards_of("val", domain):
+        for document in read_shard(manifest, shard):
+            pieces.append(document)
+            size += len(document)
+            if size >= n:
+                break
+        if size >= n:
+            break
+    return np.concatenate([first.astype(pieces[0].dtype), *pieces])[: n + 1]
