@@ -91,8 +91,8 @@ class ModelConfig:
     loss_chunk_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
-        positive = """vocab_size d_model n_layers n_heads n_experts top_k d_expert n_kv_heads head_dim norm_eps rope_theta
-            base_width base_depth init_std loss_chunk_bytes"""
+        positive = """vocab_size d_model n_layers n_heads n_experts top_k d_expert n_kv_heads head_dim norm_eps
+            rope_theta base_width base_depth init_std loss_chunk_bytes"""
         for name in positive.split():
             value = getattr(self, name)
             if value is not None and value <= 0:
