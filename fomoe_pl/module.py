@@ -1,0 +1,257 @@
+"""The LightningModule: loss, metrics, inner optimizer and learning-rate schedule. Knows no ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.inner import RowAdamW
+from fomoe_pl.metrics import LanguageModelMetric, RoutingHealth
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.parametrization import parameter_groups
+from fomoe_pl.model.router import RoutingStats
+from fomoe_pl.model.transformer import Transformer
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Inner optimizer (FoMoE, arXiv 2606.19025, Table 7) and its learning-rate schedule, in local optimizer steps.
+
+    Attributes:
+        kind: `adamw`, or `sgd` without momentum (for comparisons with data parallelism).
+        lr: Peak learning rate at CompleteP's base width.
+        betas: Decay rates of AdamW's moments.
+        eps: AdamW's epsilon.
+        weight_decay: Decoupled weight decay; the paper uses none.
+        warmup_steps: Steps of linear warm-up.
+        cooldown_steps: Steps of linear decay to 0 at the end of the run; the paper uses none.
+        received_warmup_steps: Warm-up of an expert's learning rate after a site received it (random placement).
+    """
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 160
+    cooldown_steps: int = 0
+    received_warmup_steps: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train.
+
+        Raises:
+            ConfigError: for a learning rate <= 0 or a negative number of steps.
+        """
+        if self.lr <= 0:
+            raise ConfigError("model.optimizer.lr", self.lr, "must be positive", "0.01 is the paper's value")
+        for name in ("warmup_steps", "cooldown_steps", "received_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"model.optimizer.{name}", getattr(self, name), "must not be negative", "Give 0 or more"
+                )
+
+
+def learning_rate_factor(step: int, *, warmup: int, cooldown: int, last: int | None) -> float:
+    """Factor on the peak learning rate: linear warm-up, constant, linear cooldown.
+
+    Args:
+        step: optimizer steps already taken.
+        warmup: steps of the warm-up.
+        cooldown: steps of the cooldown; 0 for none.
+        last: the run's number of steps; None if it is open, then there is no cooldown.
+    """
+    factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if cooldown and last is not None:
+        factor = min(factor, max(0.0, (last - step) / cooldown))
+    return factor
+
+
+class FoMoEModule(L.LightningModule):
+    """A mixture-of-experts language model in training.
+
+    Args:
+        architecture: the model.
+        optimizer: inner optimizer and schedule.
+        seed: seed of the initial weights; with equal seeds all sites and all placements start from the same model.
+        evaluation_window: validation batches that go through each layer together. When experts are gathered from
+            other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory.
+    """
+
+    def __init__(
+        self,
+        architecture: ModelConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        seed: int = 0,
+        evaluation_window: int = 64,
+    ) -> None:
+        super().__init__()
+        if evaluation_window < 1:
+            raise ConfigError(
+                "model.evaluation_window", evaluation_window, "must be at least 1 batch", "64 is the default"
+            )
+        self.config = architecture
+        self.optimizer_config = optimizer
+        self.seed = seed
+        self.evaluation_window = evaluation_window
+        self.save_hyperparameters({"architecture": asdict(architecture), "optimizer": asdict(optimizer), "seed": seed})
+        self.model: Transformer | None = None
+        self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
+        self.tokens_seen = 0
+        # Replaced by strategies whose sites hold some of the experts only: makes all of a layer's experts live.
+        self.expert_source: Callable[[int], AbstractContextManager[None]] = lambda layer: nullcontext()
+        self._window: list[Batch] = []
+        self._losses: list[Tensor] = []
+        self._loads_LE: Tensor | None = None
+        self._validation: LanguageModelMetric | None = None
+
+    @property
+    def transformer(self) -> Transformer:
+        """The built model."""
+        assert self.model is not None, "configure_model has not run"
+        return self.model
+
+    def configure_model(self) -> None:
+        """Build the model with this site's residents only; Lightning calls it once the processes are joined."""
+        if self.model is None:
+            strategy: Any = self.trainer.strategy
+            residency = strategy.residency(self.config) if hasattr(strategy, "residency") else None
+            self.model = Transformer(self.config, residency, seed=self.seed)
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross entropy plus the router's losses on one micro-batch."""
+        hidden_BSD, stats = self.transformer(batch["inputs"])
+        loss = self.transformer.loss(hidden_BSD, batch["targets"])
+        auxiliary = auxiliary_loss(stats, self.config, self.transformer.residency)
+        self._observe(loss, stats, batch["inputs"].numel())
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/balance_loss", auxiliary.balance)
+        if self.config.z_loss_weight:
+            self.log("train/z_loss", auxiliary.z)
+        total: Tensor = loss + auxiliary.total
+        return total
+
+    @torch.no_grad()
+    def _observe(self, loss: Tensor, stats: list[RoutingStats], tokens: int) -> None:
+        self._losses.append(loss.detach())
+        self.tokens_seen += tokens
+        load_LE = torch.stack([s.load_E for s in stats])
+        live_L = torch.stack([s.live for s in stats])
+        self.routing_health.update(load_LE, live_L, stats[0].picks, self._scored(load_LE))
+        if self.config.balance == "bias":
+            self._loads_LE = load_LE if self._loads_LE is None else self._loads_LE + load_LE
+
+    def _scored(self, load_LE: Tensor) -> Tensor | None:
+        residency = self.transformer.residency
+        if residency.routing == "ghost":
+            return None
+        scored_LE = torch.zeros_like(load_LE, dtype=torch.bool)
+        for layer, ids in enumerate(residency.experts):
+            scored_LE[layer, list(ids)] = True
+        return scored_LE
+
+    def pop_round_losses(self) -> tuple[float, float]:
+        """Sum of the training losses since the last call, and their number."""
+        total = float(torch.stack(self._losses).double().sum()) if self._losses else 0.0
+        count = float(len(self._losses))
+        self._losses.clear()
+        return total, count
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradient norm (before clipping), and the balance bias's own step."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            grads = [p.grad for p in self.transformer.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+        if self._loads_LE is not None:
+            strategy: Any = self.trainer.strategy
+            loads_LE = strategy.reduce_loads(self._loads_LE) if hasattr(strategy, "reduce_loads") else self._loads_LE
+            self.transformer.update_balance_bias(list(loads_LE))
+            self._loads_LE = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Token counts, named for what they count."""
+        n_sites = getattr(getattr(self.trainer.strategy, "topology", None), "n_sites", self.trainer.world_size)
+        self.log("tokens/site", float(self.tokens_seen))
+        self.log("tokens/global", float(self.tokens_seen * n_sites))
+
+    def configure_optimizers(self) -> Any:
+        """Inner optimizer with CompleteP's factors on rate, epsilon and decay, and its schedule."""
+        cfg = self.optimizer_config
+        groups: list[dict[str, Any]] = []
+        for group in parameter_groups(self.transformer):
+            entry: dict[str, Any] = {"params": group["params"], "lr": cfg.lr * group["lr_scale"]}
+            entry["weight_decay"] = cfg.weight_decay * group["weight_decay_scale"] if group["decay"] else 0.0
+            if cfg.kind == "adamw":
+                entry["eps"] = cfg.eps * group["eps_scale"]
+            groups.append(entry)
+        optimizer: torch.optim.Optimizer
+        if cfg.kind == "adamw":
+            fused = self.device.type == "cuda"
+            optimizer = RowAdamW(
+                groups, lr=cfg.lr, betas=cfg.betas, fused=fused or None, row_warmup_steps=cfg.received_warmup_steps
+            )
+        else:
+            optimizer = torch.optim.SGD(groups, lr=cfg.lr)
+        last = self.trainer.max_steps if self.trainer.max_steps > 0 else None
+        schedule = LambdaLR(
+            optimizer,
+            lambda step: learning_rate_factor(step, warmup=cfg.warmup_steps, cooldown=cfg.cooldown_steps, last=last),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- validation of the global model ---------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh sums."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._validation = LanguageModelMetric(data.domains).to(self.device)
+        self._token_bytes_V = data.token_bytes.to(self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect batches; a full window goes through the model layer by layer."""
+        self._window.append(batch)
+        if len(self._window) == self.evaluation_window:
+            self._evaluate_window()
+
+    @torch.no_grad()
+    def _evaluate_window(self) -> None:
+        model, metric = self.transformer, self._validation
+        assert metric is not None
+        with self.trainer.precision_plugin.val_step_context():
+            streams = [model.embed(batch["inputs"]) for batch in self._window]
+            for layer, block in enumerate(model.layers):
+                with self.expert_source(layer):
+                    streams = [block(x_BSD)[0] for x_BSD in streams]
+            for x_BSD, batch in zip(streams, self._window, strict=True):
+                losses_BS = model.token_losses(model.finish(x_BSD), batch["targets"])
+                metric.update(losses_BS, batch["targets"], batch["domain"], self._token_bytes_V)
+        self._window.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        """Sum over sites in one message, then log the same values everywhere."""
+        if self._window:
+            self._evaluate_window()
+        metric = self._validation
+        assert metric is not None
+        strategy: Any = self.trainer.strategy
+        if hasattr(strategy, "sum_over_sites"):
+            metric.load_states(strategy.sum_over_sites(metric.states(), "evaluation"))
+        values = {f"val/{name}": float(value) for name, value in metric.compute().items()}
+        if not math.isfinite(values["val/loss"]) and not self.trainer.sanity_checking:
+            raise ValueError(f"validation loss is {values['val/loss']}: the global model has diverged")
+        self.log_dict(values)
+        self._validation = None

@@ -1,0 +1,72 @@
+"""Stock data parallelism with its bytes counted from its real gradient buckets: the synchronous baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.strategies.base import SiteStrategy
+
+
+def _counted_all_reduce(ledger: Ledger, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    ledger.all_reduce("dense", bucket.buffer().nbytes, dist.get_world_size())
+    return allreduce_hook(cast(dist.ProcessGroup, None), bucket)
+
+
+class CountedDDPStrategy(SiteStrategy, DDPStrategy):
+    """Lightning's DDP; a communication hook counts each bucket and then does what DDP would have done.
+
+    All gradients are counted as `dense`: DDP knows no experts.
+
+    Args:
+        **kwargs: as for Lightning's `DDPStrategy`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        # All ranks draw the same initial weights and the balance bias is updated from summed loads, so neither
+        # parameters nor buffers need DDP's broadcasts.
+        super().__init__(init_sync=False, broadcast_buffers=False, **kwargs)
+        self.init_site()
+
+    @property
+    def topology(self) -> Topology:
+        """Every rank is a site of its own."""
+        return Topology(self.world_size, 1, self.global_rank)
+
+    def _register_ddp_hooks(self) -> None:
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(self.ledger, _counted_all_reduce)
+
+    def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
+        """Sum over ranks, counted."""
+        if self.world_size == 1:
+            return values
+        total = values.to(self.root_device, copy=True)
+        self.ledger.all_reduce(cast(Kind, kind), total.nbytes, self.world_size)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def reduce_loads(self, loads_LE: Tensor) -> Tensor:
+        """Loads of all ranks: one model, one bias."""
+        return self.sum_over_sites(loads_LE, "dense")
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """One synchronous step."""
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.optimizer_steps += 1
+        return output
+
+    def teardown(self) -> None:
+        """Drop the process group, so that the backend ends cleanly."""
+        super().teardown()
+        if dist.is_initialized():
+            dist.destroy_process_group()

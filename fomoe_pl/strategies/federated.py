@@ -1,0 +1,349 @@
+"""One Lightning strategy for all low-communication methods: its settings make it local SGD, DiLoCo or FoMoE."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.checkpoint import read_manifest
+from fomoe_pl.federation.ledger import Kind
+from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.placement import Placement, PlacementKind, all_arcs, check_placement, place
+from fomoe_pl.federation.rounds import Federation, InnerMoments
+from fomoe_pl.federation.schedule import RoundSchedule
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.federation.wire import Wire, WireDtype
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Residency, Routing
+from fomoe_pl.strategies.base import SiteStrategy
+
+KEY = "trainer.strategy.init_args"
+
+
+class FederatedStrategy(SiteStrategy, DDPStrategy):
+    """Periodic averaging between sites, each holding some of the experts (FoMoE, arXiv 2606.19025).
+
+    Between rounds nothing crosses sites. After K optimizer steps the dense parameters are averaged over all sites,
+    each expert over its holders, and the outer rule is applied.
+
+    Args:
+        sites: number of sites M; None is the world size.
+        ranks_per_site: ranks inside a site; only 1 works so far.
+        overlap: sites that hold each expert, 1..M; None is M, a full replica.
+        routing: what happens to picks of experts that are not here: `ghost` skips them, `partitioned` routes among
+            the residents only.
+        placement: `fixed`, or `random` with experts redrawn every `reshuffle_rounds` rounds.
+        reshuffle_rounds: T, rounds between two random placements.
+        placement_seed: seed of the random placement.
+        local_steps: K, optimizer steps of a round, or a schedule {first step: K} such as {0: 1, 64: 32}.
+        outer: outer rule.
+        inner_moments: what a round does to the inner optimizer's moments: keep, reset or average them.
+        wire_dtype: dtype of averaged values on the wire; anchors and outer state are always float32.
+        bucket_mib: size of one communication buffer, MiB.
+        share_device: put all sites of this machine on its first GPU (over gloo); the Trainer then has `devices: 1`.
+        check_agreement: compare a hash of the dense parameters after every round (always done before saving).
+        timeout_seconds: after which a collective that does not complete raises.
+        **kwargs: as for Lightning's `DDPStrategy`.
+
+    Raises:
+        ConfigError: for settings that cannot work.
+    """
+
+    def __init__(
+        self,
+        sites: int | None = None,
+        ranks_per_site: int = 1,
+        overlap: int | None = None,
+        routing: Routing = "ghost",
+        placement: PlacementKind = "fixed",
+        reshuffle_rounds: int = 1,
+        placement_seed: int = 0,
+        local_steps: int | dict[int, int] = 32,
+        outer: OuterRule = OuterRule(),  # noqa: B008  frozen
+        inner_moments: InnerMoments = "keep",
+        wire_dtype: WireDtype = "float32",
+        bucket_mib: int = 64,
+        share_device: bool = False,
+        check_agreement: bool = False,
+        timeout_seconds: float = 1800.0,
+        **kwargs: Any,
+    ) -> None:
+        if ranks_per_site != 1:
+            raise ConfigError(f"{KEY}.ranks_per_site", ranks_per_site, "several ranks in a site are not supported yet",
+                              "set it to 1 and let every rank be a site")  # fmt: skip
+        if reshuffle_rounds < 1:
+            raise ConfigError(f"{KEY}.reshuffle_rounds", reshuffle_rounds, "must be at least 1 round", "type 1 or more")
+        if bucket_mib < 1:
+            raise ConfigError(f"{KEY}.bucket_mib", bucket_mib, "must be at least 1 MiB", "64 is a good size")
+        self.schedule = RoundSchedule.parse(local_steps)
+        if share_device:
+            if sites is None:
+                raise ConfigError(f"{KEY}.sites", sites, "must be given when sites share a device", "for example 4")
+            kwargs |= {"parallel_devices": [torch.device("cuda:0")] * sites, "process_group_backend": "gloo"}
+        super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
+        self.init_site()
+        self._sites, self._overlap = sites, overlap
+        self.routing, self.placement_kind = routing, placement
+        self.reshuffle_rounds, self.placement_seed = reshuffle_rounds, placement_seed
+        self.outer, self.inner_moments = outer, inner_moments
+        self.wire_dtype, self.bucket_mib, self.check_agreement = wire_dtype, bucket_mib, check_agreement
+        self.share_device = share_device
+        self.federation: Federation | None = None
+
+    # -- who holds what -------------------------------------------------------------------------------------------
+
+    @property
+    def topology(self) -> Topology:
+        """This rank's place in the federation."""
+        return Topology(self.world_size, 1, self.global_rank)
+
+    def overlap(self, n_sites: int) -> int:
+        """Sites that hold each expert."""
+        return n_sites if self._overlap is None else self._overlap
+
+    def check(self, config: ModelConfig, n_processes: int) -> None:
+        """Check the settings against the model and the number of processes, before any is started.
+
+        Raises:
+            ConfigError: naming the setting, the rule and what would be valid.
+        """
+        n_sites = n_processes if self._sites is None else self._sites
+        if n_sites != n_processes:
+            raise ConfigError(f"{KEY}.sites", n_sites, f"must equal the number of processes ({n_processes} = trainer "
+                              "devices x num_nodes)", f"set trainer.devices to {n_sites}, or sites to {n_processes}")  # fmt: skip
+        check_placement(config.n_experts, n_sites, self.overlap(n_sites))
+
+    def placed(self, config: ModelConfig, redraws: int) -> Placement:
+        """The placement after it was redrawn `redraws` times."""
+        n = self.world_size
+        return place(
+            self.placement_kind, n_layers=config.n_layers, n_experts=config.n_experts, n_sites=n,
+            overlap=self.overlap(n), seed=self.placement_seed, epoch=redraws,
+        )  # fmt: skip
+
+    def _redraws(self) -> int:
+        return self.rounds_done // self.reshuffle_rounds if self.placement_kind == "random" else 0
+
+    def residency(self, config: ModelConfig) -> Residency:
+        """The experts that this site holds."""
+        return Residency(self.routing, self.placed(config, self._redraws()).residents(self.topology.site))
+
+    # -- setting up -----------------------------------------------------------------------------------------------
+
+    def setup_distributed(self) -> None:
+        """Join the world; several sites on one GPU must not bind it to the group (gloo cannot make sub-groups then)."""
+        super().setup_distributed()
+        if self.share_device:
+            dist.distributed_c10d._get_default_group().bound_device_id = None
+
+    def setup(self, trainer: Any) -> None:
+        """Prepare model and optimizer without wrapping; make the groups, once, and the anchors."""
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+            # Lightning broadcasts one number over the world before every batch, and again when a signal arrives:
+            # a round trip over the WAN each step. SIGTERM is passed on with the round's statistics instead.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            trainer._signal_connector._sigterm_notifier_fn = lambda *_: self._note_sigterm(trainer)
+        self._last_step = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
+        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
+        n = self.topology.n_sites
+        gloo = dist.get_backend() == "gloo"
+        wire = Wire(
+            self.topology,
+            all_arcs(config.n_experts, config.n_layers, n, self.overlap(n)),
+            self.ledger,
+            device=torch.device("cpu") if gloo else self.root_device,
+            dtype=self.wire_dtype,
+            bucket_bytes=self.bucket_mib * 2**20,
+            timeout=self._timeout,
+        )
+        self.federation = Federation(
+            self.layout(), self.placed(config, self._redraws()), wire,
+            outer=self.outer, inner_moments=self.inner_moments,
+        )  # fmt: skip
+        module = cast(Any, self.lightning_module)
+        module.expert_source = self.all_experts_of
+
+    def _note_sigterm(self, trainer: Any) -> None:
+        trainer._signal_connector.received_sigterm = True
+        if isinstance(self.launcher, _SubprocessScriptLauncher):
+            self.launcher.kill(15)  # type: ignore[arg-type]
+
+    # -- rounds ---------------------------------------------------------------------------------------------------
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """One local step; the K-th ends the round. Counted here because accumulation calls it once a step."""
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.optimizer_steps += 1
+        if self.schedule.is_round_end(self.optimizer_steps, self._last_step):
+            if self.root_device.type == "cuda":
+                torch.cuda.synchronize()  # else the queue of local work would be charged to the round
+            start = time.perf_counter()
+            self._end_round(optimizer)
+            self.sync_seconds += time.perf_counter() - start
+        return output
+
+    def _end_round(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.federation is not None
+        self.federation.synchronize(optimizer)
+        self.rounds_done += 1
+        self._share_statistics()
+        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
+        if (
+            self.placement_kind == "random"
+            and self.rounds_done % self.reshuffle_rounds == 0
+            and self.optimizer_steps != self._last_step
+        ):
+            new = self.placed(config, self._redraws())
+            self.federation.migrate(new, optimizer)
+            residency = Residency(self.routing, new.residents(self.topology.site))
+            self.transformer.set_residency(residency)  # type: ignore[operator]
+        if self.check_agreement:
+            self.federation.check_agreement()
+
+    def _share_statistics(self) -> None:
+        """One small message a round: mean training loss, and whether any site was told to stop."""
+        module = cast(Any, self.lightning_module)
+        loss_sum, steps = module.pop_round_losses()
+        stop = float(module.trainer.received_sigterm)
+        total = self.sum_over_sites(torch.tensor([loss_sum, steps, stop], dtype=torch.float64), "control")
+        self.round_stats = {"train_loss": float(total[0] / total[1])}
+        if total[2] > 0:
+            raise SIGTERMException
+
+    # -- validation of the global model ---------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """In mid-round the agreed values stand in for the local ones."""
+        if self.federation is not None and not self._at_round_end():
+            self.federation.enter_global()
+
+    def on_validation_end(self) -> None:
+        """Back to the local values."""
+        if self.federation is not None:
+            self.federation.leave_global()
+
+    def _at_round_end(self) -> bool:
+        return self.optimizer_steps == 0 or self.schedule.is_round_end(self.optimizer_steps, self._last_step)
+
+    @contextmanager
+    def all_experts_of(self, layer: int) -> Iterator[None]:
+        """Make all E experts of one layer live on this site while the context lasts; all sites enter it together."""
+        assert self.federation is not None
+        if self.transformer.residency.is_full(self.transformer.config):  # type: ignore[union-attr,operator]
+            yield
+            return
+        prefix = f"layers.{layer}.moe."
+        tensors = {name.removeprefix(prefix): t for name, t in self.federation.gather(layer).items()}
+        with self.transformer.layers[layer].moe.with_all_experts(tensors):  # type: ignore[index,union-attr]
+            yield
+
+    # -- control traffic, counted ---------------------------------------------------------------------------------
+
+    def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
+        """Sum a small tensor over all sites, counted."""
+        assert self.federation is not None
+        return self.federation.wire.sum(cast(Kind, kind), values)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's barriers, counted as control calls."""
+        if dist.is_initialized() and self.world_size > 1:
+            self.ledger.send("control", 0)
+            super().barrier(*args, **kwargs)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def global_tensors(self) -> Mapping[str, Tensor]:
+        """The anchors: agreed values, float32, also in mid-round."""
+        assert self.federation is not None
+        return self.federation.anchors
+
+    def owned_experts(self) -> list[tuple[int, int, int]]:
+        """The experts of which this site is the owner."""
+        site = self.topology.site
+        placement = cast(Federation, self.federation).placement
+        return [(i, e, r) for i, e, r in super().owned_experts() if placement.owner(i, e) == site]
+
+    def writes_checkpoint(self) -> bool:
+        """Every site writes its own part."""
+        return True
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Anchors must exist before they can be restored."""
+        return True
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Compare the dense parameters of all sites, then write."""
+        cast(Federation, self.federation).check_agreement()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read Lightning's state and take the placement of the checkpoint's round.
+
+        Raises:
+            ConfigError: if the checkpoint was written by another number of sites.
+        """
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        manifest = read_manifest(Path(checkpoint_path))
+        if manifest["n_sites"] != self.topology.n_sites:
+            raise ConfigError("ckpt_path", str(checkpoint_path), f"was written by {manifest['n_sites']} sites, this run "
+                              f"has {self.topology.n_sites}", "resume on the same number of sites")  # fmt: skip
+        self.rounds_done = manifest["rounds"]
+        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
+        placement = self.placed(config, self._redraws())
+        cast(Federation, self.federation).placement = placement
+        self.transformer.set_residency(  # type: ignore[operator]
+            Residency(self.routing, placement.residents(self.topology.site))
+        )
+        return checkpoint
+
+    def site_state(self) -> dict[str, Any]:
+        """Outer state, local values (they differ from the anchors in mid-round) and the ledger."""
+        return cast(Federation, self.federation).state_dict()
+
+    def load_site_state(self, state: dict[str, Any]) -> None:
+        """Restore `site_state`."""
+        cast(Federation, self.federation).load_state_dict(state)
+
+    def set_global(self, weights: dict[str, Tensor]) -> None:
+        """Anchors and local values."""
+        cast(Federation, self.federation).load_global(weights)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the processes that this one started: they would train on alone."""
+        if isinstance(self.launcher, _SubprocessScriptLauncher):
+            self.launcher.kill(15)  # type: ignore[arg-type]
+
+    def teardown(self) -> None:
+        """Drop every group: without it gloo aborts at exit now and then."""
+        if self.federation is not None:
+            self.federation.wire.close()
+        super().teardown()
+        if dist.is_initialized():
+            dist.destroy_process_group()
