@@ -1,0 +1,184 @@
+"""Rounds on real processes equal a simulation of M sites in one process, value by value."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fomoe_pl.federation.placement import Placement
+from tests.distributed import run_distributed
+from tests.federation.simulation import EXPERTS, LAYERS, LR, SITES, Case, initial, keys, simulate
+from tests.federation.toy import local_step, make, rows, run_case
+
+NESTEROV = {"rule": "nesterov", "lr": 0.7, "momentum": 0.9}
+CASES = [
+    *(Case(o, p, **r) for o in range(1, SITES + 1) for p in ("fixed", "random") for r in ({}, NESTEROV)),
+    *(Case(o, p, inner_moments="average") for o in range(1, SITES + 1) for p in ("fixed", "random")),
+    *(Case(o, "random", inner_moments="reset", **NESTEROV) for o in (2, 4)),
+    Case(2, "random", reshuffle_rounds=2, warmup=0, **NESTEROV),
+    Case(2, "fixed", untouched=1, inner_moments="reset", **NESTEROV),
+]
+
+
+def _run_all(rank: int) -> list[list[dict[str, Any]]]:
+    return [run_case(case, rank)[0] for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def histories() -> list[list[list[dict[str, Any]]]]:
+    """[rank][case][round]: one start of the processes for all cases."""
+    return run_distributed(_run_all, SITES)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[repr(case) for case in CASES])
+def test_rounds_equal_the_simulation(histories: list[Any], index: int) -> None:
+    case = CASES[index]
+    for t, expected in enumerate(simulate(case)):
+        for site, values in enumerate(expected["sites"]):
+            found = histories[site][index][t]
+            assert found["local"].keys() == values.keys()
+            for key, (p, m, v) in values.items():
+                message = f"round {t}, site {site}, {key}"
+                close(found["local"][key], p, message)
+                close(found["anchor"][key], expected["anchor"][key], message)
+                if key in found["momentum"]:
+                    close(found["momentum"][key], expected["momentum"][key], f"momentum, {message}")
+                if key in found["m"]:
+                    close(found["m"][key], m, f"first moment, {message}")
+                    close(found["v"][key], v, f"second moment, {message}")
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, message: str) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-6, msg=lambda m: f"{message}: {m}")
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[repr(case) for case in CASES])
+def test_all_sites_have_the_same_bits(histories: list[Any], index: int) -> None:
+    for t in range(CASES[index].rounds):
+        per_rank = [history[index][t] for history in histories]
+        assert len({found["digest"] for found in per_rank}) == 1
+        for key in set().union(*(found["anchor"] for found in per_rank)):
+            first, *others = (found["anchor"][key] for found in per_rank if key in found["anchor"])
+            assert all(torch.equal(first, other) for other in others), key
+
+
+def test_random_cases_do_move_experts() -> None:
+    case = Case(2, "random")
+    assert len({case.place(epoch) for epoch in range(case.rounds)}) == case.rounds
+    assert any(set(keys(case.place(0), s)) != set(keys(case.place(1), s)) for s in range(SITES))
+
+
+def test_outer_steps_of_dense_tensors_are_torchs_sgd(histories: list[Any]) -> None:
+    index = CASES.index(Case(4, "fixed", **NESTEROV))
+    key = ("embedding", None)
+    parameter = initial(key).clone().requires_grad_()
+    sgd = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True)
+    # The pseudo-gradients that were used are recovered from the outer momentum: d_t = m_t - 0.9 m_(t-1).
+    before = torch.zeros_like(parameter)
+    for found in histories[0][index]:
+        parameter.grad = found["momentum"][key] - 0.9 * before
+        before = found["momentum"][key]
+        sgd.step()
+        torch.testing.assert_close(found["anchor"][key], parameter.detach())
+
+
+def test_an_expert_nobody_trained_does_not_coast_on_outer_momentum(histories: list[Any]) -> None:
+    index = next(i for i, case in enumerate(CASES) if case.untouched is not None)
+    expert = CASES[index].untouched
+    for history in histories:
+        for key in [k for k in history[index][0]["momentum"] if k[1] == expert]:
+            after = [found["anchor"][key] for found in history[index]]
+            assert history[index][0]["momentum"][key].abs().max() > 0
+            assert not torch.equal(after[0], initial(key))
+            assert all(torch.equal(after[0], later) for later in after[1:])
+
+
+def _one_site(rank: int) -> tuple[dict[Any, torch.Tensor], dict[str, torch.Tensor], int]:
+    case = Case(1, n_sites=1)
+    history, federation, _ = run_case(case, rank)
+    plain, adamw = make(case, rank)
+    adamw.__class__ = torch.optim.AdamW
+    for step in range(case.rounds * case.local_steps):
+        local_step(case, plain, adamw, step)
+    return history[-1]["local"], rows(plain, dict(plain.layout.tensors)), federation.wire.ledger.total_payload
+
+
+def test_one_site_with_averaging_is_plain_adamw_and_sends_nothing() -> None:
+    [(federated, plain, sent)] = run_distributed(_one_site, 1)
+    assert sent == 0
+    assert (plain["norm", None] - initial(("norm", None))).abs().min() > LR
+    for key, value in plain.items():
+        torch.testing.assert_close(federated[key], value, rtol=0, atol=1e-6)
+
+
+def _full_overlap(rank: int) -> tuple[dict[Any, torch.Tensor], dict[Any, torch.Tensor]]:
+    case = Case(SITES, **NESTEROV)
+    sparse, _, _ = run_case(case, rank)
+    federation, optimizer = make(case, rank)
+    # The same tensors, all called dense, in a federation that knows no experts.
+    object.__setattr__(federation.layout, "expert_layer", {})
+    dense = Placement((), SITES)
+    for step in range(case.rounds * case.local_steps):
+        federation.layout.expert_layer.update({n: int(n[5]) for n in federation.layout.tensors if n[:5] == "layer"})
+        local_step(case, federation, optimizer, step)
+        if (step + 1) % case.local_steps == 0:
+            federation.layout.expert_layer.clear()
+            whole, federation.placement = federation.placement, dense
+            federation.synchronize(optimizer)
+            federation.placement = whole
+    federation.layout.expert_layer.update({n: int(n[5]) for n in federation.layout.tensors if n[:5] == "layer"})
+    return sparse[-1]["local"], rows(federation, dict(federation.layout.tensors))
+
+
+def test_overlap_of_all_sites_equals_everything_dense() -> None:
+    for sparse, dense in run_distributed(_full_overlap, SITES):
+        assert len(sparse) == 3 + LAYERS * EXPERTS * 3
+        for key, value in dense.items():
+            torch.testing.assert_close(sparse[key], value, rtol=0, atol=1e-6)
+
+
+def _planted(rank: int) -> str:
+    federation, _ = make(Case(2), rank)
+    federation.check_agreement()
+    if rank == 2:
+        federation.anchors["norm"][1] += 1e-7
+    try:
+        federation.check_agreement()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_planted_difference_of_one_bit_is_raised_on_every_site() -> None:
+    for site, message in enumerate(run_distributed(_planted, SITES)):
+        assert f"site {site}: dense parameters differ" in message
+
+
+def _gather(rank: int) -> bool:
+    equal = True
+    for overlap in range(1, SITES + 1):
+        federation, _ = make(Case(overlap, "random"), rank)
+        for layer in range(LAYERS):
+            for name, full in federation.gather(layer).items():
+                equal &= torch.equal(full, torch.stack([initial((name, e)) for e in range(EXPERTS)]))
+    return equal
+
+
+def test_gather_gives_every_site_the_whole_layer() -> None:
+    assert run_distributed(_gather, SITES) == [True] * SITES
+
+
+def _enter_leave(rank: int) -> tuple[bool, bool]:
+    case = Case(2)
+    federation, optimizer = make(case, rank)
+    local_step(case, federation, optimizer, 0)
+    moved = rows(federation, dict(federation.layout.tensors))
+    federation.enter_global()
+    agreed = all(torch.equal(v, initial(k)) for k, v in rows(federation, dict(federation.layout.tensors)).items())
+    federation.leave_global()
+    back = all(torch.equal(v, moved[k]) for k, v in rows(federation, dict(federation.layout.tensors)).items())
+    return agreed, back
+
+
+def test_the_global_model_is_entered_and_left_in_mid_round() -> None:
+    assert run_distributed(_enter_leave, SITES) == [(True, True)] * SITES
