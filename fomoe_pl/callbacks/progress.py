@@ -1,0 +1,36 @@
+"""The progress bar of rank zero."""
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from fomoe_pl.callbacks.observed import observed_strategy
+
+
+def human_bytes(n: int) -> str:
+    """Write a number of bytes in the largest binary unit that leaves at least 1: `1.5 MiB`."""
+    value = float(n)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+class FoMoEProgressBar(TQDMProgressBar):
+    """Shows the training loss, the last global bits per byte, the round, and what this site has sent.
+
+    Args:
+        refresh_rate: Batches between two updates; each reads the loss, for which a GPU has to be waited for.
+    """
+
+    def __init__(self, refresh_rate: int = 10) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
+        """Return what stands behind the bar."""
+        strategy, metrics = observed_strategy(trainer), trainer.callback_metrics
+        shown = {"loss": "train/loss", "val_bits_per_byte": "val/bits_per_byte"}
+        items: dict[str, int | str | float | dict] = {
+            name: f"{float(metrics[key]):.3f}" for name, key in shown.items() if key in metrics
+        }
+        return {**items, "round": strategy.rounds_done, "sent": human_bytes(strategy.ledger.total_wire)}

@@ -1,0 +1,76 @@
+"""A run's results in one file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from fomoe_pl.callbacks.communication import payload_bytes, wire_bytes
+from fomoe_pl.callbacks.observed import observed_module, observed_strategy, peak_memory
+from fomoe_pl.callbacks.throughput import TimedCallback
+
+REPORT_NAME = "report.json"
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+class RunReport(TimedCallback):
+    """Writes `report.json` when training ends, on rank zero.
+
+    Keys: `strategy` (its class), `sites`, `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last
+    `val/...` values, of the global model), `round` (the last round's means over all sites), and of site 0: `bytes`
+    (`payload` and `wire` by kind and in total), `train_seconds` (without validation and checkpoints) and `sync_seconds`
+    of this process, `tokens_per_second` (`local`, `with_sync`), `peak_memory_mib`, `resident_parameters`.
+    Undefined numbers are null.
+
+    Args:
+        folder: Where to write; None is the logger's folder, or the trainer's root folder without a logger.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file; Lightning has torn the strategy down before `on_fit_end`."""
+        if not trainer.is_global_zero or not self.trained.tokens:
+            return
+        folder = Path(self.folder or self._log_folder(trainer))
+        folder.mkdir(parents=True, exist_ok=True)
+        # Renamed when complete, so that a reader never meets half a file.
+        unfinished = folder / f"{REPORT_NAME}.tmp"
+        unfinished.write_text(json.dumps(self.report(trainer, pl_module), indent=2) + "\n")
+        unfinished.replace(folder / REPORT_NAME)
+
+    def report(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return the report of the run as it stands."""
+        strategy, tokens = observed_strategy(trainer), observed_module(pl_module).tokens_seen
+        validation = {k: finite_or_none(float(v)) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        return {
+            "strategy": type(trainer.strategy).__name__,
+            "sites": strategy.topology.n_sites,
+            "steps": trainer.global_step,
+            "rounds": strategy.rounds_done,
+            "tokens": {"site": tokens, "global": tokens * strategy.topology.n_sites},
+            "validation": validation,
+            "round": {name: finite_or_none(value) for name, value in strategy.round_stats.items()},
+            "bytes": {"payload": payload_bytes(strategy.ledger), "wire": wire_bytes(strategy.ledger)},
+            "train_seconds": self.trained.seconds,
+            "sync_seconds": self.trained.sync_seconds,
+            "tokens_per_second": {"local": self.trained.local_rate, "with_sync": self.trained.rate},
+            "peak_memory_mib": peak_memory(pl_module.device),
+            "resident_parameters": sum(p.numel() for p in pl_module.parameters()),
+        }
+
+    @staticmethod
+    def _log_folder(trainer: Trainer) -> str:
+        # Not trainer.log_dir: it broadcasts, and only rank zero is here.
+        logger = trainer.logger
+        return getattr(logger, "log_dir", None) or (logger and logger.save_dir) or trainer.default_root_dir
