@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import io
 import json
 import lzma
 import re
@@ -109,7 +110,9 @@ def _open(path: Path) -> IO[bytes]:
             import zstandard
         except ImportError:
             raise _missing_library(path, "zstandard") from None
-        return cast(IO[bytes], zstandard.open(path, "rb"))
+        # A .zst file may be several frames, one behind the other; the reader alone has no lines.
+        frames = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+        return io.BufferedReader(frames)
     return path.open("rb")
 
 

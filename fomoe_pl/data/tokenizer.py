@@ -78,6 +78,9 @@ class SubwordTokenizer:
         tokenizer: The tokenizer.
         kind: ``bpe`` (trained here) or ``file``.
         eod_id: Id that ends every document.
+
+    Attributes:
+        serialized: Content of its ``tokenizer.json``.
     """
 
     file: str | None = "tokenizer.json"
@@ -91,8 +94,8 @@ class SubwordTokenizer:
         self._tokenizer = tokenizer
         # Ids may have holes; the size is what an embedding needs.
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self._json: str = tokenizer.to_str(pretty=True)
-        self.sha256 = hashlib.sha256(self._json.encode()).hexdigest()
+        self.serialized: str = tokenizer.to_str(pretty=True)
+        self.sha256 = hashlib.sha256(self.serialized.encode()).hexdigest()
         self._dtype = token_dtype(self.vocab_size)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
@@ -107,7 +110,7 @@ class SubwordTokenizer:
         2019, GPT-2). For SentencePiece-like ones ``▁`` counts as the blank that it stands for and ``<0xAB>`` as one
         byte; the blank that they put before a text is then counted though the text does not have it.
         """
-        described: dict[str, Any] = json.loads(self._json)
+        described: dict[str, Any] = json.loads(self.serialized)
         byte_level = any(
             part.get("type") == "ByteLevel"
             for part in _parts(described.get("pre_tokenizer")) + _parts(described.get("decoder"))
@@ -128,7 +131,7 @@ class SubwordTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``."""
-        (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self.serialized, encoding="utf-8")
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:

@@ -1,0 +1,40 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from fomoe_pl.data import Manifest
+from fomoe_pl.data.prepare import prepare
+
+_WORDS = {
+    "farm": ["cow", "barn", "hay", "plough", "field", "harvest", "the", "a", "of", "and", "sows", "früh", "tractor"],
+    "sea": ["ship", "sail", "wave", "harbour", "tide", "the", "a", "of", "and", "sinks", "écume", "anchor", "storm"],
+    "sky": ["cloud", "wing", "star", "wind", "the", "a", "of", "and", "flies", "空", "moon", "feather", "dawn"],
+}
+
+
+def make_documents(domain: str, n: int) -> list[str]:
+    """Different texts of 5 to 60 words of one domain, with characters of one to three bytes."""
+    draw = random.Random(domain)
+    return [f"{i} " + " ".join(draw.choices(_WORDS[domain], k=draw.randint(5, 60))) for i in range(n)]
+
+
+@pytest.fixture(scope="session")
+def texts() -> dict[str, list[str]]:
+    return {domain: make_documents(domain, n) for domain, n in (("farm", 60), ("sea", 40), ("sky", 50))}
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, list[str]]) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    for domain, documents in texts.items():
+        (folder / f"{domain}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Manifest:
+    """Three domains as bytes, eight training shards each; for reading only."""
+    output = tmp_path_factory.mktemp("corpus") / "bytes"
+    return prepare([str(source)], str(output), shards_per_domain=8, val_fraction=0.2, max_shard_mb=0.0005)

@@ -1,0 +1,65 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fomoe_pl.data import Manifest, load_manifest
+from fomoe_pl.data.shards import read_shard
+from fomoe_pl.errors import ConfigError
+
+
+@pytest.fixture
+def copy(corpus: Manifest, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(corpus.root, tmp_path / "copy"))
+
+
+def test_round_trip(corpus: Manifest, copy: Path) -> None:
+    loaded = load_manifest(copy)
+    assert loaded.fingerprint == corpus.fingerprint
+    assert (loaded.domain_names, loaded.vocab_size, loaded.eod_id) == (["farm", "sea", "sky"], 257, 256)
+    assert loaded.token_bytes().dtype == torch.float32
+    assert loaded.token_bytes().shape == (257,)
+
+
+def test_missing_manifest_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.root.*no .*manifest\.json.*prepare_data\.py .*{tmp_path}"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train-sea-00003.tar", "val-sky-00000.tar", "token_bytes.npy"])
+def test_missing_file(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(ConfigError, match=f"{name} is missing"):
+        load_manifest(copy)
+
+
+def test_short_shard(copy: Path) -> None:
+    shard = copy / "train-sea-00003.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(ConfigError, match=r"train-sea-00003\.tar has \d+ bytes, not \d+"):
+        load_manifest(copy)
+
+
+def test_changed_manifest(copy: Path) -> None:
+    path = copy / "manifest.json"
+    path.write_text(path.read_text().replace('"eod_id": 256', '"eod_id": 255'))
+    with pytest.raises(ConfigError, match="own fingerprint"):
+        load_manifest(copy)
+
+
+def test_other_version(copy: Path) -> None:
+    path = copy / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 0}))
+    with pytest.raises(ConfigError, match="has version 0"):
+        load_manifest(copy)
+
+
+def test_exchanged_shards_are_seen_when_they_are_read(copy: Path) -> None:
+    manifest = load_manifest(copy)
+    by_size = sorted(manifest.shards_of("train", "sea"), key=lambda shard: shard.tokens)
+    one, two = by_size[0], by_size[-1]
+    shutil.copy(copy / one.file, copy / two.file)
+    with pytest.raises(ValueError, match="damaged"):
+        list(read_shard(manifest, two))

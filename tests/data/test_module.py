@@ -1,0 +1,132 @@
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from fomoe_pl.data import FoMoEData, Manifest
+from fomoe_pl.errors import ConfigError
+
+
+class Recorder(L.LightningModule):
+    """Keeps the batches that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+        self.train_batches: list[dict[str, torch.Tensor]] = []
+        self.val_batches: list[dict[str, torch.Tensor]] = []
+
+    def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.train_batches.append(batch)
+        return self.scale * 1.0
+
+    def validation_step(self, batch: dict[str, torch.Tensor]) -> None:
+        self.val_batches.append(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data_of(corpus: Manifest, **settings: Any) -> FoMoEData:
+    return FoMoEData(**{"root": str(corpus.root), "sequence_length": 20, "batch_size": 3, **settings})
+
+
+def at_site(data: FoMoEData, site: int, n_sites: int) -> FoMoEData:
+    """As the strategy of a rank of this site would show itself."""
+    strategy = SimpleNamespace(topology=SimpleNamespace(site=site, n_sites=n_sites), root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    return data
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_fit(corpus: Manifest, num_workers: int) -> None:
+    module = Recorder()
+    data = data_of(corpus, num_workers=num_workers, val_batch_size=5)
+    trainer = L.Trainer(
+        max_steps=30,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        val_check_interval=30,
+        check_val_every_n_epoch=None,
+    )
+    trainer.fit(module, data)
+    assert len(module.train_batches) == 30
+    for batch in module.train_batches:
+        assert {key: tuple(value.shape) for key, value in batch.items()} == {
+            "inputs": (3, 20),
+            "targets": (3, 20),
+            "domain": (3,),
+        }
+        assert all(value.dtype == torch.int64 for value in batch.values())
+    targets = torch.cat([batch["targets"].flatten() for batch in module.val_batches])
+    assert int((targets != -100).sum()) == sum(domain.val.tokens for domain in corpus.domains)
+
+
+def test_properties(corpus: Manifest) -> None:
+    data = data_of(corpus)
+    assert (data.vocab_size, data.domains) == (257, ["farm", "sea", "sky"])
+    assert data.token_bytes.tolist() == [1.0] * 256 + [0.0]
+
+
+def test_sites_of_the_topology_share_validation(corpus: Manifest) -> None:
+    def rows(site: int, n_sites: int) -> list[list[int]]:
+        batches = list(at_site(data_of(corpus), site, n_sites).val_dataloader())
+        return [row for batch in batches for row in batch["targets"].tolist()]
+
+    whole = rows(0, 1)
+    parts = [rows(site, 4) for site in range(4)]
+    assert len({len(part) for part in parts}) == 1
+    together = [parts[i % 4][i // 4] for i in range(len(whole))]
+    assert together == whole
+
+
+def test_sites_of_the_topology_train_on_different_text(corpus: Manifest) -> None:
+    seen = []
+    for site in range(3):
+        data = at_site(data_of(corpus, split="domain"), site, 3)
+        seen.append({int(d) for batch in islice(data.train_dataloader(), 5) for d in batch["domain"]})
+    assert seen == [{0}, {1}, {2}]
+
+
+def test_train_loader_is_the_same_again(corpus: Manifest) -> None:
+    def batches() -> list[list[list[int]]]:
+        data = at_site(data_of(corpus, split="dirichlet", seed=3), 1, 4)
+        return [batch["targets"].tolist() for batch in islice(data.train_dataloader(), 10)]
+
+    assert batches() == batches()
+
+
+def test_loaders_need_a_trainer(corpus: Manifest) -> None:
+    with pytest.raises(RuntimeError, match="attach it"):
+        data_of(corpus).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_sites", "message"),
+    [
+        ({"sequence_length": 0}, 1, r"data\.sequence_length = 0"),
+        ({"batch_size": 0}, 1, r"data\.batch_size = 0"),
+        ({"val_batch_size": -1}, 1, r"data\.val_batch_size = -1"),
+        ({"num_workers": -1}, 1, r"data\.num_workers = -1"),
+        ({"val_sequences": 2}, 1, r"data\.val_sequences = 2: every one of the 3 domains"),
+        ({"dirichlet_alpha": 0.0}, 1, r"data\.dirichlet_alpha = 0\.0"),
+        ({"num_workers": 50}, 4, r"data\.num_workers = 50: domain .* 4 sites x 50 .* need 200"),
+        ({"root": "/nowhere"}, 1, r"data\.root = '/nowhere'"),
+    ],
+)
+def test_check(corpus: Manifest, settings: dict[str, Any], n_sites: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        data_of(corpus, **settings).check(n_sites)
+
+
+def test_check_accepts(corpus: Manifest) -> None:
+    for split in ("iid", "domain", "dirichlet"):
+        data_of(corpus, split=split, num_workers=2, val_sequences=3).check(4)
