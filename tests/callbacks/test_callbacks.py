@@ -1,0 +1,293 @@
+"""Callbacks against a trainer, strategy and module of plain attributes, with values computed by hand."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from fomoe_pl.callbacks import (
+    CommunicationMonitor,
+    FoMoEProgressBar,
+    RoutingHealthLogger,
+    RunReport,
+    ThroughputMonitor,
+)
+from fomoe_pl.callbacks import throughput as throughput_module
+from fomoe_pl.callbacks.progress import human_bytes
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.ledger import KINDS, Ledger
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.metrics import RoutingHealth
+
+MIB = 2**20
+
+
+class FakeLogger:
+    def __init__(self, log_dir: str) -> None:
+        self.log_dir = log_dir
+        self.lines: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        self.lines.append((step, values))
+
+
+class Run:
+    """Four sites, seen from site 0; a round every second step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.strategy: Any = SimpleNamespace(
+            topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={}
+        )
+        self.logger = FakeLogger(str(folder))
+        self.trainer: Any = SimpleNamespace(
+            strategy=self.strategy, loggers=[self.logger], logger=self.logger, global_step=0, is_global_zero=True,
+            callback_metrics={}, default_root_dir=str(folder),
+        )  # fmt: skip
+        self.module: Any = torch.nn.Linear(3, 2)
+        self.module.device = torch.device("cpu")
+        self.module.tokens_seen = 0
+        self.module.routing_health = RoutingHealth(2, 4)
+
+    def start(self, callback: Any) -> None:
+        callback.on_train_start(self.trainer, self.module)
+
+    def step(self, callback: Any, *, tokens: int = 100, round_end: bool = False, stepped: bool = True) -> None:
+        callback.on_train_batch_start(self.trainer, self.module, None, 0)
+        self.trainer.global_step += stepped
+        self.module.tokens_seen += tokens
+        if round_end:
+            self.strategy.rounds_done += 1
+            self.strategy.round_stats = {"train_loss": 2.5}
+        callback.on_train_batch_end(self.trainer, self.module, None, None, 0)
+
+    @property
+    def steps_logged(self) -> list[int]:
+        return [step for step, _ in self.logger.lines]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Time that passes only when a test says so."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_routing_is_logged_at_round_ends_and_reset(run: Run) -> None:
+    callback = RoutingHealthLogger(every_n_steps=100)
+    run.start(callback)
+    # Layer 0 even, layer 1 all to one expert; of 8 picks 6 and 2 are live.
+    load_LE = torch.tensor([[2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0]])
+    run.module.routing_health.update(load_LE, torch.tensor([6.0, 2.0]), 8)
+    run.step(callback)
+    assert run.steps_logged == []
+    run.step(callback, round_end=True)
+    assert run.steps_logged == [2]
+    values = run.logger.lines[0][1]
+    assert values["routing/ghost_fraction/layer_00"] == pytest.approx(0.25)
+    assert values["routing/ghost_fraction/layer_01"] == pytest.approx(0.75)
+    assert values["routing/ghost_fraction/mean"] == pytest.approx(0.5)
+    assert values["routing/load_entropy/mean"] == pytest.approx(0.5)
+    assert values["routing/max_violation/layer_01"] == pytest.approx(3)
+    statistics = ("load_entropy", "load_cv", "max_violation", "starved_experts", "ghost_fraction")
+    assert set(values) == {f"routing/{s}/{of}" for s in statistics for of in ("mean", "layer_00", "layer_01")}
+    assert float(run.module.routing_health.picks) == 0
+    # The same keys where nothing was routed.
+    run.module.routing_health.update(torch.zeros(2, 4), torch.zeros(2), 0)
+    run.step(callback, round_end=True)
+    assert set(run.logger.lines[1][1]) == set(values)
+
+
+def test_without_rounds_the_interval_counts_optimizer_steps(run: Run) -> None:
+    callback = CommunicationMonitor(every_n_steps=2)
+    run.start(callback)
+    for micro_batch in range(1, 9):
+        run.step(callback, stepped=micro_batch % 2 == 0)  # two micro-batches a step
+    assert run.steps_logged == [2, 4]
+
+
+def test_rounds_replace_the_interval(run: Run) -> None:
+    callback = CommunicationMonitor(every_n_steps=1)
+    run.trainer.global_step = 6
+    run.strategy.rounds_done = 3  # resumed
+    run.start(callback)
+    for step in range(1, 7):
+        run.step(callback, round_end=step % 2 == 0)
+    assert run.steps_logged == [8, 10, 12]
+
+
+def test_communication_by_hand(run: Run) -> None:
+    ledger = run.strategy.ledger
+    ledger.send("control", 7 * MIB)  # before training: in the totals, not in the first round nor in bytes per token
+    callback = CommunicationMonitor()
+    run.start(callback)
+    ledger.all_reduce("dense", 8 * MIB, 4)  # ring of 4: 1.5 x 8 = 12
+    ledger.all_reduce("expert", 4 * MIB, 2)  # ring of 2: 4
+    run.strategy.sync_seconds = 0.5
+    run.step(callback, round_end=True)
+    ledger.all_reduce("dense", 8 * MIB, 4)
+    ledger.send("evaluation", 3 * MIB)
+    run.step(callback, round_end=True)
+    first, second = (values for _, values in run.logger.lines)
+    assert first["comm/payload(MiB)/dense"] == 8
+    assert first["comm/wire(MiB)/dense"] == 12
+    assert first["comm/wire(MiB)/expert"] == 4
+    assert first["comm/wire(MiB)/total"] == 7 + 16
+    assert first["comm/round_wire(MiB)/total"] == 16
+    assert first["comm/sync(s)"] == 0.5
+    assert first["comm/wire_per_token(B)"] == pytest.approx(16 * MIB / 100)
+    assert first["round/train_loss"] == 2.5
+    assert second["comm/payload(MiB)/total"] == 7 + 8 + 4 + 8 + 3
+    assert second["comm/round_wire(MiB)/dense"] == 12
+    assert second["comm/round_wire(MiB)/expert"] == 0
+    assert second["comm/round_wire(MiB)/total"] == 15
+    assert second["comm/wire_per_token(B)"] == pytest.approx(31 * MIB / 200)
+    groups = ("payload", "wire", "round_wire")
+    bytes_keys = {f"comm/{group}(MiB)/{kind}" for group in groups for kind in (*KINDS, "total")}
+    others = {"comm/sync(s)", "comm/wire_per_token(B)", "round/train_loss"}
+    assert set(first) == set(second) == bytes_keys | others
+
+
+def timed_steps(run: Run, callback: Any, clock: SimpleNamespace) -> None:
+    """Four steps of 2 s and 100 tokens, 1 s of synchronisation in the second; 50 s of validation and 30 s of saving."""
+    run.start(callback)
+    for step in range(1, 5):
+        clock.now += 2  # between batches, like waiting for data: it counts
+        if step == 2:
+            clock.now += 1
+            run.strategy.sync_seconds += 1
+        run.step(callback, round_end=step == 2)
+        if step == 2:
+            clock.now += 50
+            callback.on_validation_start(run.trainer, run.module)
+            callback.on_train_batch_start(run.trainer, run.module, None, 0)
+        if step == 3:
+            clock.now += 30
+            callback.on_save_checkpoint(run.trainer, run.module, {})
+            run.strategy.sync_seconds += 4  # nor does a gather for the checkpoint count
+            callback.on_train_batch_start(run.trainer, run.module, None, 0)
+
+
+def test_throughput_by_hand(run: Run, clock: SimpleNamespace) -> None:
+    callback = ThroughputMonitor(every_n_steps=2)
+    timed_steps(run, callback, clock)
+    assert run.steps_logged == [2, 4]
+    first, second = (values for _, values in run.logger.lines)
+    assert first["throughput/local(tokens per s)"] == pytest.approx(200 / 4)
+    assert first["throughput/with_sync(tokens per s)"] == pytest.approx(200 / 5)
+    assert first["throughput/with_sync_global(tokens per s)"] == pytest.approx(4 * 200 / 5)
+    assert second["throughput/local(tokens per s)"] == pytest.approx(200 / 4)
+    assert second["throughput/with_sync(tokens per s)"] == pytest.approx(200 / 4)
+    # A process with torch in it has at least tens of MiB and no TiB: the unit is right.
+    assert 50 < first["memory/peak(MiB)"] < 1e6
+    assert set(first) == set(second) == {
+        "throughput/local(tokens per s)", "throughput/with_sync(tokens per s)",
+        "throughput/with_sync_global(tokens per s)", "memory/peak(MiB)",
+    }  # fmt: skip
+
+
+def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
+    callback = RunReport()
+    run.strategy.ledger.all_reduce("dense", 80, 4)
+    run.strategy.ledger.send("evaluation", 5)
+    run.trainer.callback_metrics = {
+        "val/loss": torch.tensor(1.5), "val/bits_per_byte": torch.tensor(2.25),
+        "val/bits_per_byte/law": torch.tensor(math.nan), "train/loss": torch.tensor(9.0),
+    }  # fmt: skip
+    timed_steps(run, callback, clock)
+    callback.on_train_end(run.trainer, run.module)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert report.pop("peak_memory_mib") > 50
+    nothing = dict.fromkeys(KINDS, 0)
+    assert report == {
+        "strategy": "SimpleNamespace",
+        "sites": 4,
+        "steps": 4,
+        "rounds": 1,
+        "tokens": {"site": 400, "global": 1600},
+        "validation": {"val/loss": 1.5, "val/bits_per_byte": 2.25, "val/bits_per_byte/law": None},
+        "round": {"train_loss": 2.5},
+        "bytes": {
+            "payload": {**nothing, "dense": 80, "evaluation": 5, "total": 85},
+            "wire": {**nothing, "dense": 120, "evaluation": 5, "total": 125},
+        },
+        "train_seconds": pytest.approx(9),
+        "sync_seconds": pytest.approx(1),
+        "tokens_per_second": {"local": pytest.approx(400 / 8), "with_sync": pytest.approx(400 / 9)},
+        "resident_parameters": 8,
+    }
+
+
+def test_report_goes_where_it_is_told(run: Run, tmp_path: Path) -> None:
+    callback = RunReport(folder=str(tmp_path / "new" / "folder"))
+    run.start(callback)
+    run.step(callback)
+    callback.on_train_end(run.trainer, run.module)
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.json")] == [Path("new/folder/report.json")]
+
+
+@pytest.mark.parametrize(
+    "callback", [RoutingHealthLogger(1), CommunicationMonitor(1), ThroughputMonitor(1), RunReport()]
+)
+def test_other_ranks_write_nothing(run: Run, tmp_path: Path, callback: Any) -> None:
+    run.trainer.is_global_zero = False
+    run.start(callback)
+    run.module.routing_health.update(torch.ones(2, 4), torch.ones(2), 4)
+    run.step(callback, round_end=True)
+    callback.on_train_end(run.trainer, run.module)
+    assert run.logger.lines == []
+    assert list(tmp_path.iterdir()) == []
+    if isinstance(callback, RoutingHealthLogger):
+        assert float(run.module.routing_health.picks) == 0  # all ranks' sums start again together
+
+
+def test_lightnings_own_strategy_is_one_site_without_bytes(run: Run) -> None:
+    run.trainer.strategy = SimpleNamespace()
+    callback = CommunicationMonitor(every_n_steps=1)
+    run.start(callback)
+    run.step(callback)
+    assert run.logger.lines[0][1]["comm/wire(MiB)/total"] == 0
+
+
+@pytest.mark.parametrize("kind", [RoutingHealthLogger, CommunicationMonitor, ThroughputMonitor])
+def test_an_interval_below_one_is_refused(kind: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{kind.__name__}.every_n_steps = 0"):
+        kind(every_n_steps=0)
+
+
+def test_progress_bar_items(run: Run) -> None:
+    bar = FoMoEProgressBar()
+    assert bar.get_metrics(run.trainer, run.module) == {"round": 0, "sent": "0 B"}
+    run.strategy.ledger.send("dense", 3 * MIB // 2)
+    run.strategy.rounds_done = 2
+    run.trainer.callback_metrics = {"train/loss": torch.tensor(1.23456), "val/bits_per_byte": torch.tensor(2.5)}
+    shown = bar.get_metrics(run.trainer, run.module)
+    assert shown == {"loss": "1.235", "val_bits_per_byte": "2.500", "round": 2, "sent": "1.5 MiB"}
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 * 2**30, "5.0 GiB"), (2**50, "1024.0 TiB")]
+)
+def test_human_bytes(n: int, text: str) -> None:
+    assert human_bytes(n) == text
+
+
+def test_a_trainer_takes_them_all_and_the_bar_replaces_lightnings(tmp_path: Path) -> None:
+    callbacks = [RoutingHealthLogger(), CommunicationMonitor(), ThroughputMonitor(), RunReport(), FoMoEProgressBar()]
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=str(tmp_path), callbacks=list(callbacks))
+    assert trainer.progress_bar_callback is callbacks[-1]
