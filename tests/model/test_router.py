@@ -1,0 +1,168 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.losses import auxiliary_loss, balance_loss
+from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.router import Router, RoutingStats
+
+
+def make(config: ModelConfig, routing: str = "ghost", resident: tuple[int, ...] = (1, 3, 4)) -> Router:
+    router = Router(config, routing, resident)
+    torch.nn.init.normal_(router.weight)
+    return router
+
+
+def test_sigmoid_gates_are_independent(make_config: Callable[..., ModelConfig]) -> None:
+    router, x = make(make_config()), torch.randn(5, 32)
+    gates, slots, _ = router(x)
+    scores = (x @ router.weight.t()).sigmoid()
+    best, ids = scores.topk(2)
+    assert torch.allclose(gates, best)
+    assert slots.tolist() == [[{1: 0, 3: 1, 4: 2}.get(i, 3) for i in row] for row in ids.tolist()]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_softmax_is_over_all_scored(make_config: Callable[..., ModelConfig], normalize: bool) -> None:
+    router, x = make(make_config(gate="softmax", normalize_gates=normalize)), torch.randn(5, 32)
+    gates, _, _ = router(x)
+    best = (x @ router.weight.t()).softmax(-1).topk(2).values
+    assert torch.allclose(gates, best / best.sum(-1, keepdim=True) if normalize else best)
+
+
+def test_ghosts_count_in_normalized_gates(make_config: Callable[..., ModelConfig]) -> None:
+    config, x = make_config(normalize_gates=True), torch.randn(5, 32)
+    partial, full = make(config), make(config, resident=(0, 1, 2, 3, 4, 5))
+    full.load_state_dict(partial.state_dict())
+    assert torch.equal(partial(x)[0], full(x)[0])
+
+
+@pytest.mark.parametrize("resident", [(1, 3, 4), (2,)])
+def test_partitioned_picks_among_residents(make_config: Callable[..., ModelConfig], resident: tuple[int, ...]) -> None:
+    router, x = make(make_config(), "partitioned", resident), torch.randn(5, 32)
+    gates, slots, stats = router(x)
+    best, ids = (x @ router.weight.t()).sigmoid().topk(min(2, len(resident)))
+    assert torch.allclose(gates, best)
+    assert torch.equal(slots, ids)
+    assert stats.picks == stats.live.item() == ids.numel()
+    assert set(stats.load_E.nonzero().flatten().tolist()) <= set(resident)
+
+
+def test_statistics(make_config: Callable[..., ModelConfig]) -> None:
+    router, x = make(make_config()), torch.randn(40, 32)
+    _, slots, stats = router(x)
+    logits = x @ router.weight.t()
+    ids = logits.sigmoid().topk(2).indices
+    shares = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    assert stats.picks == 80
+    assert stats.load_E.tolist() == [(ids == e).sum().item() for e in range(6)]
+    assert stats.live.item() == sum(stats.load_E[e].item() for e in (1, 3, 4)) == (slots < 3).sum()
+    torch.testing.assert_close(stats.importance_E, shares.mean(0))
+    torch.testing.assert_close(stats.z, logits.exp().sum(-1).log().pow(2).mean())
+    entropy = -(shares * shares.log()).sum(-1).mean() / torch.tensor(6.0).log()
+    torch.testing.assert_close(stats.gate_entropy, entropy)
+    assert [t.requires_grad for t in (stats.load_E, stats.live, stats.importance_E, stats.z, stats.gate_entropy)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_one_scored_expert_has_no_entropy(make_config: Callable[..., ModelConfig]) -> None:
+    stats = make(make_config(), "partitioned", (2,))(torch.randn(5, 32))[2]
+    assert stats.gate_entropy.item() == 0
+
+
+def test_counts_do_not_follow_the_default_type(make_config: Callable[..., ModelConfig]) -> None:
+    router = make(make_config(n_experts=2, top_k=2), resident=(0, 1))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        stats = router(torch.randn(300, 32, dtype=torch.float32))[2]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    # bfloat16 counts to 256.
+    assert stats.load_E.tolist() == [300, 300]
+
+
+def stats_of(load: list[float], importance: list[float]) -> RoutingStats:
+    zero = torch.zeros(())
+    return RoutingStats(torch.tensor(load), zero, int(sum(load)), torch.tensor(importance), zero, zero)
+
+
+def test_balance_loss_values(make_config: Callable[..., ModelConfig]) -> None:
+    uniform, collapsed = stats_of([5, 5, 5, 5], [0.25] * 4), stats_of([20, 0, 0, 0], [1, 0, 0, 0])
+    assert balance_loss(uniform, 4).item() == pytest.approx(1)
+    assert balance_loss(collapsed, 4).item() == pytest.approx(4)
+    # Two residents of four, uniform among themselves: the denominator is the residents.
+    assert balance_loss(stats_of([10, 0, 10, 0], [0.5, 0, 0.5, 0]), 2).item() == pytest.approx(1)
+    config = make_config(n_experts=4, aux_loss_weight=0.5)
+    total = auxiliary_loss([uniform, collapsed], config, Residency.full(config))
+    assert total.balance.item() == pytest.approx(2.5)
+    assert total.total.item() == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize(("balance", "weight"), [("aux_loss", 0.01), ("bias", 0.0), ("none", 0.0)])
+def test_auxiliary_weights(make_config: Callable[..., ModelConfig], balance: str, weight: float) -> None:
+    config = make_config(balance=balance, z_loss_weight=0.1)
+    router = make(config)
+    stats = [router(torch.randn(9, 32))[2] for _ in range(2)]
+    aux = auxiliary_loss(stats, config, Residency("ghost", ((1, 3, 4),) * 2))
+    torch.testing.assert_close(aux.total, weight * aux.balance + 0.1 * aux.z)
+    aux.total.backward()
+    assert router.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("routing", ["ghost", "partitioned"])
+def test_bias_update_is_a_sign_step(make_config: Callable[..., ModelConfig], routing: str) -> None:
+    router = make(make_config(balance="bias"), routing)
+    router.update_balance_bias(torch.tensor([9.0, 1, 0, 2, 3, 3]), 0.5)
+    # Mean 3 over all; mean 2 over residents 1, 3, 4.
+    expected = [-0.5, 0.5, 0.5, 0.5, 0, 0] if routing == "ghost" else [0.5, 0, -0.5]
+    assert router.balance_bias.tolist() == expected
+
+
+def test_bias_chooses_and_leaves_the_gate(make_config: Callable[..., ModelConfig]) -> None:
+    router, x = make(make_config(balance="bias", top_k=1), resident=(0, 1, 2, 3, 4, 5)), torch.randn(5, 32)
+    router.balance_bias[2] = 10
+    gates, slots, _ = router(x)
+    assert (slots == 2).all()
+    torch.testing.assert_close(gates[:, 0], (x @ router.weight[2]).sigmoid())
+
+
+def test_bias_balances_a_skewed_router(make_config: Callable[..., ModelConfig]) -> None:
+    router = make(make_config(balance="bias"), resident=(0, 1, 2, 3, 4, 5))
+    x = torch.randn(512, 32) + 0.3
+    with torch.no_grad():
+        router.weight.mul_(0.1)
+        router.weight[0] += 0.1
+
+    def worst() -> float:
+        load_E = router(x)[2].load_E
+        return (load_E.max() / load_E.mean()).item()
+
+    before = worst()
+    for _ in range(300):
+        router.update_balance_bias(router(x)[2].load_E, 0.005)
+    assert before > 1.5
+    assert worst() < 1.15
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16), lambda m: m.half()])
+def test_bias_stays_float32(make_config: Callable[..., ModelConfig], cast: Callable) -> None:
+    router = make(make_config(balance="bias"))
+    router.balance_bias.fill_(1 + 2**-20)
+    router = cast(torch.nn.Sequential(router))[0]
+    assert router.weight.dtype != torch.float32
+    assert router.balance_bias.dtype == torch.float32
+    assert router.balance_bias[0].item() == 1 + 2**-20
+    router.update_balance_bias(torch.arange(6.0), 2**-20)
+    assert router.balance_bias[0].item() == 1 + 2**-19
+
+
+def test_only_weight_and_bias_are_saved(make_config: Callable[..., ModelConfig]) -> None:
+    assert set(make(make_config(balance="bias")).state_dict()) == {"weight", "balance_bias"}
+    assert set(make(make_config()).state_dict()) == {"weight"}
