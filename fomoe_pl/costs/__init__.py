@@ -1,0 +1,1 @@
+"""The system model: bytes, FLOPs, memory and wall-clock from the configuration alone."""

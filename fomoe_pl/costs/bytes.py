@@ -1,0 +1,163 @@
+"""Bytes that one site sends in a run, from the configuration alone (FoMoE, arXiv 2606.19025, cost model).
+
+Equal to the byte to the ledger that a run keeps, for the kinds dense, expert, moments, migration and evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.federation.placement import Placement, PlacementKind, gather_layer, migration, place
+from fomoe_pl.federation.schedule import RoundSchedule
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Routing
+from fomoe_pl.model.sizes import dense_parameters, expert_parameters
+
+if TYPE_CHECKING:  # these modules speak to other processes, of which a calculation needs none
+    from fomoe_pl.federation.outer import OuterRule
+    from fomoe_pl.federation.rounds import InnerMoments
+    from fomoe_pl.federation.wire import WireDtype
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+ADAMW_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class SynchronizedSizes:
+    """Numbers of elements that sites agree on.
+
+    Attributes:
+        dense: trained parameters that every site holds.
+        dense_buffers: elements of buffers that every site holds (balance biases in ghost mode).
+        expert: trained parameters of one expert of one layer, in partitioned mode with its router row.
+        expert_buffers: buffer elements of one expert of one layer (its balance bias in partitioned mode).
+    """
+
+    dense: int
+    dense_buffers: int
+    expert: int
+    expert_buffers: int
+
+    @classmethod
+    def of(cls, architecture: ModelConfig, routing: Routing) -> SynchronizedSizes:
+        """Count them for an architecture and a routing mode."""
+        partitioned = routing == "partitioned"
+        biased = architecture.balance == "bias"
+        return cls(
+            dense=dense_parameters(architecture, routing),
+            dense_buffers=architecture.n_layers * architecture.n_experts if biased and not partitioned else 0,
+            expert=expert_parameters(architecture) + (architecture.d_model if partitioned else 0),
+            expert_buffers=1 if biased and partitioned else 0,
+        )
+
+
+def predict_bytes(
+    architecture: ModelConfig,
+    *,
+    n_sites: int,
+    overlap: int,
+    site: int,
+    steps: int,
+    local_steps: int | dict[int, int],
+    outer: OuterRule,
+    inner_moments: InnerMoments = "keep",
+    routing: Routing = "ghost",
+    placement: PlacementKind = "fixed",
+    reshuffle_rounds: int = 1,
+    placement_seed: int = 0,
+    wire_dtype: WireDtype = "float32",
+    validations: Sequence[int] = (),
+    evaluation_windows: int = 1,
+    metric_bytes: int = 0,
+    param_dtype: WireDtype = "float32",
+) -> Ledger:
+    """Predict the ledger of one site for an uninterrupted run with AdamW as inner optimizer.
+
+    Args:
+        architecture: the model.
+        n_sites: number of sites M.
+        overlap: sites that hold each expert, 1..M.
+        site: the site whose bytes are predicted, 0..M-1.
+        steps: optimizer steps of the run.
+        local_steps: K, or a schedule {first step: K}.
+        outer: outer rule; with momentum, migrating experts carry it along.
+        inner_moments: `average` sends both of AdamW's moments as well.
+        routing: in partitioned mode router rows and balance biases travel with their experts.
+        placement: `fixed`, or `random`.
+        reshuffle_rounds: T, rounds between two random placements; 0 for never. Ignored by `fixed`.
+        placement_seed: seed of the random placement.
+        wire_dtype: dtype of averaged values on the wire.
+        validations: for each validation of the global model the number of optimizer steps taken before it; 0 for the
+            sanity check. One at the end of a round comes after that round's migration.
+        evaluation_windows: windows of batches in a validation; each gathers every layer once.
+        metric_bytes: bytes of the vector of metrics that a validation sums over the sites.
+        param_dtype: dtype of the parameters, in which a validation gathers experts (buffers are float32).
+
+    Returns:
+        A ledger with payload and wire bytes of the kinds dense, expert, moments, migration and evaluation. Its number
+        of calls counts one for each average or exchange, whatever the buckets.
+
+    Raises:
+        ConfigError: if sizes or the schedule do not fit.
+    """
+    schedule = RoundSchedule.parse(local_steps)
+    sizes = SynchronizedSizes.of(architecture, routing)
+    ledger = Ledger()
+
+    def placed(redraws: int) -> Placement:
+        return place(placement, n_layers=architecture.n_layers, n_experts=architecture.n_experts, n_sites=n_sites,
+                     overlap=overlap, seed=placement_seed, epoch=redraws)  # fmt: skip
+
+    current, rounds = placed(0), 0
+    for step in range(steps + 1):
+        if step and schedule.is_round_end(step, steps):
+            rounds += 1
+            _averages(ledger, current, site, sizes, ITEMSIZE[wire_dtype], with_moments=inner_moments == "average")
+            if placement == "random" and reshuffle_rounds and rounds % reshuffle_rounds == 0 and step < steps:
+                new = placed(rounds // reshuffle_rounds)
+                _migration(ledger, current, new, site, sizes, with_momentum=outer.has_momentum)
+                current = new
+        for _ in range(list(validations).count(step)):
+            for _ in range(evaluation_windows):
+                _evaluation(ledger, current, site, sizes, ITEMSIZE[param_dtype])
+            if n_sites > 1 and metric_bytes:
+                ledger.all_reduce("evaluation", metric_bytes, n_sites)
+    return ledger
+
+
+def _averages(
+    ledger: Ledger, placement: Placement, site: int, sizes: SynchronizedSizes, itemsize: int, *, with_moments: bool
+) -> None:
+    """One round: dense tensors over all sites, each expert over its holders; nothing crosses in a group of one."""
+    held: list[tuple[tuple[int, ...], Kind, int, int]] = [
+        (tuple(range(placement.n_sites)), "dense", sizes.dense, sizes.dense_buffers)
+    ]
+    for sites in placement.holder_sets():
+        if site in sites:
+            n = len(placement.experts_of(sites))
+            held.append((sites, "expert", n * sizes.expert, n * sizes.expert_buffers))
+    for sites, kind, trained, buffers in held:
+        if len(sites) > 1:
+            ledger.all_reduce(kind, (trained + buffers) * itemsize, len(sites))
+            if with_moments:
+                ledger.all_reduce("moments", ADAMW_MOMENTS * trained * itemsize, len(sites))
+
+
+def _migration(
+    ledger: Ledger, old: Placement, new: Placement, site: int, sizes: SynchronizedSizes, *, with_momentum: bool
+) -> None:
+    """Anchors, and outer momentum of what is trained, of the experts that this site gives away; float32."""
+    given = sum(transfer.giver == site for transfer in migration(old, new))
+    elements = sizes.expert + sizes.expert_buffers + (sizes.expert if with_momentum else 0)
+    ledger.send("migration", given * elements * ITEMSIZE["float32"])
+
+
+def _evaluation(ledger: Ledger, placement: Placement, site: int, sizes: SynchronizedSizes, itemsize: int) -> None:
+    """Every layer's experts go from their holders to the sites that lack them."""
+    given = sum(
+        transfer.giver == site for layer in range(len(placement.holders)) for transfer in gather_layer(placement, layer)
+    )
+    ledger.send("evaluation", given * (sizes.expert * itemsize + sizes.expert_buffers * ITEMSIZE["float32"]))

@@ -1,0 +1,145 @@
+"""Bytes predicted from the configuration are those that real processes count, to the byte."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fomoe_pl.costs.bytes import SynchronizedSizes, predict_bytes
+from fomoe_pl.federation.inner import RowAdamW
+from fomoe_pl.federation.layout import ParameterLayout
+from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.placement import all_arcs, place
+from fomoe_pl.federation.rounds import Federation
+from fomoe_pl.federation.schedule import RoundSchedule
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.federation.wire import Wire
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.transformer import Transformer
+from tests.distributed import run_distributed
+
+KINDS: tuple[Kind, ...] = ("dense", "expert", "moments", "migration", "evaluation")
+# Odd sizes, so that rounding in the ring formula would show.
+ARCHITECTURE = ModelConfig(
+    vocab_size=37, d_model=12, n_layers=2, n_heads=2, n_experts=6, top_k=2, d_expert=5, n_shared_experts=1
+)
+SWIGLU = replace(ARCHITECTURE, expert="swiglu", qk_norm="full", tie_embeddings=False, balance="bias")
+NESTEROV, AVERAGE = OuterRule("nesterov", 0.7, 0.9), OuterRule()
+M = 3
+CASES: list[tuple[ModelConfig, dict[str, Any]]] = [
+    (ARCHITECTURE, {"overlap": 1, "outer": AVERAGE, "validations": [0, 8]}),
+    (ARCHITECTURE, {"overlap": 2, "outer": NESTEROV, "inner_moments": "average"}),
+    (ARCHITECTURE, {"overlap": 3, "outer": NESTEROV, "wire_dtype": "bfloat16", "validations": [4]}),
+    (SWIGLU, {"overlap": 2, "outer": NESTEROV, "placement": "random", "validations": [0, 3, 4, 7, 8, 11]}),
+    (SWIGLU, {"overlap": 1, "outer": AVERAGE, "placement": "random", "routing": "partitioned", "validations": [4],
+              "evaluation_windows": 3, "metric_bytes": 88}),
+    (SWIGLU, {"overlap": 2, "outer": NESTEROV, "placement": "random", "routing": "partitioned", "placement_seed": 3,
+              "inner_moments": "average", "reshuffle_rounds": 2, "local_steps": {0: 1, 4: 2}}),
+    (SWIGLU, {"overlap": 2, "outer": AVERAGE, "routing": "partitioned", "param_dtype": "bfloat16",
+              "validations": [4, 11], "wire_dtype": "bfloat16"}),
+    (ARCHITECTURE, {"overlap": 2, "outer": AVERAGE, "placement": "random", "reshuffle_rounds": 0}),
+]  # fmt: skip
+IDS = [f"{i}-overlap{case['overlap']}" for i, (_, case) in enumerate(CASES)]
+
+
+def _count(
+    rank: int, architecture: ModelConfig, *, overlap: int, outer: OuterRule, inner_moments: Any = "keep",
+    routing: Any = "ghost", placement: Any = "fixed", reshuffle_rounds: int = 1, placement_seed: int = 0,
+    wire_dtype: Any = "float32", validations: Any = (), evaluation_windows: int = 1, metric_bytes: int = 0,
+    param_dtype: str = "float32", local_steps: Any = 4, steps: int = 11,
+) -> Ledger:  # fmt: skip
+    """The ledger of a run on real processes, with gradients of ones instead of training."""
+
+    def placed(redraws: int) -> Any:
+        return place(placement, n_layers=architecture.n_layers, n_experts=architecture.n_experts, n_sites=M,
+                     overlap=overlap, seed=placement_seed, epoch=redraws)  # fmt: skip
+
+    model = Transformer(architecture, Residency(routing, placed(0).residents(rank)))
+    model.to(getattr(torch, param_dtype))
+    layout = ParameterLayout.of(model, model.expert_tensors())
+    arcs = all_arcs(architecture.n_experts, architecture.n_layers, M, overlap)
+    wire = Wire(Topology(M, 1, rank), arcs, Ledger(), device=torch.device("cpu"), dtype=wire_dtype, bucket_bytes=2000)
+    federation = Federation(layout, placed(0), wire, outer=outer, inner_moments=inner_moments)
+    optimizer = RowAdamW(model.parameters(), lr=0.01)
+    schedule, rounds = RoundSchedule.parse(local_steps), 0
+    for step in range(steps + 1):
+        if step:
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        if step and schedule.is_round_end(step, steps):
+            rounds += 1
+            federation.synchronize(optimizer)
+            if placement == "random" and reshuffle_rounds and rounds % reshuffle_rounds == 0 and step != steps:
+                federation.migrate(placed(rounds // reshuffle_rounds), optimizer)
+        if step in validations:
+            for _ in range(evaluation_windows):
+                for layer in range(architecture.n_layers):
+                    federation.gather(layer)
+            if metric_bytes:
+                wire.sum("evaluation", torch.zeros(metric_bytes // 8, dtype=torch.float64))
+    return wire.ledger
+
+
+def _count_all(rank: int) -> list[Ledger]:
+    return [_count(rank, architecture, **case) for architecture, case in CASES]
+
+
+@pytest.fixture(scope="module")
+def counted() -> list[list[Ledger]]:
+    return run_distributed(_count_all, M)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=IDS)
+def test_predicted_bytes_equal_counted_bytes(counted: list[list[Ledger]], index: int) -> None:
+    architecture, case = CASES[index]
+    for site in range(M):
+        ledger = counted[site][index]
+        predicted = predict_bytes(architecture, n_sites=M, site=site, **{"steps": 11, "local_steps": 4} | case)
+        for kind in KINDS:
+            assert (kind, predicted.payload(kind)) == (kind, ledger.payload(kind))
+            assert (kind, predicted.wire(kind)) == (kind, ledger.wire(kind))
+
+
+def test_the_cases_count_every_kind(counted: list[list[Ledger]]) -> None:
+    for kind in KINDS:
+        assert sum(ledger.payload(kind) > 0 for ledger in counted[0]) >= 2
+
+
+@pytest.mark.parametrize("routing", ["ghost", "partitioned"])
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, SWIGLU])
+def test_synchronized_sizes_are_those_of_the_built_model(architecture: ModelConfig, routing: Any) -> None:
+    ids = (0, 2, 5)
+    model = Transformer(architecture, Residency(routing, (ids,) * architecture.n_layers))
+    layout = ParameterLayout.of(model, model.expert_tensors())
+    sizes = SynchronizedSizes.of(architecture, routing)
+
+    def elements(names: list[str], *, trained: bool) -> int:
+        return sum(layout.tensors[n].numel() for n in names if (n in layout.trained) == trained)
+
+    assert (sizes.dense, sizes.dense_buffers) == tuple(elements(layout.dense, trained=t) for t in (True, False))
+    per_layer = tuple(elements(layout.sparse(1), trained=t) for t in (True, False))
+    assert (sizes.expert * len(ids), sizes.expert_buffers * len(ids)) == per_layer
+
+
+def test_round_bytes_are_the_papers_formula() -> None:
+    """FoMoE's bytes of a site and round: 2(M-1)/M x dense + 2(O-1)/O x resident experts, fixed placement."""
+    architecture = ModelConfig(vocab_size=64, d_model=32, n_layers=3, n_heads=2, n_experts=8, top_k=2, d_expert=16)
+    sizes = SynchronizedSizes.of(architecture, "ghost")
+    for overlap in (1, 2, 4, 8):
+        ledger = predict_bytes(
+            architecture, n_sites=8, overlap=overlap, site=5, steps=64, local_steps=32, outer=OuterRule()
+        )
+        resident = 3 * 8 * overlap // 8 * sizes.expert * 4
+        assert ledger.total_wire == 2 * (2 * 7 * sizes.dense * 4 // 8 + 2 * (overlap - 1) * resident // overlap)
+
+
+def test_one_site_sends_nothing() -> None:
+    ledger = predict_bytes(
+        ARCHITECTURE, n_sites=1, overlap=1, site=0, steps=9, local_steps=2, outer=NESTEROV, placement="random",
+        inner_moments="average", validations=[0, 9], metric_bytes=80,
+    )  # fmt: skip
+    assert ledger.total_payload == 0
