@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+ROW_COUNTERS = ("step", "warmup")
+
 
 class RowAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` with row-wise replacement of stacked expert parameters.
@@ -55,6 +57,16 @@ class RowAdamW(torch.optim.AdamW):
             moved = torch.full_like(value, fresh)
             moved[kept.to(value.device)] = value[old.to(value.device)]
             state[name] = moved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for AdamW; the row counters stay float32 on the CPU, where torch would cast them like moments."""
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            saved = state_dict["state"].get(i, {})
+            if "warmup" in saved:
+                self.state[p] |= {name: saved[name].to("cpu", torch.float32, copy=True) for name in ROW_COUNTERS}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -111,6 +123,6 @@ class RowAdamW(torch.optim.AdamW):
 
 
 def moments(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
-    """The moment buffers of a parameter: every state tensor of its shape, in a fixed order (empty before a step)."""
+    """The moment buffers of a parameter: its state but the counters, in a fixed order (empty before a step)."""
     state = optimizer.state[param] if param in optimizer.state else {}
-    return [value for _, value in sorted(state.items()) if isinstance(value, Tensor) and value.shape == param.shape]
+    return [value for name, value in sorted(state.items()) if isinstance(value, Tensor) and name not in ROW_COUNTERS]

@@ -1,0 +1,166 @@
+"""RowAdamW: torch's AdamW where nothing was replaced, a fresh AdamW for each replaced row."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fomoe_pl.federation.inner import RowAdamW, moments
+
+OPTIONS: dict[str, Any] = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def start(rows: int = 4) -> Tensor:
+    return torch.randn(rows, 3, 2, generator=torch.Generator().manual_seed(1))
+
+
+def grad(step: int, rows: int = 4) -> Tensor:
+    return torch.randn(rows, 3, 2, generator=torch.Generator().manual_seed(100 + step))
+
+
+def steps(optimizer: torch.optim.Optimizer, param: Tensor, first: int, last: int, rows: Any = slice(None)) -> None:
+    for step in range(first, last):
+        param.grad = grad(step)[rows].clone()
+        optimizer.step()
+
+
+def test_without_replacement_it_is_torchs_adamw_to_the_bit() -> None:
+    params = [start().requires_grad_() for _ in range(2)]
+    for param, optimizer in zip(
+        params, (RowAdamW([params[0]], row_warmup_steps=5, **OPTIONS), torch.optim.AdamW([params[1]], **OPTIONS)),
+        strict=True,
+    ):  # fmt: skip
+        steps(optimizer, param, 0, 6)
+    assert torch.equal(params[0], params[1])
+
+
+def test_the_identity_is_no_replacement() -> None:
+    param = start().requires_grad_()
+    optimizer = RowAdamW([param], row_warmup_steps=5, **OPTIONS)
+    steps(optimizer, param, 0, 2)
+    optimizer.replace_rows(param, [0, 1, 2, 3])
+    assert optimizer.state[param]["step"].dim() == 0
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_replaced_rows_start_fresh_and_the_others_go_on(warmup: int) -> None:
+    param = start().requires_grad_()
+    optimizer = RowAdamW([param], row_warmup_steps=warmup, **OPTIONS)
+    reference = start().requires_grad_()
+    undisturbed = torch.optim.AdamW([reference], **OPTIONS)
+    steps(optimizer, param, 0, 3)
+    steps(undisturbed, reference, 0, 3)
+    optimizer.replace_rows(param, [0, None, 2, None])
+    received = start()[[1, 3]] + 1.0
+    with torch.no_grad():
+        param[[1, 3]] = received
+    fresh = received.clone().requires_grad_()
+    warmed = torch.optim.AdamW([fresh], **OPTIONS)
+    for step in range(3, 10):
+        warmed.param_groups[0]["lr"] = OPTIONS["lr"] * (min(1.0, (step - 2) / warmup) if warmup else 1.0)
+        steps(warmed, fresh, step, step + 1, [1, 3])
+        steps(undisturbed, reference, step, step + 1)
+        steps(optimizer, param, step, step + 1)
+        torch.testing.assert_close(param[[0, 2]], reference[[0, 2]], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(param[[1, 3]], fresh, rtol=1e-6, atol=1e-7)
+    assert optimizer.state[param]["step"].tolist() == [10, 7, 10, 7]
+    assert optimizer.state[param]["warmup"].tolist() == [0, 0, 0, 0]
+
+
+def test_kept_rows_may_change_places() -> None:
+    param = start().requires_grad_()
+    optimizer = RowAdamW([param], **OPTIONS)
+    steps(optimizer, param, 0, 3)
+    before = deepcopy(optimizer.state[param])
+    optimizer.replace_rows(param, [2, None, 0, 1])
+    state = optimizer.state[param]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(state[name][[0, 2, 3]], before[name][[2, 0, 1]])
+        assert not state[name][1].any()
+    optimizer.replace_rows(param, [2, 1, 0, None])
+    assert state["step"].tolist() == [3, 0, 3, 0]
+    assert torch.equal(state["exp_avg"][[0, 2]], before["exp_avg"][[0, 2]])
+
+
+def test_other_parameters_and_learning_rate_groups_are_left_alone() -> None:
+    params = [start().requires_grad_() for _ in range(4)]
+    own = RowAdamW([{"params": [params[0]]}, {"params": [params[1]], "lr": 0.5, "eps": 0.1}], **OPTIONS)
+    stock = torch.optim.AdamW([{"params": [params[2]]}, {"params": [params[3]], "lr": 0.5, "eps": 0.1}], **OPTIONS)
+    for step in range(6):
+        if step == 3:
+            own.replace_rows(params[0], [None, 1, 2, 3])
+        for p in params:
+            p.grad = grad(step)
+        own.step()
+        stock.step()
+    assert torch.equal(params[1], params[3])
+    assert torch.equal(params[0][1:], params[2][1:])
+    assert not torch.equal(params[0][0], params[2][0])
+
+
+def test_a_parameter_that_took_no_step_yet_has_nothing_to_replace() -> None:
+    param = start().requires_grad_()
+    optimizer = RowAdamW([param], **OPTIONS)
+    optimizer.replace_rows(param, [None, 1, 2, 3])
+    assert not optimizer.state[param]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_in_mid_warmup_survives_a_checkpoint(dtype: torch.dtype) -> None:
+    warmup = 300  # more than bfloat16 can count
+    param = start().to(dtype).requires_grad_()
+    optimizer = RowAdamW([param], row_warmup_steps=warmup, **OPTIONS)
+
+    def go(opt: torch.optim.Optimizer, p: Tensor, first: int, last: int) -> None:
+        for step in range(first, last):
+            p.grad = grad(step).to(dtype)
+            opt.step()
+
+    go(optimizer, param, 0, 3)
+    optimizer.replace_rows(param, [0, None, 2, None])
+    go(optimizer, param, 3, 6)
+    copy = param.detach().clone().requires_grad_()
+    resumed = RowAdamW([copy], row_warmup_steps=warmup, **OPTIONS)
+    resumed.load_state_dict(deepcopy(optimizer.state_dict()))
+    assert resumed.state[copy]["warmup"].tolist() == [0, 297, 0, 297]
+    go(optimizer, param, 6, 9)
+    go(resumed, copy, 6, 9)
+    assert torch.equal(param, copy)
+
+
+def test_closure_and_missing_gradients() -> None:
+    param, idle = start().requires_grad_(), start().requires_grad_()
+    optimizer = RowAdamW([param, idle], **OPTIONS)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    optimizer.replace_rows(param, [None, 1, 2, 3])
+    assert optimizer.step(closure) < first
+    assert param.grad is not None
+    assert torch.equal(idle, start())
+
+
+def test_moments_are_adamws_two_and_never_the_row_counters() -> None:
+    flat = torch.zeros(4, requires_grad=True)  # one number for each row: its counters have the same shape
+    optimizer = RowAdamW([flat], **OPTIONS)
+    assert moments(optimizer, flat) == []
+    flat.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.replace_rows(flat, [None, 1, 2, 3])
+    state = optimizer.state[flat]
+    found = moments(optimizer, flat)
+    assert [m.data_ptr() for m in found] == [state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr()]
+
+
+def test_sgd_without_momentum_has_no_moments() -> None:
+    param = start().requires_grad_()
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    steps(optimizer, param, 0, 1)
+    assert moments(optimizer, param) == []
