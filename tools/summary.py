@@ -1,4 +1,8 @@
-"""Compare runs: `python tools/summary.py runs/quickstart runs/ddp --markdown`."""
+"""Compare runs: `python tools/summary.py runs/quickstart runs/ddp --markdown`.
+
+Quality is that of the global model; everything else is site 0's. "Sent" is what left the site (wire bytes) for
+training, and apart from it for evaluation and checkpoints; "local" speed excludes synchronisation.
+"""
 
 import argparse
 import json
@@ -6,23 +10,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from fomoe_pl.callbacks.report import REPORT_NAME
 
 MIB = 2**20
+# Short words: a terminal of 80 columns holds them, broken over lines, and no number is cut.
 COLUMNS = (
     "run",
     "sites",
     "steps",
-    "bits per byte",
-    "sent a site, training (MiB)",
-    "sent a site, evaluation (MiB)",
-    "tokens/s a site",
-    "tokens/s a site, without sync",
-    "resident parameters",
-    "peak memory (MiB)",
+    "bits / byte",
+    "MiB sent",
+    "MiB sent for eval",
+    "tokens / s",
+    "tokens / s local",
+    "resident params",
+    "peak MiB",
 )
 # What a run sends beside training: it depends on how often one validates and saves, not on the strategy alone.
 NOT_TRAINING = ("evaluation", "checkpoint")
@@ -96,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.markdown:
         print(markdown(rows))
     else:
-        table = Table()
+        table = Table(box=box.SIMPLE, padding=0, pad_edge=False)
         for index, column in enumerate(COLUMNS):
             table.add_column(column, justify="right" if index else "left")
         for cells in rows:

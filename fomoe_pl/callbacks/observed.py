@@ -72,9 +72,10 @@ def observed_module(pl_module: LightningModule) -> ObservedModule:
 
 
 def log(trainer: Trainer, values: dict[str, float]) -> None:
-    """Write values to all loggers at the number of optimizer steps taken; writes nothing on other ranks than zero."""
+    """Write values to all loggers at the optimizer step that has just ended; loggers of other ranks ignore them."""
     for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step)
+        # Lightning counts steps from 0 in its own curves: the same place on the axis for the same step.
+        logger.log_metrics(values, step=trainer.global_step - 1)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -67,7 +67,8 @@ class Run:
 
     @property
     def steps_logged(self) -> list[int]:
-        return [step for step, _ in self.logger.lines]
+        """Optimizer steps taken at each entry; loggers count them from 0."""
+        return [step + 1 for step, _ in self.logger.lines]
 
 
 @pytest.fixture

@@ -38,18 +38,19 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [write(tmp_path / "fomoe", 2.3456), write(tmp_path / "ddp", None)]
     SUMMARY["main"]([*map(str, runs), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| run | sites | steps | bits per byte |")
+    assert lines[0].startswith("| run | sites | steps | bits / byte | MiB sent | MiB sent for eval |")
     assert lines[1] == "| --- |" + " ---: |" * 9
     assert lines[2] == "| fomoe | 4 | 240 | 2.346 | 3.0 | 1.5 | 4,000 | 5,000 | 1,234,567 | 512 |"
     assert lines[3].startswith("| ddp | 4 | 240 | - |")
 
 
 def test_table_has_a_row_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     SUMMARY["main"]([str(write(tmp_path / "fomoe", 2.3456)), str(write(tmp_path / "ddp", 1.9))])
     out = capsys.readouterr().out
     assert "2.346" in out
     assert "1.900" in out
+    assert "1,234,567" in out  # whole, in an ordinary terminal
 
 
 def test_the_newest_report_of_a_run_counts(tmp_path: Path) -> None:
