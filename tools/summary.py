@@ -17,7 +17,7 @@ from rich.table import Table
 from fomoe_pl.callbacks.report import REPORT_NAME
 
 MIB = 2**20
-# Short words: a terminal of 80 columns holds them, broken over lines, and no number is cut.
+# Short words: a terminal of 80 columns holds them broken between words, and no number is cut.
 COLUMNS = (
     "run",
     "sites",
@@ -104,7 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         table = Table(box=box.SIMPLE, padding=0, pad_edge=False)
         for index, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if index else "left")
+            # A heading is broken between words in any case, so that the width is left to the numbers.
+            heading = column.replace(" / ", "/").replace(" ", "\n")
+            table.add_column(heading, justify="right" if index else "left", no_wrap=True)
         for cells in rows:
             table.add_row(*cells)
         Console().print(table)
