@@ -124,5 +124,5 @@ class RowAdamW(torch.optim.AdamW):
 
 def moments(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
     """The moment buffers of a parameter: its state but the counters, in a fixed order (empty before a step)."""
-    state = optimizer.state[param] if param in optimizer.state else {}
+    state = optimizer.state.get(param, {})
     return [value for name, value in sorted(state.items()) if isinstance(value, Tensor) and name not in ROW_COUNTERS]

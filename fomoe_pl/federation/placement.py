@@ -9,6 +9,7 @@ E * overlap.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,14 +37,15 @@ def check_placement(n_experts: int, n_sites: int, overlap: int) -> None:
                           f"choose one of {valid_overlaps(n_experts, n_sites)}")  # fmt: skip
     if n_experts * overlap % n_sites:
         valid = valid_overlaps(n_experts, n_sites)
-        experts = [e for e in range(1, 4 * n_experts) if e * overlap % n_sites == 0 and e * overlap >= n_sites]
-        near = sorted(sorted(experts, key=lambda e: abs(e - n_experts))[:4])
+        unit = n_sites // math.gcd(overlap, n_sites)
+        below = n_experts // unit * unit
+        near = [e for e in (below, below + unit) if e]
         raise ConfigError(
             key,
             overlap,
             f"{n_experts} experts x overlap {overlap} must be divisible by {n_sites} sites, "
             "so that every site holds equally many",
-            f"with {n_experts} experts choose overlap from {valid}, or with this overlap set n_experts to one of {near}",
+            f"with {n_experts} experts choose overlap from {valid}, or set n_experts to one of {near}",
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -96,10 +97,8 @@ class Federation:
         """
         for kind, sites, pieces in self._groups():
             numels = [piece.of(self.anchors[piece.name]).numel() for piece in pieces]
-            self.wire.average(
-                kind, sites, numels, lambda i, p=pieces: self._pseudo_gradient(p[i]),
-                lambda i, mean, p=pieces, k=kind: self._outer_step(p[i], mean, is_expert=k == "expert"),
-            )  # fmt: skip
+            read, write = partial(self._pseudo_gradient, pieces), partial(self._outer_step, kind, pieces)
+            self.wire.average(kind, sites, numels, read, write)
         if self.inner_moments == "average":
             self._average_moments(optimizer)
         elif self.inner_moments == "reset":
@@ -107,17 +106,19 @@ class Federation:
         for name, tensor in self.layout.tensors.items():
             tensor.copy_(self.anchors[name])
 
-    def _pseudo_gradient(self, piece: Piece) -> Tensor:
+    def _pseudo_gradient(self, pieces: Sequence[Piece], i: int) -> Tensor:
+        piece = pieces[i]
         return piece.of(self.anchors[piece.name]) - piece.of(self.layout.tensors[piece.name]).float()
 
-    def _outer_step(self, piece: Piece, mean: Tensor, *, is_expert: bool) -> None:
+    def _outer_step(self, kind: Kind, pieces: Sequence[Piece], i: int, mean: Tensor) -> None:
+        piece = pieces[i]
         anchor = piece.of(self.anchors[piece.name])
         delta = mean.to(anchor.device).view_as(anchor)
         if piece.name not in self.layout.trained:
             anchor.sub_(delta)
             return
         momentum = piece.of(self.momenta[piece.name]) if self.outer.has_momentum else None
-        outer_step_(self.outer, anchor, delta, momentum, freeze_if_zero=is_expert)
+        outer_step_(self.outer, anchor, delta, momentum, freeze_if_zero=kind == "expert")
 
     def _average_moments(self, optimizer: torch.optim.Optimizer) -> None:
         for _, sites, pieces in self._groups():
@@ -127,10 +128,13 @@ class Federation:
                 if piece.name in self.layout.trained
                 for moment in moments(optimizer, self.layout.tensors[piece.name])
             ]
-            self.wire.average(
-                "moments", sites, [v.numel() for v in views], lambda i, v=views: v[i].float(),
-                lambda i, mean, v=views: v[i].copy_(mean.view_as(v[i])),
-            )  # fmt: skip
+            self._average_in_place(sites, views)
+
+    def _average_in_place(self, sites: tuple[int, ...], views: Sequence[Tensor]) -> None:
+        def write(i: int, mean: Tensor) -> None:
+            views[i].copy_(mean.view_as(views[i]))
+
+        self.wire.average("moments", sites, [v.numel() for v in views], lambda i: views[i].float(), write)
 
     # -- moving experts -------------------------------------------------------------------------------------------
 

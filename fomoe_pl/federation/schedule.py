@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fomoe_pl.errors import ConfigError
 
@@ -33,7 +34,7 @@ class RoundSchedule:
             raise ConfigError(KEY, local_steps, "K must be at least 1 optimizer step", "type a number such as 32")
         if not segments or segments[0][0] != 0:
             raise ConfigError(KEY, local_steps, "a schedule starts at step 0", "for example {0: 1, 64: 32}")
-        for (start, k), (end, _) in zip(segments, segments[1:], strict=False):
+        for (start, k), (end, _) in pairwise(segments):
             if (end - start) % k:
                 down, up = end - (end - start) % k, end - (end - start) % k + k
                 raise ConfigError(

@@ -1,0 +1,48 @@
+from typing import Any
+
+import pytest
+
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.schedule import RoundSchedule
+
+
+def ends(local_steps: Any, steps: int, last: int | None = None) -> list[int]:
+    schedule = RoundSchedule.parse(local_steps)
+    return [step for step in range(1, steps + 1) if schedule.is_round_end(step, last)]
+
+
+@pytest.mark.parametrize("k", [1, 3, 32])
+def test_the_first_round_ends_after_exactly_k_steps(k: int) -> None:
+    assert ends(k, 4 * k) == [k, 2 * k, 3 * k, 4 * k]
+
+
+def test_a_synchronous_start() -> None:
+    assert ends({0: 1, 4: 3}, 13) == [1, 2, 3, 4, 7, 10, 13]
+    assert ends({6: 4, 0: 2, 14: 1}, 16) == [2, 4, 6, 10, 14, 15, 16]
+    assert ends({"0": "1", "2": "2"}, 6) == [1, 2, 4, 6]  # as YAML or the command line may give them
+
+
+def test_the_last_step_ends_a_round() -> None:
+    assert ends(4, 10, last=10) == [4, 8, 10]
+    assert ends(4, 8, last=8) == [4, 8]
+
+
+@pytest.mark.parametrize(("local_steps", "steps", "rounds"), [(4, 10, 3), (4, 8, 2), ({0: 1, 4: 3}, 13, 7), (5, 3, 1)])
+def test_rounds_are_the_ends(local_steps: Any, steps: int, rounds: int) -> None:
+    assert RoundSchedule.parse(local_steps).rounds(steps) == rounds == len(ends(local_steps, steps, steps))
+
+
+@pytest.mark.parametrize(
+    ("local_steps", "message"),
+    [
+        (0, "at least 1"),
+        ({0: 4, 8: 0}, "at least 1"),
+        ({1: 4}, "starts at step 0"),
+        ({}, "starts at step 0"),
+        ({0: 4, 10: 8}, r"steps 0\.\.10 must be a whole number of rounds of 4 steps.* 8 or 12 instead of 10"),
+    ],
+)
+def test_schedules_that_cannot_work(local_steps: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        RoundSchedule.parse(local_steps)
+    assert error.value.key == "trainer.strategy.init_args.local_steps"

@@ -1,0 +1,136 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.federation.wire import Wire, _buckets
+from tests.distributed import run_distributed
+from tests.federation.simulation import SITES, Case
+from tests.federation.toy import run_case
+
+NUMELS = [3, 5, 1, 40, 2, 7, 16]  # 40 and 16 x 4 bytes are larger than a bucket of 60 bytes
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (15, [[0, 1, 2], [3], [4, 5], [6]]),
+        (1, [[0], [1], [2], [3], [4], [5], [6]]),
+        (9, [[0, 1, 2], [3], [4, 5], [6]]),
+        (8, [[0, 1], [2], [3], [4], [5], [6]]),
+        (74, [[0, 1, 2, 3, 4, 5, 6]]),
+        (73, [[0, 1, 2, 3, 4, 5], [6]]),
+    ],
+)
+def test_buckets(limit: int, expected: list[list[int]]) -> None:
+    assert _buckets(NUMELS, limit) == expected
+
+
+def test_no_pieces_no_buckets() -> None:
+    assert _buckets([], 10) == []
+
+
+def value(rank: int, i: int) -> Tensor:
+    return torch.randn(NUMELS[i], generator=torch.Generator().manual_seed(100 * rank + i))
+
+
+def _average(rank: int, sites: tuple[int, ...], dtype: Any, bucket_bytes: int) -> tuple[list[Tensor], Ledger]:
+    wire = Wire(Topology(3, 1, rank), [sites], Ledger(), device=torch.device("cpu"), dtype=dtype,
+                bucket_bytes=bucket_bytes)  # fmt: skip
+    means: dict[int, Tensor] = {}
+    if rank in sites:
+        wire.average("expert", sites, NUMELS, lambda i: value(rank, i), lambda i, mean: means.update({i: mean.clone()}))
+    wire.close()
+    return [means[i] for i in sorted(means)], wire.ledger
+
+
+@pytest.mark.parametrize("bucket_bytes", [60, 4, 2**20])
+@pytest.mark.parametrize("sites", [(0, 1, 2), (0, 2)])
+def test_uneven_and_oversize_pieces_are_averaged_in_buckets(sites: tuple[int, ...], bucket_bytes: int) -> None:
+    results = run_distributed(_average, 3, sites, "float32", bucket_bytes)
+    calls = {60: 4, 4: 7, 2**20: 1}[bucket_bytes]
+    for rank, (means, ledger) in enumerate(results):
+        if rank not in sites:
+            assert (means, ledger.total_payload) == ([], 0)
+            continue
+        for i, mean in enumerate(means):
+            torch.testing.assert_close(mean, torch.stack([value(site, i) for site in sites]).mean(0))
+            assert torch.equal(mean, results[sites[0]][0][i])
+        assert ledger.payload("expert") == 4 * sum(NUMELS)
+        assert ledger.calls == {"expert": calls}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 2e-3)])
+def test_half_precision_on_the_wire(dtype: Any, tolerance: float) -> None:
+    results = run_distributed(_average, 3, (0, 1, 2), dtype, 60)
+    for means, ledger in results:
+        assert ledger.payload("expert") == 2 * sum(NUMELS)
+        for i, mean in enumerate(means):
+            exact = torch.stack([value(site, i) for site in range(3)]).mean(0)
+            assert mean.dtype == torch.float32
+            torch.testing.assert_close(mean, exact, rtol=0, atol=tolerance)
+            assert torch.equal(mean, results[0][0][i])
+    assert any(not torch.equal(m, torch.stack([value(s, i) for s in range(3)]).mean(0)) for i, m in enumerate(means))
+
+
+def test_a_set_of_one_site_sends_nothing_and_rounds_nothing() -> None:
+    means, ledger = run_distributed(_average, 3, (1,), "bfloat16", 60)[1]
+    assert ledger.total_payload == 0
+    assert all(torch.equal(mean, value(1, i)) for i, mean in enumerate(means))
+
+
+def _sum_and_agree(rank: int) -> tuple[Tensor, bool, bool, bool]:
+    wire = Wire(Topology(3, 1, rank), [], Ledger(), device=torch.device("cpu"))
+    mine = torch.tensor([rank, 1.5], dtype=torch.float64)
+    total = wire.sum("control", mine)
+    assert mine.tolist() == [rank, 1.5]
+    big = 2**62 - 1
+    return total, wire.agree("control", big), wire.agree("control", big - (rank == 1)), wire.agree("control", 0)
+
+
+def test_sum_and_agree() -> None:
+    for total, same, different, zero in run_distributed(_sum_and_agree, 3):
+        assert total.tolist() == [3.0, 4.5]
+        assert (same, different, zero) == (True, False, True)
+
+
+def _exchange(rank: int, dtype: torch.dtype) -> tuple[dict[int, Tensor], int]:
+    wire = Wire(Topology(3, 1, rank), [], Ledger(), device=torch.device("cpu"))
+    # Rank 0 sends two tensors to 2 and one to 1, listed in turns; rank 1 one to 2; rank 2 nothing.
+    outgoing = {
+        0: [(2, torch.full((2, 2), 1.0)), (1, torch.full((3,), 2.0)), (2, torch.full((1,), 3.0))],
+        1: [(2, torch.full((2,), 4.0))],
+        2: [],
+    }[rank]
+    incoming = {0: {}, 1: {0: 3}, 2: {0: 5, 1: 2}}[rank]
+    return wire.exchange("migration", outgoing, incoming, dtype), wire.ledger.wire("migration")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exchange_keeps_each_receivers_order(dtype: torch.dtype) -> None:
+    (none, sent0), (one, sent1), (two, sent2) = run_distributed(_exchange, 3, dtype)
+    assert none == {}
+    assert {giver: part.tolist() for giver, part in one.items()} == {0: [2, 2, 2]}
+    assert {giver: part.tolist() for giver, part in two.items()} == {0: [1, 1, 1, 1, 3], 1: [4, 4]}
+    assert (sent0, sent1, sent2) == (8 * dtype.itemsize, 2 * dtype.itemsize, 0)
+
+
+def _bfloat16_rounds(rank: int) -> tuple[list[Any], list[Any], int, int]:
+    case = Case(2, "random", rule="nesterov", lr=0.7, inner_moments="average")
+    exact, full, _ = run_case(case, rank)
+    rounded, half, _ = run_case(case, rank, dtype="bfloat16", bucket_bytes=32)
+    kinds = ("dense", "expert", "moments")
+    sums = [sum(f.wire.ledger.payload(kind) for kind in kinds) for f in (full, half)]
+    return exact, rounded, sums[0], sums[1]
+
+
+def test_rounds_in_bfloat16_stay_near_and_agree_between_sites() -> None:
+    results = run_distributed(_bfloat16_rounds, SITES)
+    for exact, rounded, full, half in results:
+        assert full == 2 * half
+        assert rounded[-1]["digest"] == results[0][1][-1]["digest"] != exact[-1]["digest"]
+        for key, found in rounded[-1]["anchor"].items():
+            torch.testing.assert_close(found, exact[-1]["anchor"][key], rtol=0, atol=0.1)
