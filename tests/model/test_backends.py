@@ -1,6 +1,7 @@
 """Rung 1 of the ladder: grouped = loop = one pick after the other, forward and every gradient."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.experts import Experts
 
 D, W = 16, 8
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 R = 4
 
@@ -75,6 +75,42 @@ def test_backend_is_the_definition(backend: Callable[..., Tensor], case: str, ki
     dirty_memory("cpu")
     found = run(backend, case, kind, torch.float32, "cpu")
     for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+class Poison(torch.autograd.Function):
+    """What grouped_mm may do to the rows behind the last offset, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, end: int) -> Tensor:
+        ctx.end = end
+        return Poison.spoil(x, end)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return Poison.spoil(grads[0], ctx.end), None
+
+    @staticmethod
+    def spoil(x: Tensor, end: int) -> Tensor:
+        x = x.clone()
+        x[end:] = float("nan")
+        return x
+
+
+@pytest.mark.parametrize("kind", ["silu", "swiglu"])
+@pytest.mark.parametrize("case", CASES)
+def test_unwritten_rows_never_leak(monkeypatch: pytest.MonkeyPatch, case: str, kind: str) -> None:
+    expected = run(one_by_one, case, kind, torch.float32, "cpu")
+    real = F.grouped_mm
+
+    def spoiling(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        end = int(offs[-1])
+        return Poison.apply(real(Poison.apply(x, end), weight, offs=offs), end)
+
+    # The accelerator's path: all picks are laid out, ghosts too.
+    monkeypatch.setattr(grouped, "_rows_to_lay_out", lambda ends, n_picks: n_picks)
+    monkeypatch.setattr(F, "grouped_mm", spoiling)
+    for a, b in zip(run(grouped.dispatch, case, kind, torch.float32, "cpu"), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 

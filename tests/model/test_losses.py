@@ -50,6 +50,16 @@ def test_in_bfloat16(mode: str) -> None:
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.01)
 
 
+def test_many_chunks_add_up_in_bfloat16() -> None:
+    hidden, weight = (
+        torch.ones(2000, D, dtype=torch.bfloat16),
+        torch.zeros(2, D, dtype=torch.bfloat16, requires_grad=True),
+    )
+    losses.linear_cross_entropy(hidden, weight, torch.zeros(2000, dtype=torch.int64), 1).backward()
+    # Every token pulls by 1/2 in the same direction; a bfloat16 sum stops growing at 128.
+    torch.testing.assert_close(weight.grad[1].float(), torch.full((D,), 0.5))
+
+
 def test_nothing_counts() -> None:
     hidden, weight, targets = inputs()
     targets[:] = losses.IGNORED

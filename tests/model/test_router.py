@@ -81,11 +81,21 @@ def test_counts_do_not_follow_the_default_type(make_config: Callable[..., ModelC
     router = make(make_config(n_experts=2, top_k=2), resident=(0, 1))
     torch.set_default_dtype(torch.bfloat16)
     try:
-        stats = router(torch.randn(300, 32, dtype=torch.float32))[2]
+        stats = router(torch.randn(301, 32, dtype=torch.float32))[2]
     finally:
         torch.set_default_dtype(torch.float32)
-    # bfloat16 counts to 256.
-    assert stats.load_E.tolist() == [300, 300]
+    # bfloat16 has no 301.
+    assert stats.load_E.tolist() == [301, 301]
+
+
+@pytest.mark.parametrize("mode", ["autocast", "true"])
+def test_scores_are_float32_in_any_precision(make_config: Callable[..., ModelConfig], mode: str) -> None:
+    router, x = make(make_config()), torch.randn(50, 32)
+    if mode == "true":
+        router, x = router.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        gates = router(x)[0]
+    assert torch.equal(gates, (x.float() @ router.weight.float().t()).sigmoid().topk(2).values)
 
 
 def stats_of(load: list[float], importance: list[float]) -> RoutingStats:

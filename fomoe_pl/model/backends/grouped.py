@@ -80,6 +80,13 @@ def _gather_sum(y_LD: Tensor, place_TK: Tensor, live_TK1: Tensor) -> Tensor:
     return y_TKD.masked_fill_(~live_TK1, 0).sum(dim=1)
 
 
+def _rows_to_lay_out(ends_R: Tensor, n_picks: int) -> int:
+    if ends_R.device.type != "cpu":
+        return n_picks
+    # Without a live pick one dead row stays, so that every pick has a row to point at.
+    return max(int(ends_R[-1]), 1)
+
+
 def dispatch(
     x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, kind: ExpertKind
 ) -> Tensor:
@@ -90,8 +97,7 @@ def dispatch(
     n_resident, n_picks = w_in_RDI.shape[0], slots_TK.numel()
     slots_P, order_P = slots_TK.flatten().sort(stable=True)
     ends_R = torch.searchsorted(slots_P, torch.arange(1, n_resident + 1, device=x_TD.device)).int()
-    # Without a live pick one dead row stays, so that every tensor has a row to point at.
-    n_laid = max(int(ends_R[-1]), 1) if x_TD.device.type == "cpu" else n_picks
+    n_laid = _rows_to_lay_out(ends_R, n_picks)
     order_L = order_P[:n_laid]
     place_P = torch.empty_like(order_P)
     place_P[order_P] = torch.arange(n_picks, device=x_TD.device)
