@@ -31,9 +31,9 @@ class Case:
     lr: float = 1.0
     momentum: float = 0.9
     inner_moments: str = "keep"
-    warmup: int = 3
-    local_steps: int = 5
-    rounds: int = 4
+    warmup: int = 5
+    local_steps: int = 4
+    rounds: int = 3
     reshuffle_rounds: int = 1
     untouched: int | None = None  # an expert that gets no gradient after the first round
     n_sites: int = SITES

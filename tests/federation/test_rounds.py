@@ -15,7 +15,7 @@ CASES = [
     *(Case(o, p, **r) for o in range(1, SITES + 1) for p in ("fixed", "random") for r in ({}, NESTEROV)),
     *(Case(o, p, inner_moments="average") for o in range(1, SITES + 1) for p in ("fixed", "random")),
     *(Case(o, "random", inner_moments="reset", **NESTEROV) for o in (2, 4)),
-    Case(2, "random", reshuffle_rounds=2, warmup=0, **NESTEROV),
+    Case(2, "random", reshuffle_rounds=2, rounds=4, warmup=0, **NESTEROV),
     Case(2, "fixed", untouched=1, inner_moments="reset", **NESTEROV),
 ]
 
