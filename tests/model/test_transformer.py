@@ -220,3 +220,31 @@ def test_state_is_weights_alone(make_config: Callable[..., ModelConfig]) -> None
     model = Transformer(make_config(balance="bias"))
     extra = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
     assert extra == {f"layers.{layer}.moe.router.balance_bias" for layer in (0, 1)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("changes", OPTIONS, ids=lambda changes: ",".join(changes) or "default")
+def test_a_step_on_cuda_never_waits_for_the_device(
+    make_config: Callable[..., ModelConfig], tokens: Tensor, changes: dict[str, Any]
+) -> None:
+    config = make_config(expert_backend="grouped", **changes)
+    on_cpu = Transformer(config, Residency("ghost", RESIDENT))
+    model = Transformer(config, Residency("ghost", RESIDENT)).cuda()
+    expected = train_loss(on_cpu, tokens).item()
+    tokens = tokens.cuda()
+
+    def step() -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = train_loss(model, tokens)
+        loss.backward()
+        return loss
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.item() == pytest.approx(expected, rel=0.01)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
