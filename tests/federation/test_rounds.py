@@ -106,7 +106,7 @@ def _one_site(rank: int) -> tuple[dict[Any, torch.Tensor], dict[str, torch.Tenso
 def test_one_site_with_averaging_is_plain_adamw_and_sends_nothing() -> None:
     [(federated, plain, sent)] = run_distributed(_one_site, 1)
     assert sent == 0
-    assert (plain["norm", None] - initial(("norm", None))).abs().min() > LR
+    assert (plain["norm", None] - initial(("norm", None))).abs().max() > LR
     for key, value in plain.items():
         torch.testing.assert_close(federated[key], value, rtol=0, atol=1e-6)
 
