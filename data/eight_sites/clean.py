@@ -157,10 +157,22 @@ def dictionary_articles(text: str, size: int = 20_000) -> Iterator[str]:
         if length > size:
             yield "\n".join(entries)
             entries, length = [], 0
-    yield "\n".join(entries)
+    if entries:
+        yield "\n".join(entries)
 
 
 def man_page(rendered: str) -> str:
     """A rendered manual page without overstrikes and runs of empty lines."""
     text = re.sub(".\x08", "", rendered)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.split("\n")))
+
+
+def without_navigation_tables(page: str) -> str:
+    """A PostgreSQL manual page without the tables above and below its text."""
+    return re.sub(r'<div[^>]*class="nav(header|footer)".*?</table\s*>', "", page, flags=re.S)
+
+
+def help_page(page: str) -> str:
+    """Text of a Mallard help page, whose titles become paragraphs."""
+    page = re.sub(r"<info>.*?</info>", "", page, flags=re.S)
+    return html_text(page.replace("<title", "<p><title").replace("</title>", "</title></p>"))

