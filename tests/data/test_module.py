@@ -82,10 +82,12 @@ def test_sites_of_the_topology_share_validation(corpus: Manifest) -> None:
         return [row for batch in batches for row in batch["targets"].tolist()]
 
     whole = rows(0, 1)
-    parts = [rows(site, 4) for site in range(4)]
+    n_sites = next(n for n in range(3, 9) if len(whole) % n)
+    parts = [rows(site, n_sites) for site in range(n_sites)]
     assert len({len(part) for part in parts}) == 1
-    together = [parts[i % 4][i // 4] for i in range(len(whole))]
-    assert together == whole
+    together = [parts[i % n_sites][i // n_sites] for i in range(n_sites * len(parts[0]))]
+    assert together[: len(whole)] == whole
+    assert all(set(row) == {-100} for row in together[len(whole) :])
 
 
 def test_sites_of_the_topology_train_on_different_text(corpus: Manifest) -> None:

@@ -34,8 +34,16 @@ def test_every_document_is_in_one_shard(corpus: Manifest, texts: dict[str, list[
         train, val = stored(corpus, "train", domain), stored(corpus, "val", domain)
         assert sorted(text for shard in train + val for text in shard) == sorted(expected)
         assert len(train) >= 8
-        order = [expected.index(text) for shard in train for text in shard]
-        assert order != sorted(order)
+
+
+def test_documents_are_shuffled_within_shards(source: Path, tmp_path: Path, texts: dict[str, list[str]]) -> None:
+    orders = []
+    for seed in (0, 1):
+        manifest = prepare([str(source)], str(tmp_path / str(seed)), shards_per_domain=1, val_fraction=0.2, seed=seed)
+        (shard,) = stored(manifest, "train", "farm")
+        orders.append([texts["farm"].index(text) for text in shard])
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert len({tuple(sorted(orders[0])), *map(tuple, orders)}) == 3
 
 
 def test_counts_of_the_manifest(corpus: Manifest) -> None:
