@@ -1,12 +1,13 @@
 """Losses: next-token cross entropy in chunks, and the router's auxiliary losses.
 
-Shapes: N tokens, C tokens of one chunk, D model, V vocabulary, E experts, L layers.
+Shapes: N tokens, C tokens of one chunk, D model, V vocabulary, W the vocabulary rounded up, E experts.
 """
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fomoe_pl.model.config import ModelConfig
@@ -23,22 +24,26 @@ def chunk_rows(vocab_size: int, max_bytes: int) -> int:
     return max(1, max_bytes // (4 * vocab_size))
 
 
-def _chunks(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_bytes: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield (hidden, targets, is counted, float32 logits) of one chunk after the other, in the compute type."""
-    rows = chunk_rows(weight_VD.shape[0], max_bytes)
+def _output_matrix(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight in the compute type, with rows of zeros up to a multiple of 8.
+
+    Products with rows of an odd number of bfloat16 leave the tensor cores' fast paths, and FoMoE's vocabulary is odd.
+    """
+    missing = -weight_VD.shape[0] % 8
+    return F.pad(weight_VD.to(dtype), (0, 0, 0, missing)) if missing else weight_VD.to(dtype)
+
+
+def _chunks(
+    hidden_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, vocab_size: int, max_bytes: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield (hidden, targets (C,1), is counted (C,1), float32 log-probabilities (C,W)) chunk after chunk."""
+    rows = chunk_rows(weight_WD.shape[0], max_bytes)
     for hidden_CD, targets_C in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
         counted_C = targets_C != IGNORED
-        logits_CV = (hidden_CD @ weight_VD.t()).float()
-        yield hidden_CD, targets_C.where(counted_C, 0), counted_C, logits_CV
-
-
-def _nll_and_softmax(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return -log p(target) (C,) and the softmax, which takes the place of the logits in memory."""
-    picked_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
-    max_C1 = logits_CV.amax(dim=1, keepdim=True)
-    exp_CV = logits_CV.sub_(max_C1).exp_()
-    sum_C1 = exp_CV.sum(dim=1, keepdim=True)
-    return (sum_C1.log() + max_C1).squeeze(1) - picked_C, exp_CV.div_(sum_C1)
+        logits_CW = hidden_CD @ weight_WD.t()
+        logits_CW[:, vocab_size:] = -torch.inf
+        log_p_CW = logits_CW.log_softmax(dim=1, dtype=torch.float32)
+        yield hidden_CD, targets_C.where(counted_C, 0)[:, None], counted_C[:, None], log_p_CW
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -47,24 +52,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_bytes: int) -> Tensor:
         dtype = compute_dtype(hidden_ND)
+        vocab_size = weight_VD.shape[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         d_hidden_ND = torch.empty_like(hidden_ND)
-        # Over many chunks a bfloat16 sum would lose the small ones.
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        cast_VD = weight_VD.to(dtype)
-        start = 0
         with torch.autocast(device_type=hidden_ND.device.type, enabled=False):
-            for hidden_CD, targets_C, counted_C, logits_CV in _chunks(
-                hidden_ND.to(dtype), cast_VD, targets_N, max_bytes
-            ):
-                nll_C, d_logits_CV = _nll_and_softmax(logits_CV, targets_C)
-                total += nll_C.where(counted_C, 0).sum()
-                d_logits_CV.scatter_add_(1, targets_C[:, None], -torch.ones_like(nll_C)[:, None])
-                d_logits_CV = d_logits_CV.mul_(counted_C[:, None]).to(dtype)
-                d_hidden_ND[start : start + len(targets_C)] = d_logits_CV @ cast_VD
-                d_weight_VD += d_logits_CV.t() @ hidden_CD
-                start += len(targets_C)
-        ctx.save_for_backward(d_hidden_ND, d_weight_VD)
+            weight_WD = _output_matrix(weight_VD, dtype)
+            # Over many chunks a bfloat16 sum would lose the small ones.
+            d_weight_WD = torch.zeros_like(weight_WD, dtype=torch.float32)
+            chunks = _chunks(hidden_ND.to(dtype), weight_WD, targets_N, vocab_size, max_bytes)
+            start = 0
+            for hidden_CD, targets_C1, counted_C1, log_p_CW in chunks:
+                log_p_C1 = log_p_CW.gather(1, targets_C1)
+                total -= log_p_C1.where(counted_C1, 0).sum()
+                d_logits_CW = log_p_CW.exp_().to(dtype)
+                # Less 1 at the target, before rounding.
+                d_logits_CW.scatter_(1, targets_C1, log_p_C1.expm1().to(dtype))
+                # Masked where a row has D numbers, not V.
+                d_hidden_ND[start : start + len(hidden_CD)] = (d_logits_CW @ weight_WD).where(counted_C1, 0)
+                d_weight_WD += d_logits_CW.t() @ hidden_CD.where(counted_C1, 0)
+                start += len(hidden_CD)
+        ctx.save_for_backward(d_hidden_ND, d_weight_WD[:vocab_size])
         ctx.weight_dtype = weight_VD.dtype
         return total
 
@@ -106,11 +113,11 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
     dtype = compute_dtype(hidden_ND)
     losses = []
     with torch.autocast(device_type=hidden_ND.device.type, enabled=False):
-        for _, targets_C, counted_C, logits_CV in _chunks(
-            hidden_ND.to(dtype), weight_VD.to(dtype), targets_N, max_bytes
-        ):
-            losses.append(_nll_and_softmax(logits_CV, targets_C)[0].where(counted_C, 0))
-    return torch.cat(losses)
+        weight_WD = _output_matrix(weight_VD, dtype)
+        chunks = _chunks(hidden_ND.to(dtype), weight_WD, targets_N, weight_VD.shape[0], max_bytes)
+        for _, targets_C1, counted_C1, log_p_CW in chunks:
+            losses.append(-log_p_CW.gather(1, targets_C1).where(counted_C1, 0))
+    return torch.cat(losses).squeeze(1)
 
 
 def balance_loss(stats: RoutingStats, n_scored: int) -> Tensor:

@@ -124,7 +124,7 @@ def test_backend_is_the_definition_on_cuda(backend: Callable[..., Tensor], case:
     dirty_memory("cuda")
     found = run(backend, case, kind, torch.bfloat16, "cuda")
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.05, atol=0.1)
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.3)
 
 
 @pytest.mark.parametrize("backend", [loop.dispatch, grouped.dispatch], ids=["loop", "grouped"])
