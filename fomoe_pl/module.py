@@ -113,7 +113,8 @@ class FoMoEModule(L.LightningModule):
         # Replaced by strategies whose sites hold some of the experts only: makes all of a layer's experts live.
         self.expert_source: Callable[[int], AbstractContextManager[None]] = lambda layer: nullcontext()
         self._window: list[Batch] = []
-        self._losses: list[Tensor] = []
+        self._loss_sum: Tensor | None = None
+        self._loss_count = 0
         self._loads_LE: Tensor | None = None
         self._validation: LanguageModelMetric | None = None
 
@@ -147,7 +148,8 @@ class FoMoEModule(L.LightningModule):
 
     @torch.no_grad()
     def _observe(self, loss: Tensor, stats: list[RoutingStats], tokens: int) -> None:
-        self._losses.append(loss.detach())
+        self._loss_sum = loss.detach().double() if self._loss_sum is None else self._loss_sum + loss.detach()
+        self._loss_count += 1
         self.tokens_seen += tokens
         load_LE = torch.stack([s.load_E for s in stats])
         live_L = torch.stack([s.live for s in stats])
@@ -166,9 +168,9 @@ class FoMoEModule(L.LightningModule):
 
     def pop_round_losses(self) -> tuple[float, float]:
         """Sum of the training losses since the last call, and their number."""
-        total = float(torch.stack(self._losses).double().sum()) if self._losses else 0.0
-        count = float(len(self._losses))
-        self._losses.clear()
+        total = 0.0 if self._loss_sum is None else float(self._loss_sum)
+        count = float(self._loss_count)
+        self._loss_sum, self._loss_count = None, 0
         return total, count
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -187,6 +189,14 @@ class FoMoEModule(L.LightningModule):
         n_sites = getattr(getattr(self.trainer.strategy, "topology", None), "n_sites", self.trainer.world_size)
         self.log("tokens/site", float(self.tokens_seen))
         self.log("tokens/global", float(self.tokens_seen * n_sites))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the token count."""
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the token count."""
+        self.tokens_seen = checkpoint["tokens_seen"]
 
     def configure_optimizers(self) -> Any:
         """Inner optimizer with CompleteP's factors on rate, epsilon and decay, and its schedule."""

@@ -263,7 +263,7 @@ class Federation:
     def state_dict(self) -> dict[str, Any]:
         """What this site needs, beside the global model, to go on from here."""
         local = {name: tensor.detach().clone() for name, tensor in self.layout.tensors.items()}
-        return {"momenta": self.momenta, "local": local, "ledger": self.wire.ledger.state_dict()}
+        return {"momenta": self.momenta, "local": local}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -272,7 +272,6 @@ class Federation:
             momentum.copy_(state["momenta"][name])
         for name, tensor in self.layout.tensors.items():
             tensor.copy_(state["local"][name])
-        self.wire.ledger.load_state_dict(state["ledger"])
 
     @torch.no_grad()
     def load_global(self, weights: dict[str, Tensor]) -> None:

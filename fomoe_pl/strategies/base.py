@@ -89,11 +89,12 @@ class SiteStrategy(Strategy):
 
     def site_state(self) -> dict[str, Any]:
         """What this rank needs beside the global model to resume."""
-        return {"ledger": self.ledger.state_dict()}
+        return {"ledger": self.ledger.state_dict(), "sync_seconds": self.sync_seconds}
 
     def load_site_state(self, state: dict[str, Any]) -> None:
         """Restore `site_state`."""
         self.ledger.load_state_dict(state["ledger"])
+        self.sync_seconds = state["sync_seconds"]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Nothing: weights go into the folder's own files, expert by expert."""

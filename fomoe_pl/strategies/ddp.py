@@ -1,7 +1,5 @@
 """Stock data parallelism with its bytes counted from its real gradient buckets: the synchronous baseline."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 

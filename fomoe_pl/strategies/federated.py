@@ -323,11 +323,12 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
 
     def site_state(self) -> dict[str, Any]:
         """Outer state, local values (they differ from the anchors in mid-round) and the ledger."""
-        return cast(Federation, self.federation).state_dict()
+        return {**super().site_state(), "federation": cast(Federation, self.federation).state_dict()}
 
     def load_site_state(self, state: dict[str, Any]) -> None:
         """Restore `site_state`."""
-        cast(Federation, self.federation).load_state_dict(state)
+        super().load_site_state(state)
+        cast(Federation, self.federation).load_state_dict(state["federation"])
 
     def set_global(self, weights: dict[str, Tensor]) -> None:
         """Anchors and local values."""
