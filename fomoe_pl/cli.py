@@ -67,8 +67,9 @@ class FoMoECLI(LightningCLI):
             config.trainer.num_nodes = 1
         name = config.trainer.strategy
         if isinstance(name, str) and name != "auto" and name not in StrategyRegistry:
+            names = ", ".join(sorted(StrategyRegistry.available_strategies()))
             raise ConfigError("trainer.strategy", name, "is no strategy",
-                              f"choose one of {', '.join(sorted(StrategyRegistry.available_strategies()))}")  # fmt: skip
+                              f"choose one of {names}")  # fmt: skip
 
     def before_fit(self) -> None:
         """Check everything that can be seen from here."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as L
 import torch
@@ -175,7 +175,7 @@ class FoMoEModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradient norm (before clipping), and the balance bias's own step."""
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps == 0:
             grads = [p.grad for p in self.transformer.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
         if self._loads_LE is not None:

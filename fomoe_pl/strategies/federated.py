@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import read_manifest
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.outer import OuterRule
@@ -30,8 +30,7 @@ from fomoe_pl.federation.wire import Wire, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
 from fomoe_pl.strategies.base import SiteStrategy
-
-KEY = "trainer.strategy.init_args"
+from fomoe_pl.strategies.checks import check_processes, check_same_sites, check_settings
 
 
 class FederatedStrategy(SiteStrategy, DDPStrategy):
@@ -82,18 +81,17 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         timeout_seconds: float = 1800.0,
         **kwargs: Any,
     ) -> None:
-        if ranks_per_site != 1:
-            raise ConfigError(f"{KEY}.ranks_per_site", ranks_per_site, "several ranks in a site are not supported yet",
-                              "set it to 1 and let every rank be a site")  # fmt: skip
-        if reshuffle_rounds < 1:
-            raise ConfigError(f"{KEY}.reshuffle_rounds", reshuffle_rounds, "must be at least 1 round", "type 1 or more")
-        if bucket_mib < 1:
-            raise ConfigError(f"{KEY}.bucket_mib", bucket_mib, "must be at least 1 MiB", "64 is a good size")
+        check_settings(
+            sites=sites,
+            ranks_per_site=ranks_per_site,
+            reshuffle_rounds=reshuffle_rounds,
+            bucket_mib=bucket_mib,
+            share_device=share_device,
+        )
         self.schedule = RoundSchedule.parse(local_steps)
         if share_device:
-            if sites is None:
-                raise ConfigError(f"{KEY}.sites", sites, "must be given when sites share a device", "for example 4")
-            kwargs |= {"parallel_devices": [torch.device("cuda:0")] * sites, "process_group_backend": "gloo"}
+            devices = [torch.device("cuda:0")] * (sites or 1)
+            kwargs |= {"parallel_devices": devices, "process_group_backend": "gloo"}
         super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
         self.init_site()
         self._sites, self._overlap = sites, overlap
@@ -121,10 +119,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         Raises:
             ConfigError: naming the setting, the rule and what would be valid.
         """
-        n_sites = n_processes if self._sites is None else self._sites
-        if n_sites != n_processes:
-            raise ConfigError(f"{KEY}.sites", n_sites, f"must equal the number of processes ({n_processes} = trainer "
-                              "devices x num_nodes)", f"set trainer.devices to {n_sites}, or sites to {n_processes}")  # fmt: skip
+        n_sites = check_processes(self._sites, n_processes)
         check_placement(config.n_experts, n_sites, self.overlap(n_sites))
 
     def placed(self, config: ModelConfig, redraws: int) -> Placement:
@@ -190,7 +185,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
     def _note_sigterm(self, trainer: Any) -> None:
         trainer._signal_connector.received_sigterm = True
         if isinstance(self.launcher, _SubprocessScriptLauncher):
-            self.launcher.kill(15)  # type: ignore[arg-type]
+            self.launcher.kill(signal.SIGTERM)
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
@@ -309,9 +304,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         """
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         manifest = read_manifest(Path(checkpoint_path))
-        if manifest["n_sites"] != self.topology.n_sites:
-            raise ConfigError("ckpt_path", str(checkpoint_path), f"was written by {manifest['n_sites']} sites, this run "
-                              f"has {self.topology.n_sites}", "resume on the same number of sites")  # fmt: skip
+        check_same_sites(str(checkpoint_path), manifest["n_sites"], self.topology.n_sites)
         self.rounds_done = manifest["rounds"]
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         placement = self.placed(config, self._redraws())
@@ -339,7 +332,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """End the processes that this one started: they would train on alone."""
         if isinstance(self.launcher, _SubprocessScriptLauncher):
-            self.launcher.kill(15)  # type: ignore[arg-type]
+            self.launcher.kill(signal.SIGTERM)
 
     def teardown(self) -> None:
         """Drop every group: without it gloo aborts at exit now and then."""
