@@ -16,10 +16,11 @@ export OMP_NUM_THREADS ?= 1
 export TORCH PIP_ARGS
 
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart compare test lint clean
 
 help:
 	@echo "make quickstart   four sites train one Mixture-of-Experts model on real text"
+	@echo "make compare      the same run with every file of configs/strategy, and a table (half an hour on 2 cores)"
 	@echo "make test         run the tests"
 	@echo "make lint         ruff and mypy"
 	@echo "make install      only the virtual environment $(VENV) with fomoe in it"
@@ -28,10 +29,18 @@ help:
 quickstart: $(VENV)/.stamp-install
 	$(BIN)/python tools/prepare_data.py --source data/sample --output $(DATA)
 	$(BIN)/fomoe fit -c configs/quickstart.yaml
-	$(BIN)/fomoe validate -c configs/quickstart.yaml --ckpt_path $(RUN)/last.ckpt
+	$(BIN)/fomoe validate -c configs/quickstart.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt
 	$(BIN)/python tools/summary.py $(RUN)
 	@echo
 	@echo "Curves:  $(BIN)/tensorboard --logdir runs    then open http://localhost:6006"
+
+compare: $(VENV)/.stamp-install
+	$(BIN)/python tools/prepare_data.py --source data/sample --output $(DATA)
+	for file in configs/strategy/*.yaml; do \
+	  name=$$(basename $$file .yaml); \
+	  $(BIN)/fomoe fit -c configs/quickstart.yaml -c $$file --trainer.logger.init_args.name compare/$$name || exit 1; \
+	done
+	$(BIN)/python tools/summary.py --markdown runs/compare/*
 
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any, NoReturn, cast
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -15,6 +16,13 @@ from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import FederatedStrategy, SingleSiteStrategy
 
 EXIT_CONFIG = 2
+
+QUIET = (
+    ".*recommended to use `self.log.*sync_dist=True.*",  # validation sums are reduced by the strategy, counted
+    ".*does not have many workers.*",  # reading is far from being the bottleneck at the shipped sizes
+    ".*exists and is not empty.*",  # a run folder holds curves and checkpoints side by side
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning's own affair with torch
+)
 
 
 class Parser(LightningArgumentParser):
@@ -61,7 +69,7 @@ class FoMoECLI(LightningCLI):
         if self.subcommand in ("validate", "test"):
             if not config.ckpt_path:
                 raise ConfigError("ckpt_path", config.ckpt_path, f"`fomoe {self.subcommand}` needs a checkpoint",
-                                  "add --ckpt_path runs/quickstart/last.ckpt")  # fmt: skip
+                                  "add --ckpt_path runs/quickstart/checkpoints/last.ckpt")  # fmt: skip
             config.trainer.strategy = "single_site"
             config.trainer.devices = 1
             config.trainer.num_nodes = 1
@@ -104,6 +112,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of the console command."""
     if len(args if args is not None else sys.argv[1:]) == 0:
         args = ["--help"]
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
     try:
         FoMoECLI(args=args)
     except ConfigError as error:

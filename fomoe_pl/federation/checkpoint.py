@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.is_file():
         raise ConfigError("ckpt_path", str(folder), "is no complete checkpoint: it has no manifest.json",
-                          "give a folder that `fomoe fit` has written, such as runs/.../last.ckpt")  # fmt: skip
+                          "give a folder that `fomoe fit` has written, such as runs/quickstart/checkpoints/last.ckpt")  # fmt: skip
     manifest: dict[str, Any] = json.loads(path.read_text())
     if manifest["format"] != FORMAT:
         raise ConfigError("ckpt_path", str(folder), f"has format {manifest['format']}, this version reads {FORMAT}",
