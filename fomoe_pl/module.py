@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from fomoe_pl.metrics import LanguageModelMetric, RoutingHealth
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.parametrization import parameter_groups
+from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.router import RoutingStats
 from fomoe_pl.model.transformer import Transformer
 
@@ -79,6 +79,28 @@ def learning_rate_factor(step: int, *, warmup: int, cooldown: int, last: int | N
     return factor
 
 
+def inner_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The inner optimizer, with CompleteP's factors on rate, epsilon and decay; fused on a GPU.
+
+    Args:
+        model: the transformer, on its device.
+        config: the settings.
+    """
+    groups: list[dict[str, Any]] = []
+    for group in parameter_groups(model):
+        entry: dict[str, Any] = {"params": group["params"], "lr": config.lr * group["lr_scale"]}
+        entry["weight_decay"] = config.weight_decay * group["weight_decay_scale"] if group["decay"] else 0.0
+        if config.kind == "adamw":
+            entry["eps"] = config.eps * group["eps_scale"]
+        groups.append(entry)
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr)
+    fused = model.output_weight.is_cuda or None
+    return RowAdamW(
+        groups, lr=config.lr, betas=config.betas, fused=fused, row_warmup_steps=config.received_warmup_steps
+    )
+
+
 class FoMoEModule(L.LightningModule):
     """A mixture-of-experts language model in training.
 
@@ -116,6 +138,8 @@ class FoMoEModule(L.LightningModule):
         self._loss_sum: Tensor | None = None
         self._loss_count = 0
         self._loads_LE: Tensor | None = None
+        self._scored_of: Residency | None = None
+        self._scored_LE: Tensor | None = None
         self._validation: LanguageModelMetric | None = None
 
     @property
@@ -139,12 +163,19 @@ class FoMoEModule(L.LightningModule):
         loss = self.transformer.loss(hidden_BSD, batch["targets"])
         auxiliary = auxiliary_loss(stats, self.config, self.transformer.residency)
         self._observe(loss, stats, batch["inputs"].numel())
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/balance_loss", auxiliary.balance)
-        if self.config.z_loss_weight:
-            self.log("train/z_loss", auxiliary.z)
+        if self._logs_after(self.trainer.global_step + 1):
+            self.log("train/loss", loss, prog_bar=True)
+            self.log("train/balance_loss", auxiliary.balance)
+            if self.config.z_loss_weight:
+                self.log("train/z_loss", auxiliary.z)
         total: Tensor = loss + auxiliary.total
         return total
+
+    def _logs_after(self, steps: int) -> bool:
+        # Lightning writes at these steps alone, but in every step `log` copies tensors, and numbers to the device: for
+        # each of them the host waits until the GPU has caught up.
+        every: int = cast(Any, self.trainer).log_every_n_steps
+        return every > 0 and steps % every == 0
 
     @torch.no_grad()
     def _observe(self, loss: Tensor, stats: list[RoutingStats], tokens: int) -> None:
@@ -161,10 +192,13 @@ class FoMoEModule(L.LightningModule):
         residency = self.transformer.residency
         if residency.routing == "ghost":
             return None
-        scored_LE = torch.zeros_like(load_LE, dtype=torch.bool)
-        for layer, ids in enumerate(residency.experts):
-            scored_LE[layer, list(ids)] = True
-        return scored_LE
+        # Made once for each residency: a copy to the device makes the host wait.
+        if self._scored_of is not residency:
+            scored_LE = torch.zeros(load_LE.shape, dtype=torch.bool)
+            for layer, ids in enumerate(residency.experts):
+                scored_LE[layer, list(ids)] = True
+            self._scored_of, self._scored_LE = residency, scored_LE.to(load_LE.device)
+        return self._scored_LE
 
     def pop_round_losses(self) -> tuple[float, float]:
         """Sum of the training losses since the last call, and their number."""
@@ -175,7 +209,7 @@ class FoMoEModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradient norm (before clipping), and the balance bias's own step."""
-        if self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps == 0:
+        if self._logs_after(self.trainer.global_step + 1):
             grads = [p.grad for p in self.transformer.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
         if self._loads_LE is not None:
@@ -186,6 +220,8 @@ class FoMoEModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Token counts, named for what they count."""
+        if not self._logs_after(self.trainer.global_step):
+            return
         n_sites = getattr(getattr(self.trainer.strategy, "topology", None), "n_sites", self.trainer.world_size)
         self.log("tokens/site", float(self.tokens_seen))
         self.log("tokens/global", float(self.tokens_seen * n_sites))
@@ -199,23 +235,9 @@ class FoMoEModule(L.LightningModule):
         self.tokens_seen = checkpoint["tokens_seen"]
 
     def configure_optimizers(self) -> Any:
-        """Inner optimizer with CompleteP's factors on rate, epsilon and decay, and its schedule."""
+        """Inner optimizer and its schedule."""
         cfg = self.optimizer_config
-        groups: list[dict[str, Any]] = []
-        for group in parameter_groups(self.transformer):
-            entry: dict[str, Any] = {"params": group["params"], "lr": cfg.lr * group["lr_scale"]}
-            entry["weight_decay"] = cfg.weight_decay * group["weight_decay_scale"] if group["decay"] else 0.0
-            if cfg.kind == "adamw":
-                entry["eps"] = cfg.eps * group["eps_scale"]
-            groups.append(entry)
-        optimizer: torch.optim.Optimizer
-        if cfg.kind == "adamw":
-            fused = self.device.type == "cuda"
-            optimizer = RowAdamW(
-                groups, lr=cfg.lr, betas=cfg.betas, fused=fused or None, row_warmup_steps=cfg.received_warmup_steps
-            )
-        else:
-            optimizer = torch.optim.SGD(groups, lr=cfg.lr)
+        optimizer = inner_optimizer(self.transformer, cfg)
         last = self.trainer.max_steps if self.trainer.max_steps > 0 else None
         schedule = LambdaLR(
             optimizer,
@@ -261,7 +283,5 @@ class FoMoEModule(L.LightningModule):
         if hasattr(strategy, "sum_over_sites"):
             metric.load_states(strategy.sum_over_sites(metric.states(), "evaluation"))
         values = {f"val/{name}": float(value) for name, value in metric.compute().items()}
-        if not math.isfinite(values["val/loss"]) and not self.trainer.sanity_checking:
-            raise ValueError(f"validation loss is {values['val/loss']}: the global model has diverged")
         self.log_dict(values)
         self._validation = None

@@ -101,6 +101,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         self.wire_dtype, self.bucket_mib, self.check_agreement = wire_dtype, bucket_mib, check_agreement
         self.share_device = share_device
         self.federation: Federation | None = None
+        self._stop_requested = False
 
     # -- who holds what -------------------------------------------------------------------------------------------
 
@@ -161,7 +162,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
             # Lightning broadcasts one number over the world before every batch, and again when a signal arrives:
             # a round trip over the WAN each step. SIGTERM is passed on with the round's statistics instead.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-            trainer._signal_connector._sigterm_notifier_fn = lambda *_: self._note_sigterm(trainer)
+            trainer._signal_connector._sigterm_notifier_fn = lambda *_: self._note_sigterm()
         self._last_step = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         n = self.topology.n_sites
@@ -182,8 +183,8 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         module = cast(Any, self.lightning_module)
         module.expert_source = self.all_experts_of
 
-    def _note_sigterm(self, trainer: Any) -> None:
-        trainer._signal_connector.received_sigterm = True
+    def _note_sigterm(self) -> None:
+        self._stop_requested = True  # not Lightning's own flag, which would end this site in mid-round
         if isinstance(self.launcher, _SubprocessScriptLauncher):
             self.launcher.kill(signal.SIGTERM)
 
@@ -223,7 +224,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         """One small message a round: mean training loss, and whether any site was told to stop."""
         module = cast(Any, self.lightning_module)
         loss_sum, steps = module.pop_round_losses()
-        stop = float(module.trainer.received_sigterm)
+        stop = float(self._stop_requested)
         total = self.sum_over_sites(torch.tensor([loss_sum, steps, stop], dtype=torch.float64), "control")
         self.round_stats = {"train_loss": float(total[0] / total[1])}
         if total[2] > 0:
