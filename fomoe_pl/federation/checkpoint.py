@@ -71,12 +71,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        raise ConfigError("ckpt_path", str(folder), "is no complete checkpoint: it has no manifest.json",
-                          "give a folder that `fomoe fit` has written, such as runs/quickstart/checkpoints/last.ckpt")  # fmt: skip
+        hint = "give a folder that `fomoe fit` has written, such as runs/quickstart/checkpoints/last.ckpt"
+        raise ConfigError("ckpt_path", str(folder), "is no complete checkpoint: it has no manifest.json", hint)
     manifest: dict[str, Any] = json.loads(path.read_text())
     if manifest["format"] != FORMAT:
-        raise ConfigError("ckpt_path", str(folder), f"has format {manifest['format']}, this version reads {FORMAT}",
-                          "use the version that wrote it")  # fmt: skip
+        rule = f"has format {manifest['format']}, this version reads {FORMAT}"
+        raise ConfigError("ckpt_path", str(folder), rule, "use the version that wrote it")
     return manifest
 
 
@@ -95,8 +95,8 @@ def check_architecture(folder: Path, architecture: Mapping[str, Any], ignored: f
     keys = [k for k in architecture if k not in ignored and saved.get(k) != architecture[k]]
     if keys:
         differences = "; ".join(f"{k}: checkpoint {saved.get(k)!r}, configured {architecture[k]!r}" for k in keys)
-        raise ConfigError("ckpt_path", str(folder), f"was trained with another architecture ({differences})",
-                          "use the model settings that the checkpoint was trained with")  # fmt: skip
+        rule = f"was trained with another architecture ({differences})"
+        raise ConfigError("ckpt_path", str(folder), rule, "use the model settings that it was trained with")
 
 
 def read_weights(
