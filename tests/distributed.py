@@ -29,9 +29,9 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     Raises:
         torch.multiprocessing.ProcessRaisedException: the first error of any rank, with its traceback.
     """
-    # A fork server that has torch loaded starts a rank in milliseconds, and unlike plain fork without the threads
-    # that the tests before this one may have left in the parent.
-    mp.set_forkserver_preload(["torch", "torch.distributed"])
+    # A fork server that has the large packages loaded starts a rank in milliseconds, and unlike plain fork without the
+    # threads that the tests before this one may have left in the parent.
+    mp.set_forkserver_preload(["torch", "torch.distributed", "lightning.pytorch"])
     with tempfile.TemporaryDirectory() as folder:
         tmp.start_processes(_rank, (world_size, folder, fn, args), nprocs=world_size, start_method="forkserver")
         paths = [Path(folder, f"{rank}.pt") for rank in range(world_size)]

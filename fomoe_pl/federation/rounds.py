@@ -262,8 +262,9 @@ class Federation:
 
     def state_dict(self) -> dict[str, Any]:
         """What this site needs, beside the global model, to go on from here."""
-        local = {name: tensor.detach().clone() for name, tensor in self.layout.tensors.items()}
-        return {"momenta": self.momenta, "local": local}
+        # A checkpoint may be written while a mid-round validation has the agreed values in the model.
+        source = self.layout.tensors if self._stash is None else self._stash
+        return {"momenta": self.momenta, "local": {name: tensor.detach().clone() for name, tensor in source.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
