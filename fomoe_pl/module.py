@@ -101,6 +101,18 @@ def inner_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.
     )
 
 
+def inner_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, last: int | None) -> LambdaLR:
+    """The inner optimizer's learning-rate schedule; advance it after each step.
+
+    Args:
+        optimizer: from `inner_optimizer`.
+        config: the settings.
+        last: as for `learning_rate_factor`.
+    """
+    warmup, cooldown = config.warmup_steps, config.cooldown_steps
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup=warmup, cooldown=cooldown, last=last))
+
+
 class FoMoEModule(L.LightningModule):
     """A mixture-of-experts language model in training.
 
@@ -239,10 +251,7 @@ class FoMoEModule(L.LightningModule):
         cfg = self.optimizer_config
         optimizer = inner_optimizer(self.transformer, cfg)
         last = self.trainer.max_steps if self.trainer.max_steps > 0 else None
-        schedule = LambdaLR(
-            optimizer,
-            lambda step: learning_rate_factor(step, warmup=cfg.warmup_steps, cooldown=cfg.cooldown_steps, last=last),
-        )
+        schedule = inner_schedule(optimizer, cfg, last)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- validation of the global model ---------------------------------------------------------------------------
