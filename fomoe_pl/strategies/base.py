@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
@@ -60,6 +62,31 @@ class SiteStrategy(Strategy):
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from: this site's own unless gradients are shared."""
         return loads_LE
+
+    # -- Lightning's own traffic, counted ------------------------------------------------------------------------
+
+    @property
+    def _joined(self) -> bool:
+        return dist.is_initialized() and dist.get_world_size() > 1
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """A barrier; a control call without payload."""
+        if self._joined:
+            self.ledger.send("control", 0)
+            super().barrier(*args, **kwargs)  # type: ignore[safe-super]
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """An object from one rank to all (file names of checkpoints)."""
+        if self._joined:
+            self.ledger.send("control", len(pickle.dumps(obj)) if dist.get_rank() == src else 0)
+        return super().broadcast(obj, src)  # type: ignore[safe-super]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """A tensor over all ranks (decisions to stop or to save, metrics logged with `sync_dist`)."""
+        if self._joined and isinstance(tensor, Tensor):
+            self.ledger.send("control", 0)  # Lightning's barrier before it
+            self.ledger.all_reduce("control", tensor.nbytes, dist.get_world_size())
+        return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

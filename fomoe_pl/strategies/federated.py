@@ -264,12 +264,6 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         assert self.federation is not None
         return self.federation.wire.sum(cast(Kind, kind), values)
 
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's barriers, counted as control calls."""
-        if dist.is_initialized() and self.world_size > 1:
-            self.ledger.send("control", 0)
-            super().barrier(*args, **kwargs)
-
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def global_tensors(self) -> Mapping[str, Tensor]:
