@@ -1,0 +1,176 @@
+"""What the documents print: every command parses, and every setting is listed with its default."""
+
+import argparse
+import inspect
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import pytest
+import yaml
+
+from fomoe_pl.cli import FoMoECLI
+from fomoe_pl.data.module import FoMoEData
+from fomoe_pl.data.prepare import prepare
+from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.module import FoMoEModule, OptimizerConfig
+from fomoe_pl.strategies import REGISTERED, FederatedStrategy
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+YAML = {"None": "null", "True": "true", "False": "false"}  # as the tables print them
+LAUNCHER = re.compile(r"^(srun |torchrun .*-m )(?=fomoe)")
+
+
+def commands(document: str) -> list[list[str]]:
+    """Words of each `fomoe` and `python tools/...` command in the code blocks; launchers in front are cut off."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", document, flags=re.DOTALL | re.MULTILINE)
+    lines = [LAUNCHER.sub("", line) for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"fomoe(_pl)? |python tools/", line)]
+
+
+PRINTED = {shlex.join(words): words for path in DOCUMENTS for words in commands(path.read_text())}
+
+
+class Parsed(Exception):  # noqa: N818  not an error: the end of what is to be run
+    """A script has read its command line."""
+
+
+class ParsedOnly(FoMoECLI):
+    """The command line up to the point where a trainer would be made."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
+    """Read a command line; of a script run no more than that."""
+    patch.chdir(ROOT)
+    program, *rest = words
+    patch.setattr(sys, "argv", rest if program == "python" else words)
+    if program != "python":
+        ParsedOnly()
+        return
+    for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+
+        def stop(self: Any, *args: Any, original: Callable[..., Any] = parser.parse_args, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            raise Parsed
+
+        patch.setattr(parser, "parse_args", stop)
+    with pytest.raises(Parsed):
+        runpy.run_path(rest[0], run_name="__main__")
+
+
+@pytest.mark.parametrize("command", PRINTED)
+def test_printed_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse(PRINTED[command], monkeypatch)
+
+
+def test_commands_are_found_behind_their_launchers() -> None:
+    document = """
+text `fomoe fit -c in_a_sentence.yaml`
+```
+make quickstart
+fomoe fit -c 'a b.yaml'  # why
+```
+```bash
+torchrun --nproc_per_node 4 -m fomoe_pl fit -c c.yaml
+srun fomoe validate
+python tools/summary.py runs/a
+python -m pytest
+```
+"""
+    assert commands(document) == [
+        ["fomoe", "fit", "-c", "a b.yaml"],
+        ["fomoe_pl", "fit", "-c", "c.yaml"],
+        ["fomoe", "validate"],
+        ["python", "tools/summary.py", "runs/a"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fomoe", "fit", "-c", "configs/quickstart.yaml", "--trainer.strategy.init_args.overlapp", "2"],
+        ["fomoe", "fit", "-c", "configs/quickstart.yaml", "--model.architecture.top_k", "two"],
+        ["python", "tools/prepare_data.py", "--source", "a", "--outptu", "b"],
+    ],
+    ids=shlex.join,
+)
+def test_a_mistyped_command_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit):
+        parse(words, monkeypatch)
+
+
+def listed(document: str, key: str) -> dict[str, str]:
+    """Key -> default, as the table that has this key in it prints them."""
+    table = next(t for t in re.findall(r"(?:^\|.*\n?)+", document, flags=re.MULTILINE) if f"\n| `{key}` |" in t)
+    return dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, flags=re.MULTILINE))
+
+
+def defaults(owner: Callable[..., Any]) -> dict[str, str]:
+    """Key -> default, as a table should print them; settings that are objects of their own have tables of their own."""
+    found = {}
+    for name, parameter in inspect.signature(owner).parameters.items():
+        value = parameter.default
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        if value is parameter.empty:
+            found[name] = "required"
+        elif isinstance(value, OuterRule | OptimizerConfig):
+            found[name] = "below" if isinstance(value, OuterRule) else "above"
+        else:
+            value = list(value) if isinstance(value, tuple) else value
+            found[name] = f"`{YAML.get(str(value), value)}`"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "key", "owner"),
+    [
+        ("configuration", "overlap", FederatedStrategy),
+        ("configuration", "rule", OuterRule),
+        ("configuration", "betas", OptimizerConfig),
+        ("configuration", "evaluation_window", FoMoEModule),
+        ("configuration", "top_k", ModelConfig),
+        ("configuration", "dirichlet_alpha", FoMoEData),
+        ("data", "val_fraction", prepare),
+    ],
+)
+def test_every_setting_is_listed_with_its_default(page: str, key: str, owner: Callable[..., Any]) -> None:
+    assert listed((ROOT / "docs" / f"{page}.md").read_text(), key) == defaults(owner)
+
+
+def strategy_of(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())["trainer"]["strategy"]
+
+
+def test_every_strategy_file_and_name_is_listed() -> None:
+    files = re.findall(r"^\| `(\w+\.yaml)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert sorted(files) == sorted(path.name for path in (ROOT / "configs/strategy").glob("*.yaml"))
+    names = (ROOT / "docs/configuration.md").read_text().split("### By name")[1].split("##")[0]
+    assert [name for name in REGISTERED if name != "single_site" and f"`{name}`" not in names] == []
+
+
+@pytest.mark.xfail(
+    strict=True, reason="full-replica files keep the quickstart's overlap: they must name overlap, routing"
+)
+def test_a_strategy_file_means_the_same_after_the_quickstart() -> None:
+    """A key that a file does not name keeps the quickstart's value: so each must name all that the quickstart names."""
+    quickstart = strategy_of(ROOT / "configs/quickstart.yaml")
+    missing = {
+        path.name: sorted(quickstart["init_args"].keys() - strategy["init_args"].keys())
+        for path in (ROOT / "configs/strategy").glob("*.yaml")
+        if (strategy := strategy_of(path))["class_path"] == quickstart["class_path"]
+    }
+    assert {name: keys for name, keys in missing.items() if keys} == {}
