@@ -1,0 +1,71 @@
+"""The commands under tools/ that have no tests of their own elsewhere, at tiny sizes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tokenizers import Tokenizer, models
+
+ROOT = Path(__file__).parents[1]
+SITES_SCRIPT = ROOT / "tools/gpu_four_sites.sh"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_bench_step_trains_both_loops_alike(tmp_path: Path) -> None:
+    architecture = ["vocab_size=65", "d_model=32", "n_layers=2", "n_heads=2", "n_experts=4", "top_k=2", "d_expert=16"]
+    command = [sys.executable, str(ROOT / "tools/bench_step.py"), "--output", str(tmp_path), "--accelerator", "cpu"]
+    command += ["--batch_size", "2", "--sequence_length", "16", "--warmup", "2", "--steps", "3", "--blocks", "2"]
+    command += [f"--model.architecture.{setting}" for setting in architecture]
+    # A process of its own: it joins and leaves a process group, which a test process cannot do twice on one port.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "bench_step.json").read_text())
+    for variant in ("callbacks", "bare"):
+        trainer_loss, plain_loss = results[variant]["last_losses"]
+        assert trainer_loss == plain_loss
+        assert len(results[variant]["trainer_tokens_per_second"]) == len(results[variant]["plain_tokens_per_second"])
+        assert len(results[variant]["plain_tokens_per_second"]) == 2
+    # The report is a callback's: only one of the two variants has them.
+    assert [path.parent.name for path in tmp_path.rglob("report.json")] == ["callbacks"]
+
+
+def test_median_of_pairs_and_peaks() -> None:
+    blocks = load("bench_step").Blocks()
+    blocks.add(tokens=100, seconds=2.0, peak_bytes=7)
+    blocks.add(tokens=100, seconds=4.0, peak_bytes=5)
+    assert (blocks.tokens_per_second, blocks.peak_bytes) == ([50.0, 25.0], 7)
+
+
+def test_padded_vocabulary_changes_no_encoding(tmp_path: Path) -> None:
+    source, target = tmp_path / "small.json", tmp_path / "large.json"
+    Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2}, unk_token="b")).save(str(source))
+    load("pad_vocabulary").main([str(source), str(target), "--vocab_size", "50"])
+    before, after = Tokenizer.from_file(str(source)), Tokenizer.from_file(str(target))
+    assert max(after.get_vocab(with_added_tokens=True).values()) == 49
+    assert before.encode("a").ids == after.encode("a").ids == [0]
+
+
+def test_vocabulary_cannot_shrink(tmp_path: Path) -> None:
+    source = tmp_path / "small.json"
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="b")).save(str(source))
+    with pytest.raises(SystemExit, match="2 tokens"):
+        load("pad_vocabulary").main([str(source), str(tmp_path / "none.json"), "--vocab_size", "1"])
+
+
+def test_four_sites_script_is_valid_shell_and_executable() -> None:
+    assert os.access(SITES_SCRIPT, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(SITES_SCRIPT)], check=False).returncode == 0

@@ -1,0 +1,27 @@
+#!/bin/sh
+# Four sites share one GPU: prepare data, train, save, validate the saved model in one process, print the summary.
+#   tools/gpu_four_sites.sh [more arguments for fit and validate]
+# PYTHON names the interpreter. Results: runs/four_sites_one_gpu (report.json, curves, last.ckpt).
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+run=runs/four_sites_one_gpu
+data=runs/data
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+
+mkdir -p "$data"
+"$python" tools/prepare_data.py --source data/sample --output "$data/sample_16384" --tokenizer bpe:16384
+"$python" tools/pad_vocabulary.py "$data/sample_16384/tokenizer.json" "$data/padded_200019.json" --vocab_size 200019
+"$python" tools/prepare_data.py --source data/sample --output "$data/sample_200019" \
+  --tokenizer "$data/padded_200019.json"
+
+step() {
+  date "+%H:%M:%S $1"
+  subcommand=$1
+  shift
+  "$python" -m fomoe_pl "$subcommand" -c configs/model/fomoe-153m.yaml -c configs/experiment/four_sites_one_gpu.yaml "$@"
+}
+step fit "$@"
+step validate --ckpt_path "$run/last.ckpt" "$@"
+date "+%H:%M:%S end"
+"$python" tools/summary.py "$run"
