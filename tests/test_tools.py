@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +49,22 @@ def test_median_of_pairs_and_peaks() -> None:
     blocks.add(tokens=100, seconds=2.0, peak_bytes=7)
     blocks.add(tokens=100, seconds=4.0, peak_bytes=5)
     assert (blocks.tokens_per_second, blocks.peak_bytes) == ([50.0, 25.0], 7)
+
+
+def test_waits_are_counted_by_step_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load("bench_step")
+    modes: list[str] = []
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", modes.append)
+    alternate = bench.Alternate(None, warmup=1, steps=1, blocks=1, tokens=1)
+    alternate._count_waits(0)
+    for step in range(1, bench.LOG_EVERY + 2):
+        for _ in range(2 if step == 3 else 0):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+        alternate._count_waits(step)
+    assert alternate.waits_of_steps == [2 if step == 2 else 0 for step in range(bench.LOG_EVERY)]
+    assert [(place.split(":")[0], n) for place, n in alternate.waits.items()] == [("test_tools.py", 2)]
+    assert modes == ["warn", "default"]
 
 
 def test_padded_vocabulary_changes_no_encoding(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ DISTINCT_BATCHES = 8
 CLIP_NORM = 1.0
 LOG_EVERY = 10
 MIB = 2**20
+WAIT_MESSAGE = "synchronizing CUDA operation"
 
 
 class RandomBatches(Dataset[Batch]):
@@ -190,8 +191,9 @@ class Alternate(L.Callback):
         if watched == 0:
             self._caught = self._watch.enter_context(host_waits())
         elif watched <= LOG_EVERY:
-            self.waits_of_steps.append(len(self._caught))
-            self.waits.update(f"{Path(w.filename).name}:{w.lineno}" for w in self._caught)
+            waits = [w for w in self._caught if WAIT_MESSAGE in str(w.message)]
+            self.waits_of_steps.append(len(waits))
+            self.waits.update(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
             self._caught.clear()
         if watched == LOG_EVERY:
             self._watch.close()
@@ -214,7 +216,7 @@ class Alternate(L.Callback):
 def host_waits() -> Iterator[list[warnings.WarningMessage]]:
     """Collect one warning for each time that the host waits for the GPU."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", message=".*synchronizing CUDA operation.*")
+        warnings.filterwarnings("always", message=f".*{WAIT_MESSAGE}")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield caught
