@@ -1,21 +1,28 @@
-"""The command line: `fomoe fit`, `fomoe validate` and `fomoe test`, with settings from YAML files."""
+"""The command line: `fomoe fit` and `fomoe validate`, with settings from YAML files."""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 import warnings
 from typing import Any, NoReturn, cast
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import StrategyRegistry
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from fomoe_pl.data.module import FoMoEData
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, config_error_in
 from fomoe_pl.module import FoMoEModule
-from fomoe_pl.strategies import FederatedStrategy, SingleSiteStrategy
+from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy, SiteStrategy
+from fomoe_pl.strategies.checks import check_checkpoint
 
 EXIT_CONFIG = 2
+
+LIGHTNINGS_CHECKPOINTS = ("best", "last", "hpc")  # words for a checkpoint that the Trainer looks up itself
 
 QUIET = (
     ".*recommended to use `self.log.*sync_dist=True.*",  # validation sums are reduced by the strategy, counted
@@ -25,15 +32,26 @@ QUIET = (
 )
 
 
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "💡" not in record.getMessage()
+
+
 class Parser(LightningArgumentParser):
     """A parser whose errors are one message, without a page of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and end."""
-        cause = ex
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-        fail(str(cause) if cause is not None else message)
+        fail(_config_message(ex) or message)
+
+
+def _config_message(error: BaseException | None) -> str | None:
+    """The message of the ConfigError that an exception comes from, if any."""
+    found = config_error_in(error)
+    if found is not None:
+        return str(found)
+    # Where a setting may be one of several types, jsonargparse keeps of what a constructor raised only the text.
+    quoted = re.search(r"^\s*- ((?:trainer|model|data)\.\S+ = .*)$", str(error), re.MULTILINE)
+    return quoted[1] if quoted else None
 
 
 def fail(message: str) -> NoReturn:
@@ -41,6 +59,15 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
         print(f"fomoe: {message}", file=sys.stderr)
     raise SystemExit(EXIT_CONFIG)
+
+
+class SaveTrainingConfig(SaveConfigCallback):
+    """Saves the settings of a training run in its folder; a later validation leaves them alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save when fitting."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class FoMoECLI(LightningCLI):
@@ -51,6 +78,7 @@ class FoMoECLI(LightningCLI):
             FoMoEModule,
             FoMoEData,
             seed_everything_default=42,
+            save_config_callback=SaveTrainingConfig,
             save_config_kwargs={"overwrite": True},
             args=args,
             parser_kwargs={"description": "Federated mixture-of-experts pre-training."},
@@ -63,21 +91,39 @@ class FoMoECLI(LightningCLI):
         parser.add_argument("-c", "--config", action="config", help="Path to a YAML file; may be given several times.")
         return parser
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Train, and validate a checkpoint: a corpus has two splits, so there is nothing to test or predict on."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
     def before_instantiate_classes(self) -> None:
-        """Validation is of the whole model on one device; strategy names must exist."""
+        """Validation is of the whole model on one device; a strategy's name is one of this project's."""
         config = self.config[self.subcommand]
-        if self.subcommand in ("validate", "test"):
+        if self.subcommand == "validate":
             if not config.ckpt_path:
-                raise ConfigError("ckpt_path", config.ckpt_path, f"`fomoe {self.subcommand}` needs a checkpoint",
+                raise ConfigError("ckpt_path", config.ckpt_path, "`fomoe validate` needs a checkpoint",
                                   "add --ckpt_path runs/quickstart/checkpoints/last.ckpt")  # fmt: skip
             config.trainer.strategy = "single_site"
             config.trainer.devices = 1
             config.trainer.num_nodes = 1
-        name = config.trainer.strategy
-        if isinstance(name, str) and name != "auto" and name not in StrategyRegistry:
-            names = ", ".join(sorted(StrategyRegistry.available_strategies()))
-            raise ConfigError("trainer.strategy", name, "is no strategy",
-                              f"choose one of {names}")  # fmt: skip
+            config.trainer.logger = False  # else its numbers would go into the training run's curves, at step 0
+        accelerator = config.trainer.accelerator
+        if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ConfigError("trainer.accelerator", accelerator, f"torch {torch.__version__} finds no CUDA device",
+                              "use cpu, or install a CUDA build of torch where there is a GPU")  # fmt: skip
+        if isinstance(config.trainer.strategy, str):
+            config.trainer.strategy = self._own_strategy(config.trainer)
+
+    @staticmethod
+    def _own_strategy(trainer: Any) -> str:
+        name: str = trainer.strategy
+        if name == "auto":
+            return "single_site" if str(trainer.devices) == "1" and trainer.num_nodes == 1 else "ddp_counted"
+        # Lightning has given the short name to its own, whose bytes nobody counts.
+        name = "ddp_counted" if name == "ddp" else name
+        if name not in REGISTERED:
+            raise _unknown_strategy(trainer.strategy)
+        return name
 
     def before_fit(self) -> None:
         """Check everything that can be seen from here."""
@@ -87,25 +133,35 @@ class FoMoECLI(LightningCLI):
         """Check everything that can be seen from here."""
         self._check()
 
-    def before_test(self) -> None:
-        """Check everything that can be seen from here."""
-        self._check()
-
     def _check(self) -> None:
         trainer, module, data = self.trainer, cast(FoMoEModule, self.model), cast(FoMoEData, self.datamodule)
+        strategy = trainer.strategy
+        if not isinstance(strategy, SiteStrategy):
+            raise _unknown_strategy(f"{type(strategy).__module__}.{type(strategy).__qualname__}")
         n_processes = trainer.num_nodes * trainer.num_devices
-        environment = getattr(trainer.strategy, "cluster_environment", None)
+        environment = getattr(strategy, "cluster_environment", None)
         if environment is not None and environment.creates_processes_externally:
             n_processes = environment.world_size()
-        if isinstance(trainer.strategy, FederatedStrategy):
-            trainer.strategy.check(module.config, n_processes)
-        elif isinstance(trainer.strategy, SingleSiteStrategy):
+        if isinstance(strategy, FederatedStrategy):
+            strategy.check(module.config, n_processes)
+        elif isinstance(strategy, SingleSiteStrategy):
             n_processes = 1
         data.check(n_processes)
         if data.vocab_size != module.config.vocab_size:
             raise ConfigError("model.architecture.vocab_size", module.config.vocab_size,
                               f"must equal the vocabulary of the data in {data.root} ({data.vocab_size})",
                               f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
+        path = self.config[self.subcommand].ckpt_path
+        if path is not None and path not in LIGHTNINGS_CHECKPOINTS:
+            resumed_by = strategy.identity(n_processes) if self.subcommand == "fit" else None
+            check_checkpoint(path, module.config, resumed_by)
+
+
+def _unknown_strategy(given: str) -> ConfigError:
+    names = ", ".join(sorted({*REGISTERED, "ddp"}))
+    return ConfigError("trainer.strategy", given, "is no strategy of fomoe-pl",
+                       f"choose one of {names}; or give class_path and init_args, as the files in configs/strategy do"
+                       )  # fmt: skip
 
 
 def main(args: list[str] | None = None) -> None:
@@ -114,10 +170,16 @@ def main(args: list[str] | None = None) -> None:
         args = ["--help"]
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     try:
         FoMoECLI(args=args)
-    except ConfigError as error:
-        fail(str(error))
+    except (MisconfigurationException, ModuleNotFoundError) as error:  # Lightning's words for what is not there
+        fail(_config_message(error) or str(error))
+    except Exception as error:
+        found = _config_message(error)
+        if found is None:
+            raise  # no setting's fault: it stays whole
+        fail(found)
 
 
 if __name__ == "__main__":

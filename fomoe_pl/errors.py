@@ -21,4 +21,11 @@ class ConfigError(ValueError):
 
     def __str__(self) -> str:
         """Return ``KEY = VALUE: RULE. HINT`` on one line."""
-        return f"{self.key} = {self.value!r}: {self.rule}. {self.hint}"
+        return f"{self.key} = {self.value!r}: {self.rule}. {self.hint[:1].upper()}{self.hint[1:]}"
+
+
+def config_error_in(error: BaseException | None) -> ConfigError | None:
+    """Return the ConfigError that an exception is, or that it was raised from or during; None if there is none."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error

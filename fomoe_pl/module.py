@@ -144,6 +144,7 @@ class FoMoEModule(L.LightningModule):
         self.model: Transformer | None = None
         self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
         self.tokens_seen = 0
+        self.validation_before_training: dict[str, float] = {}  # with `num_sanity_val_steps`
         # Replaced by strategies whose sites hold some of the experts only: makes all of a layer's experts live.
         self.expert_source: Callable[[int], AbstractContextManager[None]] = lambda layer: nullcontext()
         self._window: list[Batch] = []
@@ -220,10 +221,13 @@ class FoMoEModule(L.LightningModule):
         return total, count
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradient norm (before clipping), and the balance bias's own step."""
+        """Gradient norm (before clipping), learning rate, and the balance bias's own step."""
         if self._logs_after(self.trainer.global_step + 1):
             grads = [p.grad for p in self.transformer.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+            # The same factor in every group, whatever CompleteP's scale of it is.
+            group = optimizer.param_groups[0]
+            self.log("train/learning_rate", self.optimizer_config.lr * group["lr"] / group["initial_lr"])
         if self._loads_LE is not None:
             strategy: Any = self.trainer.strategy
             loads_LE = strategy.reduce_loads(self._loads_LE) if hasattr(strategy, "reduce_loads") else self._loads_LE
@@ -292,5 +296,10 @@ class FoMoEModule(L.LightningModule):
         if hasattr(strategy, "sum_over_sites"):
             metric.load_states(strategy.sum_over_sites(metric.states(), "evaluation"))
         values = {f"val/{name}": float(value) for name, value in metric.compute().items()}
-        self.log_dict(values)
+        if self.trainer.sanity_checking:  # Lightning logs nothing then, but it is where the curve starts
+            self.validation_before_training = values
+            for logger in self.loggers:
+                logger.log_metrics(values, step=0)
+        else:
+            self.log_dict(values)
         self._validation = None

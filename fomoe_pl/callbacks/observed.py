@@ -42,10 +42,12 @@ class ObservedModule(Protocol):
     Attributes:
         routing_health: sums of every training step since its last reset.
         tokens_seen: tokens that this site trained on.
+        validation_before_training: `val/...` of the initial global model; empty if it was not validated.
     """
 
     routing_health: RoutingHealth
     tokens_seen: int
+    validation_before_training: dict[str, float]
 
 
 class _Unsynchronized:

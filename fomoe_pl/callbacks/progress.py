@@ -3,7 +3,7 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from fomoe_pl.callbacks.observed import observed_strategy
+from fomoe_pl.callbacks.observed import observed_module, observed_strategy
 
 
 def human_bytes(n: int) -> str:
@@ -25,6 +25,13 @@ class FoMoEProgressBar(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where training starts from."""
+        super().on_sanity_check_end(trainer, pl_module)
+        bits_per_byte = observed_module(pl_module).validation_before_training.get("val/bits_per_byte")
+        if bits_per_byte is not None and trainer.is_global_zero:
+            print(f"Before training the global model has {bits_per_byte:.3f} bits per byte.")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
         """Return what stands behind the bar."""

@@ -25,7 +25,8 @@ class RunReport(TimedCallback):
     """Writes `report.json` when training ends, on rank zero.
 
     Keys: `strategy` (its class), `sites`, `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last
-    `val/...` values, of the global model), `round` (the last round's means over all sites), and of site 0: `bytes`
+    `val/...` values, of the global model), `validation_before_training` (the same of the initial model; empty without
+    `num_sanity_val_steps`), `round` (the last round's means over all sites), and of site 0: `bytes`
     (`payload` and `wire` by kind and in total), `train_seconds` (without validation and checkpoints) and `sync_seconds`
     of this process, `tokens_per_second` (`local`, `with_sync`), `peak_memory_mib`, `resident_parameters`.
     Undefined numbers are null.
@@ -51,8 +52,10 @@ class RunReport(TimedCallback):
 
     def report(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the report of the run as it stands."""
-        strategy, tokens = observed_strategy(trainer), observed_module(pl_module).tokens_seen
+        strategy, module = observed_strategy(trainer), observed_module(pl_module)
+        tokens = module.tokens_seen
         validation = {k: finite_or_none(float(v)) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        before = {k: finite_or_none(v) for k, v in module.validation_before_training.items()}
         return {
             "strategy": type(trainer.strategy).__name__,
             "sites": strategy.topology.n_sites,
@@ -60,6 +63,7 @@ class RunReport(TimedCallback):
             "rounds": strategy.rounds_done,
             "tokens": {"site": tokens, "global": tokens * strategy.topology.n_sites},
             "validation": validation,
+            "validation_before_training": before,
             "round": {name: finite_or_none(value) for name, value in strategy.round_stats.items()},
             "bytes": {"payload": payload_bytes(strategy.ledger), "wire": wire_bytes(strategy.ledger)},
             "train_seconds": self.trained.seconds,

@@ -19,12 +19,7 @@ from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
-
-# Settings that may differ between a checkpoint and the model that reads it: they leave the weights alone.
-IRRELEVANT_TO_WEIGHTS = frozenset(
-    {"expert_backend", "activation_checkpointing", "loss_chunk_bytes", "balance", "aux_loss_weight", "z_loss_weight",
-     "bias_update_rate"}
-)  # fmt: skip
+from fomoe_pl.strategies.checks import IRRELEVANT_TO_WEIGHTS, check_checkpoint
 
 
 class SiteStrategy(Strategy):
@@ -114,6 +109,10 @@ class SiteStrategy(Strategy):
         """Whether this rank writes experts and its own state."""
         return self.is_global_zero
 
+    def identity(self, n_sites: int) -> dict[str, Any]:
+        """What `site_state` depends on: a run that resumes must have the same."""
+        return {"strategy": type(self).__name__}
+
     def site_state(self) -> dict[str, Any]:
         """What this rank needs beside the global model to resume."""
         return {"ledger": self.ledger.state_dict(), "sync_seconds": self.sync_seconds}
@@ -154,7 +153,7 @@ class SiteStrategy(Strategy):
             config: ModelConfig = self.transformer.config  # type: ignore[assignment]
             manifest = {
                 "architecture": asdict(config), "n_sites": self.topology.n_sites, "rounds": self.rounds_done,
-                "optimizer_steps": self.optimizer_steps, "strategy": type(self).__name__,
+                "optimizer_steps": self.optimizer_steps, "identity": self.identity(self.topology.n_sites),
             }  # fmt: skip
             files.finish(folder, manifest)
 
@@ -173,9 +172,7 @@ class SiteStrategy(Strategy):
         residency: Residency = self.transformer.residency  # type: ignore[assignment]
         files.check_architecture(folder, asdict(config), IRRELEVANT_TO_WEIGHTS)
         names = list(layout.tensors)
-        self.set_global(
-            files.read_weights(folder, names, layout.expert_layer, residency.experts, config.n_experts)
-        )  # fmt: skip
+        self.set_global(files.read_weights(folder, names, layout.expert_layer, residency.experts, config.n_experts))
 
     @torch.no_grad()
     def set_global(self, weights: dict[str, Tensor]) -> None:
@@ -186,8 +183,11 @@ class SiteStrategy(Strategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore inner optimizer, outer state and counters of this site."""
         folder = Path(checkpoint["folder"])
+        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
+        check_checkpoint(folder, config, self.identity(self.topology.n_sites))
         manifest = files.read_manifest(folder)
-        site = self.topology.site if manifest["n_sites"] > 1 else 0
+        # Data-parallel ranks are all alike, and only the first has written.
+        site = self.topology.site if self.writes_checkpoint() else 0
         path = folder / f"site-{site:05d}.pt"
         own = torch.load(path, map_location="cpu", weights_only=False)
         super().load_optimizer_state_dict({"optimizer_states": own["optimizer_states"]})

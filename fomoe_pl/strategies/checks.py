@@ -1,10 +1,23 @@
-"""Settings of the federated strategy that cannot work, told before any process starts."""
+"""Settings and checkpoints that cannot work, told before any process starts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
+from fomoe_pl.model.config import ModelConfig
 
 KEY = "trainer.strategy.init_args"
+
+# Settings that may differ between a checkpoint and the model that reads it: they leave the weights alone.
+IRRELEVANT_TO_WEIGHTS = frozenset(
+    {"expert_backend", "activation_checkpointing", "loss_chunk_bytes", "balance", "aux_loss_weight", "z_loss_weight",
+     "bias_update_rate"}
+)  # fmt: skip
 
 
 def check_settings(
@@ -37,12 +50,24 @@ def check_processes(sites: int | None, n_processes: int) -> int:
     raise ConfigError(f"{KEY}.sites", sites, rule, f"set trainer.devices to {sites}, or sites to {n_processes}")
 
 
-def check_same_sites(path: str, written_by: int, n_sites: int) -> None:
-    """Refuse to resume on another number of sites.
+def check_checkpoint(path: str | Path, config: ModelConfig, resumed_by: Mapping[str, Any] | None) -> None:
+    """Refuse a checkpoint whose weights, or whose sites' own states, do not fit.
+
+    Args:
+        path: checkpoint folder.
+        config: the configured model.
+        resumed_by: what the sites' states depend on (`SiteStrategy.identity`); None if only weights are read.
 
     Raises:
-        ConfigError: if the numbers differ.
+        ConfigError: listing every setting that differs.
     """
-    if written_by != n_sites:
-        rule = f"was written by {written_by} sites, this run has {n_sites}"
-        raise ConfigError("ckpt_path", path, rule, f"resume on {written_by} sites")
+    folder = Path(path)
+    check_architecture(folder, asdict(config), IRRELEVANT_TO_WEIGHTS)
+    if resumed_by is None:
+        return
+    written_by = read_manifest(folder)["identity"]
+    keys = [k for k in sorted({*written_by, *resumed_by}) if written_by.get(k) != resumed_by.get(k)]
+    if keys:
+        differences = "; ".join(f"{k}: checkpoint {written_by.get(k)!r}, now {resumed_by.get(k)!r}" for k in keys)
+        rule = f"can be resumed only by the federation that wrote it ({differences})"
+        raise ConfigError("ckpt_path", str(path), rule, "use the strategy settings that it was trained with")

@@ -30,7 +30,7 @@ from fomoe_pl.federation.wire import Wire, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
 from fomoe_pl.strategies.base import SiteStrategy
-from fomoe_pl.strategies.checks import check_processes, check_same_sites, check_settings
+from fomoe_pl.strategies.checks import check_processes, check_settings
 
 
 class FederatedStrategy(SiteStrategy, DDPStrategy):
@@ -292,15 +292,9 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read Lightning's state and take the placement of the checkpoint's round.
-
-        Raises:
-            ConfigError: if the checkpoint was written by another number of sites.
-        """
+        """Read Lightning's state and take the placement of the checkpoint's round."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        manifest = read_manifest(Path(checkpoint_path))
-        check_same_sites(str(checkpoint_path), manifest["n_sites"], self.topology.n_sites)
-        self.rounds_done = manifest["rounds"]
+        self.rounds_done = read_manifest(Path(checkpoint_path))["rounds"]
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         placement = self.placed(config, self._redraws())
         cast(Federation, self.federation).placement = placement
@@ -308,6 +302,15 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
             Residency(self.routing, placement.residents(self.topology.site))
         )
         return checkpoint
+
+    def identity(self, n_sites: int) -> dict[str, Any]:
+        """Who holds what, and whether there is outer momentum."""
+        drawn = {"placement_seed": self.placement_seed, "reshuffle_rounds": self.reshuffle_rounds}
+        return {
+            **super().identity(n_sites), "sites": n_sites, "overlap": self.overlap(n_sites), "routing": self.routing,
+            "placement": self.placement_kind, "outer.rule": self.outer.rule,
+            **(drawn if self.placement_kind == "random" else {}),
+        }  # fmt: skip
 
     def site_state(self) -> dict[str, Any]:
         """Outer state, local values (they differ from the anchors in mid-round) and the ledger."""

@@ -1,4 +1,4 @@
-"""Strategies by name: `--trainer.strategy fomoe` is `configs/strategy/fomoe.yaml` with one site a device."""
+"""Strategies by name: `--trainer.strategy fomoe` is `configs/strategy/fomoe.yaml`."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ from fomoe_pl.strategies.federated import FederatedStrategy
 from fomoe_pl.strategies.single import SingleSiteStrategy
 
 _DILOCO = OuterRule(rule="nesterov", lr=0.7, momentum=0.9)
+_K = 8  # local steps, as in the files
+_FOMOE: dict[str, Any] = {"overlap": 2, "local_steps": _K, "inner_moments": "average"}
 
+# A test holds the settings of each name equal to those of its file.
 REGISTERED: dict[str, tuple[type, str, dict[str, Any]]] = {
     "single_site": (SingleSiteStrategy, "the whole model on one device", {}),
     "ddp_counted": (CountedDDPStrategy, "stock DDP with counted bytes", {}),
-    "local_sgd": (FederatedStrategy, "plain averaging, moments kept", {}),
-    "photon": (FederatedStrategy, "plain averaging, moments reset", {"inner_moments": "reset"}),
-    "diloco": (FederatedStrategy, "Nesterov outer step", {"outer": _DILOCO}),
-    "local_adamw": (FederatedStrategy, "parameters and moments averaged", {"inner_moments": "average"}),
-    "fomoe": (FederatedStrategy, "LocalAdamW, each expert on one site", {"inner_moments": "average", "overlap": 1}),
+    "local_sgd": (FederatedStrategy, "plain averaging, moments kept", {"local_steps": _K}),
+    "photon": (FederatedStrategy, "plain averaging, moments reset", {"local_steps": _K, "inner_moments": "reset"}),
+    "diloco": (FederatedStrategy, "Nesterov outer step", {"local_steps": _K, "outer": _DILOCO}),
+    "local_adamw": (
+        FederatedStrategy, "parameters and moments averaged", {"local_steps": _K, "inner_moments": "average"}
+    ),
+    "fomoe": (FederatedStrategy, "LocalAdamW, each expert on two sites", _FOMOE),
+    "fomoe_overlap1": (FederatedStrategy, "fomoe, each expert on one site", {**_FOMOE, "overlap": 1}),
     "fomoe_partitioned": (
-        FederatedStrategy,
-        "fomoe with router rows that live with their experts",
-        {"inner_moments": "average", "overlap": 1, "routing": "partitioned"},
+        FederatedStrategy, "fomoe with router rows that live with their experts", {**_FOMOE, "routing": "partitioned"}
     ),
     "fomoe_random": (
-        FederatedStrategy,
-        "fomoe with experts redrawn every round",
-        {"inner_moments": "average", "overlap": 1, "placement": "random"},
+        FederatedStrategy, "fomoe with experts dealt anew every fourth round",
+        {**_FOMOE, "placement": "random", "reshuffle_rounds": 4},
     ),
-}
+    "fomoe_diloco": (
+        FederatedStrategy, "fomoe with DiLoCo's outer step", {**_FOMOE, "outer": _DILOCO, "inner_moments": "keep"}
+    ),
+}  # fmt: skip
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from fomoe_pl.callbacks import (
     CommunicationMonitor,
@@ -51,6 +52,7 @@ class Run:
         self.module: Any = torch.nn.Linear(3, 2)
         self.module.device = torch.device("cpu")
         self.module.tokens_seen = 0
+        self.module.validation_before_training = {}
         self.module.routing_health = RoutingHealth(2, 4)
 
     def start(self, callback: Any) -> None:
@@ -205,6 +207,7 @@ def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
         "val/loss": torch.tensor(1.5), "val/bits_per_byte": torch.tensor(2.25),
         "val/bits_per_byte/law": torch.tensor(math.nan), "train/loss": torch.tensor(9.0),
     }  # fmt: skip
+    run.module.validation_before_training = {"val/bits_per_byte": 8.0, "val/bits_per_byte/empty": math.nan}
     timed_steps(run, callback, clock)
     callback.on_train_end(run.trainer, run.module)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
@@ -229,6 +232,7 @@ def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
         },
         "train_seconds": pytest.approx(9),
         "sync_seconds": pytest.approx(1),
+        "validation_before_training": {"val/bits_per_byte": 8.0, "val/bits_per_byte/empty": None},
         "tokens_per_second": {"local": pytest.approx(400 / 8), "with_sync": pytest.approx(400 / 9)},
         "resident_parameters": 8,
     }
@@ -279,6 +283,15 @@ def test_progress_bar_items(run: Run) -> None:
     run.trainer.callback_metrics = {"train/loss": torch.tensor(1.23456), "val/bits_per_byte": torch.tensor(2.5)}
     shown = bar.get_metrics(run.trainer, run.module)
     assert shown == {"loss": "1.235", "val_bits_per_byte": "2.500", "round": 2, "sent": "1.5 MiB"}
+
+
+def test_progress_bar_says_where_training_starts(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TQDMProgressBar, "on_sanity_check_end", lambda *_: None)  # closes bars that are not drawn here
+    run.module.validation_before_training = {"val/bits_per_byte": 8.125}
+    FoMoEProgressBar().on_sanity_check_end(run.trainer, run.module)
+    assert "8.125 bits per byte" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def _resume(rank: int, n_sites: int, root: str, folder: str, path: str) -> None:
 
 def test_another_number_of_sites_is_refused(found: list[Any], root: str, folder: Path, tmp_path: Path) -> None:
     path = str(folder / "fixed-round.ckpt")
-    with pytest.raises(ProcessRaisedException, match="was written by 4 sites, this run has 2"):
+    with pytest.raises(ProcessRaisedException, match="sites: checkpoint 4, now 2"):
         run_distributed(_resume, 2, 2, root, str(tmp_path), path)
 
 

@@ -85,7 +85,7 @@ def test_bytes_are_the_predicted_ones(found: list[Any], root: str, folder: str, 
             assert ledger.payload("dense") == STEPS * 4 * parameter_counts(run.config).total
             assert ledger.payload("evaluation") == len(VALIDATIONS) * found[site][name]["metric_bytes"]
             continue
-        settings = {"overlap": SITES, "outer": OuterRule(), **run.settings}
+        settings = {"outer": OuterRule(), **run.settings, "overlap": run.settings["overlap"] or SITES}
         expected = predict_bytes(
             run.config, n_sites=SITES, site=site, steps=STEPS, validations=VALIDATIONS,
             metric_bytes=found[site][name]["metric_bytes"], **settings,

@@ -38,3 +38,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Manifest:
     """Three domains as bytes, eight training shards each; for reading only."""
     output = tmp_path_factory.mktemp("corpus") / "bytes"
     return prepare([str(source)], str(output), shards_per_domain=8, val_fraction=0.2, max_shard_mb=0.0005)
+
+
+@pytest.fixture(scope="session")
+def root(corpus: Manifest) -> str:
+    """Folder of the corpus."""
+    return str(corpus.root)

@@ -1,0 +1,278 @@
+"""The command as a user types it: real runs, and one message for everything that cannot work."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fomoe_pl import cli
+from fomoe_pl.cli import FoMoECLI
+from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ["-c", str(ROOT / "configs/quickstart.yaml")]
+STRATEGY = "--trainer.strategy.init_args"
+FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "experiment")
+# Sizes of a run of seconds, from the quickstart.
+SMALL = """
+trainer:
+  devices: 2
+  max_steps: 4
+  val_check_interval: 2
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  strategy:
+    class_path: fomoe_pl.strategies.FederatedStrategy
+    init_args: {overlap: 1, local_steps: 2}
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {filename: last, every_n_train_steps: 2, enable_version_counter: false}
+    - class_path: fomoe_pl.callbacks.CommunicationMonitor
+    - class_path: fomoe_pl.callbacks.RunReport
+model:
+  architecture: {d_model: 16, n_layers: 2, n_heads: 2, n_experts: 4, top_k: 2, d_expert: 8, base_width: 16}
+  optimizer: {cooldown_steps: 0}
+data: {sequence_length: 16, batch_size: 2, val_batch_size: 4, val_sequences: 12}
+"""
+
+
+def small(root: str, folder: Path, name: str = "run") -> list[str]:
+    """Arguments of the small run, which writes into FOLDER/runs/NAME."""
+    (folder / "small.yaml").write_text(SMALL)
+    return [*QUICKSTART, "-c", str(folder / "small.yaml"), "--data.root", root, "--trainer.logger.init_args.name", name]
+
+
+def run(command: list[str], folder: Path, launcher: tuple[str, ...] = ()) -> str:
+    """Run `fomoe COMMAND` in a folder; returns what it printed."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "NODE_", "WORLD_"))}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    start = [sys.executable, *launcher, "-m", "fomoe_pl", *command]
+    done = subprocess.run(start, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def report(folder: Path, name: str = "run") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "runs" / name / "report.json").read_text())
+    return found
+
+
+def printed(output: str, metric: str) -> float:
+    """A value in the table that Lightning prints."""
+    match = re.search(rf"{metric} +│ +([\d.]+)", output)
+    assert match, output
+    return float(match[1])
+
+
+@pytest.fixture(scope="module")
+def trained(root: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which two sites have trained for four steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(["fit", *small(root, folder)], folder)
+    return folder
+
+
+CHECKPOINT = "runs/run/checkpoints/last.ckpt"
+
+
+def test_a_run_is_validated_in_one_process_to_the_same_numbers(trained: Path, root: str) -> None:
+    before = sorted(path.name for path in trained.rglob("*"))
+    output = run(["validate", *small(root, trained), "--ckpt_path", CHECKPOINT], trained)
+    assert sorted(path.name for path in trained.rglob("*")) == before, "curves and settings are those of the training"
+    for metric in ("val/loss", "val/bits_per_byte", "val/bits_per_byte/farm"):
+        assert printed(output, metric) == pytest.approx(report(trained)["validation"][metric], rel=1e-5)
+
+
+def test_a_run_logs_what_the_documents_list(trained: Path) -> None:
+    events = EventAccumulator(str(trained / "runs/run"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {
+        "train/loss", "train/grad_norm", "train/learning_rate", "tokens/site", "tokens/global", "val/loss",
+        "val/bits_per_byte/sea", "round/train_loss", "comm/wire(MiB)/dense", "comm/payload(MiB)/moments",
+    }  # fmt: skip
+    warmup = 24  # the quickstart's
+    assert [e.value for e in events.Scalars("train/learning_rate")] == pytest.approx(
+        [0.01 * step / warmup for step in (1, 2, 3, 4)]
+    )
+    before, *after = (e.value for e in events.Scalars("val/bits_per_byte"))
+    assert [e.step for e in events.Scalars("val/bits_per_byte")] == [0, 1, 3]
+    assert before == pytest.approx(report(trained)["validation_before_training"]["val/bits_per_byte"])
+    assert after[-1] < after[0] < before == pytest.approx(8, abs=0.3)
+
+
+def test_a_run_goes_on_from_its_checkpoint(trained: Path, root: str, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    run(["fit", *small(root, tmp_path), "--ckpt_path", CHECKPOINT, "--trainer.max_steps", "6"], tmp_path)
+    before, after = report(trained), report(tmp_path)
+    assert (before["steps"], before["rounds"], after["steps"], after["rounds"]) == (4, 2, 6, 3)
+    assert after["tokens"] == {"site": 6 * 32, "global": 2 * 6 * 32}
+    assert after["bytes"]["wire"]["dense"] == 1.5 * before["bytes"]["wire"]["dense"]
+
+
+def test_torchrun_trains_the_same_model(trained: Path, root: str, tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    run(["fit", *small(root, tmp_path)], tmp_path, torchrun)
+    keys = ("validation", "round", "bytes", "tokens")
+    assert {key: report(tmp_path)[key] for key in keys} == {key: report(trained)[key] for key in keys}
+
+
+def test_data_parallelism_by_its_file_trains_validates_and_goes_on(root: str, tmp_path: Path) -> None:
+    common = [*small(root, tmp_path), "-c", str(ROOT / "configs/strategy/ddp.yaml")]
+    run(["fit", *common], tmp_path)
+    assert report(tmp_path)["strategy"] == "CountedDDPStrategy"
+    assert report(tmp_path)["bytes"]["payload"]["dense"] == 4 * 4 * report(tmp_path)["resident_parameters"]
+    output = run(["validate", *common, "--ckpt_path", CHECKPOINT], tmp_path)
+    assert printed(output, "val/loss") == pytest.approx(report(tmp_path)["validation"]["val/loss"], rel=1e-5)
+    run(["fit", *common, "--ckpt_path", CHECKPOINT, "--trainer.max_steps", "6"], tmp_path)
+    assert report(tmp_path)["steps"] == 6
+
+
+class Built(Exception):  # noqa: N818  not an error: the end of what is to be run
+    """The Trainer is about to start processes or to train."""
+
+
+def build(arguments: list[str], patch: pytest.MonkeyPatch) -> FoMoECLI:
+    """Parse, instantiate and check, but start nothing."""
+    kept: list[FoMoECLI] = []
+
+    class Stopped(FoMoECLI):
+        def _check(self) -> None:
+            kept.append(self)
+            super()._check()
+            raise Built
+
+    patch.setattr(cli, "FoMoECLI", Stopped)
+    with pytest.raises(Built):
+        cli.main(arguments)
+    return kept[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_file_after_the_quickstart_makes_a_run(path: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The corpus here has bytes for a vocabulary, and its smallest domain eight shards.
+    fit = ["--data.root", root, "--model.architecture.vocab_size", "257", "--trainer.logger", "false"]
+    built = build(["fit", *QUICKSTART, "-c", str(path), *fit], monkeypatch)
+    assert built.trainer.max_steps == 480
+
+
+NAMES = {**{path.stem: path for path in (ROOT / "configs/strategy").glob("*.yaml")}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_its_file(name: str, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--data.root", root, "--trainer.logger", "false"]
+    file, named = (
+        build(["fit", *QUICKSTART, *arguments, *choice], monkeypatch).trainer.strategy
+        for choice in (["-c", str(NAMES[name])], ["--trainer.strategy", name])
+    )
+    assert type(file) is type(named)
+    if isinstance(file, FederatedStrategy):
+        assert settings(file) == settings(named)
+
+
+def settings(strategy: Any) -> dict[str, Any]:
+    names = ("schedule", "routing", "placement_kind", "outer", "inner_moments", "wire_dtype", "_sites", "_overlap")
+    drawn = ("reshuffle_rounds", "placement_seed") if strategy.placement_kind == "random" else ()
+    return {name: getattr(strategy, name) for name in (*names, *drawn)}
+
+
+def test_every_name_has_a_file() -> None:
+    assert {*REGISTERED} - {"single_site", "ddp_counted"} == {*NAMES} - {"ddp"}
+
+
+def test_without_a_strategy_one_process_trains_the_whole_model(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--data.root", root, "--trainer.logger", "false", "--trainer.strategy", "auto"]
+    built = build(["fit", *QUICKSTART, *arguments, "--trainer.devices", "1"], monkeypatch)
+    assert isinstance(built.trainer.strategy, SingleSiteStrategy)
+
+
+def _not_reached(*_: object, **__: object) -> NoReturn:
+    raise AssertionError("a process was to be started")
+
+
+@pytest.fixture
+def refused(
+    root: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
+    """Function that gives a command's one message; `ROOT` and `CHECKPOINT` stand for the corpus and a checkpoint."""
+    monkeypatch.setattr(_SubprocessScriptLauncher, "launch", _not_reached)
+
+    def message(command: str) -> str:
+        arguments = shlex.split(command.replace("CHECKPOINT", str(trained / CHECKPOINT)))
+        with pytest.raises(SystemExit) as end:
+            cli.main([arguments[0], *small(root, tmp_path), *arguments[1:]])
+        assert end.value.code == 2
+        printed = capsys.readouterr().err
+        lines = [line for line in printed.splitlines() if line.startswith("fomoe: ")]
+        assert len(lines) == 1, printed
+        assert "Traceback" not in printed
+        return printed[printed.index("fomoe: ") :]
+
+    return message
+
+
+ARCHITECTURE = "--model.architecture"
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        (f"fit {STRATEGY}.overlap 3", ["init_args.overlap = 3", "number of sites (2)", "one of [1, 2]"]),
+        (f"fit {ARCHITECTURE}.n_experts 5", ["overlap = 1", "5 experts", "divisible by 2", "[2]", "[4, 6]"]),
+        (f"fit {ARCHITECTURE}.top_k 9", ["architecture.top_k = 9", "n_experts (4)", "1 to 4"]),
+        (f"fit {ARCHITECTURE}.n_heads 3", ["architecture.d_model = 16", "divisible by n_heads (3)"]),
+        (f"fit {ARCHITECTURE}.gate tanh", ["model.architecture.gate", "tanh", "sigmoid", "softmax"]),
+        (f"fit {ARCHITECTURE}.widht 3", ["widht"]),
+        (f"fit {STRATEGY}.local_steps 0", ["init_args.local_steps = 0", "at least 1", "such as 32"]),
+        (f"fit {STRATEGY}.local_steps '{{0: 1, 3: 2, 6: 4}}'", ["3..6", "rounds of 2", "5 or 7"]),
+        (f"fit {STRATEGY}.ranks_per_site 2", ["init_args.ranks_per_site = 2", "not supported yet", "to 1"]),
+        (f"fit {STRATEGY}.sites 3", ["init_args.sites = 3", "(2 =", "trainer.devices to 3"]),
+        (f"fit {STRATEGY}.share_device true", ["init_args.sites = None", "must be given"]),
+        (f"fit {STRATEGY}.outer.momentum 1.5", ["outer.momentum = 1.5", "[0, 1)"]),
+        (f"fit {ARCHITECTURE}.vocab_size 300", ["vocab_size = 300", "(257)", "Set it to 257"]),
+        ("fit --data.root nowhere", ["data.root = 'nowhere'", "no nowhere/manifest.json", "tools/prepare_data.py"]),
+        ("fit --data.num_workers 50", ["data.num_workers = 50", "training shards", "2 sites x 50", "at most"]),
+        ("fit --trainer.strategy fomo", ["trainer.strategy = 'fomo'", "fomoe_overlap1", "local_adamw"]),
+        ("fit --trainer.strategy fsdp", ["trainer.strategy = 'fsdp'", "fomoe_overlap1", "local_adamw"]),
+        (
+            "fit --trainer.strategy.class_path lightning.pytorch.strategies.DDPStrategy",
+            ["DDPStrategy", "no strategy of fomoe-pl", "local_adamw"],
+        ),
+        ("fit --trainer.strategy.class_path fomoe_pl.Nothing", ["trainer.strategy", "fomoe_pl.Nothing"]),
+        ("fit --trainer.accelerator tpu", ["torch_xla"]),
+        ("fit --ckpt_path nowhere", ["ckpt_path = 'nowhere'", "no manifest.json"]),
+        (f"fit --ckpt_path CHECKPOINT {ARCHITECTURE}.d_expert 4", ["d_expert: checkpoint 8, configured 4"]),
+        (f"fit --ckpt_path CHECKPOINT {STRATEGY}.overlap 2", ["overlap: checkpoint 1, now 2"]),
+        (f"fit --ckpt_path CHECKPOINT {STRATEGY}.placement random", ["placement: checkpoint 'fixed', now 'random'"]),
+        ("fit --ckpt_path CHECKPOINT --trainer.devices 4", ["sites: checkpoint 2, now 4"]),
+        ("fit --ckpt_path CHECKPOINT --trainer.strategy ddp", ["now 'CountedDDPStrategy'"]),
+        ("validate", ["ckpt_path = None", "needs a checkpoint"]),
+        (f"validate --ckpt_path CHECKPOINT {ARCHITECTURE}.d_expert 4", ["d_expert: checkpoint 8, configured 4"]),
+        ("validate --ckpt_path CHECKPOINT --data.root nowhere", ["data.root = 'nowhere'"]),
+    ],
+)
+def test_bad_input_gets_one_message_before_anything_starts(refused: Any, command: str, parts: list[str]) -> None:
+    message = refused(command)
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_a_gpu_that_is_not_there_is_named(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "trainer.accelerator = 'gpu': torch" in refused("fit --trainer.accelerator gpu")
+
+
+def test_a_missing_shard_is_named(refused: Any, root: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    (copy / "train-sea-00003.tar").unlink()
+    assert "train-sea-00003.tar is missing" in refused(f"fit --data.root {copy}")
