@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -194,6 +196,16 @@ def test_without_a_strategy_one_process_trains_the_whole_model(root: str, monkey
     arguments = ["--data.root", root, "--trainer.logger", "false", "--trainer.strategy", "auto"]
     built = build(["fit", *QUICKSTART, *arguments, "--trainer.devices", "1"], monkeypatch)
     assert isinstance(built.trainer.strategy, SingleSiteStrategy)
+
+
+def test_the_whole_model_goes_where_the_accelerator_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a machine with a GPU too: the quickstart asks for the CPU.
+    monkeypatch.setattr(CUDAAccelerator, "parse_devices", lambda *_: [0])  # which would look for one
+    for accelerator, device in ((CPUAccelerator(), "cpu"), (CUDAAccelerator(), "cuda:0")):
+        monkeypatch.setattr(type(accelerator), "setup_device", lambda *_: None)
+        strategy = SingleSiteStrategy(accelerator=accelerator)
+        strategy.setup_environment()
+        assert strategy.root_device == torch.device(device)
 
 
 def _not_reached(*_: object, **__: object) -> NoReturn:

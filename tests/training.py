@@ -82,7 +82,8 @@ def make_trainer(run: Run, rank: int, world_size: int, callbacks: Sequence[L.Cal
     devices = 1 if run.strategy == "single" else world_size
     if run.strategy != "single":
         store = dist.FileStore(str(Path(run.folder, f"store-{next(_STORES)}")), world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        backend = "nccl" if run.trainer.get("accelerator") == "gpu" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     settings: dict[str, Any] = {
         "max_steps": 4, "max_epochs": -1, "num_sanity_val_steps": 0, "limit_val_batches": 0, "logger": False,
         "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,

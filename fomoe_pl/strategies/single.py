@@ -16,14 +16,22 @@ class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
     """The plain full model on one device; reads every checkpoint of this project.
 
     Args:
-        device: torch device; None is the first GPU, or the CPU where there is none.
+        device: torch device; None is the first one of the Trainer's accelerator.
         **kwargs: as for Lightning's `SingleDeviceStrategy`.
     """
 
     def __init__(self, device: str | None = None, **kwargs: Any) -> None:
-        chosen = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-        super().__init__(device=torch.device(chosen), **kwargs)
+        super().__init__(device=torch.device(device or "cpu"), **kwargs)
+        self._device_is_given = device is not None
         self.init_site()
+
+    def setup_environment(self) -> None:
+        """Take the accelerator's device, which Lightning's connector chooses for its own strategies only."""
+        assert self.accelerator is not None
+        if not self._device_is_given:
+            devices: list[torch.device] = self.accelerator.get_parallel_devices(self.accelerator.parse_devices(1))
+            self._root_device = devices[0]
+        super().setup_environment()
 
     @property
     def topology(self) -> Topology:

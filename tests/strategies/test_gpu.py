@@ -1,0 +1,103 @@
+"""On GPUs: a process on each over NCCL, several processes on one over gloo, and memory of the largest vocabulary."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.module import OptimizerConfig, inner_optimizer
+from tests.distributed import run_distributed
+from tests.strategies.observers import Save
+from tests.test_cli import STRATEGY, report, run, small
+from tests.training import ROOT, STRATEGIES, Run, fit, from_yaml, launched_as, parameters
+
+N_GPUS = torch.cuda.device_count()
+SITES = 2
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not N_GPUS, reason="no CUDA device")]
+
+
+def make_run(name: str, root: str, folder: str, accelerator: str) -> Run:
+    kind, settings = from_yaml(name)
+    if kind == "federated":
+        overlap = settings["overlap"]
+        settings |= {"local_steps": 2, "overlap": overlap and 1, "check_agreement": True}
+        if settings["placement"] == "random":
+            settings["reshuffle_rounds"] = 1
+    trainer = {"max_steps": 7, "val_check_interval": 7, "limit_val_batches": None, "accelerator": accelerator}
+    return Run(root=root, folder=folder, strategy=kind, settings=settings, trainer=trainer)
+
+
+def _fit_all(rank: int, root: str, folder: str, accelerator: str) -> dict[str, dict[str, Any]]:
+    found = {}
+    with launched_as(rank, SITES, folder):
+        for name in STRATEGIES:
+            save = Save(folder, name)
+            trainer = fit(make_run(name, root, folder, accelerator), rank, SITES, [save])
+            found[name] = {
+                "validations": save.metrics,
+                "parameters": {key: tensor.cpu() for key, tensor in parameters(trainer).items()},
+                "ledger": trainer.strategy.ledger.state_dict(),
+            }
+    return found
+
+
+@pytest.fixture(scope="module")
+def gloo_and_nccl(root: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]]:
+    """[rank][strategy file] of the same runs on the CPU and on a GPU each."""
+    gloo, nccl = (
+        run_distributed(_fit_all, SITES, root, str(tmp_path_factory.mktemp(accelerator)), accelerator)
+        for accelerator in ("cpu", "gpu")
+    )
+    return gloo, nccl
+
+
+@pytest.mark.skipif(N_GPUS < SITES, reason=f"fewer than {SITES} CUDA devices")
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_gpu_each_over_nccl_is_the_cpu_run(gloo_and_nccl: tuple[list[Any], list[Any]], name: str) -> None:
+    gloo, nccl = gloo_and_nccl
+    for rank in range(SITES):
+        ours, theirs = nccl[rank][name], gloo[rank][name]
+        assert ours["ledger"] == theirs["ledger"]
+        (values,), (expected,) = ours["validations"].values(), theirs["validations"].values()
+        assert values == pytest.approx(expected, rel=1e-3)
+        for key, tensor in theirs["parameters"].items():
+            torch.testing.assert_close(ours["parameters"][key], tensor, rtol=0.05, atol=2e-3, msg=key)
+
+
+def test_sites_share_a_gpu_over_gloo(root: str, tmp_path: Path) -> None:
+    on_cpu, on_gpu = small(root, tmp_path, "cpu"), small(root, tmp_path, "gpu")
+    shared = ["--trainer.accelerator", "gpu", "--trainer.devices", "1"]
+    shared += [f"{STRATEGY}.sites", "2", f"{STRATEGY}.share_device", "true"]
+    run(["fit", *on_cpu], tmp_path)
+    run(["fit", *on_gpu, *shared], tmp_path)
+    ours, theirs = report(tmp_path, "gpu"), report(tmp_path, "cpu")
+    assert ours["bytes"] == theirs["bytes"]
+    assert ours["validation"] == pytest.approx(theirs["validation"], rel=1e-3)
+
+
+def test_the_paper_vocabulary_fits_beside_the_54m_model_in_16_gb() -> None:
+    settings = yaml.safe_load((ROOT / "configs/model/fomoe-54m.yaml").read_text())["model"]["architecture"]
+    config = replace(ModelConfig(**settings), expert_backend="grouped")
+    assert config.vocab_size == 200_019
+    torch.cuda.reset_peak_memory_stats()
+    model = Transformer(config).cuda()
+    optimizer = inner_optimizer(model, OptimizerConfig())
+    tokens = torch.randint(config.vocab_size, (8, 2049), device="cuda")
+    assert tokens[:, 1:].numel() == 16_384
+    for _ in range(2):  # the first step makes the moments
+        with torch.autocast("cuda", torch.bfloat16):
+            hidden_BSD, stats = model(tokens[:, :-1])
+            loss = model.loss(hidden_BSD, tokens[:, 1:]) + auxiliary_loss(stats, config, model.residency).total
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.isfinite()
+    peak = torch.cuda.max_memory_allocated()
+    print(f"peak memory {peak / 1e9:.2f} GB")
+    assert peak < 16e9
