@@ -56,7 +56,8 @@ def small(root: str, folder: Path, name: str = "run") -> list[str]:
 def run(command: list[str], folder: Path, launcher: tuple[str, ...] = ()) -> str:
     """Run `fomoe COMMAND` in a folder; returns what it printed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "NODE_", "WORLD_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     start = [sys.executable, *launcher, "-m", "fomoe_pl", *command]
     done = subprocess.run(start, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr

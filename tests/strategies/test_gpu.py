@@ -67,7 +67,9 @@ def test_a_gpu_each_over_nccl_is_the_cpu_run(gloo_and_nccl: tuple[list[Any], lis
         (values,), (expected,) = ours["validations"].values(), theirs["validations"].values()
         assert values == pytest.approx(expected, rel=1e-3)
         for key, tensor in theirs["parameters"].items():
-            torch.testing.assert_close(ours["parameters"][key], tensor, rtol=0.05, atol=2e-3, msg=key)
+            # As a whole: where a gradient is all but zero, AdamW makes a step of its sign.
+            distance = (ours["parameters"][key] - tensor).norm() / tensor.norm()
+            assert distance < 0.02, f"{key}: {distance}"
 
 
 def test_sites_share_a_gpu_over_gloo(root: str, tmp_path: Path) -> None:
