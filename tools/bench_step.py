@@ -290,11 +290,11 @@ def bench(
     accelerator: Literal["gpu", "cpu"] = "gpu",
     batch_size: int = 16,
     sequence_length: int = 2048,
-    warmup: int = 20,
-    steps: int = 30,
+    warmup: int = 10,
+    steps: int = 20,
     blocks: int = 5,
 ) -> dict[str, Any]:
-    """Measure with all callbacks and logger, and with none; write `bench_step.json`.
+    """Measure with all callbacks and logger, and with none; print a row and write `bench_step.json` after each.
 
     Args:
         architecture: The model.
@@ -326,11 +326,24 @@ def bench(
             batch_size=batch_size, sequence_length=sequence_length, warmup=warmup, steps=steps, blocks=blocks,
         )  # fmt: skip
         (folder / "bench_step.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(table(variant, results[variant]), flush=True)
     return results
 
 
+def table(variant: str, r: dict[str, Any]) -> str:
+    """One variant's results as a Markdown table, and what else there is to see."""
+    return f"""
+| variant | Trainer tokens/s | plain tokens/s | Trainer / plain | Trainer MiB | plain MiB |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| {variant} | {r["trainer_median"]:,.0f} | {r["plain_median"]:,.0f} | {r["trainer_over_plain"]:.4f} \
+| {r["trainer_peak_mib"]:,.0f} | {r["plain_peak_mib"]:,.0f} |
+
+losses {r["last_losses"]}, waits of steps {r["waits_of_steps"]} {r["waits_where"]}
+"""
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line, measure, print a table."""
+    """Read the command line and measure."""
     parser = ArgumentParser(description="Trainer against a plain loop, interleaved.")
     parser.add_argument("-c", "--config", action="config", help="a file of configs/model")
     parser.add_class_arguments(ModelConfig, "model.architecture")
@@ -339,18 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     architecture = ModelConfig(**options.model.architecture.as_dict())
     settings = {name: value for name, value in options.as_dict().items() if name not in ("config", "model")}
     results = bench(architecture, **settings)
-    print(f"\n{results['device']}, torch {results['torch']}, {settings['batch_size']} x {settings['sequence_length']}")
-    print("| variant | Trainer tokens/s | plain tokens/s | Trainer / plain | Trainer MiB | plain MiB |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for variant in ("callbacks", "bare"):
-        r = results[variant]
-        print(
-            f"| {variant} | {r['trainer_median']:,.0f} | {r['plain_median']:,.0f} | {r['trainer_over_plain']:.4f} "
-            f"| {r['trainer_peak_mib']:,.0f} | {r['plain_peak_mib']:,.0f} |"
-        )
-    for variant in ("callbacks", "bare"):
-        r = results[variant]
-        print(f"{variant}: losses {r['last_losses']}, waits of steps {r['waits_of_steps']} {r['waits_where']}")
+    print(f"{results['device']}, torch {results['torch']}, {settings['batch_size']} x {settings['sequence_length']}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ class RowAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, *, row_warmup_steps: int = 0, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
+        # Fused AdamW says that it takes a gradient scaler's factor itself, and Lightning then refuses to clip. Rows do
+        # not take it, so a scaler has to divide before.
+        self._step_supports_amp_scaling = False
         self.row_warmup_steps = row_warmup_steps
 
     def replace_rows(self, param: Tensor, sources: Sequence[int | None]) -> None:

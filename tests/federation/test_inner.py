@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from torch import Tensor
 
 from fomoe_pl.federation.inner import RowAdamW, moments
@@ -164,3 +165,8 @@ def test_sgd_without_momentum_has_no_moments() -> None:
     optimizer = torch.optim.SGD([param], lr=0.1)
     steps(optimizer, param, 0, 1)
     assert moments(optimizer, param) == []
+
+
+def test_a_fused_step_lets_gradients_be_clipped() -> None:
+    # Lightning asks this before it clips in mixed precision.
+    assert not _optimizer_handles_unscaling(RowAdamW([torch.nn.Parameter(torch.ones(2))], fused=True))
