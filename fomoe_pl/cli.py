@@ -99,6 +99,8 @@ class FoMoECLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Validation is of the whole model on one device; a strategy's name is one of this project's."""
         config = self.config[self.subcommand]
+        for part in (config.model, config.data):
+            part.seed = int(config.seed_everything or 0) if part.seed is None else part.seed
         if self.subcommand == "validate":
             if not config.ckpt_path:
                 raise ConfigError("ckpt_path", config.ckpt_path, "`fomoe validate` needs a checkpoint",
@@ -144,6 +146,10 @@ class FoMoECLI(LightningCLI):
             n_processes = environment.world_size()
         if isinstance(strategy, FederatedStrategy):
             strategy.check(module.config, n_processes)
+            if self.subcommand == "fit" and trainer.max_steps < 1:
+                raise ConfigError("trainer.max_steps", trainer.max_steps,
+                                  "the run's local steps must be known: its last round ends with the last of them",
+                                  "type a number, such as 480")  # fmt: skip
         elif isinstance(strategy, SingleSiteStrategy):
             n_processes = 1
         data.check(n_processes)

@@ -120,6 +120,7 @@ class FoMoEModule(L.LightningModule):
         architecture: the model.
         optimizer: inner optimizer and schedule.
         seed: seed of the initial weights; with equal seeds all sites and all placements start from the same model.
+            None: on the command line that of `seed_everything`, else 0.
         evaluation_window: validation batches that go through each layer together. When experts are gathered from
             other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory.
     """
@@ -128,7 +129,7 @@ class FoMoEModule(L.LightningModule):
         self,
         architecture: ModelConfig,
         optimizer: OptimizerConfig = OptimizerConfig(),
-        seed: int = 0,
+        seed: int | None = None,
         evaluation_window: int = 64,
     ) -> None:
         super().__init__()
@@ -138,9 +139,11 @@ class FoMoEModule(L.LightningModule):
             )
         self.config = architecture
         self.optimizer_config = optimizer
-        self.seed = seed
+        self.seed = seed or 0
         self.evaluation_window = evaluation_window
-        self.save_hyperparameters({"architecture": asdict(architecture), "optimizer": asdict(optimizer), "seed": seed})
+        self.save_hyperparameters(
+            {"architecture": asdict(architecture), "optimizer": asdict(optimizer), "seed": self.seed}
+        )
         self.model: Transformer | None = None
         self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
         self.tokens_seen = 0
@@ -167,6 +170,15 @@ class FoMoEModule(L.LightningModule):
             strategy: Any = self.trainer.strategy
             residency = strategy.residency(self.config) if hasattr(strategy, "residency") else None
             self.model = Transformer(self.config, residency, seed=self.seed)
+
+    def on_train_start(self) -> None:
+        """A run that goes on with another length has another schedule, from its first step on."""
+        for configured in self.trainer.lr_scheduler_configs:
+            schedule = cast(LambdaLR, configured.scheduler)
+            for group, base, factor in zip(
+                schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(schedule.last_epoch)
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -280,7 +292,8 @@ class FoMoEModule(L.LightningModule):
             streams = [model.embed(batch["inputs"]) for batch in self._window]
             for layer, block in enumerate(model.layers):
                 with self.expert_source(layer):
-                    streams = [block(x_BSD)[0] for x_BSD in streams]
+                    for i, x_BSD in enumerate(streams):  # in place: one window of hidden states, not two
+                        streams[i] = block(x_BSD)[0]
             for x_BSD, batch in zip(streams, self._window, strict=True):
                 losses_BS = model.token_losses(model.finish(x_BSD), batch["targets"])
                 metric.update(losses_BS, batch["targets"], batch["domain"], self._token_bytes_V)

@@ -193,6 +193,14 @@ def test_every_name_has_a_file() -> None:
     assert {*REGISTERED} - {"single_site", "ddp_counted"} == {*NAMES} - {"ddp"}
 
 
+def test_one_seed_is_for_all_that_have_none_of_their_own(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["fit", *QUICKSTART, "--data.root", root, "--trainer.logger", "false", "--seed_everything", "7"]
+    built = build(arguments, monkeypatch)
+    assert (built.model.seed, built.datamodule.seed) == (7, 7)
+    built = build([*arguments, "--model.seed", "3"], monkeypatch)
+    assert (built.model.seed, built.datamodule.seed) == (3, 7)
+
+
 def test_without_a_strategy_one_process_trains_the_whole_model(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--data.root", root, "--trainer.logger", "false", "--trainer.strategy", "auto"]
     built = build(["fit", *QUICKSTART, *arguments, "--trainer.devices", "1"], monkeypatch)
@@ -251,6 +259,8 @@ ARCHITECTURE = "--model.architecture"
         (f"fit {STRATEGY}.ranks_per_site 2", ["init_args.ranks_per_site = 2", "not supported yet", "to 1"]),
         (f"fit {STRATEGY}.sites 3", ["init_args.sites = 3", "(2 =", "trainer.devices to 3"]),
         (f"fit {STRATEGY}.share_device true", ["init_args.sites = None", "must be given"]),
+        (f"fit {STRATEGY}.wire_dtype float16 {STRATEGY}.inner_moments average", ["wire_dtype = 'float16'", "bfloat16"]),
+        ("fit --trainer.max_steps -1", ["trainer.max_steps = -1", "such as 480"]),
         (f"fit {STRATEGY}.outer.momentum 1.5", ["outer.momentum = 1.5", "[0, 1)"]),
         (f"fit {ARCHITECTURE}.vocab_size 300", ["vocab_size = 300", "(257)", "Set it to 257"]),
         ("fit --data.root nowhere", ["data.root = 'nowhere'", "no nowhere/manifest.json", "tools/prepare_data.py"]),
@@ -271,6 +281,10 @@ ARCHITECTURE = "--model.architecture"
         ("fit --ckpt_path CHECKPOINT --trainer.strategy ddp", ["now 'CountedDDPStrategy'"]),
         ("validate", ["ckpt_path = None", "needs a checkpoint"]),
         (f"validate --ckpt_path CHECKPOINT {ARCHITECTURE}.d_expert 4", ["d_expert: checkpoint 8, configured 4"]),
+        (
+            f"validate --ckpt_path CHECKPOINT {ARCHITECTURE}.balance bias",
+            ["balance: checkpoint 'aux_loss', configured"],
+        ),
         ("validate --ckpt_path CHECKPOINT --data.root nowhere", ["data.root = 'nowhere'"]),
     ],
 )

@@ -31,7 +31,7 @@ class FoMoEData(L.LightningDataModule):
         split: How training data is divided over sites: iid (each has a share of every domain), domain (each has whole
             domains), dirichlet (as iid, each with a random mixture of the domains).
         dirichlet_alpha: Concentration of the mixtures: small gives each site few domains, large equal shares.
-        seed: Seed of the data's order and mixtures.
+        seed: Seed of the data's order and mixtures; null: on the command line that of seed_everything, else 0.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FoMoEData(L.LightningDataModule):
         num_workers: int = 0,
         split: SplitKind = "iid",
         dirichlet_alpha: float = 0.3,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.root = root
@@ -55,7 +55,7 @@ class FoMoEData(L.LightningDataModule):
         self.num_workers = num_workers
         self.split: SplitKind = split
         self.dirichlet_alpha = dirichlet_alpha
-        self.seed = seed
+        self.seed = seed or 0
 
     @cached_property
     def manifest(self) -> Manifest:

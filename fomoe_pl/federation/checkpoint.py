@@ -7,7 +7,8 @@ Layout of the folder:
     trainer.pt                    Lightning's own state (loops, schedulers, callbacks)
     manifest.json                 written last; a folder without it is incomplete
 
-Files are written into `<folder>.partial`, which is renamed when every site is done.
+Files are written into `<folder>.partial`, which is renamed when every site is done. A folder that it replaces is kept
+as `<folder>.old` until then, so that at each moment one of the three is complete.
 """
 
 from __future__ import annotations
@@ -33,10 +34,24 @@ def partial(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
+def replaced(folder: Path) -> Path:
+    """The name of the folder that is being replaced."""
+    return folder.with_name(folder.name + ".old")
+
+
 def begin(folder: Path) -> None:
     """Make an empty partial folder (site 0, before the others write)."""
-    shutil.rmtree(partial(folder), ignore_errors=True)
+    if not folder.exists():  # the last writer was interrupted between two names
+        for complete in complete_siblings(folder)[:1]:
+            complete.rename(folder)
+    if partial(folder).exists():
+        shutil.rmtree(partial(folder))
     partial(folder).mkdir(parents=True)
+
+
+def complete_siblings(folder: Path) -> list[Path]:
+    """Complete checkpoints that an interrupted writer left under another name, the newest first."""
+    return [path for path in (partial(folder), replaced(folder)) if (path / "manifest.json").is_file()]
 
 
 def write_dense(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -58,9 +73,14 @@ def write_state(folder: Path, name: str, state: Any) -> None:
 def finish(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and give the folder its final name (site 0, after all have written)."""
     path = partial(folder) / "manifest.json"
-    path.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1, sort_keys=True))
-    shutil.rmtree(folder, ignore_errors=True)
+    path.with_suffix(".tmp").write_text(json.dumps({"format": FORMAT, **manifest}, indent=1, sort_keys=True))
+    path.with_suffix(".tmp").rename(path)
+    if replaced(folder).exists():
+        shutil.rmtree(replaced(folder))
+    if folder.exists():
+        folder.rename(replaced(folder))
     partial(folder).rename(folder)
+    shutil.rmtree(replaced(folder), ignore_errors=True)  # what stays goes with the next checkpoint
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -71,7 +91,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     if not path.is_file():
+        left = complete_siblings(folder)
         hint = "give a folder that `fomoe fit` has written, such as runs/quickstart/checkpoints/last.ckpt"
+        if left:
+            hint = f"saving was interrupted; {left[0]} is complete"
         raise ConfigError("ckpt_path", str(folder), "is no complete checkpoint: it has no manifest.json", hint)
     manifest: dict[str, Any] = json.loads(path.read_text())
     if manifest["format"] != FORMAT:

@@ -95,7 +95,8 @@ class RowAdamW(torch.optim.AdamW):
 
     def _row_step(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         state = self.state[param]
-        warmup = state["warmup"]
+        # On the host, where a resumed run may not find it: the loop below must not wait for the device.
+        warmup = state["warmup"].cpu().clamp(max=self.row_warmup_steps)
         length = max(self.row_warmup_steps, 1)
         scales = (1.0 - (warmup - 1.0).clamp(min=0.0) / length).where(warmup > 0, torch.ones(()))
         for scale in scales.unique().tolist():
@@ -107,7 +108,7 @@ class RowAdamW(torch.optim.AdamW):
                 [state["exp_avg_sq"][r] for r in rows],
                 [],
                 [state["step"][r] for r in rows],
-                foreach=group["foreach"],
+                foreach=group["foreach"] or param.is_cuda,
                 capturable=False,
                 differentiable=False,
                 fused=False,

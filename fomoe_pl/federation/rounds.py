@@ -108,7 +108,11 @@ class Federation:
 
     def _pseudo_gradient(self, pieces: Sequence[Piece], i: int) -> Tensor:
         piece = pieces[i]
-        return piece.of(self.anchors[piece.name]) - piece.of(self.layout.tensors[piece.name]).float()
+        local = piece.of(self.layout.tensors[piece.name])
+        # The site started from the anchor in the training dtype. What that rounded off is no change, and stays in the
+        # anchor: else an outer step would feed it back round after round.
+        start = piece.of(self.anchors[piece.name]).to(local.dtype)
+        return start.float() - local.float()
 
     def _outer_step(self, kind: Kind, pieces: Sequence[Piece], i: int, mean: Tensor) -> None:
         piece = pieces[i]
@@ -228,7 +232,8 @@ class Federation:
     @torch.no_grad()
     def enter_global(self) -> None:
         """Put the agreed values into the model; local ones are kept aside until `leave_global`."""
-        self._stash = {name: tensor.detach().clone() for name, tensor in self.layout.tensors.items()}
+        # On the host: the device has room for one copy of the model.
+        self._stash = {name: t.detach().to("cpu", copy=True) for name, t in self.layout.tensors.items()}
         for name, tensor in self.layout.tensors.items():
             tensor.copy_(self.anchors[name])
 
@@ -264,7 +269,7 @@ class Federation:
         """What this site needs, beside the global model, to go on from here."""
         # A checkpoint may be written while a mid-round validation has the agreed values in the model.
         source = self.layout.tensors if self._stash is None else self._stash
-        return {"momenta": self.momenta, "local": {name: tensor.detach().clone() for name, tensor in source.items()}}
+        return {"momenta": self.momenta, "local": {name: tensor.detach() for name, tensor in source.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -48,11 +48,12 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x; the shape stays."""
-        # The fused kernels want one dtype, and under autocast a bf16 input meets a float32 weight here.
-        weight = self.weight.to(x.dtype)
+        # The fused kernels want one dtype, and under autocast a bf16 input meets a float32 weight here. The weight's:
+        # rounded to bf16, it would stand still while it learns.
+        x = x.to(self.weight.dtype)
         if self.kind == "layernorm":
-            return F.layer_norm(x, weight.shape, weight, None, self.eps)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+            return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
-from fomoe_pl.strategies.checks import IRRELEVANT_TO_WEIGHTS, check_checkpoint
+from fomoe_pl.strategies.checks import check_checkpoint
 
 
 class SiteStrategy(Strategy):
@@ -28,6 +28,7 @@ class SiteStrategy(Strategy):
     Attributes:
         ledger: bytes that this rank sent.
         rounds_done: rounds that have ended.
+        redraws: how often experts were dealt anew.
         optimizer_steps: local optimizer steps taken.
         sync_seconds: seconds spent between the end of the last local step and the next, over all rounds.
         round_stats: means over all sites of the last round (fixed keys; empty before the first round).
@@ -37,6 +38,7 @@ class SiteStrategy(Strategy):
         """Set the counters; called by the constructors."""
         self.ledger = Ledger()
         self.rounds_done = 0
+        self.redraws = 0
         self.optimizer_steps = 0
         self.sync_seconds = 0.0
         self.round_stats: dict[str, float] = {}
@@ -128,7 +130,8 @@ class SiteStrategy(Strategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write the checkpoint folder; every rank must call it."""
-        folder = Path(filepath)
+        # A file name may have a metric in it, of which every site has its own.
+        folder = Path(self.broadcast(str(filepath)))
         layout, tensors = self.layout(), self.global_tensors()
         if self.is_global_zero:
             files.begin(folder)
@@ -152,8 +155,9 @@ class SiteStrategy(Strategy):
         if self.is_global_zero:
             config: ModelConfig = self.transformer.config  # type: ignore[assignment]
             manifest = {
-                "architecture": asdict(config), "n_sites": self.topology.n_sites, "rounds": self.rounds_done,
-                "optimizer_steps": self.optimizer_steps, "identity": self.identity(self.topology.n_sites),
+                "architecture": asdict(config), "n_sites": self.topology.n_sites,
+                "rounds": self.rounds_done, "redraws": self.redraws, "optimizer_steps": self.optimizer_steps,
+                "identity": self.identity(self.topology.n_sites),
             }  # fmt: skip
             files.finish(folder, manifest)
 
@@ -170,7 +174,7 @@ class SiteStrategy(Strategy):
         folder, layout = Path(checkpoint["folder"]), self.layout()
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         residency: Residency = self.transformer.residency  # type: ignore[assignment]
-        files.check_architecture(folder, asdict(config), IRRELEVANT_TO_WEIGHTS)
+        check_checkpoint(folder, config, None)
         names = list(layout.tensors)
         self.set_global(files.read_weights(folder, names, layout.expert_layer, residency.experts, config.n_experts))
 
@@ -190,6 +194,8 @@ class SiteStrategy(Strategy):
         site = self.topology.site if self.writes_checkpoint() else 0
         path = folder / f"site-{site:05d}.pt"
         own = torch.load(path, map_location="cpu", weights_only=False)
+        if own["residents"] != self.transformer.residency.experts:  # type: ignore[union-attr]
+            raise RuntimeError(f"{path} is of other experts than this site holds: {own['residents']}")
         super().load_optimizer_state_dict({"optimizer_states": own["optimizer_states"]})
         self.load_site_state(own["strategy"])
         self.rounds_done = manifest["rounds"]

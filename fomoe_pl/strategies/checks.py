@@ -20,8 +20,21 @@ IRRELEVANT_TO_WEIGHTS = frozenset(
 )  # fmt: skip
 
 
+def irrelevant_to_weights(saved: Mapping[str, Any], config: ModelConfig) -> frozenset[str]:
+    """Settings that may differ; a balance bias chooses experts, so whether there is one may not."""
+    same_bias = (saved.get("balance") == "bias") == (config.balance == "bias")
+    return IRRELEVANT_TO_WEIGHTS if same_bias else IRRELEVANT_TO_WEIGHTS - {"balance"}
+
+
 def check_settings(
-    *, sites: int | None, ranks_per_site: int, reshuffle_rounds: int, bucket_mib: int, share_device: bool
+    *,
+    sites: int | None,
+    ranks_per_site: int,
+    reshuffle_rounds: int,
+    bucket_mib: int,
+    share_device: bool,
+    wire_dtype: str,
+    inner_moments: str,
 ) -> None:
     """Check what can be checked without a model or a trainer.
 
@@ -34,6 +47,9 @@ def check_settings(
     for name, value in (("reshuffle_rounds", reshuffle_rounds), ("bucket_mib", bucket_mib)):
         if value < 1:
             raise ConfigError(f"{KEY}.{name}", value, "must be at least 1", "type 1 or more")
+    if wire_dtype == "float16" and inner_moments == "average":
+        rule = "AdamW's second moments are mostly below float16's smallest number, and without them steps explode"
+        raise ConfigError(f"{KEY}.wire_dtype", wire_dtype, rule, "type bfloat16 or float32, or inner_moments keep")
     if share_device and sites is None:
         raise ConfigError(f"{KEY}.sites", sites, "must be given when sites share a device", "for example 4")
 
@@ -62,10 +78,11 @@ def check_checkpoint(path: str | Path, config: ModelConfig, resumed_by: Mapping[
         ConfigError: listing every setting that differs.
     """
     folder = Path(path)
-    check_architecture(folder, asdict(config), IRRELEVANT_TO_WEIGHTS)
+    manifest = read_manifest(folder)
+    check_architecture(folder, asdict(config), irrelevant_to_weights(manifest["architecture"], config))
     if resumed_by is None:
         return
-    written_by = read_manifest(folder)["identity"]
+    written_by = manifest["identity"]
     keys = [k for k in sorted({*written_by, *resumed_by}) if written_by.get(k) != resumed_by.get(k)]
     if keys:
         differences = "; ".join(f"{k}: checkpoint {written_by.get(k)!r}, now {resumed_by.get(k)!r}" for k in keys)

@@ -82,6 +82,8 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         **kwargs: Any,
     ) -> None:
         check_settings(
+            wire_dtype=wire_dtype,
+            inner_moments=inner_moments,
             sites=sites,
             ranks_per_site=ranks_per_site,
             reshuffle_rounds=reshuffle_rounds,
@@ -131,12 +133,9 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
             overlap=self.overlap(n), seed=self.placement_seed, epoch=redraws,
         )  # fmt: skip
 
-    def _redraws(self) -> int:
-        return self.rounds_done // self.reshuffle_rounds if self.placement_kind == "random" else 0
-
     def residency(self, config: ModelConfig) -> Residency:
         """The experts that this site holds."""
-        return Residency(self.routing, self.placed(config, self._redraws()).residents(self.topology.site))
+        return Residency(self.routing, self.placed(config, self.redraws).residents(self.topology.site))
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
@@ -163,6 +162,8 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
             # a round trip over the WAN each step. SIGTERM is passed on with the round's statistics instead.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
             trainer._signal_connector._sigterm_notifier_fn = lambda *_: self._note_sigterm()
+            # Lightning would save inside SLURM's signal, in the middle of whatever collective a site is in.
+            trainer._signal_connector._slurm_sigusr_handler_fn = lambda *_: self._note_sigterm()
         self._last_step = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         n = self.topology.n_sites
@@ -177,7 +178,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
             timeout=self._timeout,
         )
         self.federation = Federation(
-            self.layout(), self.placed(config, self._redraws()), wire,
+            self.layout(), self.placed(config, self.redraws), wire,
             outer=self.outer, inner_moments=self.inner_moments,
         )  # fmt: skip
         module = cast(Any, self.lightning_module)
@@ -206,29 +207,31 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         assert self.federation is not None
         self.federation.synchronize(optimizer)
         self.rounds_done += 1
-        self._share_statistics()
+        stop = self._share_statistics()
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         if (
             self.placement_kind == "random"
             and self.rounds_done % self.reshuffle_rounds == 0
             and self.optimizer_steps != self._last_step
         ):
-            new = self.placed(config, self._redraws())
+            self.redraws += 1
+            new = self.placed(config, self.redraws)
             self.federation.migrate(new, optimizer)
             residency = Residency(self.routing, new.residents(self.topology.site))
             self.transformer.set_residency(residency)  # type: ignore[operator]
         if self.check_agreement:
             self.federation.check_agreement()
+        if stop:
+            raise SIGTERMException
 
-    def _share_statistics(self) -> None:
+    def _share_statistics(self) -> bool:
         """One small message a round: mean training loss, and whether any site was told to stop."""
         module = cast(Any, self.lightning_module)
         loss_sum, steps = module.pop_round_losses()
         stop = float(self._stop_requested)
         total = self.sum_over_sites(torch.tensor([loss_sum, steps, stop], dtype=torch.float64), "control")
         self.round_stats = {"train_loss": float(total[0] / total[1])}
-        if total[2] > 0:
-            raise SIGTERMException
+        return bool(total[2] > 0)
 
     # -- validation of the global model ---------------------------------------------------------------------------
 
@@ -294,9 +297,9 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read Lightning's state and take the placement of the checkpoint's round."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        self.rounds_done = read_manifest(Path(checkpoint_path))["rounds"]
+        self.redraws = read_manifest(Path(checkpoint_path))["redraws"]
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
-        placement = self.placed(config, self._redraws())
+        placement = self.placed(config, self.redraws)
         cast(Federation, self.federation).placement = placement
         self.transformer.set_residency(  # type: ignore[operator]
             Residency(self.routing, placement.residents(self.topology.site))

@@ -170,3 +170,17 @@ def test_sgd_without_momentum_has_no_moments() -> None:
 def test_a_fused_step_lets_gradients_be_clipped() -> None:
     # Lightning asks this before it clips in mixed precision.
     assert not _optimizer_handles_unscaling(RowAdamW([torch.nn.Parameter(torch.ones(2))], fused=True))
+
+
+def test_a_shorter_warmup_than_the_saved_one_never_turns_a_step_round() -> None:
+    param = torch.nn.Parameter(start())
+    long = RowAdamW([param], row_warmup_steps=16, **OPTIONS)
+    param.grad = grad(0)
+    long.step()
+    long.replace_rows(param, [0, None, 2, 3])
+    short = RowAdamW([param], row_warmup_steps=4, **{**OPTIONS, "weight_decay": 0.0})
+    short.load_state_dict(long.state_dict())
+    before = param.detach().clone()
+    param.grad = torch.ones_like(param)
+    short.step()
+    assert (param[1] < before[1]).all()

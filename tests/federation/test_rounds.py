@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from fomoe_pl.federation.placement import Placement
+from fomoe_pl.federation.layout import ParameterLayout
+from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.placement import Placement, place
+from fomoe_pl.federation.rounds import Federation
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.federation.wire import Wire
 from tests.distributed import run_distributed
 from tests.federation.simulation import EXPERTS, LAYERS, LR, SITES, Case, initial, keys, simulate
 from tests.federation.toy import local_step, make, rows, run_case
@@ -182,3 +188,23 @@ def _enter_leave(rank: int) -> tuple[bool, bool]:
 
 def test_the_global_model_is_entered_and_left_in_mid_round() -> None:
     assert run_distributed(_enter_leave, SITES) == [(True, True)] * SITES
+
+
+def test_what_bfloat16_rounds_off_an_anchor_is_no_change() -> None:
+    placement = place("fixed", n_layers=1, n_experts=2, n_sites=1, overlap=1)
+    exact = {"dense": torch.full((3,), 1 + 2**-12), "layer0.w": torch.full((2, 3), 1 + 2**-12)}
+    tensors = {name: t.bfloat16().requires_grad_() for name, t in exact.items()}
+    layout = ParameterLayout(tensors, {"layer0.w": 0}, frozenset(tensors))
+    wire = Wire(Topology(1, 1, 0), [], Ledger(), device=torch.device("cpu"))
+    federation = Federation(layout, placement, wire, outer=OuterRule("nesterov", 0.7, 0.9))
+    for name, anchor in federation.anchors.items():
+        anchor.copy_(exact[name])
+    optimizer = torch.optim.SGD(tensors.values(), lr=1.0)
+    for _ in range(3):  # nobody trains
+        federation.synchronize(optimizer)
+    for name, anchor in federation.anchors.items():
+        assert torch.equal(anchor, exact[name])
+    with torch.no_grad():
+        tensors["dense"] -= 0.5
+    federation.synchronize(optimizer)
+    torch.testing.assert_close(federation.anchors["dense"], exact["dense"] - 0.7 * 1.9 * 0.5)

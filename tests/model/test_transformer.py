@@ -10,6 +10,7 @@ from torch import Tensor
 from fomoe_pl.model.attention import rotary_tables, rotate
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.parts import Norm
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 
@@ -214,6 +215,18 @@ def test_rotation_keeps_lengths_and_shows_distances() -> None:
         diagonal = products.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
     assert products[0].std() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_a_norm_keeps_its_float32_weight_in_mixed_precision(make_config: Callable[..., ModelConfig], kind: str) -> None:
+    norm = Norm(4, make_config(norm=kind))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.tensor([1.0, 1.001, 1.002, 1.003])  # bfloat16 has nothing between 1 and 1.0078
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        norm.weight.fill_(1.0)
+        plain = norm(x).float()
+        norm.weight.copy_(weight)
+        torch.testing.assert_close(norm(x).float(), plain * weight, rtol=1e-5, atol=1e-6)
 
 
 def test_state_is_weights_alone(make_config: Callable[..., ModelConfig]) -> None:

@@ -45,7 +45,8 @@ def _fit_all(rank: int, root: str, folder: str) -> dict[str, dict[str, Any]]:
     with launched_as(rank, SITES, folder):
         for name in NAMES:
             traffic, save = Traffic(), Save(folder, name)
-            checkpoint = ModelCheckpoint(f"{folder}/{name}", filename="last", every_n_train_steps=4)
+            # Named by a metric of which every site has its own.
+            checkpoint = ModelCheckpoint(f"{folder}/{name}", filename="{step}-{train/loss:.6f}", every_n_train_steps=4)
             trainer = fit(
                 make_run(name, root, folder),
                 rank,

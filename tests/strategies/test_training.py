@@ -1,5 +1,7 @@
 """Rounds inside a real Trainer: what counts as a step, precision, clipping, schedules, the balance bias."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -44,6 +46,29 @@ def test_one_site_is_plain_adamw(one_site: dict[str, Any]) -> None:
 def test_a_sites_gradient_is_clipped_before_its_step(one_site: dict[str, Any]) -> None:
     assert one_site["moved None"] > 0.5 * 1e-2
     assert one_site["moved 0.001"] == pytest.approx(0.5 * 1e-3, rel=1e-3)
+
+
+class Rates(L.Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.values.append(optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["initial_lr"])
+
+
+def _prolonged(rank: int, root: str, folder: str) -> tuple[list[float], list[float]]:
+    with launched_as(rank, 1, folder):
+        first, then = Rates(), Rates()
+        run = Run(root=root, folder=folder, optimizer={"cooldown_steps": 2}, settings={"local_steps": 2})
+        fit(run, 0, 1, [first]).save_checkpoint(f"{folder}/cooled.ckpt")
+        fit(replace(run, trainer={"max_steps": 8}), 0, 1, [then], f"{folder}/cooled.ckpt")
+        return first.values, then.values
+
+
+def test_a_prolonged_run_has_its_own_schedule_from_the_first_step_on(root: str, tmp_path: Path) -> None:
+    first, then = run_distributed(_prolonged, 1, root, str(tmp_path))[0]
+    assert first == [0.5, 1, 1, 0.5]
+    assert then == [1, 1, 1, 0.5]
 
 
 class Losses(L.Callback):
