@@ -166,3 +166,4 @@ def test_averaging_every_sgd_step_is_data_parallelism(root: str, tmp_path: Path)
 def test_lightnings_private_names_that_we_replace_exist() -> None:
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
     assert callable(_SignalConnector._sigterm_notifier_fn)
+    assert callable(_SignalConnector._slurm_sigusr_handler_fn)
