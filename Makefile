@@ -28,6 +28,7 @@ help:
 
 quickstart: $(VENV)/.stamp-install
 	$(BIN)/python tools/prepare_data.py --source data/sample --output $(DATA)
+	rm -rf $(RUN) # curves of two runs in one folder would be drawn as one
 	$(BIN)/fomoe fit -c configs/quickstart.yaml
 	$(BIN)/fomoe validate -c configs/quickstart.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt
 	$(BIN)/python tools/summary.py $(RUN)
@@ -37,7 +38,7 @@ quickstart: $(VENV)/.stamp-install
 compare: $(VENV)/.stamp-install
 	$(BIN)/python tools/prepare_data.py --source data/sample --output $(DATA)
 	for file in configs/strategy/*.yaml; do \
-	  name=$$(basename $$file .yaml); \
+	  name=$$(basename $$file .yaml); rm -rf runs/compare/$$name; \
 	  $(BIN)/fomoe fit -c configs/quickstart.yaml -c $$file --trainer.logger.init_args.name compare/$$name || exit 1; \
 	done
 	$(BIN)/python tools/summary.py --markdown runs/compare/*

@@ -13,21 +13,24 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, config_error_in
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy, SiteStrategy
-from fomoe_pl.strategies.checks import check_checkpoint
+from fomoe_pl.strategies.checks import check_checkpoint, check_launched, check_training
 
 EXIT_CONFIG = 2
 
-LIGHTNINGS_CHECKPOINTS = ("best", "last", "hpc")  # words for a checkpoint that the Trainer looks up itself
+EXIT_SIGTERM = 128 + 15
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 QUIET = (
     ".*recommended to use `self.log.*sync_dist=True.*",  # validation sums are reduced by the strategy, counted
     ".*does not have many workers.*",  # reading is far from being the bottleneck at the shipped sizes
     ".*exists and is not empty.*",  # a run folder holds curves and checkpoints side by side
+    ".*dirpath has changed from.*",  # validating reads a checkpoint wherever it lies
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own affair with torch
 )
 
@@ -54,9 +57,14 @@ def _config_message(error: BaseException | None) -> str | None:
     return quoted[1] if quoted else None
 
 
+def _speaks() -> bool:
+    """Whether this is the first rank, or no launcher's at all."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
 def fail(message: str) -> NoReturn:
-    """End with one message; under a launcher only the first rank speaks."""
-    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    """End with one message."""
+    if _speaks():
         print(f"fomoe: {message}", file=sys.stderr)
     raise SystemExit(EXIT_CONFIG)
 
@@ -81,6 +89,7 @@ class FoMoECLI(LightningCLI):
             save_config_callback=SaveTrainingConfig,
             save_config_kwargs={"overwrite": True},
             args=args,
+            auto_configure_optimizers=False,  # the module has its own, under `model.optimizer`
             parser_kwargs={"description": "Federated mixture-of-experts pre-training."},
         )
 
@@ -96,6 +105,9 @@ class FoMoECLI(LightningCLI):
         """Train, and validate a checkpoint: a corpus has two splits, so there is nothing to test or predict on."""
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint is a folder, whose settings are compared with the configured ones, not taken over."""
+
     def before_instantiate_classes(self) -> None:
         """Validation is of the whole model on one device; a strategy's name is one of this project's."""
         config = self.config[self.subcommand]
@@ -109,6 +121,9 @@ class FoMoECLI(LightningCLI):
             config.trainer.devices = 1
             config.trainer.num_nodes = 1
             config.trainer.logger = False  # else its numbers would go into the training run's curves, at step 0
+        if config.trainer.precision is not None and str(config.trainer.precision) not in PRECISIONS:
+            raise ConfigError("trainer.precision", config.trainer.precision, "is not supported",
+                              f"choose one of {', '.join(PRECISIONS)}")  # fmt: skip
         accelerator = config.trainer.accelerator
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError("trainer.accelerator", accelerator, f"torch {torch.__version__} finds no CUDA device",
@@ -143,22 +158,24 @@ class FoMoECLI(LightningCLI):
         n_processes = trainer.num_nodes * trainer.num_devices
         environment = getattr(strategy, "cluster_environment", None)
         if environment is not None and environment.creates_processes_externally:
-            n_processes = environment.world_size()
+            check_launched(trainer.num_devices, trainer.num_nodes, environment.world_size())
         if isinstance(strategy, FederatedStrategy):
-            strategy.check(module.config, n_processes)
-            if self.subcommand == "fit" and trainer.max_steps < 1:
-                raise ConfigError("trainer.max_steps", trainer.max_steps,
-                                  "the run's local steps must be known: its last round ends with the last of them",
-                                  "type a number, such as 480")  # fmt: skip
+            strategy.check(module.config, n_processes, trainer.num_nodes)
         elif isinstance(strategy, SingleSiteStrategy):
+            requested = self.config[self.subcommand].trainer.devices
+            if str(requested) not in ("1", "auto"):
+                raise ConfigError("trainer.devices", requested, "`single_site` is one process",
+                                  "set it to 1, or choose a strategy of several sites")  # fmt: skip
             n_processes = 1
+        if self.subcommand == "fit":
+            check_training(trainer, federated=isinstance(strategy, FederatedStrategy))
         data.check(n_processes)
         if data.vocab_size != module.config.vocab_size:
             raise ConfigError("model.architecture.vocab_size", module.config.vocab_size,
                               f"must equal the vocabulary of the data in {data.root} ({data.vocab_size})",
                               f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
         path = self.config[self.subcommand].ckpt_path
-        if path is not None and path not in LIGHTNINGS_CHECKPOINTS:
+        if path is not None:
             resumed_by = strategy.identity(n_processes) if self.subcommand == "fit" else None
             check_checkpoint(path, module.config, resumed_by)
 
@@ -179,6 +196,11 @@ def main(args: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     try:
         FoMoECLI(args=args)
+    except SIGTERMException:
+        if _speaks():
+            print("fomoe: stopped by a signal at the end of a round; go on with the last checkpoint (--ckpt_path)",
+                  file=sys.stderr)  # fmt: skip
+        raise SystemExit(EXIT_SIGTERM) from None
     except (MisconfigurationException, ModuleNotFoundError) as error:  # Lightning's words for what is not there
         fail(_config_message(error) or str(error))
     except Exception as error:

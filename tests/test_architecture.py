@@ -12,6 +12,7 @@ ORDER = (
     "__main__",
     "cli",
     "module",
+    "optimizer",
     "strategies",
     "callbacks",
     "metrics",

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fomoe_pl import cli
 from fomoe_pl.cli import FoMoECLI
+from fomoe_pl.data import FoMoEData
+from fomoe_pl.data.validation import ValidationSequences
+from fomoe_pl.module import load_global_model
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +97,33 @@ def test_a_run_is_validated_in_one_process_to_the_same_numbers(trained: Path, ro
     assert sorted(path.name for path in trained.rglob("*")) == before, "curves and settings are those of the training"
     for metric in ("val/loss", "val/bits_per_byte", "val/bits_per_byte/farm"):
         assert printed(output, metric) == pytest.approx(report(trained)["validation"][metric], rel=1e-5)
+
+
+def test_a_checkpoint_is_the_model_that_python_loads(trained: Path, root: str) -> None:
+    data = FoMoEData(root, sequence_length=16, val_sequences=12)
+    model = load_global_model(trained / CHECKPOINT)
+    sequences = ValidationSequences(data.manifest, 16, 12, 1)
+    batches = [{name: tensor[None] for name, tensor in sequences[i].items()} for i in range(len(sequences))]
+    losses = [model.token_losses(model(batch["inputs"])[0], batch["targets"]) for batch in batches]
+    tokens = sum(int((batch["targets"] >= 0).sum()) for batch in batches)
+    loss = sum(float(loss.sum()) for loss in losses) / tokens
+    assert loss == pytest.approx(report(trained)["validation"]["val/loss"], rel=1e-5)
+
+
+def test_a_signal_stops_all_sites_at_the_end_of_a_round(root: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fomoe_pl", "fit", *small(root, tmp_path), "--trainer.max_steps", "1000000"]
+    command += ["--trainer.val_check_interval", "1000000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            time.sleep(0.1)
+            if (tmp_path / CHECKPOINT / "manifest.json").is_file():  # it trains
+                break
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + 15, errors
+    assert errors.count("fomoe: stopped by a signal at the end of a round") == 1
+    assert "Traceback" not in errors
 
 
 def test_a_run_logs_what_the_documents_list(trained: Path) -> None:
@@ -183,6 +214,15 @@ def test_a_name_is_its_file(name: str, root: str, monkeypatch: pytest.MonkeyPatc
         assert settings(file) == settings(named)
 
 
+def test_an_experiment_makes_a_run(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On four processes of this machine instead of a GPU.
+    here = ["--trainer.accelerator", "cpu", "--trainer.devices", "4", f"{STRATEGY}.share_device", "false"]
+    corpus = ["--data.root", root, "--model.architecture.vocab_size", "257", "--trainer.logger", "false"]
+    files = [str(ROOT / "configs" / name) for name in ("model/fomoe-153m.yaml", "experiment/four_sites_one_gpu.yaml")]
+    built = build(["fit", "-c", files[0], "-c", files[1], *here, *corpus], monkeypatch)
+    assert (built.trainer.max_steps, built.trainer.num_devices) == (200, 4)
+
+
 def settings(strategy: Any) -> dict[str, Any]:
     names = ("schedule", "routing", "placement_kind", "outer", "inner_moments", "wire_dtype", "_sites", "_overlap")
     drawn = ("reshuffle_rounds", "placement_seed") if strategy.placement_kind == "random" else ()
@@ -248,7 +288,7 @@ ARCHITECTURE = "--model.architecture"
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
-        (f"fit {STRATEGY}.overlap 3", ["init_args.overlap = 3", "number of sites (2)", "one of [1, 2]"]),
+        (f"fit {STRATEGY}.overlap 3", ["init_args.overlap = 3", "number of sites (2,", "one of [1, 2]"]),
         (f"fit {ARCHITECTURE}.n_experts 5", ["overlap = 1", "5 experts", "divisible by 2", "[2]", "[4, 6]"]),
         (f"fit {ARCHITECTURE}.top_k 9", ["architecture.top_k = 9", "n_experts (4)", "1 to 4"]),
         (f"fit {ARCHITECTURE}.n_heads 3", ["architecture.d_model = 16", "divisible by n_heads (3)"]),
@@ -261,6 +301,15 @@ ARCHITECTURE = "--model.architecture"
         (f"fit {STRATEGY}.share_device true", ["init_args.sites = None", "must be given"]),
         (f"fit {STRATEGY}.wire_dtype float16 {STRATEGY}.inner_moments average", ["wire_dtype = 'float16'", "bfloat16"]),
         ("fit --trainer.max_steps -1", ["trainer.max_steps = -1", "such as 480"]),
+        ("fit --trainer.max_epochs 1", ["trainer.max_epochs = 1", "middle of a round"]),
+        ("fit --trainer.max_time 00:00:01:00", ["trainer.max_time", "middle of a round"]),
+        ("fit --trainer.accumulate_grad_batches 0", ["accumulate_grad_batches = 0", "at least 1"]),
+        ("fit --trainer.val_check_interval 0", ["val_check_interval = 0", "positive"]),
+        ("fit --trainer.gradient_clip_val -1", ["gradient_clip_val = -1", "negative"]),
+        ("fit --trainer.precision 16-mixed", ["trainer.precision = '16-mixed'", "bf16-mixed"]),
+        ("fit --trainer.strategy single_site", ["trainer.devices = 2", "single_site"]),
+        (f"fit {STRATEGY}.timeout_seconds -5", ["timeout_seconds = -5", "positive"]),
+        ("fit --model.optimizer.betas [1.5,2]", ["model.optimizer.betas", "[0, 1)"]),
         (f"fit {STRATEGY}.outer.momentum 1.5", ["outer.momentum = 1.5", "[0, 1)"]),
         (f"fit {ARCHITECTURE}.vocab_size 300", ["vocab_size = 300", "(257)", "Set it to 257"]),
         ("fit --data.root nowhere", ["data.root = 'nowhere'", "no nowhere/manifest.json", "tools/prepare_data.py"]),
@@ -274,6 +323,8 @@ ARCHITECTURE = "--model.architecture"
         ("fit --trainer.strategy.class_path fomoe_pl.Nothing", ["trainer.strategy", "fomoe_pl.Nothing"]),
         ("fit --trainer.accelerator tpu", ["torch_xla"]),
         ("fit --ckpt_path nowhere", ["ckpt_path = 'nowhere'", "no manifest.json"]),
+        ("fit --ckpt_path CHECKPOINT/manifest.json", ["no complete checkpoint"]),
+        ("fit --ckpt_path last", ["ckpt_path = 'last'", "no complete checkpoint"]),
         (f"fit --ckpt_path CHECKPOINT {ARCHITECTURE}.d_expert 4", ["d_expert: checkpoint 8, configured 4"]),
         (f"fit --ckpt_path CHECKPOINT {STRATEGY}.overlap 2", ["overlap: checkpoint 1, now 2"]),
         (f"fit --ckpt_path CHECKPOINT {STRATEGY}.placement random", ["placement: checkpoint 'fixed', now 'random'"]),
@@ -291,6 +342,14 @@ ARCHITECTURE = "--model.architecture"
 def test_bad_input_gets_one_message_before_anything_starts(refused: Any, command: str, parts: list[str]) -> None:
     message = refused(command)
     assert [part for part in parts if part not in message] == [], message
+
+
+def test_a_launcher_with_another_number_of_processes_is_refused(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "GROUP_RANK": "0",
+                "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    assert "trainer.devices = 2: times trainer.num_nodes (1) must be the 3 processes" in refused("fit")
 
 
 def test_a_gpu_that_is_not_there_is_named(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.data.prepare import prepare
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.module import FoMoEModule, OptimizerConfig
+from fomoe_pl.module import FoMoEModule
+from fomoe_pl.optimizer import OptimizerConfig
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,8 @@ import yaml
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.module import FoMoEModule, OptimizerConfig
+from fomoe_pl.module import FoMoEModule
+from fomoe_pl.optimizer import OptimizerConfig
 from fomoe_pl.strategies import CountedDDPStrategy, FederatedStrategy, SingleSiteStrategy
 
 ROOT = Path(__file__).parents[1]

@@ -40,7 +40,8 @@ from fomoe_pl.callbacks import (
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.transformer import Transformer
-from fomoe_pl.module import Batch, FoMoEModule, OptimizerConfig, inner_optimizer, inner_schedule
+from fomoe_pl.module import Batch, FoMoEModule
+from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, inner_schedule
 from fomoe_pl.strategies import FederatedStrategy
 
 DISTINCT_BATCHES = 8

@@ -39,6 +39,12 @@ class RunReport(TimedCallback):
         super().__init__()
         self.folder = folder
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take away the report of the run that this one replaces, lest it is taken for this one's."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            Path(self.folder or self._log_folder(trainer), REPORT_NAME).unlink(missing_ok=True)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file; Lightning has torn the strategy down before `on_fit_end`."""
         if not trainer.is_global_zero or not self.trained.tokens:

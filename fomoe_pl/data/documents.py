@@ -6,12 +6,22 @@ import io
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
 from fomoe_pl.errors import ConfigError
+
+# What is raised for a file that is damaged or barred; pyarrow's errors are among these.
+_UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
+try:
+    from zstandard import ZstdError
+
+    _UNREADABLE += (ZstdError,)
+except ImportError:
+    pass
 
 _COMPRESSIONS = (".gz", ".xz", ".zst")
 _FORMATS = (".txt", ".jsonl", ".parquet")
@@ -97,7 +107,12 @@ def read_documents(source: Source, text_field: str, separator: str | None) -> It
             documents = _json_documents(path, text_field)
         else:
             documents = _parquet_documents(path, text_field)
-        yield from (text for text in documents if text)
+        try:
+            yield from (text for text in documents if text)
+        except ConfigError:
+            raise
+        except _UNREADABLE as error:
+            raise ConfigError("source", str(path), f"cannot be read ({error})", "Copy or compress it again") from error
 
 
 def _open(path: Path) -> IO[bytes]:

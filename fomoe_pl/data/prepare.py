@@ -76,6 +76,11 @@ def prepare(
     """
     if not 0 < val_fraction < 1:
         raise ConfigError("val_fraction", val_fraction, "must lie between 0 and 1", "Common values: 0.01 to 0.1")
+    for key, value in (("shards_per_domain", shards_per_domain), ("max_shard_mb", max_shard_mb)):
+        if value <= 0:
+            raise ConfigError(key, value, "must be positive", "Defaults: 16 shards, 16 MB")
+    if eod is not None and not Path(tokenizer).is_file():
+        raise ConfigError("eod", eod, "is for a tokenizer.json; bytes and bpe: have an end of document", "Leave it out")
     # Before the sources are read, since a mistyped tokenizer should not cost a pass over the corpus.
     choice = bpe_vocab_size(tokenizer) if tokenizer.startswith("bpe:") else fixed_tokenizer(tokenizer, eod)
     target = Path(output)

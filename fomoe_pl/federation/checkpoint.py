@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def partial(folder: Path) -> Path:

@@ -38,6 +38,10 @@ class OuterRule:
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"{key}.momentum", self.momentum, "must be in [0, 1)", "0.9 for DiLoCo")
 
+    def __str__(self) -> str:
+        """`average 1.0`, or `nesterov 0.7/0.9`."""
+        return f"{self.rule} {self.lr}" + (f"/{self.momentum}" if self.has_momentum else "")
+
     @property
     def has_momentum(self) -> bool:
         """Whether the rule keeps a momentum buffer beside the anchor."""

@@ -33,7 +33,7 @@ def check_placement(n_experts: int, n_sites: int, overlap: int) -> None:
     """
     key = "trainer.strategy.init_args.overlap"
     if not 1 <= overlap <= n_sites:
-        raise ConfigError(key, overlap, f"must be between 1 and the number of sites ({n_sites})",
+        raise ConfigError(key, overlap, f"must be between 1 and the number of sites ({n_sites}, devices x num_nodes)",
                           f"choose one of {valid_overlaps(n_experts, n_sites)}")  # fmt: skip
     if n_experts * overlap % n_sites:
         valid = valid_overlaps(n_experts, n_sites)

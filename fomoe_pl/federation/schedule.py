@@ -45,6 +45,11 @@ class RoundSchedule:
                 )
         return cls(segments)
 
+    def __str__(self) -> str:
+        """`8`, or `1 (from step 64: 32)`."""
+        (_, first), *others = self.segments
+        return f"{first}" + "".join(f" (from step {start}: {k})" for start, k in others)
+
     def is_round_end(self, step: int, last_step: int | None = None) -> bool:
         """Whether a round ends after `step` optimizer steps have been taken (1-based count).
 

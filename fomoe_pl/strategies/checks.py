@@ -7,6 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
 from fomoe_pl.model.config import ModelConfig
@@ -35,6 +38,7 @@ def check_settings(
     share_device: bool,
     wire_dtype: str,
     inner_moments: str,
+    timeout_seconds: float,
 ) -> None:
     """Check what can be checked without a model or a trainer.
 
@@ -44,6 +48,8 @@ def check_settings(
     if ranks_per_site != 1:
         rule = "several ranks in a site are not supported yet"
         raise ConfigError(f"{KEY}.ranks_per_site", ranks_per_site, rule, "set it to 1 and let every rank be a site")
+    if timeout_seconds <= 0:
+        raise ConfigError(f"{KEY}.timeout_seconds", timeout_seconds, "must be positive", "1800 is the default")
     for name, value in (("reshuffle_rounds", reshuffle_rounds), ("bucket_mib", bucket_mib)):
         if value < 1:
             raise ConfigError(f"{KEY}.{name}", value, "must be at least 1", "type 1 or more")
@@ -54,16 +60,63 @@ def check_settings(
         raise ConfigError(f"{KEY}.sites", sites, "must be given when sites share a device", "for example 4")
 
 
-def check_processes(sites: int | None, n_processes: int) -> int:
-    """Number of sites, if it fits the number of processes.
+def check_processes(sites: int | None, n_processes: int, num_nodes: int, *, share_device: bool) -> int:
+    """Number of sites, if it fits the number of processes on all machines.
 
     Raises:
         ConfigError: if it does not.
     """
+    if share_device and num_nodes > 1:
+        rule = "sites can share a GPU of one machine only"
+        raise ConfigError("trainer.num_nodes", num_nodes, rule, "set it to 1, or share_device to false")
     if sites is None or sites == n_processes:
         return n_processes
     rule = f"must equal the number of processes ({n_processes} = trainer.devices x num_nodes)"
     raise ConfigError(f"{KEY}.sites", sites, rule, f"set trainer.devices to {sites}, or sites to {n_processes}")
+
+
+def check_launched(devices: int, num_nodes: int, world_size: int) -> None:
+    """Refuse a launcher (torchrun, SLURM) that has started another number of processes than the Trainer expects.
+
+    Raises:
+        ConfigError: if the numbers differ.
+    """
+    if devices * num_nodes != world_size:
+        rule = f"times trainer.num_nodes ({num_nodes}) must be the {world_size} processes that were launched"
+        hint = "with torchrun, --nproc_per_node is trainer.devices and --nnodes trainer.num_nodes"
+        raise ConfigError("trainer.devices", devices, rule, hint)
+
+
+def check_training(trainer: Trainer, *, federated: bool) -> None:
+    """Check the Trainer's own settings, which Lightning finds out about only once it trains.
+
+    Args:
+        trainer: the Trainer, before it runs.
+        federated: whether training has rounds, whose last one ends with the run's last step.
+
+    Raises:
+        ConfigError: naming the setting and the rule.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        rule = "must be at least 1 micro-batch"
+        raise ConfigError("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, rule, "1 is the default")
+    if not trainer.val_check_interval or trainer.val_check_interval < 0:
+        rule = "must be a positive number of micro-batches"
+        raise ConfigError("trainer.val_check_interval", trainer.val_check_interval, rule, "give a multiple of K")
+    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
+        rule = "must not be negative"
+        raise ConfigError("trainer.gradient_clip_val", trainer.gradient_clip_val, rule, "1.0 is common, null is off")
+    if not federated:
+        return
+    if trainer.max_steps < 1:
+        rule = "the run's local steps must be known: its last round ends with the last of them"
+        raise ConfigError("trainer.max_steps", trainer.max_steps, rule, "type a number, such as 480")
+    if trainer.max_epochs not in (None, -1):
+        rule = "would end the run in the middle of a round; the data has no end"
+        raise ConfigError("trainer.max_epochs", trainer.max_epochs, rule, "set it to -1 and give trainer.max_steps")
+    if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        rule = "would ask all sites after every step, and end the run in the middle of a round"
+        raise ConfigError("trainer.max_time", "given", rule, "give trainer.max_steps alone")
 
 
 def check_checkpoint(path: str | Path, config: ModelConfig, resumed_by: Mapping[str, Any] | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +13,9 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fomoe_pl.federation.checkpoint import read_manifest
@@ -31,6 +30,7 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
 from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.checks import check_processes, check_settings
+from fomoe_pl.strategies.signals import end_children, replace_signal_handling
 
 
 class FederatedStrategy(SiteStrategy, DDPStrategy):
@@ -84,6 +84,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         check_settings(
             wire_dtype=wire_dtype,
             inner_moments=inner_moments,
+            timeout_seconds=timeout_seconds,
             sites=sites,
             ranks_per_site=ranks_per_site,
             reshuffle_rounds=reshuffle_rounds,
@@ -116,13 +117,13 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         """Sites that hold each expert."""
         return n_sites if self._overlap is None else self._overlap
 
-    def check(self, config: ModelConfig, n_processes: int) -> None:
-        """Check the settings against the model and the number of processes, before any is started.
+    def check(self, config: ModelConfig, n_processes: int, num_nodes: int = 1) -> None:
+        """Check the settings against the model and the processes of all machines, before any is started.
 
         Raises:
             ConfigError: naming the setting, the rule and what would be valid.
         """
-        n_sites = check_processes(self._sites, n_processes)
+        n_sites = check_processes(self._sites, n_processes, num_nodes, share_device=self.share_device)
         check_placement(config.n_experts, n_sites, self.overlap(n_sites))
 
     def placed(self, config: ModelConfig, redraws: int) -> Placement:
@@ -158,12 +159,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
-            # Lightning broadcasts one number over the world before every batch, and again when a signal arrives:
-            # a round trip over the WAN each step. SIGTERM is passed on with the round's statistics instead.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-            trainer._signal_connector._sigterm_notifier_fn = lambda *_: self._note_sigterm()
-            # Lightning would save inside SLURM's signal, in the middle of whatever collective a site is in.
-            trainer._signal_connector._slurm_sigusr_handler_fn = lambda *_: self._note_sigterm()
+            replace_signal_handling(trainer, self._note_sigterm)
         self._last_step = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         n = self.topology.n_sites
@@ -183,11 +179,19 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         )  # fmt: skip
         module = cast(Any, self.lightning_module)
         module.expert_source = self.all_experts_of
+        rank_zero_info(self.describe())
+
+    def describe(self) -> str:
+        """One line that says which method this is."""
+        n = self.topology.n_sites
+        return (
+            f"{n} sites, each expert on {self.overlap(n)} ({self.placement_kind}), {self.routing} routing, "
+            f"rounds of {self.schedule} local steps, outer rule {self.outer}, moments: {self.inner_moments}"
+        )
 
     def _note_sigterm(self) -> None:
         self._stop_requested = True  # not Lightning's own flag, which would end this site in mid-round
-        if isinstance(self.launcher, _SubprocessScriptLauncher):
-            self.launcher.kill(signal.SIGTERM)
+        end_children(self.launcher)
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
@@ -332,8 +336,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """End the processes that this one started: they would train on alone."""
-        if isinstance(self.launcher, _SubprocessScriptLauncher):
-            self.launcher.kill(signal.SIGTERM)
+        end_children(self.launcher)
 
     def teardown(self) -> None:
         """Drop every group: without it gloo aborts at exit now and then."""

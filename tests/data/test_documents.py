@@ -114,3 +114,10 @@ def test_bad_sources(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(ConfigError, match="letters, digits"):
         find_sources([f"a b={tmp_path}"])
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.xz", "a.jsonl.zst", "a.parquet"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"no such format" * 10)
+    with pytest.raises(ConfigError, match=f"source = .*{name}.*: cannot be read"):
+        list(read_documents(Source("a", (tmp_path / name,)), "text", None))

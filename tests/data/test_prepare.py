@@ -2,6 +2,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,3 +178,16 @@ def test_bad_settings(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown tokenizer"):
         prepare([str(source)], output, tokenizer="words")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"shards_per_domain": 0}, "shards_per_domain"),
+        ({"max_shard_mb": 0.0}, "max_shard_mb"),
+        ({"eod": "<end>"}, "eod"),
+    ],
+)
+def test_senseless_settings_are_refused(source: Path, tmp_path: Path, settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key} = "):
+        prepare([str(source)], str(tmp_path / "out"), **settings)

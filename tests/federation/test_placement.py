@@ -112,7 +112,7 @@ def test_owners_are_holders_and_spread() -> None:
 
 @pytest.mark.parametrize("overlap", [0, -1, 5])
 def test_overlap_outside_the_sites_names_the_valid_ones(overlap: int) -> None:
-    with pytest.raises(ConfigError, match=r"between 1 and the number of sites \(4\).*\[2, 4\]"):
+    with pytest.raises(ConfigError, match=r"between 1 and the number of sites \(4,.*\[2, 4\]"):
         check_placement(6, 4, overlap)
 
 

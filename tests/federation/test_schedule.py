@@ -46,3 +46,8 @@ def test_schedules_that_cannot_work(local_steps: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         RoundSchedule.parse(local_steps)
     assert error.value.key == "trainer.strategy.init_args.local_steps"
+
+
+def test_in_words() -> None:
+    assert str(RoundSchedule.parse(8)) == "8"
+    assert str(RoundSchedule.parse({0: 1, 64: 32})) == "1 (from step 64: 32)"

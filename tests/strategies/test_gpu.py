@@ -11,7 +11,7 @@ import yaml
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.transformer import Transformer
-from fomoe_pl.module import OptimizerConfig, inner_optimizer
+from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
 from tests.distributed import run_distributed
 from tests.strategies.observers import Save
 from tests.test_cli import STRATEGY, report, run, small

@@ -1,0 +1,104 @@
+"""The inner optimizer of every site and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.inner import RowAdamW
+from fomoe_pl.model.parametrization import parameter_groups
+from fomoe_pl.model.transformer import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Inner optimizer (FoMoE, arXiv 2606.19025, Table 7) and its learning-rate schedule, in local optimizer steps.
+
+    Attributes:
+        kind: `adamw`, or `sgd` without momentum (for comparisons with data parallelism).
+        lr: Peak learning rate at CompleteP's base width.
+        betas: Decay rates of AdamW's moments.
+        eps: AdamW's epsilon.
+        weight_decay: Decoupled weight decay; the paper uses none.
+        warmup_steps: Steps of linear warm-up.
+        cooldown_steps: Steps of linear decay to 0 at the end of the run; the paper uses none.
+        received_warmup_steps: Warm-up of an expert's learning rate after a site received it (random placement).
+    """
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 160
+    cooldown_steps: int = 0
+    received_warmup_steps: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train.
+
+        Raises:
+            ConfigError: for a learning rate <= 0 or a negative number of steps.
+        """
+        if self.lr <= 0:
+            raise ConfigError("model.optimizer.lr", self.lr, "must be positive", "0.01 is the paper's value")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("model.optimizer.betas", self.betas, "must be in [0, 1)", "[0.9, 0.95] is the paper's")
+        for name in ("warmup_steps", "cooldown_steps", "received_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"model.optimizer.{name}", getattr(self, name), "must not be negative", "Give 0 or more"
+                )
+
+
+def learning_rate_factor(step: int, *, warmup: int, cooldown: int, last: int | None) -> float:
+    """Factor on the peak learning rate: linear warm-up, constant, linear cooldown.
+
+    Args:
+        step: optimizer steps already taken.
+        warmup: steps of the warm-up.
+        cooldown: steps of the cooldown; 0 for none.
+        last: the run's number of steps; None if it is open, then there is no cooldown.
+    """
+    factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if cooldown and last is not None:
+        factor = min(factor, max(0.0, (last - step) / cooldown))
+    return factor
+
+
+def inner_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The inner optimizer, with CompleteP's factors on rate, epsilon and decay; fused on a GPU.
+
+    Args:
+        model: the transformer, on its device.
+        config: the settings.
+    """
+    groups: list[dict[str, Any]] = []
+    for group in parameter_groups(model):
+        entry: dict[str, Any] = {"params": group["params"], "lr": config.lr * group["lr_scale"]}
+        entry["weight_decay"] = config.weight_decay * group["weight_decay_scale"] if group["decay"] else 0.0
+        if config.kind == "adamw":
+            entry["eps"] = config.eps * group["eps_scale"]
+        groups.append(entry)
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr)
+    fused = model.output_weight.is_cuda or None
+    return RowAdamW(
+        groups, lr=config.lr, betas=config.betas, fused=fused, row_warmup_steps=config.received_warmup_steps
+    )
+
+
+def inner_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, last: int | None) -> LambdaLR:
+    """The inner optimizer's learning-rate schedule; advance it after each step.
+
+    Args:
+        optimizer: from `inner_optimizer`.
+        config: the settings.
+        last: as for `learning_rate_factor`.
+    """
+    warmup, cooldown = config.warmup_steps, config.cooldown_steps
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup=warmup, cooldown=cooldown, last=last))
