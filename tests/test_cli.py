@@ -110,6 +110,12 @@ def test_a_checkpoint_is_the_model_that_python_loads(trained: Path, root: str) -
     assert loss == pytest.approx(report(trained)["validation"]["val/loss"], rel=1e-5)
 
 
+def test_the_readme_loads_it_too(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    exec(code.replace("runs/quickstart/checkpoints/last.ckpt", str(trained / CHECKPOINT)), {})
+    assert capsys.readouterr().out.count("tensor") == 2  # the load of each layer
+
+
 def test_a_signal_stops_all_sites_at_the_end_of_a_round(root: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fomoe_pl", "fit", *small(root, tmp_path), "--trainer.max_steps", "1000000"]
     command += ["--trainer.val_check_interval", "1000000"]
