@@ -22,7 +22,6 @@ from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrateg
 from fomoe_pl.strategies.checks import check_checkpoint, check_launched, check_training
 
 EXIT_CONFIG = 2
-
 EXIT_SIGTERM = 128 + 15
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 

@@ -132,7 +132,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _missing_library(path: Path, library: str) -> ConfigError:
-    return ConfigError("source", str(path), f"reading it needs {library}", "Run: pip install 'fomoe-pl[data]'")
+    return ConfigError("source", str(path), f"reading it needs {library}", f"Run: pip install {library}")
 
 
 def _text_documents(path: Path, separator: str | None) -> Iterator[str]:

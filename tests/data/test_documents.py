@@ -89,7 +89,7 @@ def test_missing_library_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, library, None)
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"pip install 'fomoe-pl\[data\]'"):
+    with pytest.raises(ConfigError, match=f"pip install {library}"):
         read(tmp_path / name)
 
 
