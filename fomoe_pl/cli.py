@@ -19,7 +19,7 @@ from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, config_error_in
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy, SiteStrategy
-from fomoe_pl.strategies.checks import check_checkpoint, check_launched, check_training
+from fomoe_pl.strategies.checks import check_launched, check_resumable, check_training, check_weights
 
 EXIT_CONFIG = 2
 EXIT_SIGTERM = 128 + 15
@@ -175,8 +175,9 @@ class FoMoECLI(LightningCLI):
                               f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
         path = self.config[self.subcommand].ckpt_path
         if path is not None:
-            resumed_by = strategy.identity(n_processes) if self.subcommand == "fit" else None
-            check_checkpoint(path, module.config, resumed_by)
+            check_weights(path, module.config)
+            if self.subcommand == "fit":
+                check_resumable(path, strategy.identity(n_processes))
 
 
 def _unknown_strategy(given: str) -> ConfigError:
@@ -200,13 +201,13 @@ def main(args: list[str] | None = None) -> None:
             print("fomoe: stopped by a signal at the end of a round; go on with the last checkpoint (--ckpt_path)",
                   file=sys.stderr)  # fmt: skip
         raise SystemExit(EXIT_SIGTERM) from None
-    except (MisconfigurationException, ModuleNotFoundError) as error:  # Lightning's words for what is not there
-        fail(_config_message(error) or str(error))
     except Exception as error:
-        found = _config_message(error)
-        if found is None:
+        told = _config_message(error)
+        if told is None and isinstance(error, (MisconfigurationException, ModuleNotFoundError)):
+            told = str(error)  # Lightning's words for what is not there
+        if told is None:
             raise  # no setting's fault: it stays whole
-        fail(found)
+        fail(told)
 
 
 if __name__ == "__main__":

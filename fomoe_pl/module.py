@@ -41,10 +41,7 @@ def load_global_model(checkpoint: str | Path) -> Transformer:
     model = Transformer(config, device=torch.device("meta")).to_empty(device="cpu")
     layout = ParameterLayout.of(model, model.expert_tensors())
     residents = model.residency.experts
-    weights = read_weights(folder, list(layout.tensors), layout.expert_layer, residents, config.n_experts)
-    with torch.no_grad():
-        for name, tensor in layout.tensors.items():
-            tensor.copy_(weights[name])
+    layout.fill(read_weights(folder, list(layout.tensors), layout.expert_layer, residents, config.n_experts))
     for block, ids in zip(model.layers, residents, strict=True):
         block.moe.router.set_resident(ids)  # lookups are no weights, and are not in the checkpoint
     return model.eval()

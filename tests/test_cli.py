@@ -23,8 +23,8 @@ from fomoe_pl.data import FoMoEData
 from fomoe_pl.data.validation import ValidationSequences
 from fomoe_pl.module import load_global_model
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy
+from tests.training import ROOT, STRATEGIES
 
-ROOT = Path(__file__).parents[1]
 QUICKSTART = ["-c", str(ROOT / "configs/quickstart.yaml")]
 STRATEGY = "--trainer.strategy.init_args"
 FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "experiment")
@@ -57,13 +57,17 @@ def small(root: str, folder: Path, name: str = "run") -> list[str]:
     return [*QUICKSTART, "-c", str(folder / "small.yaml"), "--data.root", root, "--trainer.logger.init_args.name", name]
 
 
+def environment() -> dict[str, str]:
+    """This process's environment, without what a launcher or a seed has left in it."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "NODE_", "WORLD_"))}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def run(command: list[str], folder: Path, launcher: tuple[str, ...] = ()) -> str:
     """Run `fomoe COMMAND` in a folder; returns what it printed."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "NODE_", "WORLD_"))}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     start = [sys.executable, *launcher, "-m", "fomoe_pl", *command]
-    done = subprocess.run(start, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(start, cwd=folder, env=environment(), capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -119,8 +123,7 @@ def test_the_readme_loads_it_too(trained: Path, capsys: pytest.CaptureFixture[st
 def test_a_signal_stops_all_sites_at_the_end_of_a_round(root: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fomoe_pl", "fit", *small(root, tmp_path), "--trainer.max_steps", "1000000"]
     command += ["--trainer.val_check_interval", "1000000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         for _ in range(600):
             time.sleep(0.1)
             if (tmp_path / CHECKPOINT / "manifest.json").is_file():  # it trains
@@ -205,15 +208,12 @@ def test_every_file_after_the_quickstart_makes_a_run(path: Path, root: str, monk
     assert built.trainer.max_steps == 480
 
 
-NAMES = {**{path.stem: path for path in (ROOT / "configs/strategy").glob("*.yaml")}}
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_a_name_is_its_file(name: str, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--data.root", root, "--trainer.logger", "false"]
     file, named = (
         build(["fit", *QUICKSTART, *arguments, *choice], monkeypatch).trainer.strategy
-        for choice in (["-c", str(NAMES[name])], ["--trainer.strategy", name])
+        for choice in (["-c", str(STRATEGIES[name])], ["--trainer.strategy", name])
     )
     assert type(file) is type(named)
     if isinstance(file, FederatedStrategy):
@@ -236,7 +236,7 @@ def settings(strategy: Any) -> dict[str, Any]:
 
 
 def test_every_name_has_a_file() -> None:
-    assert {*REGISTERED} - {"single_site", "ddp_counted"} == {*NAMES} - {"ddp"}
+    assert {*REGISTERED} - {"single_site", "ddp_counted"} == {*STRATEGIES} - {"ddp"}
 
 
 def test_one_seed_is_for_all_that_have_none_of_their_own(root: str, monkeypatch: pytest.MonkeyPatch) -> None:

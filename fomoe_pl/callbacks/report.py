@@ -43,13 +43,13 @@ class RunReport(TimedCallback):
         """Take away the report of the run that this one replaces, lest it is taken for this one's."""
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
-            Path(self.folder or self._log_folder(trainer), REPORT_NAME).unlink(missing_ok=True)
+            (self._folder_of(trainer) / REPORT_NAME).unlink(missing_ok=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file; Lightning has torn the strategy down before `on_fit_end`."""
         if not trainer.is_global_zero or not self.trained.tokens:
             return
-        folder = Path(self.folder or self._log_folder(trainer))
+        folder = self._folder_of(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         # Renamed when complete, so that a reader never meets half a file.
         unfinished = folder / f"{REPORT_NAME}.tmp"
@@ -79,8 +79,8 @@ class RunReport(TimedCallback):
             "resident_parameters": sum(p.numel() for p in pl_module.parameters()),
         }
 
-    @staticmethod
-    def _log_folder(trainer: Trainer) -> str:
+    def _folder_of(self, trainer: Trainer) -> Path:
         # Not trainer.log_dir: it broadcasts, and only rank zero is here.
         logger = trainer.logger
-        return getattr(logger, "log_dir", None) or (logger and logger.save_dir) or trainer.default_root_dir
+        own = getattr(logger, "log_dir", None) or (logger and logger.save_dir) or trainer.default_root_dir
+        return Path(self.folder or own)

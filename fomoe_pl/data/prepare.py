@@ -79,7 +79,7 @@ def prepare(
     for key, value in (("shards_per_domain", shards_per_domain), ("max_shard_mb", max_shard_mb)):
         if value <= 0:
             raise ConfigError(key, value, "must be positive", "Defaults: 16 shards, 16 MB")
-    if eod is not None and not Path(tokenizer).is_file():
+    if eod is not None and (tokenizer == "bytes" or tokenizer.startswith("bpe:")):
         raise ConfigError("eod", eod, "is for a tokenizer.json; bytes and bpe: have an end of document", "Leave it out")
     # Before the sources are read, since a mistyped tokenizer should not cost a pass over the corpus.
     choice = bpe_vocab_size(tokenizer) if tokenizer.startswith("bpe:") else fixed_tokenizer(tokenizer, eod)

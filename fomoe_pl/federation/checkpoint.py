@@ -41,9 +41,9 @@ def replaced(folder: Path) -> Path:
 
 def begin(folder: Path) -> None:
     """Make an empty partial folder (site 0, before the others write)."""
-    if not folder.exists():  # the last writer was interrupted between two names
-        for complete in complete_siblings(folder)[:1]:
-            complete.rename(folder)
+    left = complete_siblings(folder)
+    if left and not folder.exists():  # the last writer was interrupted between two names
+        left[0].rename(folder)
     if partial(folder).exists():
         shutil.rmtree(partial(folder))
     partial(folder).mkdir(parents=True)
@@ -103,18 +103,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_architecture(folder: Path, architecture: Mapping[str, Any], ignored: frozenset[str]) -> None:
+def check_architecture(
+    folder: Path, saved: Mapping[str, Any], architecture: Mapping[str, Any], ignored: frozenset[str]
+) -> None:
     """Refuse a checkpoint of another architecture.
 
     Args:
         folder: checkpoint folder.
+        saved: the settings in its manifest.
         architecture: the model's settings, plain values.
         ignored: settings that do not change the weights.
 
     Raises:
         ConfigError: listing every setting that differs.
     """
-    saved = read_manifest(folder)["architecture"]
     keys = [k for k in architecture if k not in ignored and saved.get(k) != architecture[k]]
     if keys:
         differences = "; ".join(f"{k}: checkpoint {saved.get(k)!r}, configured {architecture[k]!r}" for k in keys)

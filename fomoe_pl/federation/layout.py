@@ -32,6 +32,12 @@ class ParameterLayout:
         tensors |= {name: buffer for name, buffer in module.named_buffers() if name in persistent}
         return cls(tensors, dict(expert_layer), trained)
 
+    @torch.no_grad()
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """Set every tensor to the value of its name, in the tensor's own dtype and on its own device."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(values[name])
+
     @property
     def dense(self) -> list[str]:
         """Names of the tensors that every site holds, in a fixed order."""

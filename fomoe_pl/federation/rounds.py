@@ -103,8 +103,7 @@ class Federation:
             self._average_moments(optimizer)
         elif self.inner_moments == "reset":
             optimizer.state.clear()
-        for name, tensor in self.layout.tensors.items():
-            tensor.copy_(self.anchors[name])
+        self.layout.fill(self.anchors)
 
     def _pseudo_gradient(self, pieces: Sequence[Piece], i: int) -> Tensor:
         piece = pieces[i]
@@ -234,15 +233,13 @@ class Federation:
         """Put the agreed values into the model; local ones are kept aside until `leave_global`."""
         # On the host: the device has room for one copy of the model.
         self._stash = {name: t.detach().to("cpu", copy=True) for name, t in self.layout.tensors.items()}
-        for name, tensor in self.layout.tensors.items():
-            tensor.copy_(self.anchors[name])
+        self.layout.fill(self.anchors)
 
     @torch.no_grad()
     def leave_global(self) -> None:
         """Undo `enter_global`."""
         if self._stash is not None:
-            for name, tensor in self.layout.tensors.items():
-                tensor.copy_(self._stash[name])
+            self.layout.fill(self._stash)
             self._stash = None
 
     # -- agreement and state --------------------------------------------------------------------------------------
@@ -276,12 +273,11 @@ class Federation:
         """Restore `state_dict`; anchors must have been set by `load_global` before."""
         for name, momentum in self.momenta.items():
             momentum.copy_(state["momenta"][name])
-        for name, tensor in self.layout.tensors.items():
-            tensor.copy_(state["local"][name])
+        self.layout.fill(state["local"])
 
     @torch.no_grad()
     def load_global(self, weights: dict[str, Tensor]) -> None:
         """Set anchors and local values from the global model (this site's rows)."""
-        for name, tensor in self.layout.tensors.items():
-            self.anchors[name].copy_(weights[name])
-            tensor.copy_(self.anchors[name])
+        for name, anchor in self.anchors.items():
+            anchor.copy_(weights[name])
+        self.layout.fill(self.anchors)

@@ -19,7 +19,7 @@ from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
-from fomoe_pl.strategies.checks import check_checkpoint
+from fomoe_pl.strategies.checks import check_resumable, check_weights
 
 
 class SiteStrategy(Strategy):
@@ -174,21 +174,18 @@ class SiteStrategy(Strategy):
         folder, layout = Path(checkpoint["folder"]), self.layout()
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         residency: Residency = self.transformer.residency  # type: ignore[assignment]
-        check_checkpoint(folder, config, None)
+        check_weights(folder, config)
         names = list(layout.tensors)
         self.set_global(files.read_weights(folder, names, layout.expert_layer, residency.experts, config.n_experts))
 
-    @torch.no_grad()
     def set_global(self, weights: dict[str, Tensor]) -> None:
         """Put the global model's values into this rank's tensors."""
-        for name, tensor in self.layout().tensors.items():
-            tensor.copy_(weights[name])
+        self.layout().fill(weights)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore inner optimizer, outer state and counters of this site."""
         folder = Path(checkpoint["folder"])
-        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
-        check_checkpoint(folder, config, self.identity(self.topology.n_sites))
+        check_resumable(folder, self.identity(self.topology.n_sites))
         manifest = files.read_manifest(folder)
         # Data-parallel ranks are all alike, and only the first has written.
         site = self.topology.site if self.writes_checkpoint() else 0

@@ -119,25 +119,29 @@ def check_training(trainer: Trainer, *, federated: bool) -> None:
         raise ConfigError("trainer.max_time", "given", rule, "give trainer.max_steps alone")
 
 
-def check_checkpoint(path: str | Path, config: ModelConfig, resumed_by: Mapping[str, Any] | None) -> None:
-    """Refuse a checkpoint whose weights, or whose sites' own states, do not fit.
-
-    Args:
-        path: checkpoint folder.
-        config: the configured model.
-        resumed_by: what the sites' states depend on (`SiteStrategy.identity`); None if only weights are read.
+def check_weights(path: str | Path, config: ModelConfig) -> None:
+    """Refuse a checkpoint of another model.
 
     Raises:
         ConfigError: listing every setting that differs.
     """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    check_architecture(folder, asdict(config), irrelevant_to_weights(manifest["architecture"], config))
-    if resumed_by is None:
-        return
-    written_by = manifest["identity"]
-    keys = [k for k in sorted({*written_by, *resumed_by}) if written_by.get(k) != resumed_by.get(k)]
+    saved = read_manifest(Path(path))["architecture"]
+    check_architecture(Path(path), saved, asdict(config), irrelevant_to_weights(saved, config))
+
+
+def check_resumable(path: str | Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose sites' own states do not fit.
+
+    Args:
+        path: checkpoint folder.
+        identity: what these states depend on, of the run that resumes (`SiteStrategy.identity`).
+
+    Raises:
+        ConfigError: listing every setting that differs.
+    """
+    written_by = read_manifest(Path(path))["identity"]
+    keys = [k for k in sorted({*written_by, *identity}) if written_by.get(k) != identity.get(k)]
     if keys:
-        differences = "; ".join(f"{k}: checkpoint {written_by.get(k)!r}, now {resumed_by.get(k)!r}" for k in keys)
+        differences = "; ".join(f"{k}: checkpoint {written_by.get(k)!r}, now {identity.get(k)!r}" for k in keys)
         rule = f"can be resumed only by the federation that wrote it ({differences})"
         raise ConfigError("ckpt_path", str(path), rule, "use the strategy settings that it was trained with")
