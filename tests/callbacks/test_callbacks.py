@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from fomoe_pl.callbacks import (
@@ -24,6 +24,8 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import KINDS, Ledger
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.metrics import RoutingHealth
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.module import FoMoEModule
 
 MIB = 2**20
 
@@ -299,6 +301,24 @@ def test_progress_bar_says_where_training_starts(
 )
 def test_human_bytes(n: int, text: str) -> None:
     assert human_bytes(n) == text
+
+
+def test_nothing_is_read_for_the_bar_between_its_updates(tmp_path: Path) -> None:
+    """A logged value with `prog_bar=True` is read after every step, and each time the host waits for the GPU."""
+
+    class Data(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            tokens = torch.zeros(2, 4, dtype=torch.int64)
+            return [{"inputs": tokens, "targets": tokens, "domain": torch.zeros(2, dtype=torch.int64)}] * 2
+
+    config = ModelConfig(d_model=8, n_layers=1, n_heads=1, d_expert=4, n_experts=2, top_k=1, vocab_size=8)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, log_every_n_steps=1, logger=False, enable_checkpointing=False,
+        enable_model_summary=False, default_root_dir=str(tmp_path), callbacks=[FoMoEProgressBar()],
+    )  # fmt: skip
+    trainer.fit(FoMoEModule(config), datamodule=Data())
+    assert "train/loss" in trainer.callback_metrics
+    assert trainer.progress_bar_metrics == {}
 
 
 def test_a_trainer_takes_them_all_and_the_bar_replaces_lightnings(tmp_path: Path) -> None:
