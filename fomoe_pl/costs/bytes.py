@@ -6,52 +6,19 @@ Equal to the byte to the ledger that a run keeps, for the kinds dense, expert, m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.costs.rounds import ITEMSIZE, Collective, SynchronizedSizes, collectives, count, held_by
+from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.placement import Placement, PlacementKind, gather_layer, migration, place
 from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
-from fomoe_pl.model.sizes import dense_parameters, expert_parameters
 
 if TYPE_CHECKING:  # these modules speak to other processes, of which a calculation needs none
     from fomoe_pl.federation.outer import OuterRule
     from fomoe_pl.federation.rounds import InnerMoments
     from fomoe_pl.federation.wire import WireDtype
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-ADAMW_MOMENTS = 2
-
-
-@dataclass(frozen=True)
-class SynchronizedSizes:
-    """Numbers of elements that sites agree on.
-
-    Attributes:
-        dense: trained parameters that every site holds.
-        dense_buffers: elements of buffers that every site holds (balance biases in ghost mode).
-        expert: trained parameters of one expert of one layer, in partitioned mode with its router row.
-        expert_buffers: buffer elements of one expert of one layer (its balance bias in partitioned mode).
-    """
-
-    dense: int
-    dense_buffers: int
-    expert: int
-    expert_buffers: int
-
-    @classmethod
-    def of(cls, architecture: ModelConfig, routing: Routing) -> SynchronizedSizes:
-        """Count them for an architecture and a routing mode."""
-        partitioned = routing == "partitioned"
-        biased = architecture.balance == "bias"
-        return cls(
-            dense=dense_parameters(architecture, routing),
-            dense_buffers=architecture.n_layers * architecture.n_experts if biased and not partitioned else 0,
-            expert=expert_parameters(architecture) + (architecture.d_model if partitioned else 0),
-            expert_buffers=1 if biased and partitioned else 0,
-        )
 
 
 def predict_bytes(
@@ -111,39 +78,27 @@ def predict_bytes(
         return place(placement, n_layers=architecture.n_layers, n_experts=architecture.n_experts, n_sites=n_sites,
                      overlap=overlap, seed=placement_seed, epoch=redraws)  # fmt: skip
 
+    def averaged(placement: Placement) -> list[Collective]:
+        return collectives(
+            held_by(placement), sizes, n_sites=n_sites, wire_dtype=wire_dtype, inner_moments=inner_moments
+        )
+
     current, rounds = placed(0), 0
+    averages = averaged(current)
     for step in range(steps + 1):
         if step and schedule.is_round_end(step, steps):
             rounds += 1
-            _averages(ledger, current, site, sizes, ITEMSIZE[wire_dtype], with_moments=inner_moments == "average")
+            count(ledger, averages, site)
             if placement == "random" and reshuffle_rounds and rounds % reshuffle_rounds == 0 and step < steps:
                 new = placed(rounds // reshuffle_rounds)
                 _migration(ledger, current, new, site, sizes, with_momentum=outer.has_momentum)
-                current = new
+                current, averages = new, averaged(new)
         for _ in range(list(validations).count(step)):
             for _ in range(evaluation_windows):
                 _evaluation(ledger, current, site, sizes, ITEMSIZE[param_dtype])
             if n_sites > 1 and metric_bytes:
                 ledger.all_reduce("evaluation", metric_bytes, n_sites)
     return ledger
-
-
-def _averages(
-    ledger: Ledger, placement: Placement, site: int, sizes: SynchronizedSizes, itemsize: int, *, with_moments: bool
-) -> None:
-    """One round: dense tensors over all sites, each expert over its holders; nothing crosses in a group of one."""
-    held: list[tuple[tuple[int, ...], Kind, int, int]] = [
-        (tuple(range(placement.n_sites)), "dense", sizes.dense, sizes.dense_buffers)
-    ]
-    for sites in placement.holder_sets():
-        if site in sites:
-            n = len(placement.experts_of(sites))
-            held.append((sites, "expert", n * sizes.expert, n * sizes.expert_buffers))
-    for sites, kind, trained, buffers in held:
-        if len(sites) > 1:
-            ledger.all_reduce(kind, (trained + buffers) * itemsize, len(sites))
-            if with_moments:
-                ledger.all_reduce("moments", ADAMW_MOMENTS * trained * itemsize, len(sites))
 
 
 def _migration(

@@ -1,0 +1,102 @@
+"""FLOPs of a token by part, as executed and as the whole model would have them (arXiv 2606.19025, §3.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Routing
+from fomoe_pl.model.sizes import attention_parameters, expert_parameters
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """FLOPs of one token's forward pass, 2 for each multiply-add; the backward pass is twice as much.
+
+    Attributes:
+        projections: query, key, value and output of all layers.
+        scores: products of queries with keys and of weights with values, over the whole square of positions.
+        router: scoring of experts.
+        experts: routed and shared experts.
+        output: the output matrix.
+    """
+
+    projections: float
+    scores: float
+    router: float
+    experts: float
+    output: float
+
+    @property
+    def forward(self) -> float:
+        """Sum of all parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def training(self) -> float:
+        """Forward and backward pass, without recomputation."""
+        return 3 * self.forward
+
+    def training_executed(self, *, checkpointing: bool) -> float:
+        """Forward and backward pass, with the blocks' second forward pass if they are checkpointed."""
+        return self.training + (self.forward - self.output if checkpointing else 0)
+
+
+def executed_picks(
+    config: ModelConfig, n_resident: int, routing: Routing, ghost_fraction: float | None = None
+) -> float:
+    """Mean number of routed experts that run for a token of one layer.
+
+    Args:
+        config: the architecture.
+        n_resident: resident experts R of a layer.
+        routing: ``ghost`` skips picks that are not resident; ``partitioned`` takes the top min(k, R) residents.
+        ghost_fraction: measured share of skipped picks, `routing/ghost_fraction/mean`; None is balanced routing's
+            1 - R/E, the paper's sigma_st.
+
+    Raises:
+        ConfigError: for a fraction outside 0..1 or a number of residents that cannot be.
+    """
+    if not 1 <= n_resident <= config.n_experts:
+        raise ConfigError("n_resident", n_resident, "must be a number of experts of a layer",
+                          f"give 1 to {config.n_experts}")  # fmt: skip
+    if ghost_fraction is not None and not 0 <= ghost_fraction <= 1:
+        raise ConfigError("ghost_fraction", ghost_fraction, "must be in 0..1", "give the measured share")
+    if routing == "partitioned":
+        return min(config.top_k, n_resident)
+    live = n_resident / config.n_experts if ghost_fraction is None else 1 - ghost_fraction
+    return config.top_k * live
+
+
+def token_flops(
+    config: ModelConfig,
+    sequence_length: int,
+    *,
+    n_resident: int | None = None,
+    routing: Routing = "ghost",
+    ghost_fraction: float | None = None,
+) -> TokenFlops:
+    """FLOPs that a site executes for a token; with ``n_resident`` None the nominal ones of the whole model.
+
+    Args:
+        config: the architecture.
+        sequence_length: tokens of a sequence S.
+        n_resident: resident experts R of each layer.
+        routing: the routing mode.
+        ghost_fraction: as for ``executed_picks``.
+
+    Raises:
+        ConfigError: as for ``executed_picks``.
+    """
+    resident = config.n_experts if n_resident is None else n_resident
+    picks = executed_picks(config, resident, routing, ghost_fraction)
+    scored = config.n_experts if routing == "ghost" else resident
+    layers = config.n_layers
+    return TokenFlops(
+        projections=2 * layers * attention_parameters(config),
+        scores=2 * layers * 2 * sequence_length * config.n_heads * config.head_size,
+        router=2 * layers * scored * config.d_model,
+        experts=2 * layers * (config.n_shared_experts + picks) * expert_parameters(config),
+        output=2 * config.vocab_size * config.d_model,
+    )

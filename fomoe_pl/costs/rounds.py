@@ -1,0 +1,197 @@
+"""The collectives of one round: who averages what, in which order, in how many bytes (arXiv 2606.19025, §3.4)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.federation.placement import Placement, check_placement
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Routing
+from fomoe_pl.model.sizes import dense_parameters, expert_parameters, parameter_counts
+
+if TYPE_CHECKING:  # these modules speak to other processes, of which a calculation needs none
+    from fomoe_pl.federation.rounds import InnerMoments
+    from fomoe_pl.federation.wire import WireDtype
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+ADAMW_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class SynchronizedSizes:
+    """Numbers of elements that sites agree on.
+
+    Attributes:
+        dense: trained parameters that every site holds.
+        dense_buffers: elements of buffers that every site holds (balance biases in ghost mode).
+        expert: trained parameters of one expert of one layer, in partitioned mode with its router row.
+        expert_buffers: buffer elements of one expert of one layer (its balance bias in partitioned mode).
+    """
+
+    dense: int
+    dense_buffers: int
+    expert: int
+    expert_buffers: int
+
+    @classmethod
+    def of(cls, architecture: ModelConfig, routing: Routing) -> SynchronizedSizes:
+        """Count them for an architecture and a routing mode."""
+        partitioned = routing == "partitioned"
+        biased = architecture.balance == "bias"
+        return cls(
+            dense=dense_parameters(architecture, routing),
+            dense_buffers=architecture.n_layers * architecture.n_experts if biased and not partitioned else 0,
+            expert=expert_parameters(architecture) + (architecture.d_model if partitioned else 0),
+            expert_buffers=1 if biased and partitioned else 0,
+        )
+
+
+class Collective(NamedTuple):
+    """One average of a round, buckets not told apart.
+
+    Attributes:
+        kind: the ledger's.
+        sites: who takes part, sorted.
+        payload: bytes of its elements on the wire.
+    """
+
+    kind: Kind
+    sites: tuple[int, ...]
+    payload: int
+
+
+def held_by(placement: Placement) -> dict[tuple[int, ...], int]:
+    """Number of experts, over all layers, of each holder set; sorted."""
+    return {sites: len(placement.experts_of(sites)) for sites in placement.holder_sets()}
+
+
+def held_when_fixed(architecture: ModelConfig, n_sites: int, overlap: int) -> dict[tuple[int, ...], int]:
+    """What ``held_by`` gives for the fixed placement, without placing every expert of a large model.
+
+    Raises:
+        ConfigError: if the sizes cannot be placed.
+    """
+    check_placement(architecture.n_experts, n_sites, overlap)
+    # Layers are staggered by one site: layer i is layer i mod M.
+    layers = Counter(layer % n_sites for layer in range(architecture.n_layers))
+    held: Counter[tuple[int, ...]] = Counter()
+    for shift, times in layers.items():
+        for expert in range(architecture.n_experts):
+            first = expert * overlap + shift
+            held[tuple(sorted((first + j) % n_sites for j in range(overlap)))] += times
+    return dict(sorted(held.items()))
+
+
+def collectives(
+    held: dict[tuple[int, ...], int],
+    sizes: SynchronizedSizes,
+    *,
+    n_sites: int,
+    wire_dtype: WireDtype = "float32",
+    inner_moments: InnerMoments = "keep",
+) -> list[Collective]:
+    """The averages of a round in the order in which sites call them; groups of one site send nothing and are left out.
+
+    Args:
+        held: holder set -> number of its experts, from ``held_by``.
+        sizes: what is agreed on.
+        n_sites: number of sites M.
+        wire_dtype: dtype of averaged values on the wire.
+        inner_moments: ``average`` sends both of AdamW's moments of everything trained as well.
+    """
+    itemsize = ITEMSIZE[wire_dtype]
+    groups: list[tuple[Kind, tuple[int, ...], int, int]] = [
+        ("dense", tuple(range(n_sites)), sizes.dense, sizes.dense_buffers)
+    ]
+    groups += [("expert", sites, n * sizes.expert, n * sizes.expert_buffers) for sites, n in held.items()]
+    groups = [group for group in groups if len(group[1]) > 1]
+    found = [Collective(kind, sites, (trained + buffers) * itemsize) for kind, sites, trained, buffers in groups]
+    if inner_moments == "average":
+        found += [Collective("moments", sites, ADAMW_MOMENTS * n * itemsize) for _, sites, n, _ in groups]
+    return found
+
+
+def count(ledger: Ledger, calls: list[Collective], site: int) -> None:
+    """Enter the collectives that a site takes part in into its ledger."""
+    for call in calls:
+        if site in call.sites:
+            ledger.all_reduce(call.kind, call.payload, len(call.sites))
+
+
+def round_collectives(
+    architecture: ModelConfig,
+    *,
+    n_sites: int,
+    overlap: int,
+    routing: Routing = "ghost",
+    wire_dtype: WireDtype = "float32",
+    inner_moments: InnerMoments = "keep",
+) -> list[Collective]:
+    """The averages of a round with fixed placement (a random one sends as much, on average over sites)."""
+    held = held_when_fixed(architecture, n_sites, overlap)
+    sizes = SynchronizedSizes.of(architecture, routing)
+    return collectives(held, sizes, n_sites=n_sites, wire_dtype=wire_dtype, inner_moments=inner_moments)
+
+
+def ddp_collectives(architecture: ModelConfig, n_sites: int, itemsize: int = 4) -> list[Collective]:
+    """What data parallelism over slow links averages in every step: all gradients, over all sites."""
+    if n_sites < 2:
+        return []
+    return [Collective("dense", tuple(range(n_sites)), itemsize * parameter_counts(architecture).total)]
+
+
+def migration_bytes(
+    architecture: ModelConfig, *, n_sites: int, overlap: int, routing: Routing = "ghost", momentum: bool = False
+) -> float:
+    """Mean bytes that a site sends when experts are dealt anew: each of its slots changes with probability 1 - O/M.
+
+    Per round divide by T, ``reshuffle_rounds``. Anchors, and the outer momentum if there is one, travel in float32
+    (FoMoE's term P = gamma (1 - O/M), §3.4).
+    """
+    check_placement(architecture.n_experts, n_sites, overlap)
+    sizes = SynchronizedSizes.of(architecture, routing)
+    slots = architecture.n_layers * architecture.n_experts * overlap / n_sites
+    elements = sizes.expert + sizes.expert_buffers + (sizes.expert if momentum else 0)
+    return slots * (1 - overlap / n_sites) * elements * ITEMSIZE["float32"]
+
+
+def evaluation_bytes(
+    architecture: ModelConfig,
+    *,
+    n_sites: int,
+    overlap: int,
+    routing: Routing = "ghost",
+    param_dtype: WireDtype = "float32",
+    windows: int = 1,
+) -> float:
+    """Mean bytes that a site sends in a validation of the global model: every layer goes to the sites that lack it."""
+    check_placement(architecture.n_experts, n_sites, overlap)
+    sizes = SynchronizedSizes.of(architecture, routing)
+    one = sizes.expert * ITEMSIZE[param_dtype] + sizes.expert_buffers * ITEMSIZE["float32"]
+    lacking = architecture.n_layers * architecture.n_experts * (n_sites - overlap)
+    return windows * lacking * one / n_sites
+
+
+def checkpoint_bytes(
+    architecture: ModelConfig, *, n_sites: int, overlap: int, momentum: bool = False
+) -> dict[str, int]:
+    """Bytes of a checkpoint on disk: the global model once, and each site's own state; nothing of it crosses sites.
+
+    Args:
+        architecture: the model; parameters are float32.
+        n_sites: number of sites M.
+        overlap: sites that hold each expert.
+        momentum: whether there is outer momentum.
+
+    Returns:
+        ``model``: of the global model, and ``site``: of the file of one site (local values, moments, momentum).
+    """
+    check_placement(architecture.n_experts, n_sites, overlap)
+    total = parameter_counts(architecture).total
+    resident = dense_parameters(architecture, "ghost") + architecture.n_layers * (
+        architecture.n_experts * overlap // n_sites * expert_parameters(architecture)
+    )
+    return {"model": 4 * total, "site": 4 * resident * (1 + ADAMW_MOMENTS + momentum)}

@@ -1,0 +1,113 @@
+"""What a site is made of: accelerators, memory, links, price. Everything may differ from site to site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fomoe_pl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device, from its data sheet.
+
+    Attributes:
+        tflops: dense bfloat16 products with float32 sums, 10^12 FLOP a second.
+        memory_gib: memory that the driver shows, GiB.
+        memory_gbps: bandwidth of the memory, 10^9 bytes a second.
+    """
+
+    tflops: float
+    memory_gib: float
+    memory_gbps: float
+
+
+ACCELERATORS = {
+    "b200": Accelerator(2250, 178, 8000),
+    "h200": Accelerator(989, 140, 4800),
+    "h100": Accelerator(989, 79.6, 3350),
+    "a100-80": Accelerator(312, 80, 2039),
+    "a100-40": Accelerator(312, 40, 1555),
+    "mi300x": Accelerator(1307, 192, 5300),
+    "l40s": Accelerator(362, 45, 864),
+    "rtx4090": Accelerator(165, 24, 1008),
+    "rtx3090": Accelerator(71, 24, 936),
+}
+"""Data sheets: dense bfloat16, SXM where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A place with accelerators, joined to other sites by slow links.
+
+    Attributes:
+        name: how tables call it.
+        accelerator: one of ``ACCELERATORS``; what is given below replaces its values.
+        devices: number of accelerators.
+        bandwidth_mbit: of the link to the other sites in each direction, 10^6 bits a second, as its owner sells it:
+            Ethernet frames included.
+        latency_ms: one way to another site, milliseconds.
+        inner_bandwidth_mbit: between accelerators of the site.
+        tflops: peak of an accelerator, 10^12 FLOP a second in bfloat16.
+        memory_gib: memory of an accelerator, GiB.
+        memory_gbps: its bandwidth, 10^9 bytes a second.
+        mfu: share of the peak that local steps reach.
+        tokens_per_second: measured speed of one accelerator's local steps, instead of ``mfu``: see ``measured_with``
+            of the plan.
+        price_per_hour: of the whole site, in any currency.
+    """
+
+    name: str = "site"
+    accelerator: str | None = None
+    devices: int = 1
+    bandwidth_mbit: float = 1000.0
+    latency_ms: float = 10.0
+    inner_bandwidth_mbit: float = 200_000.0
+    tflops: float | None = None
+    memory_gib: float | None = None
+    memory_gbps: float | None = None
+    mfu: float = 0.3
+    tokens_per_second: float | None = None
+    price_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        """Fill what the data sheet knows; refuse what no site can be.
+
+        Raises:
+            ConfigError: for an unknown accelerator, a missing value, or one out of range.
+        """
+        if self.accelerator is not None and self.accelerator not in ACCELERATORS:
+            raise self._refuse("accelerator", "is not in the table",
+                               f"choose one of {', '.join(ACCELERATORS)}, or leave it out and give tflops, memory_gib "
+                               "and memory_gbps")  # fmt: skip
+        sheet = ACCELERATORS.get(self.accelerator or "")
+        for name in ("tflops", "memory_gib", "memory_gbps"):
+            if getattr(self, name) is None:
+                if sheet is None:
+                    raise self._refuse(name, "is not known", "give it, or an accelerator of the table")
+                object.__setattr__(self, name, getattr(sheet, name))
+        positive = "bandwidth_mbit inner_bandwidth_mbit tflops memory_gib memory_gbps mfu tokens_per_second devices"
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise self._refuse(name, "must be above 0", "give a positive number")
+        if self.mfu > 1:
+            raise self._refuse("mfu", "is a share of the peak", "give a number in 0..1, such as 0.3")
+        for name in ("latency_ms", "price_per_hour"):
+            if (getattr(self, name) or 0) < 0:
+                raise self._refuse(name, "must not be negative", "give 0 or more")
+
+    def _refuse(self, key: str, rule: str, hint: str) -> ConfigError:
+        return ConfigError(f"sites.{self.name}.{key}", getattr(self, key), rule, hint)
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP a second of one accelerator."""
+        assert self.tflops is not None
+        return self.tflops * 1e12
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes of one accelerator."""
+        assert self.memory_gib is not None
+        return self.memory_gib * 2**30

@@ -1,0 +1,110 @@
+"""Seconds: of a local step, of a round, of a run (FoMoE, arXiv 2606.19025, §3.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fomoe_pl.costs.flops import token_flops
+from fomoe_pl.costs.memory import Load, Types, layer_activation_bytes
+from fomoe_pl.costs.sites import Site
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Routing
+from fomoe_pl.model.sizes import resident_counts
+
+MOVES_OF_AN_ACTIVATION = 6
+"""How often a kept activation, or one like it, goes to or from memory in a step: written and read forward, read
+backward, and its gradient written, read and summed."""
+OPTIMIZER_MOVES = 10
+"""Moves of a parameter-sized tensor a step: AdamW reads four and writes three, clipping reads one and writes it, and
+the gradient is written."""
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a local step asks of a device.
+
+    Attributes:
+        flops: FLOPs executed, recomputation included.
+        memory_bytes: bytes that elementwise work and the optimizer move.
+    """
+
+    flops: float
+    memory_bytes: float
+
+    def seconds_at_peak(self, site: Site) -> float:
+        """Seconds if products ran at the peak and the rest at the memory's bandwidth: a lower bound to calibrate."""
+        assert site.memory_gbps is not None
+        return self.flops / site.peak_flops + self.memory_bytes / (site.memory_gbps * 1e9)
+
+
+def step_work(
+    config: ModelConfig,
+    load: Load,
+    *,
+    n_resident: int,
+    routing: Routing = "ghost",
+    ghost_fraction: float | None = None,
+) -> StepWork:
+    """Work of one optimizer step of one micro-batch.
+
+    Args:
+        config: the architecture.
+        load: precision and batch.
+        n_resident: resident experts R of each layer.
+        routing: the routing mode.
+        ghost_fraction: measured share of skipped picks; None for balanced routing's.
+    """
+    flops = token_flops(
+        config, load.sequence_length, n_resident=n_resident, routing=routing, ghost_fraction=ghost_fraction
+    )
+    types = Types.of(load.precision)
+    n_scored = config.n_experts if routing == "ghost" else n_resident
+    kept = load.tokens * config.n_layers * layer_activation_bytes(config, types, n_scored)
+    moves = MOVES_OF_AN_ACTIVATION + (2 if config.activation_checkpointing else 0)
+    logits = load.tokens * config.vocab_size * (3 * 4 + 3 * types.compute)
+    parameters = resident_counts(config, n_resident, routing).total
+    return StepWork(
+        flops=load.tokens * flops.training_executed(checkpointing=config.activation_checkpointing),
+        memory_bytes=moves * kept + logits + OPTIMIZER_MOVES * types.parameter * parameters,
+    )
+
+
+def calibration(work: StepWork, site: Site, measured_seconds: float) -> float:
+    """Measured seconds over those at the peak: the factor by which ``seconds_at_peak`` of other settings is multiplied.
+
+    Raises:
+        ConfigError: if nothing was measured.
+    """
+    if not measured_seconds > 0:
+        raise ConfigError("measured_seconds", measured_seconds, "must be above 0", "give the median of some steps")
+    return measured_seconds / work.seconds_at_peak(site)
+
+
+def step_seconds(work: StepWork, site: Site, factor: float | None = None) -> float:
+    """Seconds of a local step: calibrated with a factor, else the paper's FLOPs / (peak x MFU)."""
+    if factor is not None:
+        return factor * work.seconds_at_peak(site)
+    return work.flops / (site.peak_flops * site.mfu)
+
+
+def run_seconds(
+    *, steps: int, local_steps: int, seconds_per_step: float, seconds_per_round: float, hidden: float = 0.0
+) -> float:
+    """Seconds of a run: T = steps/K x (K x step + (1 - alpha) x round) (FoMoE, §3.4).
+
+    Args:
+        steps: optimizer steps.
+        local_steps: K; a last, shorter round counts as one.
+        seconds_per_step: of the slowest site.
+        seconds_per_round: of the synchronisation.
+        hidden: alpha, the share of communication behind computation; `fomoe fit` hides none.
+
+    Raises:
+        ConfigError: for K below 1 or alpha outside 0..1.
+    """
+    if local_steps < 1:
+        raise ConfigError("local_steps", local_steps, "K must be at least 1 optimizer step", "type a number such as 32")
+    if not 0 <= hidden <= 1:
+        raise ConfigError("hidden", hidden, "is a share of the communication", "give a number in 0..1")
+    return steps * seconds_per_step + -(-steps // local_steps) * (1 - hidden) * seconds_per_round
