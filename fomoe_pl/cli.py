@@ -1,4 +1,4 @@
-"""The command line: `fomoe fit` and `fomoe validate`, with settings from YAML files."""
+"""The command line: `fomoe fit`, `fomoe validate` and `fomoe plan`, with settings from YAML files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from fomoe_pl.costs import plan_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, config_error_in
 from fomoe_pl.module import FoMoEModule
@@ -89,7 +90,9 @@ class FoMoECLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             args=args,
             auto_configure_optimizers=False,  # the module has its own, under `model.optimizer`
-            parser_kwargs={"description": "Federated mixture-of-experts pre-training."},
+            parser_kwargs={
+                "description": "Federated mixture-of-experts pre-training; `fomoe plan --help`: what it will cost."
+            },
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -194,7 +197,11 @@ def main(args: list[str] | None = None) -> None:
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    words = sys.argv[1:] if args is None else args
     try:
+        if words[:1] == ["plan"]:  # needs no trainer
+            plan_command.main(words[1:])
+            return
         FoMoECLI(args=args)
     except SIGTERMException:
         if _speaks():

@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from argparse import ArgumentParser
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,7 @@ def run_step(cases: list[Case], output: Path, accelerator: str) -> None:
         seconds = time_steps(case, device)
         measured = statistics.median(seconds)
         factor = calibration(work, site, measured) if factor is None else factor
-        predicted = step_seconds(work, site, factor)
+        predicted = step_seconds(work, replace(site, step_factor=factor))
         mfu = work.flops / measured / site.peak_flops
         results.append({"case": asdict(case), "resident": n_resident, "seconds": seconds, "median": measured,
                         "predicted": predicted, "factor": factor, "mfu": mfu, "work": asdict(work)})  # fmt: skip

@@ -59,7 +59,7 @@ class Load:
         precision: the Trainer's.
         batch_size: sequences of a micro-batch B.
         sequence_length: tokens of a sequence S.
-        federated: keeps float32 anchors; a single site and DDP do not.
+        method: `rounds` keeps float32 anchors, `ddp` buckets as large as the gradients, `single` neither.
         outer_momentum: the outer rule keeps a momentum beside the anchor.
         wire_on_device: wire buffers are on the device (NCCL), not on the host (gloo).
         wire_dtype: dtype of averaged values on the wire.
@@ -71,7 +71,7 @@ class Load:
     precision: Precision = "bf16-mixed"
     batch_size: int = 16
     sequence_length: int = 2048
-    federated: bool = True
+    method: Literal["rounds", "ddp", "single"] = "rounds"
     outer_momentum: bool = False
     wire_on_device: bool = True
     wire_dtype: str = "float32"
@@ -103,7 +103,7 @@ class RankMemory:
 
     Attributes:
         weights: parameters.
-        gradients: their gradients, which live from one backward pass to the next.
+        gradients: their gradients, which live from one backward pass to the next; with DDP its buckets too.
         moments: AdamW's two moments.
         anchors: the last agreed values, float32.
         outer_momentum: of the outer rule, float32.
@@ -281,6 +281,7 @@ def rank_memory(config: ModelConfig, load: Load, *, n_resident: int, routing: Ro
     n_scored = config.n_experts if routing == "ghost" else n_resident
     parameters = resident_counts(config, n_resident, routing).total
     output = config.vocab_size * config.d_model
+    federated, buckets = load.method == "rounds", types.parameter * parameters if load.method == "ddp" else 0
     activations = activation_bytes(config, types, load.tokens, n_resident, n_scored)
     layer = load.tokens * layer_activation_bytes(config, types, n_scored)
     # Gradients come while activations go: the output matrix's is made first, of its float32 sum.
@@ -288,14 +289,14 @@ def rank_memory(config: ModelConfig, load: Load, *, n_resident: int, routing: Ro
     ends = types.parameter * parameters + types.parameter * output + layer
     return RankMemory(
         weights=types.parameter * parameters,
-        gradients=types.parameter * parameters,
+        gradients=types.parameter * parameters + buckets,
         moments=ADAMW_MOMENTS * types.parameter * parameters,
-        anchors=4 * parameters if load.federated else 0,
-        outer_momentum=4 * parameters if load.federated and load.outer_momentum else 0,
+        anchors=4 * parameters if federated else 0,
+        outer_momentum=4 * parameters if federated and load.outer_momentum else 0,
         activations=activations,
         logits=loss_bytes(config, types, load.tokens),
-        wire=_wire_bytes(load, output, parameters) if load.federated else 0,
+        wire=_wire_bytes(load, output, parameters) if federated else 0,
         validation=_validation_bytes(config, load, types, n_resident, routing),
         library=LIBRARY_BYTES,
-        backward=max(backward + layer, ends),
+        backward=max(backward + layer, ends) + buckets,
     )

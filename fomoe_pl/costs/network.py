@@ -10,20 +10,27 @@ from fomoe_pl.costs.rounds import Collective
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
 
-SEGMENT, FRAME, ACKNOWLEDGEMENT = 1448, 1514, 66
-"""Bytes of TCP data in a full Ethernet frame (MTU 1500, time stamps), of the whole frame, of a bare acknowledgement."""
+FRAME_HEADER, PACKET_HEADERS = 14, 52
+"""Bytes of an Ethernet header as interfaces count it, and of IPv4's and TCP's with time stamps."""
 SEGMENTS_PER_ACKNOWLEDGEMENT = 2
 
 
-def framed(payload: float, *, received: float = 0.0) -> float:
+def framed(payload: float, *, received: float = 0.0, mtu: int = 1500) -> float:
     """Bytes that an interface sends for a TCP payload: full frames, and an acknowledgement for two frames received.
 
     Args:
         payload: bytes sent.
         received: bytes received meanwhile, which are acknowledged.
+        mtu: largest packet of the link, bytes.
+
+    Raises:
+        ConfigError: for an MTU that no packet fits.
     """
-    frames = payload / SEGMENT * FRAME
-    return frames + received / SEGMENT / SEGMENTS_PER_ACKNOWLEDGEMENT * ACKNOWLEDGEMENT
+    segment = mtu - PACKET_HEADERS
+    if segment < 1:
+        raise ConfigError("mtu", mtu, "must be larger than a packet's headers", "1500 is usual")
+    acknowledgements = received / segment / SEGMENTS_PER_ACKNOWLEDGEMENT
+    return payload / segment * (mtu + FRAME_HEADER) + acknowledgements * (PACKET_HEADERS + FRAME_HEADER)
 
 
 @dataclass(frozen=True)
@@ -34,14 +41,20 @@ class Links:
         places: the sites' hardware, one entry for each place.
         place_of: for each site of the federation the index of its place. Where several sites are at one place (each
             accelerator a site of its own) they share its link.
-        host_seconds_per_byte: what a wire byte costs beside the link (copies, kernels, sums), from one measured run.
+        copy_seconds_per_byte: what a wire byte costs before and after its collective (differences, copies, the outer
+            step), from one measured run.
+        transport_seconds_per_byte: what the host's transport takes for it while the link sends: the slower of the two
+            counts. From the same run.
         bucket_bytes: size of one buffer; each pays the latency.
+        mtu: largest packet of the links, bytes.
     """
 
     places: tuple[Site, ...]
     place_of: tuple[int, ...]
-    host_seconds_per_byte: float = 0.0
+    copy_seconds_per_byte: float = 0.0
+    transport_seconds_per_byte: float = 0.0
     bucket_bytes: int = 64 * 2**20
+    mtu: int = 1500
 
     def __post_init__(self) -> None:
         """Refuse what is no federation.
@@ -49,8 +62,9 @@ class Links:
         Raises:
             ConfigError: for negative costs, buckets without bytes, or places that do not exist.
         """
-        if self.host_seconds_per_byte < 0:
-            raise ConfigError("host_seconds_per_byte", self.host_seconds_per_byte, "must not be negative", "give 0")
+        for name in ("copy_seconds_per_byte", "transport_seconds_per_byte"):
+            if getattr(self, name) < 0:
+                raise ConfigError(name, getattr(self, name), "must not be negative", "give 0, or what was measured")
         if self.bucket_bytes < 1:
             raise ConfigError("bucket_bytes", self.bucket_bytes, "must be at least 1", "64 MiB is the default")
         if not self.place_of or not all(0 <= place < len(self.places) for place in self.place_of):
@@ -74,13 +88,14 @@ class Links:
         sent = 2 * (g - 1) / g * call.payload
         here = {self.place_of[site] for site in call.sites}
         places = [self.places[i] for i in here]
-        host = sent * self.host_seconds_per_byte
+        copies, transport = sent * self.copy_seconds_per_byte, sent * self.transport_seconds_per_byte
+        bits = framed(sent, received=sent, mtu=self.mtu) * 8
         if len(places) == 1:
-            return host + framed(sent) * 8 / (places[0].inner_bandwidth_mbit * 1e6)
+            return copies + max(transport, bits / (places[0].inner_bandwidth_mbit * 1e6))
         slowest = min(place.bandwidth_mbit for place in places)
         wait = max(place.latency_ms for place in places) / 1e3
         buckets = max(1, math.ceil(call.payload / self.bucket_bytes))
-        return host + framed(sent, received=sent) * 8 / (slowest * 1e6) + buckets * 2 * (g - 1) * wait
+        return copies + max(transport, bits / (slowest * 1e6)) + buckets * 2 * (g - 1) * wait
 
     def round_seconds(self, calls: Sequence[Collective]) -> float:
         """Seconds of a round's collectives, each site calling its own in the given order and waiting for its partners.

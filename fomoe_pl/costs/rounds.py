@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from fomoe_pl.federation.ledger import Kind, Ledger
-from fomoe_pl.federation.placement import Placement, check_placement
+from fomoe_pl.federation.placement import Placement, check_placement, side_by_side
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
 from fomoe_pl.model.sizes import dense_parameters, expert_parameters, parameter_counts
@@ -64,7 +64,7 @@ class Collective(NamedTuple):
 
 
 def held_by(placement: Placement) -> dict[tuple[int, ...], int]:
-    """Number of experts, over all layers, of each holder set; sorted."""
+    """Number of experts, over all layers, of each holder set, in the order of averaging."""
     return {sites: len(placement.experts_of(sites)) for sites in placement.holder_sets()}
 
 
@@ -82,7 +82,7 @@ def held_when_fixed(architecture: ModelConfig, n_sites: int, overlap: int) -> di
         for expert in range(architecture.n_experts):
             first = expert * overlap + shift
             held[tuple(sorted((first + j) % n_sites for j in range(overlap)))] += times
-    return dict(sorted(held.items()))
+    return {sites: held[sites] for sites in side_by_side(held, n_sites)}
 
 
 def collectives(

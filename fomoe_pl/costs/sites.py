@@ -52,8 +52,8 @@ class Site:
         memory_gib: memory of an accelerator, GiB.
         memory_gbps: its bandwidth, 10^9 bytes a second.
         mfu: share of the peak that local steps reach.
-        tokens_per_second: measured speed of one accelerator's local steps, instead of ``mfu``: see ``measured_with``
-            of the plan.
+        step_factor: measured seconds of a local step over those at the data sheet's peak, instead of ``mfu``;
+            `tools/check_costs.py step` prints it.
         price_per_hour: of the whole site, in any currency.
     """
 
@@ -67,7 +67,7 @@ class Site:
     memory_gib: float | None = None
     memory_gbps: float | None = None
     mfu: float = 0.3
-    tokens_per_second: float | None = None
+    step_factor: float | None = None
     price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class Site:
                 if sheet is None:
                     raise self._refuse(name, "is not known", "give it, or an accelerator of the table")
                 object.__setattr__(self, name, getattr(sheet, name))
-        positive = "bandwidth_mbit inner_bandwidth_mbit tflops memory_gib memory_gbps mfu tokens_per_second devices"
+        positive = "bandwidth_mbit inner_bandwidth_mbit tflops memory_gib memory_gbps mfu step_factor devices"
         for name in positive.split():
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -81,10 +81,10 @@ def calibration(work: StepWork, site: Site, measured_seconds: float) -> float:
     return measured_seconds / work.seconds_at_peak(site)
 
 
-def step_seconds(work: StepWork, site: Site, factor: float | None = None) -> float:
-    """Seconds of a local step: calibrated with a factor, else the paper's FLOPs / (peak x MFU)."""
-    if factor is not None:
-        return factor * work.seconds_at_peak(site)
+def step_seconds(work: StepWork, site: Site) -> float:
+    """Seconds of a local step: with the site's measured factor, else the paper's FLOPs / (peak x MFU)."""
+    if site.step_factor is not None:
+        return site.step_factor * work.seconds_at_peak(site)
     return work.flops / (site.peak_flops * site.mfu)
 
 

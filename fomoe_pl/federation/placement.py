@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +54,23 @@ def valid_overlaps(n_experts: int, n_sites: int) -> list[int]:
     return [o for o in range(1, n_sites + 1) if n_experts * o % n_sites == 0]
 
 
+def side_by_side(arcs: Iterable[tuple[int, ...]], n_sites: int) -> list[tuple[int, ...]]:
+    """Arcs in an order in which those that share no site come together, so that they can be averaged at the same time.
+
+    Sorted by their sites, each arc would wait for its neighbour, one after the other around the ring. In this order a
+    round takes `overlap` averages' time where overlap divides the number of sites, instead of up to M.
+
+    Args:
+        arcs: sorted tuples of neighbouring sites on the ring.
+        n_sites: number of sites M.
+    """
+
+    def first(sites: tuple[int, ...]) -> int:
+        return next((site for site in sites if (site - 1) % n_sites not in sites), 0)
+
+    return sorted(arcs, key=lambda sites: (first(sites) % len(sites), first(sites)))
+
+
 @dataclass(frozen=True)
 class Placement:
     """Holders of every expert of every layer.
@@ -71,8 +88,8 @@ class Placement:
         return tuple(tuple(e for e, sites in enumerate(layer) if site in sites) for layer in self.holders)
 
     def holder_sets(self) -> list[tuple[int, ...]]:
-        """The distinct holder sets, sorted: the same list, in the same order, on every rank."""
-        return sorted({sites for layer in self.holders for sites in layer})
+        """The distinct holder sets, in `side_by_side` order: the same list, in the same order, on every rank."""
+        return side_by_side({sites for layer in self.holders for sites in layer}, self.n_sites)
 
     def experts_of(self, sites: tuple[int, ...]) -> list[tuple[int, int]]:
         """All (layer, expert) whose holder set is exactly `sites`, in order."""
@@ -118,7 +135,7 @@ def place(
 
 
 def all_arcs(n_experts: int, n_layers: int, n_sites: int, overlap: int) -> list[tuple[int, ...]]:
-    """Every holder set that any placement of these sizes can have, sorted (at most M of them)."""
+    """Every holder set that any placement of these sizes can have (at most M of them)."""
     return place("fixed", n_layers=n_layers, n_experts=n_experts, n_sites=n_sites, overlap=overlap).holder_sets()
 
 

@@ -1,0 +1,104 @@
+"""What partial replicas cost in quality: measurements, each with its source. What is not in the table is not known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fomoe_pl.model.residency import Routing
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A run with partial replicas beside one with full replicas, all else equal.
+
+    Attributes:
+        source: where the numbers are.
+        model: which was trained.
+        method: `local_adamw`, `diloco` or `local_sgd`.
+        routing: the routing mode.
+        sites: number of sites M.
+        overlap: sites that hold each expert.
+        local_steps: K.
+        metric: `perplexity` or `bits per byte`, of the global model.
+        value: of the partial replicas.
+        full: of the full replicas.
+    """
+
+    source: str
+    model: str
+    method: str
+    routing: Routing
+    sites: int
+    overlap: int
+    local_steps: int
+    metric: str
+    value: float
+    full: float
+
+    @property
+    def penalty(self) -> float:
+        """How much worse the metric is, as a share of the full replicas'."""
+        return self.value / self.full - 1
+
+
+PAPER = "arXiv 2606.19025, table 6"
+# LocalAdamW, fixed placement, partitioned routing, 54M: {(K, M): {overlap: perplexity}}.
+_TABLE_6 = {
+    (32, 2): {1: 111.45, 2: 105.03},
+    (32, 4): {1: 121.42, 2: 112.00, 4: 103.91},
+    (32, 8): {1: 135.74, 2: 122.49, 4: 114.69, 8: 106.91},
+    (64, 2): {1: 112.38, 2: 104.70},
+    (64, 4): {1: 130.79, 2: 119.53, 4: 104.47},
+    (64, 8): {1: 141.48, 2: 132.39, 4: 121.36, 8: 112.99},
+    (128, 4): {1: 143.72, 2: 123.50, 4: 111.89},
+    (128, 8): {1: 181.07, 2: 156.84, 4: 138.88, 8: 159.71},
+}
+# DiLoCo's outer step, otherwise the same.
+_TABLE_6_DILOCO = {
+    (32, 4): {1: 142.94, 2: 130.58, 4: 137.27},
+    (32, 8): {1: 168.39, 2: 149.95, 4: 145.17, 8: 145.64},
+}
+OWN = "docs/benchmarks/strategies_cpu_2026-11-24.md"
+# The quickstart's model and data, M = 4, K = 8: (method, routing, overlap, bits per byte, of the full replicas).
+_OWN: list[tuple[str, Routing, int, float, float]] = [
+    ("local_adamw", "ghost", 2, 2.840, 2.669),
+    ("local_adamw", "ghost", 1, 3.023, 2.669),
+    ("local_adamw", "partitioned", 2, 2.823, 2.669),
+    ("diloco", "ghost", 2, 3.615, 3.434),
+]
+
+MEASUREMENTS: tuple[Measurement, ...] = (
+    *(
+        Measurement(PAPER, "54M", method, "partitioned", m, overlap, k, "perplexity", value, row[m])
+        for method, table in (("local_adamw", _TABLE_6), ("diloco", _TABLE_6_DILOCO))
+        for (k, m), row in table.items()
+        for overlap, value in row.items()
+        if overlap < m
+    ),
+    *(
+        Measurement(OWN, "0.8M", method, routing, 4, overlap, 8, "bits per byte", value, full)
+        for method, routing, overlap, value, full in _OWN
+    ),
+)
+
+
+def penalty(
+    *, method: str, routing: Routing, sites: int, overlap: int, local_steps: int, wire_dtype: str = "float32"
+) -> Measurement | float | None:
+    """What is known of a setting: its measurement, 0.0 for full replicas (the reference), None if nobody measured it.
+
+    Args:
+        method: `local_adamw`, `diloco`, `local_sgd` or `ddp`.
+        routing: the routing mode.
+        sites: number of sites M.
+        overlap: sites that hold each expert.
+        local_steps: K.
+        wire_dtype: dtype on the wire; all measurements are of float32.
+    """
+    if wire_dtype != "float32":
+        return None
+    if overlap == sites:
+        return 0.0
+    wanted = (method, routing, sites, overlap, local_steps)
+    found = [m for m in MEASUREMENTS if (m.method, m.routing, m.sites, m.overlap, m.local_steps) == wanted]
+    return found[0] if found else None

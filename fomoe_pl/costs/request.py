@@ -1,0 +1,99 @@
+"""What the planner is asked, as it stands in a YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fomoe_pl.costs.memory import Precision
+from fomoe_pl.costs.sites import Site
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.model.residency import Routing
+
+Method = Literal["local_adamw", "diloco", "local_sgd", "ddp"]
+Layout = Literal["one", "each", "sharded"]
+LAYOUTS = {
+    "one": "one device of each site",
+    "each": "every device a site of its own",
+    "sharded": "a site's devices share its model",
+}
+RUNS_TODAY = {
+    "one": None,
+    "each": None,
+    "sharded": "needs several ranks in a site (`ranks_per_site` above 1), which `fomoe fit` does not have yet",
+}
+"""Why `fomoe fit` cannot run a layout today; None if it can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What is asked of the planner.
+
+    Attributes:
+        models: files with `model.architecture`, as in configs/model.
+        sites: the places; see ``Site``.
+        tokens: tokens of the whole run, all sites together.
+        global_batch: sequences of a step, all sites together.
+        sequence_length: tokens of a sequence.
+        local_steps: values of K to consider.
+        overlaps: sites that hold each expert; null is all that divide.
+        routings: routing modes to consider.
+        methods: `local_adamw` averages parameters and moments, `diloco` has an outer momentum, `local_sgd` averages
+            parameters, `ddp` averages gradients in every step.
+        wire_dtypes: dtypes of averaged values on the wire.
+        layouts: `one` device of each site; `each` device a site of its own; `sharded`: a site's devices share its
+            model, which `fomoe fit` cannot run yet.
+        precision: of the Trainer.
+        headroom: share of a device's memory that stays free, for the driver and for what fragments.
+        evaluation_window: validation batches that go through a layer together.
+        data_root: prepared corpus for the written file.
+        accelerator: of the written file: gpu, or cpu to try it out.
+    """
+
+    models: list[str]
+    sites: list[Site]
+    tokens: float
+    global_batch: int = 1024
+    sequence_length: int = 2048
+    local_steps: list[int] = field(default_factory=lambda: [32])
+    overlaps: list[int] | None = None
+    routings: list[Routing] = field(default_factory=lambda: ["ghost"])
+    methods: list[Method] = field(default_factory=lambda: ["local_adamw", "diloco", "ddp"])
+    wire_dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
+    layouts: list[Layout] = field(default_factory=lambda: ["one", "each", "sharded"])
+    precision: Precision = "bf16-mixed"
+    headroom: float = 0.08
+    evaluation_window: int = 4
+    data_root: str = "runs/data/sample"
+    accelerator: Literal["gpu", "cpu"] = "gpu"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be planned.
+
+        Raises:
+            ConfigError: for empty lists, sizes below 1, and an overlap above the number of sites.
+        """
+        for name in ("models", "sites", "local_steps", "routings", "methods", "wire_dtypes", "layouts"):
+            if not getattr(self, name):
+                raise ConfigError(name, getattr(self, name), "must not be empty", "give at least one")
+        if self.overlaps is not None and not self.overlaps:
+            raise ConfigError("overlaps", self.overlaps, "must not be empty", "give at least one, or null for all")
+        for name in ("tokens", "global_batch", "sequence_length", "evaluation_window"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(name, getattr(self, name), "must be above 0", "give a positive number")
+        if not 0 <= self.headroom < 1:
+            raise ConfigError("headroom", self.headroom, "is a share of the memory", "give a number such as 0.08")
+        if any(k < 1 for k in self.local_steps):
+            raise ConfigError("local_steps", self.local_steps, "K must be at least 1 optimizer step", "give 32, say")
+        most = max(sum(s.devices for s in self.sites) if "each" in self.layouts else 0, len(self.sites))
+        if any(not 1 <= o <= most for o in self.overlaps or ()):
+            raise ConfigError("overlaps", self.overlaps, f"must be between 1 and the number of sites ({most})",
+                              "leave it out for all that divide")  # fmt: skip
+        names = [site.name for site in self.sites]
+        if len(set(names)) < len(names):
+            raise ConfigError("sites", names, "have names of their own", "give each site a `name`")
+
+    def place_of(self, layout: Layout) -> tuple[int, ...]:
+        """For each site of the federation the index of its place."""
+        each = layout == "each"
+        return tuple(i for i, site in enumerate(self.sites) for _ in range(site.devices if each else 1))

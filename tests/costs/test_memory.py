@@ -1,0 +1,123 @@
+"""Memory by part: against what a model built here holds and keeps, and against the round's own buffers."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fomoe_pl.costs.memory import Load, Types, activation_bytes, loss_bytes, rank_memory
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.model.attention import rotary_tables
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.sizes import resident_counts
+from fomoe_pl.model.transformer import Transformer
+
+B, S = 2, 80
+SMALL = ModelConfig(
+    vocab_size=1024, d_model=96, n_layers=3, n_heads=4, n_experts=8, top_k=2, d_expert=32, expert_backend="grouped"
+)
+VARIANTS = {
+    "paper": SMALL,
+    "swiglu": replace(SMALL, expert="swiglu", norm_placement="pre", gate="softmax", normalize_gates=True),
+    "shared": replace(SMALL, n_shared_experts=2, n_kv_heads=2),
+    "checkpointed": replace(SMALL, activation_checkpointing=True),
+}
+
+
+def kept_bytes(config: ModelConfig, precision: str) -> int:
+    """Bytes of the distinct storages that the forward pass keeps for the backward pass, parameters left out."""
+    model = Transformer(config)
+    if precision == "bf16-true":
+        model.to(torch.bfloat16)
+    tokens = torch.randint(config.vocab_size, (B, S + 1))
+    tables = rotary_tables(S, config.head_size, config.rope_theta, torch.device("cpu"))
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *tables]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in own:
+            kept[pointer] = tensor  # held, so that no other storage takes its place
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        hidden, stats = model(tokens[:, :-1])
+        loss = model.loss(hidden, tokens[:, 1:]) + auxiliary_loss(stats, config, model.residency).total
+    assert loss.isfinite()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("variant", ["paper", "swiglu", "shared"])
+def test_activations_are_those_that_autograd_keeps(variant: str, precision: Any) -> None:
+    config, types = VARIANTS[variant], Types.of(precision)
+    # The loss keeps both of its gradients; they are the loss's part.
+    of_loss = 4 * config.vocab_size * config.d_model + B * S * config.d_model * types.stream
+    predicted = activation_bytes(config, types, B * S, 8, 8) + of_loss
+    assert predicted == pytest.approx(kept_bytes(config, precision), rel=0.007)
+
+
+def test_checkpointing_keeps_the_inputs_of_blocks_alone() -> None:
+    kept = kept_bytes(VARIANTS["checkpointed"], "32-true")
+    types = Types.of("32-true")
+    of_loss = 4 * 1024 * 96 + B * S * 96 * 4
+    predicted = activation_bytes(VARIANTS["checkpointed"], types, B * S, 8, 8) + of_loss
+    assert predicted == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("routing", ["ghost", "partitioned"])
+def test_lasting_parts_are_bytes_of_the_built_model(routing: Any) -> None:
+    ids = (0, 3, 5)
+    model = Transformer(SMALL, Residency(routing, (ids,) * SMALL.n_layers))
+    parameters = sum(p.numel() for p in model.parameters())
+    memory = rank_memory(SMALL, Load(outer_momentum=True), n_resident=len(ids), routing=routing)
+    assert memory.weights == memory.gradients == memory.anchors == memory.outer_momentum == 4 * parameters
+    assert memory.moments == 8 * parameters
+    half = rank_memory(SMALL, Load(precision="bf16-true"), n_resident=len(ids), routing=routing)
+    assert (half.weights, half.moments, half.anchors) == (2 * parameters, 4 * parameters, 4 * parameters)
+    ddp = rank_memory(SMALL, Load(method="ddp"), n_resident=8)
+    assert ddp.gradients == 2 * ddp.weights
+    alone = rank_memory(SMALL, Load(method="single"), n_resident=len(ids), routing=routing)
+    assert alone.anchors == alone.outer_momentum == alone.wire == 0
+
+
+def test_the_peak_grows_with_what_a_site_holds() -> None:
+    load = Load(batch_size=4, sequence_length=128)
+    peaks = [rank_memory(SMALL, load, n_resident=r).peak for r in range(1, 9)]
+    assert peaks == sorted(set(peaks))
+    full, half = rank_memory(SMALL, load, n_resident=8), rank_memory(SMALL, load, n_resident=4)
+    held = resident_counts(SMALL, 8, "ghost").experts - resident_counts(SMALL, 4, "ghost").experts
+    assert full.peak - half.peak == (4 + 4 + 8 + 4 + 2) * held  # weights, gradients, moments, anchors, casts
+    assert rank_memory(SMALL, replace(load, batch_size=8), n_resident=8).peak > full.peak
+    wide = replace(load, val_batch_size=64)
+    assert rank_memory(SMALL, wide, n_resident=4).validation > half.validation == 0
+
+
+def test_logits_do_not_grow_with_the_batch_once_there_are_two_chunks() -> None:
+    config = replace(SMALL, vocab_size=200_019)
+    types = Types.of("bf16-mixed")
+    step = loss_bytes(config, types, 20_000) - loss_bytes(config, types, 10_000)
+    assert step == 10_000 * 96 * (4 + 4 + 2)  # hidden states, their gradient, their cast
+    assert loss_bytes(config, types, 20_000) < 10_000 * 200_019 * 4
+
+
+def test_the_largest_part_is_named() -> None:
+    assert rank_memory(SMALL, Load(batch_size=64), n_resident=8).largest()[0] == "activations"
+    assert rank_memory(SMALL, Load(batch_size=1, sequence_length=1), n_resident=8).largest()[0] == "library"
+
+
+@pytest.mark.parametrize("n_resident", [0, 9])
+def test_residents_that_cannot_be_are_refused(n_resident: int) -> None:
+    with pytest.raises(ConfigError):
+        rank_memory(SMALL, Load(), n_resident=n_resident)
+
+
+@pytest.mark.parametrize("field", ["batch_size", "sequence_length", "bucket_bytes", "evaluation_window"])
+def test_empty_loads_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError):
+        Load(**{field: 0})

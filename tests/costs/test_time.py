@@ -1,0 +1,213 @@
+"""FLOPs, seconds of collectives, of steps and of runs: by hand, by order, and refused where they make no sense."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fomoe_pl.costs.bytes import predict_bytes
+from fomoe_pl.costs.flops import executed_picks, token_flops
+from fomoe_pl.costs.memory import Load
+from fomoe_pl.costs.network import Links, framed
+from fomoe_pl.costs.paper import table_1
+from fomoe_pl.costs.rounds import (
+    Collective,
+    checkpoint_bytes,
+    evaluation_bytes,
+    held_by,
+    held_when_fixed,
+    migration_bytes,
+    round_collectives,
+)
+from fomoe_pl.costs.sites import ACCELERATORS, Site
+from fomoe_pl.costs.time import StepWork, calibration, run_seconds, step_seconds, step_work
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.placement import place
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.sizes import forward_flops_per_token, parameter_counts, training_flops_per_token
+
+SMALL = ModelConfig(vocab_size=257, d_model=64, n_layers=3, n_heads=2, n_experts=8, top_k=2, d_expert=32)
+
+
+def site(**changes: Any) -> Site:
+    settings: dict[str, Any] = {
+        "tflops": 1,
+        "memory_gib": 1,
+        "memory_gbps": 100,
+        "bandwidth_mbit": 100,
+        "latency_ms": 0,
+    }
+    return Site(**settings | changes)
+
+
+def test_parts_sum_to_the_models_flops() -> None:
+    assert token_flops(SMALL, 128).forward == forward_flops_per_token(SMALL, 128)
+    ghost = token_flops(SMALL, 128, n_resident=2, ghost_fraction=0.6)
+    assert ghost.training == pytest.approx(training_flops_per_token(SMALL, 128, executed_picks=0.8))
+    partitioned = token_flops(SMALL, 128, n_resident=4, routing="partitioned")
+    assert partitioned.forward == forward_flops_per_token(SMALL, 128, n_scored=4)
+    assert ghost.training_executed(checkpointing=True) == ghost.training + ghost.forward - ghost.output
+
+
+def test_ghosts_are_skipped_and_residents_are_not() -> None:
+    assert executed_picks(SMALL, 2, "ghost") == 0.5  # sigma_st = R/E
+    assert executed_picks(SMALL, 2, "ghost", ghost_fraction=0.7) == pytest.approx(0.6)
+    assert [executed_picks(SMALL, r, "partitioned") for r in (1, 2, 8)] == [1, 2, 2]
+    forward = [token_flops(SMALL, 64, n_resident=r).forward for r in range(1, 9)]
+    assert forward == sorted(set(forward))
+
+
+def test_a_ring_by_hand() -> None:
+    """1 MB over 4 sites at 100 Mbit/s: each sends 1.5 MB in frames, in 6 messages of 5 ms, in each of two buckets."""
+    links = Links.between([site(latency_ms=5)] * 3 + [site(bandwidth_mbit=1000)], bucket_bytes=600_000)
+    seconds = links.seconds(Collective("dense", (0, 1, 2, 3), 1_000_000))
+    frames = 1_500_000 / 1448
+    assert seconds == pytest.approx((frames * 1514 + frames / 2 * 66) * 8 / 100e6 + 2 * 6 * 0.005)
+    assert links.seconds(Collective("dense", (2,), 1_000_000)) == 0.0
+    assert framed(1448) == 1514
+    assert framed(8948, mtu=9000) == 9014
+
+
+def test_the_slower_of_link_and_transport_counts_and_copies_are_added() -> None:
+    call = Collective("dense", (0, 1), 1_000_000)
+    links = Links.between([site()] * 2)
+    slow = replace(links, transport_seconds_per_byte=1e-6, copy_seconds_per_byte=2e-7)
+    quick = replace(links, transport_seconds_per_byte=1e-9)
+    assert slow.seconds(call) == pytest.approx(1.0 + 0.2)
+    assert quick.seconds(call) == links.seconds(call)
+
+
+def test_disjoint_groups_run_side_by_side_and_neighbours_wait() -> None:
+    """Arcs 01, 03, 12, 23 in this order: 01; then 03 and 12 together; then 23."""
+    links = Links.between([site()] * 4)
+    arcs = [Collective("expert", sites, 1_000_000) for sites in ((0, 1), (0, 3), (1, 2), (2, 3))]
+    assert links.round_seconds(arcs) == pytest.approx(3 * links.seconds(arcs[0]))
+    assert links.round_seconds([arcs[0], arcs[3]]) == pytest.approx(links.seconds(arcs[0]))
+
+
+@pytest.mark.parametrize(("n_sites", "overlap"), [(4, 2), (8, 2), (8, 4), (16, 2), (32, 4)])
+def test_a_round_takes_as_many_averages_as_an_expert_has_holders(n_sites: int, overlap: int) -> None:
+    config = table_1("104B")
+    links = Links.between([site()] * n_sites)
+    experts = [c for c in round_collectives(config, n_sites=n_sites, overlap=overlap) if c.kind == "expert"]
+    assert len(experts) == n_sites
+    assert links.round_seconds(experts) == pytest.approx(overlap * links.seconds(experts[0]))
+
+
+@pytest.mark.parametrize(("n_sites", "overlap"), [(4, 2), (3, 2), (6, 4), (5, 5), (2, 1)])
+def test_the_fast_count_of_holders_is_that_of_the_placement(n_sites: int, overlap: int) -> None:
+    config = replace(SMALL, n_experts=30, n_layers=5)
+    placement = place("fixed", n_layers=5, n_experts=30, n_sites=n_sites, overlap=overlap)
+    fast, slow = held_when_fixed(config, n_sites, overlap), held_by(placement)
+    assert list(fast.items()) == list(slow.items())
+
+
+def test_sites_of_one_place_share_its_link() -> None:
+    links = Links((site(inner_bandwidth_mbit=1e5), site()), (0, 0, 1, 1))
+    inside, across, other = (Collective("expert", s, 1_000_000) for s in ((0, 1), (0, 2), (1, 3)))
+    assert links.seconds(inside) == pytest.approx(links.seconds(across) / 1000)
+    assert links.round_seconds([across, other]) == pytest.approx(2 * links.seconds(across))
+    assert links.sent_by_place([inside, across, other]) == [2_000_000, 2_000_000]
+
+
+def test_rounds_cost_less_with_less_overlap_more_bandwidth_and_fewer_sites() -> None:
+    config = table_1("153M")
+
+    def seconds(m: int, overlap: int, **changes: Any) -> float:
+        return Links.between([site(**changes)] * m).round_seconds(round_collectives(config, n_sites=m, overlap=overlap))
+
+    assert seconds(4, 1) < seconds(4, 2) < seconds(4, 4)
+    assert seconds(4, 4) < seconds(4, 4, latency_ms=10) < seconds(4, 4, bandwidth_mbit=50)
+    assert seconds(2, 2) < seconds(4, 4) < seconds(8, 8)
+    assert seconds(1, 1) == 0.0
+
+
+def test_full_overlap_is_a_full_replica() -> None:
+    """One group of all sites for everything: as many bytes as averaging the whole model."""
+    ledger = Ledger()
+    calls = round_collectives(SMALL, n_sites=4, overlap=4, inner_moments="average")
+    assert {call.sites for call in calls} == {(0, 1, 2, 3)}
+    for call in calls:
+        ledger.all_reduce(call.kind, call.payload, 4)
+    assert ledger.total_payload == 3 * 4 * parameter_counts(SMALL).total
+
+
+def test_mean_bytes_are_the_mean_of_counted_ones() -> None:
+    """Evaluation over all sites exactly; migration over many redraws nearly."""
+
+    def mean(kind: Any, **settings: Any) -> float:
+        ledgers = [
+            predict_bytes(SMALL, n_sites=4, overlap=2, site=i, outer=OuterRule("nesterov", 0.7, 0.9), **settings)
+            for i in range(4)
+        ]
+        return sum(ledger.payload(kind) for ledger in ledgers) / 4
+
+    evaluated = mean("evaluation", steps=1, local_steps=1, validations=[1], evaluation_windows=2)
+    assert evaluation_bytes(SMALL, n_sites=4, overlap=2, windows=2) == evaluated
+    rounds = 200
+    moved = mean("migration", steps=rounds + 1, local_steps=1, placement="random") / rounds
+    assert migration_bytes(SMALL, n_sites=4, overlap=2, momentum=True) == pytest.approx(moved, rel=0.03)
+
+
+def test_a_checkpoint_has_the_model_once_and_each_sites_state() -> None:
+    half, full = (checkpoint_bytes(SMALL, n_sites=4, overlap=o) for o in (2, 4))
+    assert half["model"] == full["model"]
+    assert full["site"] == 3 * full["model"]
+    assert half["site"] < full["site"] < checkpoint_bytes(SMALL, n_sites=4, overlap=4, momentum=True)["site"]
+
+
+def test_steps_by_hand_calibrated_and_by_mfu() -> None:
+    work = StepWork(flops=2e12, memory_bytes=1e11)
+    assert work.seconds_at_peak(site()) == pytest.approx(2 + 1)
+    assert calibration(work, site(), 4.5) == pytest.approx(1.5)
+    assert step_seconds(work, site(step_factor=1.5)) == pytest.approx(4.5)
+    assert step_seconds(work, site(mfu=0.5)) == pytest.approx(4.0)
+    small, large = (step_work(SMALL, Load(batch_size=b, sequence_length=64), n_resident=8) for b in (1, 2))
+    assert small.flops * 2 == large.flops
+    assert small.memory_bytes < large.memory_bytes < 2 * small.memory_bytes  # the optimizer's part stays
+
+
+def test_runs_by_hand() -> None:
+    assert run_seconds(steps=100, local_steps=32, seconds_per_step=1, seconds_per_round=10) == 100 + 4 * 10
+    assert run_seconds(steps=100, local_steps=32, seconds_per_step=1, seconds_per_round=10, hidden=0.5) == 120
+    times = [run_seconds(steps=64, local_steps=k, seconds_per_step=1, seconds_per_round=3) for k in (1, 8, 32, 64)]
+    assert times == sorted(times, reverse=True)
+
+
+def test_data_sheets_fill_what_is_not_given() -> None:
+    given = Site(accelerator="h100", memory_gib=40)
+    assert (given.tflops, given.memory_gib, given.memory_gbps) == (989, 40, 3350)
+    assert all(a.tflops > 0 and a.memory_gib > 0 and a.memory_gbps > 0 for a in ACCELERATORS.values())
+
+
+@pytest.mark.parametrize(
+    ("call", "key"),
+    [
+        (lambda: site(bandwidth_mbit=0), "bandwidth_mbit"),
+        (lambda: site(bandwidth_mbit=-1), "bandwidth_mbit"),
+        (lambda: site(bandwidth_mbit=float("nan")), "bandwidth_mbit"),
+        (lambda: site(latency_ms=-1), "latency_ms"),
+        (lambda: site(mfu=1.2), "mfu"),
+        (lambda: site(devices=0), "devices"),
+        (lambda: site(price_per_hour=-1), "price_per_hour"),
+        (lambda: Site(accelerator="abacus"), "accelerator"),
+        (lambda: Site(name="x"), "tflops"),
+        (lambda: round_collectives(SMALL, n_sites=4, overlap=5), "overlap"),
+        (lambda: round_collectives(SMALL, n_sites=3, overlap=1), "overlap"),
+        (lambda: run_seconds(steps=1, local_steps=0, seconds_per_step=1, seconds_per_round=1), "local_steps"),
+        (lambda: run_seconds(steps=1, local_steps=1, seconds_per_step=1, seconds_per_round=1, hidden=2), "hidden"),
+        (lambda: executed_picks(SMALL, 9, "ghost"), "n_resident"),
+        (lambda: executed_picks(SMALL, 2, "ghost", ghost_fraction=1.1), "ghost_fraction"),
+        (lambda: calibration(StepWork(1, 1), site(), 0), "measured_seconds"),
+        (lambda: framed(1, mtu=40), "mtu"),
+        (lambda: Links.between([site()], bucket_bytes=0), "bucket_bytes"),
+        (lambda: Links.between([site()], copy_seconds_per_byte=-1), "copy_seconds_per_byte"),
+        (lambda: Links((site(),), (0, 1)), "place_of"),
+    ],
+)
+def test_nonsense_is_refused_by_its_name(call: Any, key: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        call()
+    assert key in error.value.key
