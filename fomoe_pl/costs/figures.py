@@ -72,7 +72,7 @@ def figure_8(path: str | Path) -> None:
 def figure_9(path: str | Path) -> None:
     """Bytes of a site and step, D = 8192, 512 layers, 32 sites, K = 32."""
     config, sites, k = paper.paper_model(8192, 512), 32, 32
-    figure, axes = _axes("GiB that a site sends a step, K = 32, 32 sites, D = 8192 (paper: Fig. 9)", "", "GiB a step")
+    figure, axes = _axes("GiB of a site and step, K = 32, D = 8192 (paper: Fig. 9)", "", "GiB a step")
     names = ["DDP", *(f"overlap {o}" for o in (32, 16, 8, 4))]
     values = [paper.ddp_bytes_per_step(config, sites)]
     values += [paper.bytes_per_round(config, n_sites=sites, overlap=o) / k for o in (32, 16, 8, 4)]
@@ -84,7 +84,7 @@ def figure_9(path: str | Path) -> None:
 def figure_10(path: str | Path) -> None:
     """Hours over the bandwidth, with the paper's formula and with latency."""
     config, sites = paper.paper_model(2048, 64), 32
-    figure, axes = _axes("Hours of 60e9 tokens, D = 2048, 64 layers, 32 sites, LocalAdamW (paper: Fig. 10)",
+    figure, axes = _axes("Hours of 60e9 tokens, D = 2048, 32 sites, LocalAdamW (paper: Fig. 10)",
                          "Mbit/s", "hours")  # fmt: skip
     rates = [100, 200, 500, 1000, 2000, 5000, 10_000]
     waiting = Links.between([Site(accelerator="h100", latency_ms=50)] * sites)
