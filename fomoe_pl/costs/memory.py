@@ -210,15 +210,18 @@ def activation_bytes(config: ModelConfig, types: Types, tokens: int, n_resident:
 
 
 def chunk_bytes(config: ModelConfig, types: Types, tokens: int) -> tuple[int, int]:
-    """Bytes of the chunks of logits while a chunk's gradient is made, and while the next chunk follows the last."""
+    """Bytes of the chunks of logits when a chunk's log-probabilities are made, and when its gradient is used."""
     width = -(-config.vocab_size // 8) * 8
     rows = min(tokens, max(1, config.loss_chunk_bytes // (4 * width)))
-    cells = rows * width
-    c = types.compute
-    own_copy = 0 if c == 4 else c * cells  # of the float32 gradient, in the compute type
-    one = c * cells + 4 * cells + own_copy
-    two = one + 4 * cells if tokens > rows else 0  # the old gradient lives until the new one is there
-    return one, two
+    cells, c = rows * width, types.compute
+    rounded = c < 4  # then logits are turned to float32 first, and the gradient is a copy
+    gradient = c * cells if rounded else 0
+    made = (c + 4 + (4 if rounded else 0)) * cells
+    if (
+        tokens > rows
+    ):  # the last chunk's log-probabilities, or its gradient in their place, live until they are replaced
+        made += 4 * cells + gradient
+    return made, (c + 4) * cells + gradient
 
 
 def loss_bytes(config: ModelConfig, types: Types, tokens: int) -> int:
@@ -228,8 +231,8 @@ def loss_bytes(config: ModelConfig, types: Types, tokens: int) -> int:
     matrix = c * width * d if copied else 0
     hidden = tokens * d * (types.stream + (c if c != types.stream else 0))
     gradients = 4 * width * d + tokens * d * types.stream
-    one, two = chunk_bytes(config, types, tokens)
-    return matrix + hidden + gradients + max(two, one + c * width * d)
+    made, used = chunk_bytes(config, types, tokens)
+    return matrix + hidden + gradients + max(made, used + c * width * d)
 
 
 def _wire_bytes(load: Load, largest_piece: int, resident_elements: int) -> int:
@@ -258,7 +261,7 @@ def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident:
     cached = c * resident_counts(config, n_resident, "ghost").attention if c != types.parameter else 0
     through = tokens * (3 * r * d + 3 * c * k * d + k * c * (config.expert_in_width + config.d_expert))
     width = -(-config.vocab_size // 8) * 8
-    logits = sum(chunk_bytes(config, types, tokens)) + c * width * d + tokens * d * (r + c)
+    logits = chunk_bytes(config, types, tokens)[0] + c * width * d + tokens * d * (r + c)
     return streams + cached + max(layer + through, logits)
 
 
@@ -283,10 +286,18 @@ def rank_memory(config: ModelConfig, load: Load, *, n_resident: int, routing: Ro
     output = config.vocab_size * config.d_model
     federated, buckets = load.method == "rounds", types.parameter * parameters if load.method == "ddp" else 0
     activations = activation_bytes(config, types, load.tokens, n_resident, n_scored)
-    layer = load.tokens * layer_activation_bytes(config, types, n_scored)
-    # Gradients come while activations go: the output matrix's is made first, of its float32 sum.
-    backward = activations + output * (4 + types.parameter) + load.tokens * config.d_model * 2 * types.stream
-    ends = types.parameter * parameters + types.parameter * output + layer
+    # Gradients come while activations go. First the output matrix's is made, of its float32 sum; then the last layer,
+    # recomputed if it is checkpointed, has gradients of its picks and of the stream in flight.
+    stream = load.tokens * config.d_model * types.stream
+    in_flight = 2 * stream
+    if config.activation_checkpointing:
+        in_flight += load.tokens * layer_activation_bytes(config, types, n_scored)
+    else:
+        picks = load.tokens * min(config.top_k, n_scored)
+        in_flight += picks * types.compute * (3 * config.d_model + config.d_expert)
+    first = activations + output * (4 + types.parameter) + 2 * stream
+    last_layer = activations + output * types.parameter + in_flight
+    ends = types.parameter * (parameters + output) + in_flight
     return RankMemory(
         weights=types.parameter * parameters,
         gradients=types.parameter * parameters + buckets,
@@ -298,5 +309,5 @@ def rank_memory(config: ModelConfig, load: Load, *, n_resident: int, routing: Ro
         wire=_wire_bytes(load, output, parameters) if federated else 0,
         validation=_validation_bytes(config, load, types, n_resident, routing),
         library=LIBRARY_BYTES,
-        backward=max(backward + layer, ends) + buckets,
+        backward=max(first, last_layer, ends) + buckets,
     )
