@@ -27,6 +27,7 @@ from gpu_runs import MIB, SITE_TIMEOUT, Job, Seen, alone, train, validate, varia
 from jsonargparse import ArgumentParser
 
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.optimizer import OptimizerConfig
 
 
 class Together:
@@ -119,6 +120,8 @@ def bench(
     rounds: int = 3,
     repeats: int = 3,
     num_workers: int = 1,
+    lr: float = 0.01,
+    warmup_steps: int = 160,
     only: list[str] | None = None,
     gloo: list[str] | None = None,
     save: list[str] | None = None,
@@ -136,6 +139,8 @@ def bench(
         rounds: Rounds of a run.
         repeats: How often `single` and `local_adamw` alternate.
         num_workers: Processes that read data for each rank.
+        lr: Peak learning rate; models without CompleteP want less.
+        warmup_steps: Steps until there.
         only: Names of variants; null is all.
         gloo: Names of variants to train again over gloo, for the rounds that NCCL trained.
         save: Names of variants whose checkpoint is validated on one device.
@@ -149,6 +154,7 @@ def bench(
     job = Job(
         architecture=architecture, root=root, output=folder, accelerator=accelerator, batch_size=batch_size,
         sequence_length=sequence_length, local_steps=local_steps, rounds=rounds, num_workers=num_workers,
+        optimizer=OptimizerConfig(lr=lr, warmup_steps=warmup_steps),
     )  # fmt: skip
     together = Together(folder, rank, n)
     known = variants(n, local_steps)
@@ -161,7 +167,8 @@ def bench(
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if accelerator == "gpu" else "cpu", "gpus": n,
         "torch": torch.__version__, "lightning": L.__version__, "batch_size": batch_size,
-        "sequence_length": sequence_length, "local_steps": local_steps, "rounds": rounds, "runs": {}, "gloo": {},
+        "sequence_length": sequence_length, "local_steps": local_steps, "rounds": rounds, "lr": lr,
+        "warmup_steps": warmup_steps, "runs": {}, "gloo": {},
     }  # fmt: skip
 
     def one(name: str, label: str, backend: str, *, save: bool = False) -> list[dict[str, Any]]:

@@ -33,7 +33,6 @@ STRATEGY_FILES = Path(__file__).parents[1] / "configs" / "strategy"
 PREDICTED: tuple[Kind, ...] = ("dense", "expert", "moments", "migration", "evaluation")
 CLIP_NORM = 1.0
 BLOCKS_OF_ROUND = 4
-WARMUP_STEPS = 16
 MIB = 2**20
 SITE_TIMEOUT = timedelta(minutes=5)
 
@@ -113,6 +112,7 @@ class Job:
         local_steps: K.
         rounds: rounds of a run.
         num_workers: processes that read data for each rank.
+        optimizer: inner optimizer; without cool-down longer and shorter runs begin alike.
     """
 
     architecture: ModelConfig
@@ -124,6 +124,7 @@ class Job:
     local_steps: int
     rounds: int
     num_workers: int
+    optimizer: OptimizerConfig
 
     @property
     def steps(self) -> int:
@@ -145,8 +146,8 @@ class Job:
                          val_sequences=16 * self.batch_size, num_workers=self.num_workers)  # fmt: skip
 
     def module(self) -> FoMoEModule:
-        """The model before training; no cool-down, so that longer and shorter runs begin alike."""
-        return FoMoEModule(self.architecture, OptimizerConfig(warmup_steps=WARMUP_STEPS))
+        """The model before training."""
+        return FoMoEModule(self.architecture, self.optimizer)
 
 
 @dataclass(kw_only=True)
