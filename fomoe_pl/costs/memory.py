@@ -22,8 +22,10 @@ from fomoe_pl.model.sizes import expert_parameters, resident_counts
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 MIB, GIB = 2**20, 2**30
 
-LIBRARY_BYTES = 32 * MIB
-"""Workspace of the matrix library, from torch's allocator (cuBLAS on Hopper: 32 MiB)."""
+LIBRARY_BYTES = 64 * MIB
+"""Workspaces of the matrix library, from torch's allocator (cuBLAS on Hopper: two of 32 MiB)."""
+DDP_COPIES = 2
+"""Copies of the gradients that DDP adds: its buckets, and as much again at the peak (measured on an H100)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Load:
         precision: the Trainer's.
         batch_size: sequences of a micro-batch B.
         sequence_length: tokens of a sequence S.
-        method: `rounds` keeps float32 anchors, `ddp` buckets as large as the gradients, `single` neither.
+        method: `rounds` keeps float32 anchors, `ddp` copies of the gradients, `single` neither.
         outer_momentum: the outer rule keeps a momentum beside the anchor.
         wire_on_device: wire buffers are on the device (NCCL), not on the host (gloo).
         wire_dtype: dtype of averaged values on the wire.
@@ -103,7 +105,7 @@ class RankMemory:
 
     Attributes:
         weights: parameters.
-        gradients: their gradients, which live from one backward pass to the next; with DDP its buckets too.
+        gradients: their gradients, which live from one backward pass to the next; with DDP its copies too.
         moments: AdamW's two moments.
         anchors: the last agreed values, float32.
         outer_momentum: of the outer rule, float32.
@@ -284,17 +286,20 @@ def rank_memory(config: ModelConfig, load: Load, *, n_resident: int, routing: Ro
     n_scored = config.n_experts if routing == "ghost" else n_resident
     parameters = resident_counts(config, n_resident, routing).total
     output = config.vocab_size * config.d_model
-    federated, buckets = load.method == "rounds", types.parameter * parameters if load.method == "ddp" else 0
+    federated, buckets = (
+        load.method == "rounds",
+        DDP_COPIES * types.parameter * parameters if load.method == "ddp" else 0,
+    )
     activations = activation_bytes(config, types, load.tokens, n_resident, n_scored)
     # Gradients come while activations go. First the output matrix's is made, of its float32 sum; then the last layer,
     # recomputed if it is checkpointed, has gradients of its picks and of the stream in flight.
     stream = load.tokens * config.d_model * types.stream
-    in_flight = 2 * stream
+    picks = load.tokens * min(config.top_k, n_scored) * types.compute
     if config.activation_checkpointing:
-        in_flight += load.tokens * layer_activation_bytes(config, types, n_scored)
+        again = load.tokens * layer_activation_bytes(config, types, n_scored)
+        in_flight = 2 * stream + again + 2 * picks * config.d_model
     else:
-        picks = load.tokens * min(config.top_k, n_scored)
-        in_flight += picks * types.compute * (3 * config.d_model + config.d_expert)
+        in_flight = 2 * stream + picks * (3 * config.d_model + config.d_expert)
     first = activations + output * (4 + types.parameter) + 2 * stream
     last_layer = activations + output * types.parameter + in_flight
     ends = types.parameter * (parameters + output) + in_flight

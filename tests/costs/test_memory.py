@@ -1,11 +1,14 @@
 """Memory by part: against what a model built here holds and keeps, and against the round's own buffers."""
 
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from fomoe_pl.costs.memory import Load, Types, activation_bytes, loss_bytes, rank_memory
 from fomoe_pl.errors import ConfigError
@@ -15,6 +18,7 @@ from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.sizes import resident_counts
 from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
 
 B, S = 2, 80
 SMALL = ModelConfig(
@@ -62,6 +66,70 @@ def test_activations_are_those_that_autograd_keeps(variant: str, precision: Any)
     assert predicted == pytest.approx(kept_bytes(config, precision), rel=0.007)
 
 
+class LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of all storages that operations make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_flatten(out)[0]:
+            if isinstance(leaf, torch.Tensor) and (key := leaf.untyped_storage()._cdata) not in self._known:
+                self._known.add(key)
+                self.live += leaf.untyped_storage().nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(leaf.untyped_storage(), self._died, key, leaf.untyped_storage().nbytes())
+        return out
+
+    def _died(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def step_peaks(config: ModelConfig, precision: str, batch: int, length: int) -> tuple[int, int]:
+    """Most live bytes up to the end of the forward pass, and of the backward pass, in a third training step."""
+    forward = backward = 0
+    with LiveBytes() as bytes_:
+        model = Transformer(config)
+        optimizer = inner_optimizer(model, OptimizerConfig())
+        for _ in range(3):
+            tokens = torch.randint(config.vocab_size, (batch, length + 1))
+            bytes_.peak = bytes_.live
+            with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
+                hidden, stats = model(tokens[:, :-1])
+                loss = model.loss(hidden, tokens[:, 1:]) + auxiliary_loss(stats, config, model.residency).total
+            forward, bytes_.peak = bytes_.peak, 0
+            optimizer.zero_grad()  # as Lightning does: after the forward pass
+            loss.backward()
+            backward = bytes_.peak
+            del hidden, stats, loss
+            optimizer.step()
+    return forward, backward
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("changes", "batch"),
+    [
+        ({"vocab_size": 5003}, 4),  # the loss makes the peak
+        ({"vocab_size": 5003, "activation_checkpointing": True}, 4),
+        ({"vocab_size": 5003, "activation_checkpointing": True, "n_layers": 12}, 16),  # the backward pass, in float32
+        ({"vocab_size": 256, "n_layers": 8}, 8),  # activations
+    ],
+)
+def test_the_peak_of_a_step_is_what_lives_in_it(changes: dict[str, Any], batch: int, precision: Any) -> None:
+    sizes = {"d_model": 64, "n_layers": 3, "n_heads": 2, "n_experts": 4, "d_expert": 32} | changes
+    width = -(-sizes["vocab_size"] // 8) * 8
+    config = replace(SMALL, loss_chunk_bytes=4 * width * 64, **sizes)
+    load = Load(precision=precision, batch_size=batch, sequence_length=128, method="single")
+    memory = rank_memory(config, load, n_resident=4)
+    measured = max(step_peaks(config, precision, batch, 128))
+    assert memory.peak - memory.library == pytest.approx(measured, rel=0.05)
+
+
 def test_checkpointing_keeps_the_inputs_of_blocks_alone() -> None:
     kept = kept_bytes(VARIANTS["checkpointed"], "32-true")
     types = Types.of("32-true")
@@ -81,7 +149,7 @@ def test_lasting_parts_are_bytes_of_the_built_model(routing: Any) -> None:
     half = rank_memory(SMALL, Load(precision="bf16-true"), n_resident=len(ids), routing=routing)
     assert (half.weights, half.moments, half.anchors) == (2 * parameters, 4 * parameters, 4 * parameters)
     ddp = rank_memory(SMALL, Load(method="ddp"), n_resident=8)
-    assert ddp.gradients == 2 * ddp.weights
+    assert ddp.gradients == 3 * ddp.weights
     alone = rank_memory(SMALL, Load(method="single"), n_resident=len(ids), routing=routing)
     assert alone.anchors == alone.outer_momentum == alone.wire == 0
 

@@ -1,0 +1,89 @@
+"""Memory and steps that were measured on GPUs, as the pages of docs/benchmarks have them, against the system model."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fomoe_pl.costs.memory import MIB, Load, rank_memory
+from fomoe_pl.costs.plan_command import read_model
+from fomoe_pl.costs.sites import Site
+from fomoe_pl.costs.time import StepWork, calibration, step_seconds, step_work
+from fomoe_pl.model.config import ModelConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs/benchmarks"
+SEVERAL = (PAGES / "several_gpus_h100_2026-11-25.md").read_text()
+TOKENS = 8 * 2048
+
+
+def model(name: str) -> ModelConfig:
+    return read_model(str(ROOT / "configs/model" / f"{name}.yaml"))
+
+
+def rows(part: str) -> dict[str, list[str]]:
+    """Variant -> its other columns, of one part of the page."""
+    section = SEVERAL.split(f"## {part}: ")[1].split("\n## ")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in cells if row[0] not in ("variant", "---")}
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def load_of(variant: str) -> Load:
+    method = {"single": "rounds", "ddp": "ddp"}.get(variant, "rounds")  # a single site has anchors too
+    return Load(batch_size=8, method=method, outer_momentum=variant == "diloco", val_batch_size=8,
+                evaluation_window=16)  # type: ignore[arg-type]  # fmt: skip
+
+
+def resident(config: ModelConfig, variant: str) -> int:
+    return config.n_experts // 2 if variant.endswith("_1") else config.n_experts
+
+
+CASES = [(part, name, variant) for part, name in (("A", "fomoe-153m"), ("B", "olmoe-1.3b")) for variant in rows(part)]
+
+
+@pytest.mark.parametrize(("part", "name", "variant"), CASES)
+def test_peaks_of_two_sites_within_two_percent(part: str, name: str, variant: str) -> None:
+    config = model(name)
+    routing = "partitioned" if "partitioned" in variant else "ghost"
+    memory = rank_memory(config, load_of(variant), n_resident=resident(config, variant), routing=routing)  # type: ignore[arg-type]
+    assert memory.peak / MIB == pytest.approx(number(rows(part)[variant][5]), rel=0.02)
+
+
+def test_the_peak_of_one_of_four_sites_that_share_a_gpu() -> None:
+    page = (PAGES / "four_sites_one_gpu_h100_2026-11-25.md").read_text()
+    measured = re.search(r"peak of tensors of site 0 \(MiB\) \| ([\d,]+)", page)
+    assert measured is not None
+    load = Load(batch_size=8, sequence_length=1024, wire_on_device=False, val_batch_size=8)
+    memory = rank_memory(model("fomoe-153m"), load, n_resident=8)
+    assert memory.peak / MIB == pytest.approx(number(measured[1]), rel=0.02)
+
+
+def test_the_peak_of_the_54m_model_without_anything_else() -> None:
+    """Its test frees gradients before the forward pass."""
+    page = (PAGES / "gpu_checks_h100_2026-11-24.md").read_text()
+    measured = re.search(r"two steps, peak of tensors \| ([\d.]+) GB", page)
+    assert measured is not None
+    memory = rank_memory(model("fomoe-54m"), Load(batch_size=8, method="single"), n_resident=8)
+    assert (memory.peak - memory.gradients) / 1e9 == pytest.approx(float(measured[1]), rel=0.02)
+
+
+@pytest.mark.parametrize(("part", "name", "variant"), [case for case in CASES if case[2] != "ddp"])
+def test_steps_within_ten_percent_of_one_calibrating_run(part: str, name: str, variant: str) -> None:
+    """The run of one site alone calibrates; overlap and routing vary."""
+    config, h100 = model(name), Site(accelerator="h100")
+
+    def work(which: str) -> StepWork:
+        routing = "partitioned" if "partitioned" in which else "ghost"
+        return step_work(config, load_of(which), n_resident=resident(config, which), routing=routing)  # type: ignore[arg-type]
+
+    def measured(which: str) -> float:
+        return TOKENS / number(rows(part)[which][0])
+
+    factor = calibration(work("single"), h100, measured("single"))
+    predicted = step_seconds(work(variant), replace(h100, step_factor=factor))
+    assert predicted == pytest.approx(measured(variant), rel=0.1)
