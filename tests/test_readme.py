@@ -15,6 +15,9 @@ import pytest
 import yaml
 
 from fomoe_pl.cli import FoMoECLI
+from fomoe_pl.costs import plan_command
+from fomoe_pl.costs.request import PlanRequest
+from fomoe_pl.costs.sites import Site
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.data.prepare import prepare
 from fomoe_pl.federation.outer import OuterRule
@@ -58,6 +61,9 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
     patch.chdir(ROOT)
     patch.setattr("torch.cuda.is_available", lambda: True)  # some commands are for a machine that has one
     program, *rest = words
+    if program != "python" and rest[0] == "plan":
+        plan_command.make_parser().parse_args(rest[1:])
+        return
     patch.setattr(sys, "argv", rest if program == "python" else words)
     if program != "python":
         ParsedOnly()
@@ -125,6 +131,8 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
     found = {}
     for name, parameter in inspect.signature(owner).parameters.items():
         value = parameter.default
+        if type(value).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
+            value = owner.__dataclass_fields__[name].default_factory()  # type: ignore[attr-defined]
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
         if value is parameter.empty:
@@ -147,6 +155,8 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
         ("configuration", "top_k", ModelConfig),
         ("configuration", "dirichlet_alpha", FoMoEData),
         ("data", "val_fraction", prepare),
+        ("system-model", "models", PlanRequest),
+        ("system-model", "devices", Site),
     ],
 )
 def test_every_setting_is_listed_with_its_default(page: str, key: str, owner: Callable[..., Any]) -> None:

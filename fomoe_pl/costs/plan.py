@@ -12,7 +12,13 @@ from fomoe_pl.costs.memory import GIB, Load, RankMemory, rank_memory
 from fomoe_pl.costs.network import Links
 from fomoe_pl.costs.quality import Measurement, penalty
 from fomoe_pl.costs.request import RUNS_TODAY, Layout, Method, PlanRequest
-from fomoe_pl.costs.rounds import Collective, ddp_collectives, round_collectives
+from fomoe_pl.costs.rounds import (
+    Collective,
+    checkpoint_bytes,
+    ddp_collectives,
+    evaluation_bytes,
+    round_collectives,
+)
 from fomoe_pl.costs.time import run_seconds, step_seconds, step_work
 from fomoe_pl.federation.placement import valid_overlaps
 from fomoe_pl.model.config import ModelConfig
@@ -46,6 +52,8 @@ class Plan:
         memory: of a rank of each place, by part; equal but for sharding.
         held_bytes: peak of a device of each place.
         sent_per_round: payload bytes that leave the busiest place in a round.
+        sent_per_validation: mean payload bytes that a site sends for a validation of the global model in one window.
+        checkpoint: bytes on disk of the global model, and of each site's own file.
         step_seconds: of the slowest site.
         round_seconds: of a round's synchronisation.
         hours: of the run.
@@ -61,6 +69,8 @@ class Plan:
     memory: RankMemory
     held_bytes: tuple[float, ...]
     sent_per_round: float
+    sent_per_validation: float
+    checkpoint: dict[str, int]
     step_seconds: float
     round_seconds: float
     hours: float
@@ -71,12 +81,6 @@ class Plan:
     def why_not_today(self) -> str | None:
         """Why `fomoe fit` cannot run it today; None if it can."""
         return RUNS_TODAY[self.choice.layout]
-
-    @property
-    def communication_share(self) -> float:
-        """Share of the time that goes into synchronisation."""
-        per_round = self.choice.local_steps * self.step_seconds + self.round_seconds
-        return self.round_seconds / per_round
 
 
 @dataclass(frozen=True)
@@ -179,8 +183,8 @@ class Planner:
         request = self.request
         local = request.global_batch / choice.sites
         if choice.layout == "sharded":
-            # Every device has a part of its site's batch; sites of more devices have smaller ones.
-            local /= min(site.devices for site in request.sites)
+            # Every device has a part of its site's batch; the site of most devices has the smallest ones.
+            local /= max(site.devices for site in request.sites)
         largest = 2 ** int(math.log2(max(local, 1)))
         memory = None
         for checkpointing in (False, True):
@@ -232,6 +236,13 @@ class Planner:
         return Plan(
             choice=choice, batch_size=batch, accumulate=max(accumulate), checkpointing=checkpointing, steps=steps,
             memory=memory, held_bytes=held, sent_per_round=max(links.sent_by_place(calls), default=0.0),
+            sent_per_validation=evaluation_bytes(
+                self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
+                param_dtype="bfloat16" if request.precision == "bf16-true" else "float32",
+            ),
+            checkpoint=checkpoint_bytes(
+                self.config, n_sites=choice.sites, overlap=choice.overlap, momentum=choice.method == "diloco"
+            ),
             step_seconds=seconds, round_seconds=round_seconds, hours=hours,
             price=None if None in prices else hours * sum(p for p in prices if p is not None),
             quality=penalty(method=choice.method, routing=choice.routing, sites=choice.sites, overlap=choice.overlap,

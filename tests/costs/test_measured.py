@@ -46,12 +46,19 @@ def resident(config: ModelConfig, variant: str) -> int:
 CASES = [(part, name, variant) for part, name in (("A", "fomoe-153m"), ("B", "olmoe-1.3b")) for variant in rows(part)]
 
 
+def compare(what: str, predicted: float, measured: float, unit: str) -> float:
+    """Print both (`pytest -s`) and return their ratio."""
+    print(f"\n{what} | {predicted:,.1f} | {measured:,.1f} {unit} | {predicted / measured:.4f}", end="")
+    return predicted / measured
+
+
 @pytest.mark.parametrize(("part", "name", "variant"), CASES)
-def test_peaks_of_two_sites_within_two_percent(part: str, name: str, variant: str) -> None:
+def test_peaks_of_two_sites_within_one_percent(part: str, name: str, variant: str) -> None:
     config = model(name)
     routing = "partitioned" if "partitioned" in variant else "ghost"
     memory = rank_memory(config, load_of(variant), n_resident=resident(config, variant), routing=routing)  # type: ignore[arg-type]
-    assert memory.peak / MIB == pytest.approx(number(rows(part)[variant][5]), rel=0.02)
+    ratio = compare(f"{name} {variant}", memory.peak / MIB, number(rows(part)[variant][5]), "MiB")
+    assert ratio == pytest.approx(1, abs=0.01)
 
 
 def test_the_peak_of_one_of_four_sites_that_share_a_gpu() -> None:
@@ -60,7 +67,8 @@ def test_the_peak_of_one_of_four_sites_that_share_a_gpu() -> None:
     assert measured is not None
     load = Load(batch_size=8, sequence_length=1024, wire_on_device=False, val_batch_size=8)
     memory = rank_memory(model("fomoe-153m"), load, n_resident=8)
-    assert memory.peak / MIB == pytest.approx(number(measured[1]), rel=0.02)
+    ratio = compare("fomoe-153m, overlap 2 of 4 on one GPU", memory.peak / MIB, number(measured[1]), "MiB")
+    assert ratio == pytest.approx(1, abs=0.01)
 
 
 def test_the_peak_of_the_54m_model_without_anything_else() -> None:
@@ -69,7 +77,8 @@ def test_the_peak_of_the_54m_model_without_anything_else() -> None:
     measured = re.search(r"two steps, peak of tensors \| ([\d.]+) GB", page)
     assert measured is not None
     memory = rank_memory(model("fomoe-54m"), Load(batch_size=8, method="single"), n_resident=8)
-    assert (memory.peak - memory.gradients) / 1e9 == pytest.approx(float(measured[1]), rel=0.02)
+    ratio = compare("fomoe-54m alone", (memory.peak - memory.gradients) / 1e6, 1000 * float(measured[1]), "MB")
+    assert ratio == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize(("part", "name", "variant"), [case for case in CASES if case[2] != "ddp"])
@@ -86,4 +95,18 @@ def test_steps_within_ten_percent_of_one_calibrating_run(part: str, name: str, v
 
     factor = calibration(work("single"), h100, measured("single"))
     predicted = step_seconds(work(variant), replace(h100, step_factor=factor))
-    assert predicted == pytest.approx(measured(variant), rel=0.1)
+    ratio = compare(f"{name} {variant}", 1e3 * predicted, 1e3 * measured(variant), "ms")
+    assert ratio == pytest.approx(1, abs=0.1)
+
+
+def test_another_batch_is_missed_where_the_host_is_the_limit() -> None:
+    """At 8 sequences of the 153M preset kernels are prepared hardly faster than they run: twice as many take less."""
+    page = (PAGES / "step_h100_2026-11-25.md").read_text()
+    found = re.search(r"bare \| ([\d,]+) \|", page)
+    assert found is not None
+    config, h100 = model("fomoe-153m"), Site(accelerator="h100")
+    small, large = (step_work(config, Load(batch_size=b), n_resident=16) for b in (8, 16))
+    factor = calibration(small, h100, TOKENS / number(rows("A")["single"][0]))
+    measured = 2 * TOKENS / number(found[1])
+    ratio = compare("fomoe-153m, 16 sequences", 1e3 * factor * large.seconds_at_peak(h100), 1e3 * measured, "ms")
+    assert 1 < ratio < 1.15
