@@ -28,7 +28,7 @@ from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError, config_error_in
 from fomoe_pl.model.config import ModelConfig
 
-WIDTH = 190
+WIDTH = 150
 
 
 def read_model(path: str) -> ModelConfig:
@@ -127,7 +127,7 @@ def run(options: Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH, stderr=settings["json"] == "-")
     if rows:
         console.print(plan_table(rows))
-        console.print(f"batch: micro-batch × accumulation; ckpt: activations are recomputed. devices: "
+        console.print(f"batch: micro-batch × accumulation; checkpointed: activations are recomputed. sites: "
                       f"{'; '.join(f'{name}, {text}' for name, text in LAYOUTS.items() if name in request.layouts)}. "
                       "Traffic inside a sharded site is not modelled.")  # fmt: skip
         for layout in sorted({p.choice.layout for p in rows if p.why_not_today}):

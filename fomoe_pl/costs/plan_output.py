@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fomoe_pl.costs.memory import GIB, MIB
@@ -51,24 +52,36 @@ def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
     return list(seen.values())
 
 
+def setting_text(plan: Plan) -> str:
+    """A plan's choice in words."""
+    c = plan.choice
+    checkpointed = ", checkpointed" if plan.checkpointing else ""
+    return (
+        f"{c.sites} sites ({c.layout}), overlap {c.overlap}, {c.method}, K {c.local_steps}, {c.routing}, "
+        f"{c.wire_dtype}, batch {plan.batch_size}×{plan.accumulate}{checkpointed}"
+    )
+
+
 def plan_table(plans: Sequence[Plan]) -> Table:
-    """Numbered plans as a table."""
-    table = Table(title="Settings that fit, fastest first for each model", title_justify="left")
-    for name in ("", "model", "devices", "sites", "overlap", "method", "K", "routing", "wire", "batch"):
-        table.add_column(name, justify="right" if name in ("", "sites", "overlap", "K", "batch") else "left")
-    for name in ("GiB a device", "MiB a round", "step s", "round s", "hours", "cost"):
-        table.add_column(name, justify="right")
-    table.add_column("quality")
-    table.add_column("fit today")
+    """Numbered plans as a table; with a column for cost if there are prices."""
+    table = Table(
+        title="Settings that fit, fastest first for each model", title_justify="left", box=SIMPLE_HEAD,
+        collapse_padding=True, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    table.add_column("setting", min_width=24)
+    priced = any(plan.price is not None for plan in plans)
+    for name in ("GiB a\ndevice", "MiB a\nround", "step\n(s)", "round\n(s)", "hours", *(["cost"] if priced else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("quality", min_width=8, max_width=16)
+    table.add_column("fit\ntoday", no_wrap=True)
     for i, plan in enumerate(plans, 1):
-        c = plan.choice
-        batch = f"{plan.batch_size}×{plan.accumulate}" + (" ckpt" if plan.checkpointing else "")
+        cost = ["-" if plan.price is None else f"{plan.price:,.0f}"] if priced else []
         table.add_row(
-            str(i), c.model, c.layout, str(c.sites), str(c.overlap), c.method, str(c.local_steps), c.routing,
-            c.wire_dtype, batch, f"{max(plan.held_bytes) / GIB:.1f}", f"{plan.sent_per_round / MIB:,.0f}",
-            f"{plan.step_seconds:.2f}", f"{plan.round_seconds:,.1f}", f"{plan.hours:,.1f}",
-            "-" if plan.price is None else f"{plan.price:,.0f}", quality_text(plan),
-            "no" if plan.why_not_today else "yes",
+            str(i), plan.choice.model, setting_text(plan), f"{max(plan.held_bytes) / GIB:.1f}",
+            f"{plan.sent_per_round / MIB:,.0f}", f"{plan.step_seconds:.2f}", f"{plan.round_seconds:,.1f}",
+            f"{plan.hours:,.1f}", *cost, quality_text(plan), "no" if plan.why_not_today else "yes",
         )  # fmt: skip
     return table
 
@@ -86,7 +99,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 def refusal_table(refusals: Sequence[Refusal]) -> Table:
     """What does not fit, and why."""
-    table = Table(title="What does not fit", title_justify="left")
+    table = Table(title="What does not fit", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("model", "devices", "overlap", "why"):
         table.add_column(name)
     for refusal in refusals:
