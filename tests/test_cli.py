@@ -27,7 +27,7 @@ from tests.training import ROOT, STRATEGIES
 
 QUICKSTART = ["-c", str(ROOT / "configs/quickstart.yaml")]
 STRATEGY = "--trainer.strategy.init_args"
-FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "experiment")
+FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("experiment", "plan"))
 # Sizes of a run of seconds, from the quickstart.
 SMALL = """
 trainer:
