@@ -1,4 +1,4 @@
-"""Figures of the system model. They need matplotlib (`pip install fomoe-pl[plots]`)."""
+"""Figures of the system model. They need matplotlib, the extra `plots`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def _axes(title: str, x: str, y: str, size: tuple[float, float] = (6.4, 3.6)) ->
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError("plot", "matplotlib", "is not installed", "pip install 'fomoe-pl[plots]'") from error
+        raise ConfigError(
+            "plot", "matplotlib", "is not installed", 'install the extra `plots`: .venv/bin/pip install -e ".[plots]"'
+        ) from error
     matplotlib.use("Agg")
     matplotlib.rcParams.update(TEXT)  # type: ignore[arg-type]
     from matplotlib.figure import Figure

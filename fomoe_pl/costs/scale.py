@@ -54,7 +54,7 @@ class Assumptions:
         sequence_length: tokens of a sequence.
         local_steps: K.
         devices: H100s of a site; its model is spread over them.
-        mfu: share of their peak that is reached.
+        mfu: share of their peak that is assumed to be reached.
         latency_ms: one way between sites.
         headroom: share of the memory that stays free.
     """
