@@ -118,11 +118,12 @@ def test_memory_of_sites_is_measured_for_one_case_after_another(tmp_path: Path) 
 def test_namespaces_are_joined_and_limited_in_both_directions() -> None:
     shaped = tool("shaped_links")
     made = [" ".join(words) for words in shaped.build_commands(3, 9000)]
+    own = f"fomoe{os.getpid()}-"
     assert [line for line in made if line.startswith("ip netns add")] == [
-        "ip netns add fomoe-hub", "ip netns add fomoe-0", "ip netns add fomoe-1", "ip netns add fomoe-2"
-    ]  # fmt: skip
+        f"ip netns add {own}{name}" for name in ("hub", "0", "1", "2")
+    ]
     # Nothing is made outside of the namespaces.
-    assert all(re.match(r"ip (netns add|-n) fomoe-", line) for line in made)
+    assert all(re.match(rf"ip (netns add|-n) {own}", line) for line in made)
     assert sum("mtu 9000" in line for line in made) == 6
     limits = [" ".join(words) for words in shaped.limit_commands(3, 200.0)]
     assert len(limits) == 6
@@ -169,8 +170,9 @@ def test_without_root_or_limits_it_says_so(monkeypatch: pytest.MonkeyPatch, caps
 def can_make_namespaces() -> bool:
     if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
         return False
-    made = subprocess.run(["ip", "netns", "add", "fomoe-try"], capture_output=True, check=False).returncode == 0
-    subprocess.run(["ip", "netns", "del", "fomoe-try"], capture_output=True, check=False)
+    name = f"fomoe{os.getpid()}-try"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return made
 
 
@@ -188,4 +190,19 @@ def test_a_real_link_carries_what_was_predicted_as_slowly_as_predicted(tmp_path:
     # The limit is felt; how exactly is measured on an idle machine.
     assert shaped["seconds"] > max(free["seconds"], 0.8 * shaped["predicted_seconds"])
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    assert not re.search(r"^fomoe-(hub|\d+)\b", left, flags=re.MULTILINE)
+    pids = re.findall(r"^fomoe(\d+)-", left, flags=re.MULTILINE)
+    assert [pid for pid in pids if not Path("/proc", pid).exists()] == []
+
+
+def test_a_killed_runs_namespaces_are_removed_and_a_living_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    shaped, removed = tool("shaped_links"), []
+    living, dead = f"fomoe{os.getppid()}-hub", "fomoe999999999-0"
+    listed = f"{living} (id: 1)\n{dead}\n{shaped.HUB}\nfomoe-mine\nother\n"
+
+    def call(*words: str) -> str:
+        removed.extend(words[3:])
+        return listed
+
+    monkeypatch.setattr(shaped, "call", call)
+    shaped.remove()
+    assert removed == [dead, shaped.HUB]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -44,8 +45,8 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 
-PREFIX = "fomoe"
-HUB, INTERFACE, PORT = f"{PREFIX}-hub", "eth0", 29577
+PREFIX = f"fomoe{os.getpid()}-"  # of the tool's process, so that two of them do not meet
+HUB, INTERFACE, PORT = f"{PREFIX}hub", "eth0", 29577
 NO_LIMIT = 1e9  # Mbit/s, where a number is needed
 ARCHITECTURE = ModelConfig(
     vocab_size=2048, d_model=256, n_layers=4, n_heads=4, n_experts=8, top_k=2, d_expert=128, base_width=256
@@ -54,7 +55,7 @@ ARCHITECTURE = ModelConfig(
 
 def namespace(site: int) -> str:
     """Name of a site's namespace."""
-    return f"{PREFIX}-{site}"
+    return f"{PREFIX}{site}"
 
 
 def call(*words: str) -> str:
@@ -113,10 +114,11 @@ def network(n_sites: int, mtu: int) -> Iterator[None]:
 
 
 def remove() -> None:
-    """Remove what this tool has made, if there is any."""
+    """Remove what this process has made, and what one that was killed has left."""
     for line in call("ip", "netns", "list").splitlines():
         name = line.split()[0]
-        if name == HUB or (name.startswith(f"{PREFIX}-") and name.removeprefix(f"{PREFIX}-").isdigit()):
+        made = re.fullmatch(r"fomoe(\d+)-(hub|\d+)", name)
+        if made and (name.startswith(PREFIX) or not Path("/proc", made[1]).exists()):
             call("ip", "netns", "del", name)
 
 
