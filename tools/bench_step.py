@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from fomoe_pl.callbacks import (
     CommunicationMonitor,
     FoMoEProgressBar,
-    RoutingHealthLogger,
+    RoutingStability,
     RunReport,
     ThroughputMonitor,
 )
@@ -246,7 +246,7 @@ def measure(
     plain = PlainLoop(architecture, batches, device, max_steps)
     alternate = Alternate(plain, warmup=warmup, steps=steps, blocks=blocks, tokens=batch_size * sequence_length)
     observers: list[L.Callback] = [
-        RoutingHealthLogger(), CommunicationMonitor(), ThroughputMonitor(), FoMoEProgressBar(), RunReport()
+        RoutingStability(), CommunicationMonitor(), ThroughputMonitor(), FoMoEProgressBar(), RunReport()
     ]  # fmt: skip
     trainer = L.Trainer(
         accelerator=accelerator,

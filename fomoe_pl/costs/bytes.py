@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.federation.packing import digits
 from fomoe_pl.federation.placement import Placement, PlacementKind, gather_layer, migration, place
 from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.model.config import ModelConfig
@@ -126,6 +127,31 @@ def predict_bytes(
             if n_sites > 1 and metric_bytes:
                 ledger.all_reduce("evaluation", metric_bytes, n_sites)
     return ledger
+
+
+def control_bytes(
+    architecture: ModelConfig, n_sites: int, *, watched: bool = False, probe_tokens: int = 0, monitored: bool = False
+) -> int:
+    """Payload of a round's control message: float64 numbers that are added over all sites.
+
+    Args:
+        architecture: The model.
+        n_sites: Number of sites M.
+        watched: Whether `RoutingStability` is among the callbacks.
+        probe_tokens: Tokens of its probe, sequences x tokens of each; 0 for no probe.
+        monitored: Whether `CommunicationMonitor` is among the callbacks.
+    """
+    layers, cells = architecture.n_layers, architecture.n_layers * architecture.n_experts
+    numbers = 3  # sum and number of the losses, and whether to stop
+    if watched:
+        # Loads, live loads, scored, resident; holders, scorers; three squares of norms of each expert.
+        numbers += (4 + 2 + 3) * cells
+        numbers += layers + 1 + 1 + 3  # gate entropy, picks, sites, three squares of dense norms
+        if probe_tokens:
+            picked = cells * probe_tokens
+            numbers += 3 * layers + 2 + -(-picked // digits(n_sites))
+    numbers += n_sites if monitored else 0
+    return 8 * numbers
 
 
 def _averages(

@@ -18,6 +18,7 @@ from torch import Tensor
 from fomoe_pl.federation.inner import RowAdamW, moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind
+from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.outer import OuterRule, outer_step_
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
 from fomoe_pl.federation.wire import Wire
@@ -66,6 +67,7 @@ class Federation:
         self.anchors = {n: t.detach().to(torch.float32, copy=True) for n, t in layout.tensors.items()}
         self.momenta = {n: torch.zeros_like(self.anchors[n]) for n in layout.trained if outer.has_momentum}
         self._stash: dict[str, Tensor] | None = None
+        self.movement: Movement | None = None  # filled by each round, if somebody wants to know
 
     # -- what is averaged with whom -------------------------------------------------------------------------------
 
@@ -95,6 +97,8 @@ class Federation:
         Args:
             optimizer: the inner optimizer, whose moments are kept, reset or averaged.
         """
+        if self.movement is not None:
+            self.movement.reset()
         for kind, sites, pieces in self._groups():
             numels = [piece.of(self.anchors[piece.name]).numel() for piece in pieces]
             read, write = partial(self._pseudo_gradient, pieces), partial(self._outer_step, kind, pieces)
@@ -117,11 +121,21 @@ class Federation:
         piece = pieces[i]
         anchor = piece.of(self.anchors[piece.name])
         delta = mean.to(anchor.device).view_as(anchor)
+        if self.movement is not None and piece.name in self.layout.trained:
+            self.movement.add(self._expert_of(piece), self._pseudo_gradient(pieces, i), delta, anchor)
         if piece.name not in self.layout.trained:
             anchor.sub_(delta)
             return
         momentum = piece.of(self.momenta[piece.name]) if self.outer.has_momentum else None
         outer_step_(self.outer, anchor, delta, momentum, freeze_if_zero=kind == "expert")
+
+    def _expert_of(self, piece: Piece) -> tuple[int, int] | None:
+        """(layer, expert) of a row, None for a dense tensor."""
+        if piece.row is None:
+            return None
+        layer = self.layout.expert_layer[piece.name]
+        here = [expert for expert, sites in enumerate(self.placement.holders[layer]) if self.site in sites]
+        return layer, here[piece.row]
 
     def _average_moments(self, optimizer: torch.optim.Optimizer) -> None:
         for _, sites, pieces in self._groups():

@@ -100,7 +100,7 @@ def test_scores_are_float32_in_any_precision(make_config: Callable[..., ModelCon
 
 def stats_of(load: list[float], importance: list[float]) -> RoutingStats:
     zero = torch.zeros(())
-    return RoutingStats(torch.tensor(load), zero, int(sum(load)), torch.tensor(importance), zero, zero)
+    return RoutingStats(torch.tensor(load), zero, int(sum(load)), torch.tensor(importance), zero, zero, zero, zero)
 
 
 def test_balance_loss_values(make_config: Callable[..., ModelConfig]) -> None:
