@@ -128,8 +128,8 @@ class FoMoEModule(L.LightningModule):
         auxiliary = auxiliary_loss(stats, self.config, self.transformer.residency)
         self._observe(loss, stats, batch["inputs"].numel())
         if self._logs_after(self.trainer.global_step + 1):
-            # Not `prog_bar=True`: Lightning would then read it, and wait for the GPU, after every step. Our bar reads
-            # it when it is drawn.
+            # Not `prog_bar=True`: Lightning would read it, and so wait for the GPU, after every step; our bar reads it
+            # when it is drawn.
             self.log("train/loss", loss)
             self.log("train/balance_loss", auxiliary.balance)
             if self.config.z_loss_weight:

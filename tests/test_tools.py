@@ -86,3 +86,45 @@ def test_vocabulary_cannot_shrink(tmp_path: Path) -> None:
 def test_four_sites_script_is_valid_shell_and_executable() -> None:
     assert os.access(SITES_SCRIPT, os.X_OK)
     assert subprocess.run(["bash", "-n", str(SITES_SCRIPT)], check=False).returncode == 0
+
+
+def test_bench_gpus_compares_runs_on_several_ranks(root: str, tmp_path: Path) -> None:
+    architecture = ["vocab_size=257", "d_model=16", "n_layers=2", "n_heads=2", "n_experts=4", "top_k=2", "d_expert=8"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(ROOT / "tools/bench_gpus.py"), "--root", root, "--output", str(tmp_path)]
+    command += ["--accelerator", "cpu", "--batch_size", "2", "--sequence_length", "16", "--local_steps", "4"]
+    command += ["--rounds", "2", "--repeats", "2", "--num_workers", "0", "--gloo", "[local_adamw]"]
+    command += ["--only", "[single,ddp,local_adamw,fomoe_2,fomoe_random_1]", "--save", "[fomoe_random_1]"]
+    command += [f"--model.architecture.{setting}" for setting in architecture]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "bench_gpus.json").read_text())
+    rows = {row["variant"]: row for row in results["summary"]}
+    assert set(rows) == {"single", "ddp", "local_adamw", "fomoe_2", "fomoe_random_1"}
+    assert all(row["ledger_is_formula"] for row in rows.values())
+    # Full replicas of FoMoE are LocalAdamW; the loss that all agree on is not that of other variants.
+    assert rows["fomoe_2"]["val_loss"] == rows["local_adamw"]["val_loss"]
+    assert len({row["val_loss"] for row in rows.values()}) == 4
+    # All experts together in one process give what the sites computed.
+    assert rows["fomoe_random_1"]["saved_val_loss"] == pytest.approx(rows["fomoe_random_1"]["val_loss"], rel=1e-5)
+    assert not list(tmp_path.glob("*.ckpt"))
+    # On a CPU both backends are gloo, and a run is repeated to the bit.
+    assert {found["largest"] for found in results["loss_distances"].values()} == {0.0}
+    assert len(results["scaling_efficiency"]["pairs"]) == 2
+
+
+def test_a_ledger_that_differs_from_the_formula_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    runs = load("gpu_runs")
+    seen = {
+        "local_seconds": [], "round_seconds": [], "losses": [], "val_loss": 0.0, "payload": {"dense": 3},
+        "wire": {"dense": 4}, "peak_mib": 0.0, "resident": 1,
+    }  # fmt: skip
+    assert runs.Seen(**seen, expected={"dense": [3, 4]}).ledger_is_formula
+    assert not runs.Seen(**seen, expected={"dense": [3, 5]}).ledger_is_formula
+
+
+def test_losses_are_compared_rank_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    a, b = ([{"losses": losses} for losses in ranks] for ranks in ([[1.0, 2.0], [3.0]], [[1.5, 2.0], [2.0, 9.0]]))
+    assert load("bench_gpus").distance(a, b) == {"mean": 0.5, "largest": 1.0}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch.utils.data import DataLoader
 
 from fomoe_pl.callbacks import (
     CommunicationMonitor,
@@ -383,7 +384,8 @@ def test_nothing_is_read_for_the_bar_between_its_updates(tmp_path: Path) -> None
     class Data(LightningDataModule):
         def train_dataloader(self) -> Any:
             tokens = torch.zeros(2, 4, dtype=torch.int64)
-            return [{"inputs": tokens, "targets": tokens, "domain": torch.zeros(2, dtype=torch.int64)}] * 2
+            batch = {"inputs": tokens, "targets": tokens, "domain": torch.zeros(2, dtype=torch.int64)}
+            return DataLoader([batch] * 2, batch_size=None)
 
     config = ModelConfig(d_model=8, n_layers=1, n_heads=1, d_expert=4, n_experts=2, top_k=1, vocab_size=8)
     trainer = Trainer(
