@@ -220,13 +220,17 @@ def test_a_name_is_its_file(name: str, root: str, monkeypatch: pytest.MonkeyPatc
         assert settings(file) == settings(named)
 
 
-def test_an_experiment_makes_a_run(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("files", "steps"),
+    [(["model/fomoe-153m", "experiment/four_sites_one_gpu"], 200), (["experiment/routing_eight_domains"], 832)],
+)
+def test_an_experiment_makes_a_run(root: str, monkeypatch: pytest.MonkeyPatch, files: list[str], steps: int) -> None:
     # On four processes of this machine instead of a GPU.
     here = ["--trainer.accelerator", "cpu", "--trainer.devices", "4", f"{STRATEGY}.share_device", "false"]
     corpus = ["--data.root", root, "--model.architecture.vocab_size", "257", "--trainer.logger", "false"]
-    files = [str(ROOT / "configs" / name) for name in ("model/fomoe-153m.yaml", "experiment/four_sites_one_gpu.yaml")]
-    built = build(["fit", "-c", files[0], "-c", files[1], *here, *corpus], monkeypatch)
-    assert (built.trainer.max_steps, built.trainer.num_devices) == (200, 4)
+    given = [word for name in files for word in ("-c", str(ROOT / "configs" / f"{name}.yaml"))]
+    built = build(["fit", *given, *here, *corpus], monkeypatch)
+    assert (built.trainer.max_steps, built.trainer.num_devices) == (steps, 4)
 
 
 def settings(strategy: Any) -> dict[str, Any]:

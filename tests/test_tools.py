@@ -13,7 +13,6 @@ import pytest
 from tokenizers import Tokenizer, models
 
 ROOT = Path(__file__).parents[1]
-SITES_SCRIPT = ROOT / "tools/gpu_four_sites.sh"
 
 
 def load(name: str) -> ModuleType:
@@ -83,9 +82,11 @@ def test_vocabulary_cannot_shrink(tmp_path: Path) -> None:
         load("pad_vocabulary").main([str(source), str(tmp_path / "none.json"), "--vocab_size", "1"])
 
 
-def test_four_sites_script_is_valid_shell_and_executable() -> None:
-    assert os.access(SITES_SCRIPT, os.X_OK)
-    assert subprocess.run(["bash", "-n", str(SITES_SCRIPT)], check=False).returncode == 0
+@pytest.mark.parametrize("script", ["gpu_four_sites", "gpu_routing"])
+def test_scripts_are_valid_shell_and_executable(script: str) -> None:
+    path = ROOT / f"tools/{script}.sh"
+    assert os.access(path, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
 
 
 def test_bench_gpus_compares_runs_on_several_ranks(root: str, tmp_path: Path) -> None:

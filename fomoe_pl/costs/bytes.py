@@ -94,7 +94,7 @@ def predict_bytes(
         validations: for each validation of the global model the number of optimizer steps taken before it; 0 for the
             sanity check. One at the end of a round comes after that round's migration.
         evaluation_windows: windows of batches in a validation; each gathers every layer once.
-        metric_bytes: bytes of the vector of metrics that a validation sums over the sites.
+        metric_bytes: bytes of the vector of metrics that a validation sums over the sites, see `metric_bytes_of`.
         param_dtype: dtype of the parameters, in which a validation gathers experts (buffers are float32).
 
     Returns:
@@ -127,6 +127,18 @@ def predict_bytes(
             if n_sites > 1 and metric_bytes:
                 ledger.all_reduce("evaluation", metric_bytes, n_sites)
     return ledger
+
+
+def metric_bytes_of(architecture: ModelConfig, n_domains: int) -> int:
+    """Payload of the sums that a validation adds over the sites, float64.
+
+    Nats, tokens and bytes of each domain; each expert's picks by domain; nats of three views, and their tokens.
+
+    Args:
+        architecture: The model.
+        n_domains: Domains of the corpus.
+    """
+    return 8 * (3 * n_domains + architecture.n_layers * n_domains * architecture.n_experts + 3 + 1)
 
 
 def control_bytes(

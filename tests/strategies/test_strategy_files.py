@@ -13,7 +13,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from fomoe_pl.callbacks import CommunicationMonitor, RoutingStability, ThroughputMonitor
-from fomoe_pl.costs.bytes import control_bytes, predict_bytes
+from fomoe_pl.costs.bytes import control_bytes, metric_bytes_of, predict_bytes
 from fomoe_pl.costs.counterfactual import ddp_step_bytes, replica_round_bytes
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.model.sizes import parameter_counts
@@ -70,8 +70,7 @@ def _fit_all(rank: int, root: str, folder: str) -> dict[str, dict[str, Any]]:
                 "validations": save.metrics,
                 "parameters": parameters(trainer),
                 "digest": strategy.federation.digest() if strategy.rounds_done else None,
-                # Nats, tokens and bytes of three domains, picks by layer, domain and expert, other views; float64.
-                "metric_bytes": (3 * 3 + 2 * 3 * 4 + 4) * 8,
+                "metric_bytes": metric_bytes_of(make_run(name, root, folder).config, 3),
             }
     return found
 
