@@ -14,7 +14,7 @@ import jsonargparse
 import pytest
 import yaml
 
-from fomoe_pl.cli import FoMoECLI
+from fomoe_pl.cli import FoMoECLI, main
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.data.prepare import prepare
 from fomoe_pl.federation.outer import OuterRule
@@ -59,7 +59,7 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
     patch.setattr("torch.cuda.is_available", lambda: True)  # some commands are for a machine that has one
     program, *rest = words
     patch.setattr(sys, "argv", rest if program == "python" else words)
-    if program != "python":
+    if program != "python" and rest[0] != "compare":
         ParsedOnly()
         return
     for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
@@ -70,7 +70,7 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(parser, "parse_args", stop)
     with pytest.raises(Parsed):
-        runpy.run_path(rest[0], run_name="__main__")
+        main(rest) if program != "python" else runpy.run_path(rest[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("command", PRINTED)
@@ -88,7 +88,7 @@ fomoe fit -c 'a b.yaml'  # why
 ```bash
 torchrun --nproc_per_node 4 -m fomoe_pl fit -c c.yaml
 srun fomoe validate
-python tools/summary.py runs/a
+python tools/compare_runs.py runs/a
 python -m pytest
 ```
 """
@@ -96,7 +96,7 @@ python -m pytest
         ["fomoe", "fit", "-c", "a b.yaml"],
         ["fomoe_pl", "fit", "-c", "c.yaml"],
         ["fomoe", "validate"],
-        ["python", "tools/summary.py", "runs/a"],
+        ["python", "tools/compare_runs.py", "runs/a"],
     ]
 
 
