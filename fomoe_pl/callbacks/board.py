@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from fomoe_pl.callbacks.communication import training_bytes, wire_bytes
 from fomoe_pl.callbacks.observed import MIB, observed_module, observed_strategy
-from fomoe_pl.callbacks.stability import RoundView
+from fomoe_pl.callbacks.stability import RoundView, RoutingStability
 from fomoe_pl.model.sizes import active_parameters, parameter_counts
 
 # Group -> chart -> tags; `*` stands for what follows.
@@ -61,12 +61,49 @@ CHARTS: dict[str, dict[str, list[str]]] = {
 }
 
 
-def layout() -> dict[str, dict[str, list[Any]]]:
-    """The charts as `SummaryWriter.add_custom_scalars` takes them: tags are regular expressions."""
-    return {
-        group: {chart: ["Multiline", [_pattern(tag) for tag in tags]] for chart, tags in charts.items()}
-        for group, charts in CHARTS.items()
-    }
+def layout(trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, list[Any]]]:
+    """The charts as `SummaryWriter.add_custom_scalars` takes them, without those that this run leaves empty.
+
+    Tags are regular expressions. A chart keeps all of its tags, because TensorBoard shows charts of several runs as one
+    only if they are the same.
+    """
+    absent = absent_tags(trainer, pl_module)
+    found: dict[str, dict[str, list[Any]]] = {}
+    for group, charts in CHARTS.items():
+        for chart, tags in charts.items():
+            if not all(tag.startswith(absent) for tag in tags):
+                found.setdefault(group, {})[chart] = ["Multiline", [_pattern(tag) for tag in tags]]
+    return found
+
+
+def absent_tags(trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]:
+    """Beginnings of the tags that a run of this kind never writes."""
+    strategy, module = observed_strategy(trainer), observed_module(pl_module)
+    residency, placement = module.transformer.residency, strategy.placement
+    stability = next((c for c in trainer.callbacks if isinstance(c, RoutingStability)), None)  # type: ignore[attr-defined]
+    absent: list[str] = []
+    if stability is None:
+        absent += ["routing/", "pseudo_gradient/"]
+    elif not stability.probe_sequences:
+        absent += [
+            f"routing/{name}" for name in ("churn", "sync_jump", "saturation", "gate_q", "row_", "site_", "probe")
+        ]
+    if stability is None or not stability.other_views_every:
+        absent += ["val/routing_necessity", "val/own_view_gap"]
+    if not strategy.has_rounds:
+        absent += [f"routing/{name}" for name in ("sync_jump", "site_agreement", "drift", "probe_loss_local")]
+        absent += ["pseudo_gradient/", "round/", "comm/replica", "comm/of_replica", "comm/sync_share"]
+    if residency.is_full(module.config):
+        absent += ["val/own_view_gap"]
+    if residency.is_full(module.config) or residency.routing == "partitioned":
+        absent += ["routing/ghost_"]
+    if placement is not None and all(len(sites) == 1 for sites in placement.holder_sets()):
+        absent += ["routing/drift"]
+        absent += ["routing/site_agreement"] if residency.routing == "partitioned" else []
+    if strategy.topology.n_sites == 1:
+        absent += ["routing/site_agreement", "pseudo_gradient/dense_drift", "pseudo_gradient/dense_cosine"]
+        absent += [f"comm/{name}" for name in ("ddp", "replica", "of_")]
+    return tuple(absent)
 
 
 def _pattern(tag: str) -> str:

@@ -59,7 +59,7 @@ class RunPictures(RoundCallback):
         if not self._draws:
             rank_zero_warn('RunPictures draws nothing without matplotlib: pip install "fomoe-pl[plots]"')
         for writer, folder in _writers(trainer):
-            writer.add_custom_scalars(board.layout())
+            writer.add_custom_scalars(board.layout(trainer, pl_module))
             saved = Path(folder, "config.yaml")
             configuration = saved.read_text() if saved.is_file() else None
             writer.add_text("run/configuration", board.introduction(trainer, pl_module, configuration))
