@@ -14,6 +14,7 @@ import jsonargparse
 import pytest
 import yaml
 
+from fomoe_pl.callbacks import RoutingStability, RunPictures
 from fomoe_pl.cli import FoMoECLI, main
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.data.prepare import prepare
@@ -146,6 +147,8 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
         ("configuration", "evaluation_window", FoMoEModule),
         ("configuration", "top_k", ModelConfig),
         ("configuration", "dirichlet_alpha", FoMoEData),
+        ("configuration", "probe_tokens", RoutingStability),
+        ("configuration", "every_n_rounds", RunPictures),
         ("data", "val_fraction", prepare),
     ],
 )

@@ -29,10 +29,9 @@ def _data_identity(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def _routing(trainer: Trainer) -> dict[str, float | None]:
-    """The last round's means, by the part of the tag in the middle; empty without `RoutingStability`."""
+    """Means of the last round, or of the last look, by the tag's middle part; empty without `RoutingStability`."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    views = [callback.view for callback in callbacks if isinstance(callback, RoutingStability)]
-    values = {} if not views or views[0] is None else views[0].values
+    values = next((callback.latest for callback in callbacks if isinstance(callback, RoutingStability)), {})
     return {tag.split("/")[1]: finite_or_none(value) for tag, value in values.items() if tag.endswith("/mean")}
 
 

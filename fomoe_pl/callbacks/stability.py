@@ -32,9 +32,9 @@ class RoundView:
 
     Attributes:
         health: picks of all sites in the round; of this rank in synchronous training.
-        values: everything that was logged of it.
-        drift_LE: relative drift of each expert's holders; None without rounds.
-        gates_LTK: gates on the probe; None without a probe.
+        values: what was measured of it.
+        drift_LE: relative drift of each expert's holders at the last look; None without rounds.
+        gates_LTK: gates on the probe at the last look; None without a probe.
     """
 
     health: RoutingHealth
@@ -74,10 +74,14 @@ class RoutingStability(RoundCallback, RoundObserver):
     - in some validations of the global model: routing necessity and the gap of the sites' own views
       (`fomoe_pl.metrics.validation`).
 
+    Loads are measured in every round. The first, every `every_n_rounds`-th and the last one are looked at in addition:
+    probe, drift, and the layers one by one, which cost more.
+
     Its numbers travel in the round's one control message. In synchronous training there is none: every `every_n_steps`
     steps it logs what rank 0 sees.
 
     Args:
+        every_n_rounds: Rounds from one look to the next.
         every_n_steps: Interval in synchronous training, in optimizer steps.
         probe_sequences: Sequences of the probe; 0 for no probe.
         probe_tokens: Tokens of each of them.
@@ -86,19 +90,27 @@ class RoutingStability(RoundCallback, RoundObserver):
     """
 
     def __init__(
-        self, every_n_steps: int = 10, probe_sequences: int = 8, probe_tokens: int = 64, other_views_every: int = 4
+        self,
+        every_n_rounds: int = 4,
+        every_n_steps: int = 10,
+        probe_sequences: int = 8,
+        probe_tokens: int = 64,
+        other_views_every: int = 4,
     ) -> None:
         super().__init__(every_n_steps)
         for name, value, least in (
-            ("probe_sequences", probe_sequences, 0), ("probe_tokens", probe_tokens, 1),
-            ("other_views_every", other_views_every, 0),
+            ("every_n_rounds", every_n_rounds, 1), ("probe_sequences", probe_sequences, 0),
+            ("probe_tokens", probe_tokens, 1), ("other_views_every", other_views_every, 0),
         ):  # fmt: skip
             if value < least:
                 raise ConfigError(f"trainer.callbacks.RoutingStability.{name}", value, f"must be at least {least}",
                                   "see docs/configuration.md for the defaults")  # fmt: skip
+        self.every_n_rounds = every_n_rounds
         self.probe_sequences, self.probe_tokens = probe_sequences, probe_tokens
         self.other_views_every = other_views_every
         self.view: RoundView | None = None
+        self.latest: dict[str, float] = {}
+        self._looking = True
         self._validations = 0
         self._history: list[tuple[int, Tensor]] = []
         self._stride, self._looks = 1, 0
@@ -119,15 +131,21 @@ class RoutingStability(RoundCallback, RoundObserver):
         self._after: Look | None = None
         self._last_picks: Tensor | None = None
         self._history.clear()
+        self.latest.clear()
         self._stride, self._looks = 1, 0
 
     def before_synchronization(self) -> None:
-        """Look at what this site has come to on its own."""
-        self._before = self._look()
+        """Look at what this site has come to on its own, if it is the round for it."""
+        strategy = observed_strategy(self._trainer)
+        last = self._steps_taken() == self._trainer.max_steps
+        self._looking = last or strategy.rounds_done % self.every_n_rounds == 0
+        if self._movement is not None:
+            self._movement.active = self._looking
+        self._before = self._look() if self._looking else None
 
     def after_synchronization(self) -> None:
         """Look at what the sites agreed on."""
-        self._after = self._look()
+        self._after = self._look() if self._looking else None
 
     def statistics(self) -> Tensor:
         """Everything that is added over the sites."""
@@ -147,8 +165,8 @@ class RoutingStability(RoundCallback, RoundObserver):
             "holders_LE": resident_LE,
             "scorers_LE": torch.ones_like(resident_LE) if residency.routing == "ghost" else resident_LE,
         }
-        if self._movement is not None:
-            parts |= {"dense": self._movement.dense.cpu(), "expert_LE": self._movement.expert_LE.cpu()}
+        if self._movement is not None and self._looking:
+            parts["dense"], parts["expert_LE"] = self._movement.sums()
         if self._before is not None and self._after is not None:
             before, after = self._before, self._after
             changed_L = torch.zeros_like(after.similarity_L)
@@ -172,7 +190,10 @@ class RoutingStability(RoundCallback, RoundObserver):
         health = RoutingHealth(module.config.n_layers, module.config.n_experts)
         health.load_states(parts["health"])
         module.routing_health.reset()
+        before = self.view
         view = self.view = RoundView(health, routing_values(health))
+        if before is not None:
+            view.drift_LE, view.gates_LTK = before.drift_LE, before.gates_LTK
         sites, holders_LE = parts["sites"], parts["holders_LE"]
         if "expert_LE" in parts:
             view.drift_LE = _movement_values(view.values, parts["dense"], parts["expert_LE"], sites, holders_LE)
@@ -191,8 +212,11 @@ class RoutingStability(RoundCallback, RoundObserver):
         """Log the round; without rounds, look at this rank."""
         if not observed_strategy(trainer).has_rounds:
             self._look_alone()
-        if trainer.is_global_zero and self.view is not None:
-            log(trainer, self.view.values)
+        assert self.view is not None
+        self.latest |= self.view.values
+        if trainer.is_global_zero:
+            values = self.view.values
+            log(trainer, values if self._looking else {k: v for k, v in values.items() if "/layer_" not in k})
 
     def _look_alone(self) -> None:
         health = observed_module(self._module).routing_health

@@ -142,7 +142,13 @@ def metric_bytes_of(architecture: ModelConfig, n_domains: int) -> int:
 
 
 def control_bytes(
-    architecture: ModelConfig, n_sites: int, *, watched: bool = False, probe_tokens: int = 0, monitored: bool = False
+    architecture: ModelConfig,
+    n_sites: int,
+    *,
+    watched: bool = False,
+    looked: bool = False,
+    probe_tokens: int = 0,
+    monitored: bool = False,
 ) -> int:
     """Payload of a round's control message: float64 numbers that are added over all sites.
 
@@ -150,18 +156,19 @@ def control_bytes(
         architecture: The model.
         n_sites: Number of sites M.
         watched: Whether `RoutingStability` is among the callbacks.
+        looked: Whether it looks at this round.
         probe_tokens: Tokens of its probe, sequences x tokens of each; 0 for no probe.
         monitored: Whether `CommunicationMonitor` is among the callbacks.
     """
     layers, cells = architecture.n_layers, architecture.n_layers * architecture.n_experts
     numbers = 3  # sum and number of the losses, and whether to stop
     if watched:
-        # Loads, live loads, scored, resident; holders, scorers; three squares of norms of each expert.
-        numbers += (4 + 2 + 3) * cells
-        numbers += layers + 1 + 1 + 3  # gate entropy, picks, sites, three squares of dense norms
+        # Loads, live loads, scored, resident; holders, scorers; gate entropy, picks, sites.
+        numbers += (4 + 2) * cells + layers + 1 + 1
+    if watched and looked:
+        numbers += 3 * cells + 3  # squares of norms, of each expert and dense
         if probe_tokens:
-            picked = cells * probe_tokens
-            numbers += 3 * layers + 2 + -(-picked // digits(n_sites))
+            numbers += 3 * layers + 2 + -(-cells * probe_tokens // digits(n_sites))
     numbers += n_sites if monitored else 0
     return 8 * numbers
 

@@ -18,7 +18,7 @@ class RoundObserver:
         """Look at the agreed values."""
 
     def statistics(self) -> Tensor:
-        """Numbers to add over all sites, flat float64, of the same length on all sites and in all rounds."""
+        """Numbers to add over all sites, flat float64, of the same length on all sites."""
         return torch.zeros(0, dtype=torch.float64)
 
     def receive(self, total: Tensor) -> None:

@@ -98,12 +98,11 @@ class SiteStrategy(Strategy):
         return own
 
     def watch_movement(self) -> Movement | None:
-        """Have every round fill a `Movement`; None where there are no rounds."""
+        """Have rounds fill a `Movement`; None where there are no rounds."""
         if self.federation is None:
             return None
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
-        device = next(self.transformer.parameters()).device
-        self.federation.movement = Movement(config.n_layers, config.n_experts, device)
+        self.federation.movement = Movement(config.n_layers, config.n_experts)
         return self.federation.movement
 
     @property

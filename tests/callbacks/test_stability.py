@@ -85,7 +85,7 @@ def _fit_all(rank: int, root: str, folder: str) -> dict[str, dict[str, Any]]:
     found = {}
     with launched_as(rank, SITES, folder):
         for name, (fault, settings) in RUNS.items():
-            stability = RoutingStability(1, 6, 7, other_views_every=1)
+            stability = RoutingStability(1, 1, 6, 7, other_views_every=1)
             brute = Brute(stability)
             planted = [] if FAULTS[fault] is None else [FAULTS[fault]()]
             run = Run(
@@ -227,6 +227,6 @@ def test_own_view_gap_is_only_where_experts_are_missing(found: list[Any]) -> Non
 
 
 def test_a_probe_that_cannot_be_is_refused(root: str, tmp_path: Path) -> None:
-    for settings in ({"probe_sequences": -1}, {"probe_tokens": 0}, {"other_views_every": -1}):
+    for settings in ({"every_n_rounds": 0}, {"probe_sequences": -1}, {"probe_tokens": 0}, {"other_views_every": -1}):
         with pytest.raises(ValueError, match="must be at least"):
             RoutingStability(**settings)
