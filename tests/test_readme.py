@@ -148,7 +148,7 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
         ("configuration", "top_k", ModelConfig),
         ("configuration", "dirichlet_alpha", FoMoEData),
         ("configuration", "probe_tokens", RoutingStability),
-        ("configuration", "every_n_rounds", RunPictures),
+        ("configuration", "draw_every", RunPictures),
         ("data", "val_fraction", prepare),
     ],
 )

@@ -26,6 +26,6 @@ def fit_all(rank: int, root: str, folder: str) -> None:
             )  # fmt: skip
             callbacks = [
                 RoutingStability(1, 2, other_views_every=1), CommunicationMonitor(2), ThroughputMonitor(2),
-                RunPictures(every_n_rounds=5, every_n_steps=2), RunReport(),
+                RunPictures(draw_every=5, every_n_steps=2), RunReport(),
             ]  # fmt: skip
             fit(run, rank, SITES, callbacks)

@@ -137,7 +137,7 @@ def bench(
     corpus = FoMoEData(data, sequence_length, batch_size)
     trainer.fit(FoMoEModule(architecture), corpus)
     watched, alone = switch.seconds[True], switch.seconds[False]
-    pictures._stability, pictures._ends = stability, pictures.every_n_rounds - 1
+    pictures._stability, pictures._ends = stability, pictures.draw_every - 1
     start = time.perf_counter()
     pictures.on_round_end(trainer, trainer.lightning_module)
     drawing = time.perf_counter() - start
@@ -152,13 +152,13 @@ def bench(
         "cost_of_watching": statistics.median(costs),
         "cost_range": [min(costs), max(costs)],
         "drawing_seconds": drawing,
-        "cost_of_drawing": drawing / (pictures.every_n_rounds * round_seconds),
+        "cost_of_drawing": drawing / (pictures.draw_every * round_seconds),
     }
     (folder / "bench_watching.json").write_text(json.dumps(results, indent=2) + "\n")
     print(
         f"round {round_seconds:.3f} s alone; watching {statistics.median(costs):+.2%} "
         f"(from {min(costs):+.2%} to {max(costs):+.2%} of {pairs} pairs); a drawing {drawing:.2f} s, "
-        f"every {pictures.every_n_rounds} rounds {results['cost_of_drawing']:.2%}"
+        f"every {pictures.draw_every} rounds {results['cost_of_drawing']:.2%}"
     )
     return results
 

@@ -33,17 +33,17 @@ class RunPictures(RoundCallback):
     loggers get nothing: their curves are whole without it. Pictures need matplotlib (`pip install "fomoe-pl[plots]"`).
 
     Args:
-        every_n_rounds: Rounds between two drawings; there is a last one when training ends. A drawing takes about two
+        draw_every: Rounds between two drawings; there is a last one when training ends. A drawing takes about two
             seconds, in which the other sites wait.
         every_n_steps: Steps that count as a round in synchronous training.
     """
 
-    def __init__(self, every_n_rounds: int = 64, every_n_steps: int = 10) -> None:
+    def __init__(self, draw_every: int = 64, every_n_steps: int = 10) -> None:
         super().__init__(every_n_steps)
-        if every_n_rounds < 1:
-            raise ConfigError("trainer.callbacks.RunPictures.every_n_rounds", every_n_rounds,
+        if draw_every < 1:
+            raise ConfigError("trainer.callbacks.RunPictures.draw_every", draw_every,
                               "must be at least 1 round", "64 is the default")  # fmt: skip
-        self.every_n_rounds = every_n_rounds
+        self.draw_every = draw_every
         self._ends = 0
         self._loads: list[tuple[int, Tensor]] = []
         self._stride = 1
@@ -89,7 +89,7 @@ class RunPictures(RoundCallback):
             self._loads.append((trainer.global_step, torch.where(scored_LE, load_LE / mean_L1, torch.nan)))
         if len(self._loads) > TIMELINE:
             self._loads, self._stride = self._loads[1::2], 2 * self._stride
-        if self._ends % self.every_n_rounds == 0:
+        if self._ends % self.draw_every == 0:
             self._draw(trainer, pl_module, view)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,7 +97,7 @@ class RunPictures(RoundCallback):
         if not trainer.is_global_zero:
             return
         view = None if self._stability is None else self._stability.view
-        if view is not None and self._ends % self.every_n_rounds:
+        if view is not None and self._ends % self.draw_every:
             with watching(trainer):
                 self._draw(trainer, pl_module, view)
         values = board.final_values(trainer, view)

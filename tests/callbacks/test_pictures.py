@@ -103,8 +103,8 @@ def test_pictures_stand_behind_what_they_draw(tmp_path: Path) -> None:
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=str(tmp_path), callbacks=[pictures, stability])
     with pytest.raises(ConfigError, match="Put RunPictures behind RoutingStability"):
         pictures._find_stability(trainer)
-    with pytest.raises(ConfigError, match="every_n_rounds = 0"):
-        RunPictures(every_n_rounds=0)
+    with pytest.raises(ConfigError, match="draw_every = 0"):
+        RunPictures(draw_every=0)
 
 
 def test_without_matplotlib_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
