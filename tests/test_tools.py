@@ -129,3 +129,17 @@ def test_losses_are_compared_rank_by_rank(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     a, b = ([{"losses": losses} for losses in ranks] for ranks in ([[1.0, 2.0], [3.0]], [[1.5, 2.0], [2.0, 9.0]]))
     assert load("bench_gpus").distance(a, b) == {"mean": 0.5, "largest": 1.0}
+
+
+def test_bench_watching_times_rounds_by_kind(root: str, tmp_path: Path) -> None:
+    architecture = ["vocab_size=257", "d_model=16", "n_layers=2", "n_heads=2", "n_experts=4", "top_k=2", "d_expert=8"]
+    command = [sys.executable, str(ROOT / "tools/bench_watching.py"), "--data", root, "--output", str(tmp_path)]
+    command += ["--accelerator", "cpu", "--batch_size", "2", "--sequence_length", "16", "--local_steps", "2"]
+    command += ["--pairs", "4", *(f"--model.architecture.{setting}" for setting in architecture)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "bench_watching.json").read_text())
+    assert {kind: len(times) for kind, times in results["seconds_of_rounds"].items()} == {
+        "alone": 4, "watched": 2, "looked": 2
+    }  # fmt: skip
+    assert results["drawing_seconds"] > 0

@@ -2,8 +2,10 @@
 
 `python tools/bench_watching.py -c configs/model/fomoe-153m.yaml --data runs/data/sample --output runs/bench_watching`
 
-A block is a whole round of one site, so that what happens at rounds is in it. The corpus gives text to train on and the
-probe; its vocabulary may be smaller than the model's. Drawing happens less often than a round: it is timed alone.
+A block is a whole round of one site, so that what happens at rounds is in it. Every second round is watched, and of
+these every second one is looked at; the cost at the defaults counts looks as often as RoutingStability takes them.
+The corpus gives text to train on and the probe; its vocabulary may be smaller than the model's. Drawing happens less
+often than a round: it is timed alone.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Switch(L.Callback):
 
     def __init__(self, callbacks: list[L.Callback]) -> None:
         self.callbacks = callbacks
-        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+        self.seconds: dict[str, list[float]] = {"alone": [], "watched": [], "looked": []}
         self._on = True
         self._start = 0.0
         self._hidden: tuple[list[RoundObserver], Any] = ([], None)
@@ -79,7 +81,9 @@ class Switch(L.Callback):
         if trainer.global_step % strategy.schedule.segments[0][1] == 0:
             now = self._now()
             if strategy.rounds_done > WARMUP_ROUNDS:
-                self.seconds[self._on].append(now - self._start)
+                looked = any(isinstance(c, RoutingStability) and c._looking for c in self.callbacks)
+                kind = "alone" if not self._on else "looked" if looked else "watched"
+                self.seconds[kind].append(now - self._start)
             self._on = not self._on
             shown = (strategy.observers, strategy.federation.movement)
             strategy.observers, strategy.federation.movement = self._hidden
@@ -106,7 +110,7 @@ def bench(
     batch_size: int = 16,
     sequence_length: int = 2048,
     local_steps: int = 32,
-    pairs: int = 5,
+    pairs: int = 6,
 ) -> dict[str, Any]:
     """Measure, print and write `bench_watching.json`.
 
@@ -136,29 +140,29 @@ def bench(
     )  # fmt: skip
     corpus = FoMoEData(data, sequence_length, batch_size)
     trainer.fit(FoMoEModule(architecture), corpus)
-    watched, alone = switch.seconds[True], switch.seconds[False]
     pictures._stability, pictures._ends = stability, pictures.draw_every - 1
     start = time.perf_counter()
     pictures.on_round_end(trainer, trainer.lightning_module)
     drawing = time.perf_counter() - start
-    costs = [a / b - 1 for a, b in zip(watched, alone, strict=True)]
-    round_seconds = statistics.median(alone)
+    alone, watched, looked = (statistics.median(switch.seconds[kind]) for kind in ("alone", "watched", "looked"))
+    share = 1 / stability.every_n_rounds
+    cost = share * looked + (1 - share) * watched - alone
+    of_a_drawing = drawing / pictures.draw_every
     results = {
         "device": torch.cuda.get_device_name() if accelerator == "gpu" else "cpu",
         "torch": torch.__version__,
         "settings": {"batch_size": batch_size, "sequence_length": sequence_length, "local_steps": local_steps},
-        "watched_seconds": watched,
-        "alone_seconds": alone,
-        "cost_of_watching": statistics.median(costs),
-        "cost_range": [min(costs), max(costs)],
+        "seconds_of_rounds": switch.seconds,
+        "cost_of_watching": cost / alone,
         "drawing_seconds": drawing,
-        "cost_of_drawing": drawing / (pictures.draw_every * round_seconds),
+        "cost_of_drawing": of_a_drawing / alone,
     }
     (folder / "bench_watching.json").write_text(json.dumps(results, indent=2) + "\n")
+    spread = [f"{kind} {min(of):.3f} to {max(of):.3f}" for kind, of in switch.seconds.items()]
     print(
-        f"round {round_seconds:.3f} s alone; watching {statistics.median(costs):+.2%} "
-        f"(from {min(costs):+.2%} to {max(costs):+.2%} of {pairs} pairs); a drawing {drawing:.2f} s, "
-        f"every {pictures.draw_every} rounds {results['cost_of_drawing']:.2%}"
+        f"a round {alone:.3f} s alone, {watched:.3f} s watched, {looked:.3f} s looked at ({', '.join(spread)}); "
+        f"at the defaults watching costs {cost / alone:+.2%} and drawing {of_a_drawing / alone:+.2%} "
+        f"({drawing:.2f} s each)"
     )
     return results
 
