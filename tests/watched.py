@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from fomoe_pl.callbacks import CommunicationMonitor, RoutingStability, RunPictures, RunReport, ThroughputMonitor
 from tests.training import Run, fit, launched_as
@@ -18,7 +18,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 def fit_all(rank: int, root: str, folder: str) -> None:
     with launched_as(rank, SITES, folder):
         for name, (strategy, settings) in RUNS.items():
-            logger = TensorBoardLogger(folder, name=name, version="", default_hp_metric=False)
+            logger = [
+                TensorBoardLogger(folder, name=name, version="", default_hp_metric=False),
+                CSVLogger(folder, name=f"{name}_csv", version=""),
+            ]
             run = Run(
                 root=root, folder=folder, strategy=strategy, settings=settings,
                 trainer={"max_steps": 16, "val_check_interval": 8, "limit_val_batches": None, "logger": logger,

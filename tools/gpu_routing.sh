@@ -7,7 +7,9 @@
 #   python data/make_eight_sites.py runs/eight_sites --mb-per-site 6
 #   python tools/prepare_data.py --source runs/eight_sites/*.txt --separator '\x1e' --tokenizer bpe:8192 \
 #     --tokenizer_mb 16 --output runs/data/eight_sites_8192
-# PYTHON names the interpreter, RUNS the folder for runs (runs/routing), LIMIT the most seconds of a run (none).
+# On a CPU: tools/gpu_routing.sh ghost_2= -- -c configs/experiment/routing_cpu.yaml
+# PYTHON names the interpreter, RUNS the folder for runs (runs/routing), LIMIT the most seconds of a run (none), PACK a
+# tar.gz that all runs are packed into at the end (none).
 set -eu
 cd "$(dirname "$0")/.."
 if [ -x .venv/bin/python ]; then default=.venv/bin/python; else default=python3; fi
@@ -36,4 +38,5 @@ for entry in $names; do
 done
 failed=0
 for process in $processes; do wait "$process" || failed=1; done
+if [ -n "${PACK:-}" ]; then tar -czf "$PACK" -C "$runs" .; fi
 exit $failed

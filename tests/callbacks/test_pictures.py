@@ -72,6 +72,13 @@ def test_pictures_are_there_and_not_blank(events: EventAccumulator, tmp_path: Pa
     assert len(events.Tags()["histograms"]) == 2  # gates of each layer
 
 
+def test_another_logger_has_the_same_curves(events: EventAccumulator) -> None:
+    path = Path(events.path)
+    columns = (path.parent / f"{path.name}_csv" / "metrics.csv").read_text().splitlines()[0].split(",")
+    tags = {tag for tag in events.Tags()["scalars"] if not tag.startswith("final/")}  # these are TensorBoard's own
+    assert tags <= {*columns}
+
+
 def test_final_values_stand_beside_the_settings(events: EventAccumulator) -> None:
     metadata = events.SummaryMetadata("_hparams_/session_start_info")
     start = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info
