@@ -81,13 +81,14 @@ def summary(job: Job, variant: str, runs: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def distance(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean and largest difference of two runs' training losses, rank by rank and step by step, nats a token."""
+    """Median, mean and largest difference of two runs' losses, rank by rank and step by step, nats a token."""
     differences = [
         abs(x - y)
         for one, other in zip(a, b, strict=True)
         for x, y in zip(one["losses"], other["losses"], strict=False)
     ]
-    return {"mean": statistics.fmean(differences), "largest": max(differences)}
+    median, mean = statistics.median(differences), statistics.fmean(differences)
+    return {"median": median, "mean": mean, "largest": max(differences)}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
