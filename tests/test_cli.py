@@ -141,7 +141,7 @@ def test_a_run_logs_what_the_documents_list(trained: Path) -> None:
     tags = set(events.Tags()["scalars"])
     assert tags >= {
         "train/loss", "train/grad_norm", "train/learning_rate", "tokens/site", "tokens/global", "val/loss",
-        "val/bits_per_byte/sea", "round/train_loss", "comm/wire(MiB)/dense", "comm/payload(MiB)/moments",
+        "val/bits_per_byte/sea", "round/train_loss", "comm/wire_MiB/dense", "comm/payload_MiB/moments",
     }  # fmt: skip
     warmup = 24  # the quickstart's
     assert [e.value for e in events.Scalars("train/learning_rate")] == pytest.approx(

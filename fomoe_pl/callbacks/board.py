@@ -16,7 +16,7 @@ CHARTS: dict[str, dict[str, list[str]]] = {
         "loss (nats a token)": ["round/train_loss", "val/loss"],
         "bits per byte": ["val/bits_per_byte"],
         "bits per byte by domain": ["val/bits_per_byte/*"],
-        "what routing is worth (nats a token)": ["val/routing_necessity(nats)", "val/own_view_gap(nats)"],
+        "what routing is worth (nats a token)": ["val/routing_necessity_nats", "val/own_view_gap_nats"],
     },
     "2 Are experts alive?": {
         "load entropy (1 = even)": ["routing/load_entropy/mean", "routing/live_load_entropy/mean", "val/load_entropy"],
@@ -33,29 +33,29 @@ CHARTS: dict[str, dict[str, list[str]]] = {
         "gates of the picks (quantiles)": ["routing/gate_q10/mean", "routing/gate_q50/mean", "routing/gate_q90/mean"],
         "gate entropy (1 = undecided)": ["routing/gate_entropy/mean"],
         "similarity of router rows (cosine)": ["routing/row_similarity/mean"],
-        "domain information of a pick (bits)": ["val/domain_information(bits)"],
+        "domain information of a pick (bits)": ["val/domain_information_bits"],
     },
     "4 Do sites stay together?": {
         "agreement of routers before averaging": ["routing/site_agreement/mean"],
         "drift of holders (relative)": ["routing/drift/mean", "pseudo_gradient/dense_drift"],
         "cosine of pseudo-gradients": ["routing/drift_cosine/mean", "pseudo_gradient/dense_cosine"],
         "norm of the averaged pseudo-gradient": ["pseudo_gradient/dense_norm", "pseudo_gradient/expert_norm/mean"],
-        "probe loss around averaging (nats)": ["routing/probe_loss_local(nats)", "routing/probe_loss(nats)"],
+        "probe loss around averaging (nats)": ["routing/probe_loss_local_nats", "routing/probe_loss_nats"],
     },
     "5 Communication": {
         "sent for training by site 0 (MiB)": [
-            "comm/training_wire(MiB)",
-            "comm/ddp_wire(MiB)",
-            "comm/replica_wire(MiB)",
+            "comm/training_wire_MiB",
+            "comm/ddp_wire_MiB",
+            "comm/replica_wire_MiB",
         ],
-        "a round by kind (MiB)": ["comm/round_wire(MiB)/*"],
+        "a round by kind (MiB)": ["comm/round_wire_MiB/*"],
         "sent, over DDP and full replicas": ["comm/of_ddp", "comm/of_replica"],
-        "modelled time (s)": ["comm/modelled(s)/*"],
+        "modelled time (s)": ["comm/modelled_s/*"],
         "share of time in synchronisation": ["comm/sync_share"],
     },
     "6 Speed and memory": {
-        "tokens a second of a site": ["throughput/local(tokens per s)", "throughput/with_sync(tokens per s)"],
-        "TFLOP/s": ["throughput/nominal(TFLOP per s)", "throughput/executed(TFLOP per s)"],
+        "tokens a second of a site": ["throughput/local_tokens_per_s", "throughput/with_sync_tokens_per_s"],
+        "TFLOP/s": ["throughput/nominal_TFLOP_per_s", "throughput/executed_TFLOP_per_s"],
         "memory (MiB)": ["memory/*"],
     },
 }
@@ -129,7 +129,7 @@ def introduction(trainer: Trainer, pl_module: LightningModule, configuration: st
 def final_values(trainer: Trainer, view: RoundView | None) -> dict[str, float]:
     """Numbers of a run that has ended, by `final/<name>`."""
     strategy = observed_strategy(trainer)
-    values = {"final/training_wire(MiB)": training_bytes(wire_bytes(strategy.ledger)) / MIB}
+    values = {"final/training_wire_MiB": training_bytes(wire_bytes(strategy.ledger)) / MIB}
     for name in ("bits_per_byte", "loss"):
         if f"val/{name}" in trainer.callback_metrics:
             values[f"final/{name}"] = float(trainer.callback_metrics[f"val/{name}"])

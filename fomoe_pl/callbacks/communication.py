@@ -35,19 +35,19 @@ def training_bytes(by_kind: dict[str, int]) -> int:
 class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
     """Logs bytes and synchronisation time; of site 0 where nothing else is said.
 
-    - `comm/payload(MiB)/<kind>` and `comm/wire(MiB)/<kind>`: since the start of the run;
-    - `comm/round_wire(MiB)/<kind>`: since the last time, so a round and the evaluation before it;
-    - `comm/training_wire(MiB)`: since the start of the run, without evaluation and checkpoints;
-    - `comm/site_wire(MiB)/site_<ii>` and `comm/all_sites_wire(MiB)`: all kinds since the start of the run, up to the
+    - `comm/payload_MiB/<kind>` and `comm/wire_MiB/<kind>`: since the start of the run;
+    - `comm/round_wire_MiB/<kind>`: since the last time, so a round and the evaluation before it;
+    - `comm/training_wire_MiB`: since the start of the run, without evaluation and checkpoints;
+    - `comm/site_wire_MiB/site_<ii>` and `comm/all_sites_wire_MiB`: all kinds since the start of the run, up to the
       round's control message, which carries them;
-    - `comm/wire_per_token(B)`: wire bytes of all kinds over this site's tokens, both since this process started to
+    - `comm/wire_per_token_B`: wire bytes of all kinds over this site's tokens, both since this process started to
       train (FoMoE, arXiv 2606.19025, cost model: bytes a site over the tokens of its local batches);
-    - `comm/ddp_wire(MiB)`, `comm/replica_wire(MiB)`: what the same steps would have sent with data parallelism, and the
+    - `comm/ddp_wire_MiB`, `comm/replica_wire_MiB`: what the same steps would have sent with data parallelism, and the
       same rounds with full-replica DiLoCo (`fomoe_pl.costs.counterfactual`); `comm/of_ddp`, `comm/of_replica`: the
       training bytes over these;
-    - `comm/sync(s)`: since the start of the run; `comm/sync_share`: its part of the training time of this process;
-    - `comm/bandwidth(MiB per s)`: training bytes of the last round over its synchronisation time;
-    - `comm/modelled(s)/<link>`: local time plus this process's training bytes over links of 0.1, 1 and 10 Gbit/s,
+    - `comm/sync_s`: since the start of the run; `comm/sync_share`: its part of the training time of this process;
+    - `comm/bandwidth_MiB_per_s`: training bytes of the last round over its synchronisation time;
+    - `comm/modelled_s/<link>`: local time plus this process's training bytes over links of 0.1, 1 and 10 Gbit/s,
       without latency;
     - `round/<name>`: the strategy's means over all sites, after a round.
 
@@ -99,15 +99,15 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
             return
         strategy = observed_strategy(trainer)
         wire, payload = wire_bytes(strategy.ledger), payload_bytes(strategy.ledger)
-        values = {f"comm/payload(MiB)/{kind}": n / MIB for kind, n in payload.items()}
-        values |= {f"comm/wire(MiB)/{kind}": n / MIB for kind, n in wire.items()}
-        values |= {f"comm/round_wire(MiB)/{kind}": (n - self._wire[kind]) / MIB for kind, n in wire.items()}
-        values["comm/training_wire(MiB)"] = training_bytes(wire) / MIB
-        values |= {f"comm/site_wire(MiB)/site_{site:02d}": n / MIB for site, n in enumerate(self._site_wire)}
+        values = {f"comm/payload_MiB/{kind}": n / MIB for kind, n in payload.items()}
+        values |= {f"comm/wire_MiB/{kind}": n / MIB for kind, n in wire.items()}
+        values |= {f"comm/round_wire_MiB/{kind}": (n - self._wire[kind]) / MIB for kind, n in wire.items()}
+        values["comm/training_wire_MiB"] = training_bytes(wire) / MIB
+        values |= {f"comm/site_wire_MiB/site_{site:02d}": n / MIB for site, n in enumerate(self._site_wire)}
         if self._site_wire:
-            values["comm/all_sites_wire(MiB)"] = sum(self._site_wire) / MIB
+            values["comm/all_sites_wire_MiB"] = sum(self._site_wire) / MIB
         tokens = observed_module(pl_module).tokens_seen - self._tokens_at_start
-        values["comm/wire_per_token(B)"] = (wire["total"] - self._wire_at_start["total"]) / tokens
+        values["comm/wire_per_token_B"] = (wire["total"] - self._wire_at_start["total"]) / tokens
         values |= self._compared(training_bytes(wire), trainer.global_step, strategy.rounds_done)
         values |= self._times(wire, strategy.sync_seconds)
         values |= {f"round/{name}": value for name, value in strategy.round_stats.items()}
@@ -118,17 +118,17 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
         values: dict[str, float] = {}
         for name, n in (("ddp", steps * self._ddp_step), ("replica", rounds * self._replica_round)):
             if n:  # one site sends nothing with any method, and without rounds there is no DiLoCo to compare with
-                values |= {f"comm/{name}_wire(MiB)": n / MIB, f"comm/of_{name}": sent / n}
+                values |= {f"comm/{name}_wire_MiB": n / MIB, f"comm/of_{name}": sent / n}
         return values
 
     def _times(self, wire: dict[str, int], sync_seconds: float) -> dict[str, float]:
         values = {
-            "comm/sync(s)": sync_seconds, "comm/sync_share": self.trained.sync_seconds / self.trained.seconds,
+            "comm/sync_s": sync_seconds, "comm/sync_share": self.trained.sync_seconds / self.trained.seconds,
         }  # fmt: skip
         if sync_seconds > self._sync_seconds:
             in_round = training_bytes(wire) - training_bytes(self._wire)
-            values["comm/bandwidth(MiB per s)"] = in_round / MIB / (sync_seconds - self._sync_seconds)
+            values["comm/bandwidth_MiB_per_s"] = in_round / MIB / (sync_seconds - self._sync_seconds)
         sent = training_bytes(wire) - training_bytes(self._wire_at_start)
         for link in LINKS:
-            values[f"comm/modelled(s)/{link:g}Gbps"] = self.trained.local_seconds + 8 * sent / (link * 1e9)
+            values[f"comm/modelled_s/{link:g}Gbps"] = self.trained.local_seconds + 8 * sent / (link * 1e9)
         return values

@@ -204,7 +204,7 @@ class RoutingStability(RoundCallback, RoundObserver):
             agreement_L = site_agreement(sites_LTE, parts["scorers_LE"])
             view.values |= by_layer("routing/site_agreement", agreement_L)
             view.values |= by_layer("routing/sync_jump", parts["jump_L"] / sites)
-            view.values["routing/probe_loss_local(nats)"] = float(parts["losses"][0] / sites)
+            view.values["routing/probe_loss_local_nats"] = float(parts["losses"][0] / sites)
             churn_L, similarity_L = parts["churn_L"] / sites, parts["similarity_L"] / sites
             self._remember(self._after, churn_L, similarity_L, parts["losses"][1] / sites)
 
@@ -240,7 +240,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         if self._last_picks is not None:
             values |= by_layer("routing/churn", churn_L)
         values |= by_layer("routing/row_similarity", similarity_L)
-        values["routing/probe_loss(nats)"] = float(loss)
+        values["routing/probe_loss_nats"] = float(loss)
         for q in QUANTILES:
             values |= by_layer(f"routing/gate_q{q * 100:.0f}", look.gates_LTK.flatten(1).quantile(q, dim=1))
         self.view.gates_LTK = look.gates_LTK

@@ -118,16 +118,16 @@ def held_bytes(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
 class ThroughputMonitor(TimedCallback, RoundObserver):
     """Logs site 0's speed over the last window, and its memory.
 
-    - `throughput/local(tokens per s)`: one site's local steps, synchronisation and watching excluded;
-    - `throughput/with_sync(tokens per s)`: one site, everything between two steps included;
-    - `throughput/with_sync_global(tokens per s)`: the same of all sites, which all wait for each other;
-    - `throughput/nominal(TFLOP per s)`: local speed times the FLOPs of a token with top-k experts, forward and
-      backward; `throughput/executed(TFLOP per s)`: times those of the picks that residents executed, measured over the
+    - `throughput/local_tokens_per_s`: one site's local steps, synchronisation and watching excluded;
+    - `throughput/with_sync_tokens_per_s`: one site, everything between two steps included;
+    - `throughput/with_sync_global_tokens_per_s`: the same of all sites, which all wait for each other;
+    - `throughput/nominal_TFLOP_per_s`: local speed times the FLOPs of a token with top-k experts, forward and
+      backward; `throughput/executed_TFLOP_per_s`: times those of the picks that residents executed, measured over the
       last round, and so missing before the first one ends;
     - `throughput/mfu_nominal`, `throughput/mfu_executed`: the same over the device's peak, where Lightning knows that;
-    - `time/train(s)`, `time/watch(s)`: since this process started to train, validation and checkpoints excluded;
-    - `memory/peak(MiB)`: tensors on a GPU, or the process's resident set on a CPU;
-    - `memory/<part>(MiB)`: parameters, gradients, moments, anchors (with outer momentum), and on a GPU
+    - `time/train_s`, `time/watch_s`: since this process started to train, validation and checkpoints excluded;
+    - `memory/peak_MiB`: tensors on a GPU, or the process's resident set on a CPU;
+    - `memory/<part>_MiB`: parameters, gradients, moments, anchors (with outer momentum), and on a GPU
       `activations_and_rest`, what the peak has beyond them.
 
     Args:
@@ -173,18 +173,18 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
             return
         _, batch, _ = rest
         values = {
-            "throughput/local(tokens per s)": window.local_rate,
-            "throughput/with_sync(tokens per s)": window.rate,
-            "throughput/with_sync_global(tokens per s)": window.rate * observed_strategy(trainer).topology.n_sites,
-            "time/train(s)": self.trained.seconds,
-            "time/watch(s)": self.trained.watch_seconds,
+            "throughput/local_tokens_per_s": window.local_rate,
+            "throughput/with_sync_tokens_per_s": window.rate,
+            "throughput/with_sync_global_tokens_per_s": window.rate * observed_strategy(trainer).topology.n_sites,
+            "time/train_s": self.trained.seconds,
+            "time/watch_s": self.trained.watch_seconds,
         }
         values |= self._flops(window, batch["inputs"].shape[1])
         peak, held = peak_memory(pl_module.device), held_bytes(trainer, pl_module)
-        values["memory/peak(MiB)"] = peak
-        values |= {f"memory/{part}(MiB)": n / MIB for part, n in held.items()}
+        values["memory/peak_MiB"] = peak
+        values |= {f"memory/{part}_MiB": n / MIB for part, n in held.items()}
         if pl_module.device.type == "cuda":
-            values["memory/activations_and_rest(MiB)"] = peak - sum(held.values()) / MIB
+            values["memory/activations_and_rest_MiB"] = peak - sum(held.values()) / MIB
         log(trainer, values)
 
     def _flops(self, window: Interval, sequence_length: int) -> dict[str, float]:
@@ -197,7 +197,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
             # What is nominal has no ghosts, and no router with fewer rows.
             n_scored = config.n_experts if name == "nominal" else scored
             flops = training_flops_per_token(config, sequence_length, executed_picks=picks, n_scored=n_scored)
-            values[f"throughput/{name}(TFLOP per s)"] = flops * window.local_rate / 1e12
+            values[f"throughput/{name}_TFLOP_per_s"] = flops * window.local_rate / 1e12
             if self._peak_flops:
                 values[f"throughput/mfu_{name}"] = flops * window.local_rate / self._peak_flops
         return values

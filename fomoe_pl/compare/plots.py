@@ -16,8 +16,8 @@ MIB = 2**20
 BITS = "bits per byte, global model"
 AGAINST = {
     "tokens/global": ("tokens of all sites (millions)", 1e-6),
-    "comm/training_wire(MiB)": ("sent by site 0 for training (MiB)", 1.0),
-    "time/train(s)": ("training time (s)", 1.0),
+    "comm/training_wire_MiB": ("sent by site 0 for training (MiB)", 1.0),
+    "time/train_s": ("training time (s)", 1.0),
 }
 ROUTING = {
     "routing/load_entropy/mean": "load entropy (1 = even)",
@@ -27,8 +27,8 @@ ROUTING = {
     "routing/saturation/mean": "share of the last picks",
     "routing/site_agreement/mean": "agreement of sites before averaging",
     "routing/drift/mean": "relative drift of holders",
-    "val/routing_necessity(nats)": "routing necessity (nats a token)",
-    "val/domain_information(bits)": "domain information of a pick (bits)",
+    "val/routing_necessity_nats": "routing necessity (nats a token)",
+    "val/domain_information_bits": "domain information of a pick (bits)",
 }
 
 
@@ -69,7 +69,7 @@ def pareto(runs: Sequence[Run]) -> Figure | None:
     axes.plot(*zip(*front, strict=True), color="0.6", linestyle="--", zorder=1, label="not beaten in both")
     for i, (x, y) in zip(shown, points, strict=True):
         axes.scatter(x, y, color=f"C{i}", zorder=2, label=runs[i].name)
-    axes.set(xlabel=AGAINST["comm/training_wire(MiB)"][0], ylabel=BITS)
+    axes.set(xlabel=AGAINST["comm/training_wire_MiB"][0], ylabel=BITS)
     axes.grid(alpha=0.3)
     axes.margins(0.1)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))

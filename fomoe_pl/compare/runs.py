@@ -17,7 +17,7 @@ from fomoe_pl.errors import ConfigError
 
 Floats = NDArray[np.float64]
 QUALITY = "val/bits_per_byte"
-WANTED = ("routing/", "val/", "tokens/global", "comm/training_wire(MiB)", "time/train(s)", "round/")
+WANTED = ("routing/", "val/", "tokens/global", "comm/training_wire_MiB", "time/train_s", "round/")
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ ROUTING = (
     Column("churn", _routing("churn"), ".3f"),
     Column("sites agree", _routing("site_agreement"), ".3f"),
     Column("drift", _routing("drift"), ".4f"),
-    Column("necessity nats", lambda r: r["validation"].get("val/routing_necessity(nats)"), ".3f"),
-    Column("domain bits", lambda r: r["validation"].get("val/domain_information(bits)"), ".3f"),
+    Column("necessity nats", lambda r: r["validation"].get("val/routing_necessity_nats"), ".3f"),
+    Column("domain bits", lambda r: r["validation"].get("val/domain_information_bits"), ".3f"),
 )
 
 

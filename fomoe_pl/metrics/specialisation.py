@@ -64,7 +64,7 @@ class DomainLoad(FlatSumMetric):
         self.load_LNE = load_LNE
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``domain_information(bits)`` and the load's ``load_entropy``, ``max_violation``, ``starved_experts``.
+        """Return ``domain_information_bits`` and the load's ``load_entropy``, ``max_violation``, ``starved_experts``.
 
         Each as the mean of the layers and as ``<name>/layer_<ii>``, 0-dim float64 on the CPU.
         """
@@ -72,7 +72,7 @@ class DomainLoad(FlatSumMetric):
         load_LE = load_LNE.sum(dim=1)
         scored_LE = torch.ones_like(load_LE, dtype=torch.bool)
         statistics = {
-            "domain_information(bits)": domain_information(load_LNE),
+            "domain_information_bits": domain_information(load_LNE),
             "load_entropy": load_entropy(load_LE, scored_LE),
             "max_violation": max_violation(load_LE, scored_LE),
             "starved_experts": starved_experts(load_LE, scored_LE),

@@ -9,16 +9,16 @@ from fomoe_pl.metrics.flat import FlatSumMetric
 from fomoe_pl.metrics.language import IGNORED, LanguageModelMetric
 from fomoe_pl.metrics.specialisation import DomainLoad
 
-ROUTING_NECESSITY, OWN_VIEW_GAP = "routing_necessity(nats)", "own_view_gap(nats)"
+ROUTING_NECESSITY, OWN_VIEW_GAP = "routing_necessity_nats", "own_view_gap_nats"
 
 
 class OtherViews(FlatSumMetric):
     """Loss of the same text under random routing, and under the sites' own views, less that of the global model.
 
-    - ``routing_necessity(nats)``: random routing takes the gates of the learned picks, but experts drawn evenly. It
+    - ``routing_necessity_nats``: random routing takes the gates of the learned picks, but experts drawn evenly. It
       alone tells of experts that have become interchangeable: near 0, learned routing is worth nothing
       (after CASSANDRA's Chorus study; formula with gates kept is this project's).
-    - ``own_view_gap(nats)``: a site's own view skips what is not resident (ghost routing) or chooses among its
+    - ``own_view_gap_nats``: a site's own view skips what is not resident (ghost routing) or chooses among its
       residents (partitioned); mean of the sites.
     """
 

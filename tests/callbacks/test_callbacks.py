@@ -175,40 +175,40 @@ def test_communication_by_hand(run: Run, clock: SimpleNamespace) -> None:
     clock.now += 2
     run.step(callback, round_end=True)
     first, second = (values for _, values in run.logger.lines)
-    assert first["comm/payload(MiB)/dense"] == 8
-    assert first["comm/wire(MiB)/dense"] == 12
-    assert first["comm/wire(MiB)/expert"] == 4
-    assert first["comm/wire(MiB)/total"] == 7 + 16
-    assert first["comm/round_wire(MiB)/total"] == 16
-    assert first["comm/sync(s)"] == 0.5
-    assert first["comm/wire_per_token(B)"] == pytest.approx(16 * MIB / 100)
+    assert first["comm/payload_MiB/dense"] == 8
+    assert first["comm/wire_MiB/dense"] == 12
+    assert first["comm/wire_MiB/expert"] == 4
+    assert first["comm/wire_MiB/total"] == 7 + 16
+    assert first["comm/round_wire_MiB/total"] == 16
+    assert first["comm/sync_s"] == 0.5
+    assert first["comm/wire_per_token_B"] == pytest.approx(16 * MIB / 100)
     assert first["round/train_loss"] == 2.5
-    assert second["comm/payload(MiB)/total"] == 7 + 8 + 4 + 8 + 3
-    assert second["comm/round_wire(MiB)/dense"] == 12
-    assert second["comm/round_wire(MiB)/expert"] == 0
-    assert second["comm/round_wire(MiB)/total"] == 15
-    assert second["comm/wire_per_token(B)"] == pytest.approx(31 * MIB / 200)
-    assert second["comm/training_wire(MiB)"] == 7 + 16 + 12
-    assert second["comm/bandwidth(MiB per s)"] == pytest.approx(12 / 0.25)
+    assert second["comm/payload_MiB/total"] == 7 + 8 + 4 + 8 + 3
+    assert second["comm/round_wire_MiB/dense"] == 12
+    assert second["comm/round_wire_MiB/expert"] == 0
+    assert second["comm/round_wire_MiB/total"] == 15
+    assert second["comm/wire_per_token_B"] == pytest.approx(31 * MIB / 200)
+    assert second["comm/training_wire_MiB"] == 7 + 16 + 12
+    assert second["comm/bandwidth_MiB_per_s"] == pytest.approx(12 / 0.25)
     assert second["comm/sync_share"] == pytest.approx(0.75 / 4)
     # 28 MiB since the start of training take 2.35 s on a link of 0.1 Gbit/s; 3.25 s were local.
-    assert second["comm/modelled(s)/0.1Gbps"] == pytest.approx(3.25 + 28 * MIB * 8 / 1e8)
-    assert second["comm/modelled(s)/10Gbps"] == pytest.approx(3.25 + 28 * MIB * 8 / 1e10)
+    assert second["comm/modelled_s/0.1Gbps"] == pytest.approx(3.25 + 28 * MIB * 8 / 1e8)
+    assert second["comm/modelled_s/10Gbps"] == pytest.approx(3.25 + 28 * MIB * 8 / 1e10)
     # Of width 4: 8 x 4 embedded; 2 layers of 4 x 16 attention, 4 norms of 4, 4 router rows, 4 experts of 32; 2 norms.
     parameters = 32 + 2 * (64 + 16 + 16 + 128) + 8
-    assert second["comm/ddp_wire(MiB)"] * MIB == pytest.approx(2 * 4 * parameters * 1.5)
-    assert second["comm/replica_wire(MiB)"] * MIB == pytest.approx(2 * 4 * parameters * 1.5)
+    assert second["comm/ddp_wire_MiB"] * MIB == pytest.approx(2 * 4 * parameters * 1.5)
+    assert second["comm/replica_wire_MiB"] * MIB == pytest.approx(2 * 4 * parameters * 1.5)
     assert second["comm/of_ddp"] == pytest.approx(35 * MIB / (2 * 4 * parameters * 1.5))
     # What each site had sent when the round ended; the stand-in for the other sites adds the same three times more.
-    assert second["comm/site_wire(MiB)/site_00"] == 4 * (7 + 16 + 12 + 3)
-    assert second["comm/site_wire(MiB)/site_03"] == 0
+    assert second["comm/site_wire_MiB/site_00"] == 4 * (7 + 16 + 12 + 3)
+    assert second["comm/site_wire_MiB/site_03"] == 0
     groups = ("payload", "wire", "round_wire")
-    keys = {f"comm/{group}(MiB)/{kind}" for group in groups for kind in (*KINDS, "total")}
-    keys |= {f"comm/site_wire(MiB)/site_{site:02d}" for site in range(4)} | {"round/train_loss"}
-    keys |= {f"comm/modelled(s)/{link}Gbps" for link in ("0.1", "1", "10")}
-    keys |= {f"comm/{name}(MiB)" for name in ("training_wire", "all_sites_wire", "ddp_wire", "replica_wire")}
-    keys |= {f"comm/{name}" for name in ("of_ddp", "of_replica", "sync(s)", "sync_share", "wire_per_token(B)")}
-    assert set(first) == set(second) == keys | {"comm/bandwidth(MiB per s)"}
+    keys = {f"comm/{group}_MiB/{kind}" for group in groups for kind in (*KINDS, "total")}
+    keys |= {f"comm/site_wire_MiB/site_{site:02d}" for site in range(4)} | {"round/train_loss"}
+    keys |= {f"comm/modelled_s/{link}Gbps" for link in ("0.1", "1", "10")}
+    keys |= {f"comm/{name}_MiB" for name in ("training_wire", "all_sites_wire", "ddp_wire", "replica_wire")}
+    keys |= {f"comm/{name}" for name in ("of_ddp", "of_replica", "sync_s", "sync_share", "wire_per_token_B")}
+    assert set(first) == set(second) == keys | {"comm/bandwidth_MiB_per_s"}
 
 
 def timed_steps(run: Run, callback: Any, clock: SimpleNamespace) -> None:
@@ -238,27 +238,27 @@ def test_throughput_by_hand(run: Run, clock: SimpleNamespace) -> None:
     timed_steps(run, callback, clock)
     assert run.steps_logged == [2, 4]
     first, second = (values for _, values in run.logger.lines)
-    assert first["throughput/local(tokens per s)"] == pytest.approx(200 / 4)
-    assert first["throughput/with_sync(tokens per s)"] == pytest.approx(200 / 5)
-    assert first["throughput/with_sync_global(tokens per s)"] == pytest.approx(4 * 200 / 5)
-    assert second["throughput/local(tokens per s)"] == pytest.approx(200 / 4)
-    assert second["throughput/with_sync(tokens per s)"] == pytest.approx(200 / 4)
+    assert first["throughput/local_tokens_per_s"] == pytest.approx(200 / 4)
+    assert first["throughput/with_sync_tokens_per_s"] == pytest.approx(200 / 5)
+    assert first["throughput/with_sync_global_tokens_per_s"] == pytest.approx(4 * 200 / 5)
+    assert second["throughput/local_tokens_per_s"] == pytest.approx(200 / 4)
+    assert second["throughput/with_sync_tokens_per_s"] == pytest.approx(200 / 4)
     # A process with torch in it has at least tens of MiB and no TiB: the unit is right.
-    assert 50 < first["memory/peak(MiB)"] < 1e6
-    assert second["time/train(s)"] == pytest.approx(9)
-    assert second["memory/parameters(MiB)"] == pytest.approx(8 * 4 / MIB)
-    assert second["memory/anchors(MiB)"] == 3
+    assert 50 < first["memory/peak_MiB"] < 1e6
+    assert second["time/train_s"] == pytest.approx(9)
+    assert second["memory/parameters_MiB"] == pytest.approx(8 * 4 / MIB)
+    assert second["memory/anchors_MiB"] == 3
     config = run.module.config
     nominal = training_flops_per_token(config, 5)
-    assert second["throughput/nominal(TFLOP per s)"] == pytest.approx(nominal * 50 / 1e12)
+    assert second["throughput/nominal_TFLOP_per_s"] == pytest.approx(nominal * 50 / 1e12)
     # One of four picks was executed in the round: half an expert a token and layer.
     executed = training_flops_per_token(config, 5, executed_picks=0.5)
-    assert second["throughput/executed(TFLOP per s)"] == pytest.approx(executed * 50 / 1e12)
+    assert second["throughput/executed_TFLOP_per_s"] == pytest.approx(executed * 50 / 1e12)
     assert set(first) == set(second) == {
-        "throughput/local(tokens per s)", "throughput/with_sync(tokens per s)",
-        "throughput/with_sync_global(tokens per s)", "throughput/nominal(TFLOP per s)",
-        "throughput/executed(TFLOP per s)", "time/train(s)", "time/watch(s)", "memory/peak(MiB)",
-        *(f"memory/{part}(MiB)" for part in ("parameters", "gradients", "moments", "anchors")),
+        "throughput/local_tokens_per_s", "throughput/with_sync_tokens_per_s",
+        "throughput/with_sync_global_tokens_per_s", "throughput/nominal_TFLOP_per_s",
+        "throughput/executed_TFLOP_per_s", "time/train_s", "time/watch_s", "memory/peak_MiB",
+        *(f"memory/{part}_MiB" for part in ("parameters", "gradients", "moments", "anchors")),
     }  # fmt: skip
 
 
@@ -269,10 +269,10 @@ def test_watching_is_no_part_of_local_steps(run: Run, clock: SimpleNamespace) ->
     run.strategy.watch_seconds += 1
     run.step(callback)
     values = run.logger.lines[0][1]
-    assert values["throughput/local(tokens per s)"] == pytest.approx(100 / 2)
-    assert values["throughput/with_sync(tokens per s)"] == pytest.approx(100 / 3)
-    assert values["time/watch(s)"] == pytest.approx(1)
-    assert "throughput/executed(TFLOP per s)" not in values  # not measured before a round ends
+    assert values["throughput/local_tokens_per_s"] == pytest.approx(100 / 2)
+    assert values["throughput/with_sync_tokens_per_s"] == pytest.approx(100 / 3)
+    assert values["time/watch_s"] == pytest.approx(1)
+    assert "throughput/executed_TFLOP_per_s" not in values  # not measured before a round ends
 
 
 def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_lightnings_own_strategy_is_one_site_without_bytes(run: Run) -> None:
     callback = CommunicationMonitor(every_n_steps=1)
     run.start(callback)
     run.step(callback)
-    assert run.logger.lines[0][1]["comm/wire(MiB)/total"] == 0
+    assert run.logger.lines[0][1]["comm/wire_MiB/total"] == 0
 
 
 @pytest.mark.parametrize("kind", [RoutingStability, CommunicationMonitor, ThroughputMonitor])

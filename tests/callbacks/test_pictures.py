@@ -42,6 +42,11 @@ def test_no_chart_of_the_layout_is_empty(events: EventAccumulator) -> None:
     assert ("drift of holders (relative)" in titles) == (name_of(events) != "ddp")
 
 
+def test_tags_are_such_that_custom_scalars_draw_them(events: EventAccumulator) -> None:
+    """That tab finds tags with parentheses or spaces and scales its axes to them, but draws no line."""
+    assert [tag for tag in events.Tags()["scalars"] if not re.fullmatch(r"[\w./-]+", tag)] == []
+
+
 def test_every_chart_can_be_filled(watched_runs: Path) -> None:
     tags: set[str] = set()
     for name in RUNS:

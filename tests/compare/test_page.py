@@ -62,7 +62,7 @@ def test_curves_are_read_with_steps_tokens_and_bytes(watched_runs: Path) -> None
     tokens = run.at("tokens/global", quality.steps)
     assert tokens is not None
     assert tokens.tolist() == [0, 8 * 2 * 3 * 16, 16 * 2 * 3 * 16]
-    sent = run.at("comm/training_wire(MiB)", quality.steps)
+    sent = run.at("comm/training_wire_MiB", quality.steps)
     assert sent is not None
     wire = run.report["bytes"]["wire"]
     assert sent[-1] * 2**20 == pytest.approx(wire["total"] - wire["evaluation"] - wire["checkpoint"], rel=1e-3)

@@ -45,7 +45,7 @@ def test_picks_are_counted_by_layer_domain_and_expert() -> None:
         -sum(f * math.log(f) for f in (1 / 3, 1 / 6, 1 / 2)) / math.log(3)
     )
     assert values["max_violation/layer_01"].item() == pytest.approx(0.5)
-    assert values["domain_information(bits)/layer_00"].isnan()
+    assert values["domain_information_bits/layer_00"].isnan()
 
 
 def test_other_views_are_differences_over_counted_tokens() -> None:
@@ -56,7 +56,7 @@ def test_other_views_are_differences_over_counted_tokens() -> None:
     views.update(learned, random, own, targets)
     views.update(learned, random, own, targets)
     values = {key: value.item() for key, value in views.compute().items()}
-    assert values == {"routing_necessity(nats)": pytest.approx(2), "own_view_gap(nats)": pytest.approx(0.5)}
+    assert values == {"routing_necessity_nats": pytest.approx(2), "own_view_gap_nats": pytest.approx(0.5)}
 
 
 def test_one_vector_holds_all_sums_and_its_size_is_the_formula() -> None:
@@ -72,6 +72,6 @@ def test_one_vector_holds_all_sums_and_its_size_is_the_formula() -> None:
     sites[0].load_states(total)
     values = sites[0].compute(with_views=True)
     assert values["loss"].item() == pytest.approx(1.5)
-    assert values["domain_information(bits)/layer_00"].item() == pytest.approx(1)
-    assert values["routing_necessity(nats)"].item() == pytest.approx(1)
-    assert "routing_necessity(nats)" not in sites[0].compute(with_views=False)
+    assert values["domain_information_bits/layer_00"].item() == pytest.approx(1)
+    assert values["routing_necessity_nats"].item() == pytest.approx(1)
+    assert "routing_necessity_nats" not in sites[0].compute(with_views=False)

@@ -32,7 +32,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "fomoe_diloco_full": ("fomoe_diloco", {"overlap": SITES}),
 }
 NAMES = [*STRATEGIES, *EXTRA]
-VIEWS = ("val/routing_necessity(nats)", "val/own_view_gap(nats)")
+VIEWS = ("val/routing_necessity_nats", "val/own_view_gap_nats")
 
 
 def make_run(name: str, root: str, folder: str) -> Run:
