@@ -31,7 +31,7 @@ quickstart: $(VENV)/.stamp-install
 	rm -rf $(RUN) # curves of two runs in one folder would be drawn as one
 	$(BIN)/fomoe fit -c configs/quickstart.yaml
 	$(BIN)/fomoe validate -c configs/quickstart.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt
-	$(BIN)/python tools/summary.py $(RUN)
+	$(BIN)/fomoe compare $(RUN)
 	@echo
 	@echo "Curves:  $(BIN)/tensorboard --logdir runs    then open http://localhost:6006"
 
@@ -41,7 +41,7 @@ compare: $(VENV)/.stamp-install
 	  name=$$(basename $$file .yaml); rm -rf runs/compare/$$name; \
 	  $(BIN)/fomoe fit -c configs/quickstart.yaml -c $$file --trainer.logger.init_args.name compare/$$name || exit 1; \
 	done
-	$(BIN)/python tools/summary.py --markdown runs/compare/*
+	$(BIN)/fomoe compare --markdown runs/compare/*
 
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -69,11 +69,11 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv tools/install_torch.sh
 	@touch $@
 
 $(VENV)/.stamp-install: $(VENV)/.stamp-torch pyproject.toml
-	$(BIN)/pip install --quiet $(PIP_ARGS) --editable .
+	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[plots]"
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-install
-	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[test,data]"
+	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[test,data,plots]"
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-install

@@ -1,4 +1,4 @@
-"""The command line: `fomoe fit`, `fomoe validate` and `fomoe plan`, with settings from YAML files."""
+"""The command line: `fomoe fit`, `fomoe validate`, `fomoe plan` and `fomoe compare`, with settings from YAML files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from fomoe_pl import compare
 from fomoe_pl.costs import plan_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, config_error_in
@@ -91,7 +92,8 @@ class FoMoECLI(LightningCLI):
             args=args,
             auto_configure_optimizers=False,  # the module has its own, under `model.optimizer`
             parser_kwargs={
-                "description": "Federated mixture-of-experts pre-training; `fomoe plan --help`: what it will cost."
+                "description": "Federated mixture-of-experts pre-training. `fomoe plan --help`: what it will cost; "
+                "`fomoe compare --help`: runs side by side."
             },
         )
 
@@ -192,8 +194,12 @@ def _unknown_strategy(given: str) -> ConfigError:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console command."""
-    if len(args if args is not None else sys.argv[1:]) == 0:
+    given = sys.argv[1:] if args is None else args
+    if not given:
         args = ["--help"]
+    elif given[0] == "compare":
+        compare.main(given[1:])
+        return
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)

@@ -16,7 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import read_manifest, read_weights
 from fomoe_pl.federation.layout import ParameterLayout
-from fomoe_pl.metrics import LanguageModelMetric, RoutingHealth
+from fomoe_pl.metrics import RoutingHealth, ValidationMetrics
+from fomoe_pl.metrics.language import IGNORED
+from fomoe_pl.metrics.validation import OWN_VIEW_GAP
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.residency import Residency
@@ -88,9 +90,12 @@ class FoMoEModule(L.LightningModule):
         self._loss_sum: Tensor | None = None
         self._loss_count = 0
         self._loads_LE: Tensor | None = None
-        self._scored_of: Residency | None = None
-        self._scored_LE: Tensor | None = None
-        self._validation: LanguageModelMetric | None = None
+        self._masks_of: Residency | None = None
+        self._masks: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._validation: ValidationMetrics | None = None
+        # Two more passes over the validation text, for one validation, if a callback asks for them.
+        self.with_other_views = False
+        self.domain_load_LNE: Tensor | None = None
 
     @property
     def transformer(self) -> Transformer:
@@ -144,22 +149,22 @@ class FoMoEModule(L.LightningModule):
         self._loss_count += 1
         self.tokens_seen += tokens
         load_LE = torch.stack([s.load_E for s in stats])
-        live_L = torch.stack([s.live for s in stats])
-        self.routing_health.update(load_LE, live_L, stats[0].picks, self._scored(load_LE))
+        gate_entropy_L = torch.stack([s.gate_entropy for s in stats])
+        self.routing_health.update(load_LE, gate_entropy_L, stats[0].picks, *self._scored_and_resident(load_LE))
         if self.config.balance == "bias":
             self._loads_LE = load_LE if self._loads_LE is None else self._loads_LE + load_LE
 
-    def _scored(self, load_LE: Tensor) -> Tensor | None:
+    def _scored_and_resident(self, load_LE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         residency = self.transformer.residency
-        if residency.routing == "ghost":
-            return None
         # Made once for each residency: a copy to the device makes the host wait.
-        if self._scored_of is not residency:
-            scored_LE = torch.zeros(load_LE.shape, dtype=torch.bool)
+        if self._masks_of is not residency:
+            resident_LE = torch.zeros(load_LE.shape, dtype=torch.bool)
             for layer, ids in enumerate(residency.experts):
-                scored_LE[layer, list(ids)] = True
-            self._scored_of, self._scored_LE = residency, scored_LE.to(load_LE.device)
-        return self._scored_LE
+                resident_LE[layer, list(ids)] = True
+            resident_LE = resident_LE.to(load_LE.device)
+            self._masks_of = residency
+            self._masks = (None if residency.routing == "ghost" else resident_LE, resident_LE)
+        return self._masks
 
     def pop_round_losses(self) -> tuple[float, float]:
         """Sum of the training losses since the last call, and their number."""
@@ -211,7 +216,9 @@ class FoMoEModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Fresh sums."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._validation = LanguageModelMetric(data.domains).to(self.device)
+        self._validation = ValidationMetrics(data.domains, self.config.n_layers, self.config.n_experts, self.device)
+        # Started anew, so that every validation draws the same.
+        self._random = torch.Generator(self.device).manual_seed(self.seed)
         self._token_bytes_V = data.token_bytes.to(self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -224,16 +231,31 @@ class FoMoEModule(L.LightningModule):
     def _evaluate_window(self) -> None:
         model, metric = self.transformer, self._validation
         assert metric is not None
+        others = self.with_other_views
+        skips = others and not model.residency.is_full(self.config)
         with self.trainer.precision_plugin.val_step_context():
             streams = [model.embed(batch["inputs"]) for batch in self._window]
+            random, own = list(streams) if others else [], list(streams) if skips else []
             for layer, block in enumerate(model.layers):
+                own = [block(x_BSD)[0] for x_BSD in own]  # before the layer's other experts are here
                 with self.expert_source(layer):
                     for i, x_BSD in enumerate(streams):  # in place: one window of hidden states, not two
-                        streams[i] = block(x_BSD)[0]
-            for x_BSD, batch in zip(streams, self._window, strict=True):
-                losses_BS = model.token_losses(model.finish(x_BSD), batch["targets"])
-                metric.update(losses_BS, batch["targets"], batch["domain"], self._token_bytes_V)
+                        streams[i], stats = block(x_BSD)
+                        counted_BS = self._window[i]["targets"] != IGNORED
+                        domain_BS = torch.where(counted_BS, self._window[i]["domain"][:, None], -1)
+                        metric.loads.update(layer, block.moe.router.expert_ids(stats.picks_TK), domain_BS.flatten())
+                    with block.moe.router.at_random(self._random):
+                        random = [block(x_BSD)[0] for x_BSD in random]
+            for i, batch in enumerate(self._window):
+                losses_BS = self._losses(streams[i], batch)
+                metric.language.update(losses_BS, batch["targets"], batch["domain"], self._token_bytes_V)
+                if others:
+                    own_BS = self._losses(own[i], batch) if skips else losses_BS
+                    metric.views.update(losses_BS, self._losses(random[i], batch), own_BS, batch["targets"])
         self._window.clear()
+
+    def _losses(self, x_BSD: Tensor, batch: Batch) -> Tensor:
+        return self.transformer.token_losses(self.transformer.finish(x_BSD), batch["targets"])
 
     def on_validation_epoch_end(self) -> None:
         """Sum over sites in one message, then log the same values everywhere."""
@@ -244,11 +266,15 @@ class FoMoEModule(L.LightningModule):
         strategy: Any = self.trainer.strategy
         if hasattr(strategy, "sum_over_sites"):
             metric.load_states(strategy.sum_over_sites(metric.states(), "evaluation"))
-        values = {f"val/{name}": float(value) for name, value in metric.compute().items()}
+        computed = metric.compute(with_views=self.with_other_views)
+        if self.transformer.residency.is_full(self.config):
+            computed.pop(OWN_VIEW_GAP, None)  # a site that has everything sees what the global model sees
+        values = {f"val/{name}": float(value) for name, value in computed.items()}
+        self.domain_load_LNE = metric.loads.load_LNE.cpu()
         if self.trainer.sanity_checking:  # Lightning logs nothing then, but it is where the curve starts
             self.validation_before_training = values
             for logger in self.loggers:
                 logger.log_metrics(values, step=0)
         else:
             self.log_dict(values)
-        self._validation = None
+        self._validation, self.with_other_views = None, False

@@ -6,6 +6,8 @@ import pytest
 
 from fomoe_pl.data import Manifest
 from fomoe_pl.data.prepare import prepare
+from tests.distributed import run_distributed
+from tests.watched import SITES, fit_all
 
 _WORDS = {
     "farm": ["cow", "barn", "hay", "plough", "field", "harvest", "the", "a", "of", "and", "sows", "früh", "tractor"],
@@ -44,3 +46,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Manifest:
 def root(corpus: Manifest) -> str:
     """Folder of the corpus."""
     return str(corpus.root)
+
+
+@pytest.fixture(scope="session")
+def watched_runs(root: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a folder for each run of `tests.watched`."""
+    folder = tmp_path_factory.mktemp("watched")
+    run_distributed(fit_all, SITES, root, str(folder))
+    return folder

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "__main__",
     "cli",
+    "compare",
     "module",
     "optimizer",
     "strategies",

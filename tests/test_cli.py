@@ -141,7 +141,7 @@ def test_a_run_logs_what_the_documents_list(trained: Path) -> None:
     tags = set(events.Tags()["scalars"])
     assert tags >= {
         "train/loss", "train/grad_norm", "train/learning_rate", "tokens/site", "tokens/global", "val/loss",
-        "val/bits_per_byte/sea", "round/train_loss", "comm/wire(MiB)/dense", "comm/payload(MiB)/moments",
+        "val/bits_per_byte/sea", "round/train_loss", "comm/wire_MiB/dense", "comm/payload_MiB/moments",
     }  # fmt: skip
     warmup = 24  # the quickstart's
     assert [e.value for e in events.Scalars("train/learning_rate")] == pytest.approx(
@@ -220,13 +220,17 @@ def test_a_name_is_its_file(name: str, root: str, monkeypatch: pytest.MonkeyPatc
         assert settings(file) == settings(named)
 
 
-def test_an_experiment_makes_a_run(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("files", "steps"),
+    [(["model/fomoe-153m", "experiment/four_sites_one_gpu"], 200), (["experiment/routing_eight_domains"], 832)],
+)
+def test_an_experiment_makes_a_run(root: str, monkeypatch: pytest.MonkeyPatch, files: list[str], steps: int) -> None:
     # On four processes of this machine instead of a GPU.
     here = ["--trainer.accelerator", "cpu", "--trainer.devices", "4", f"{STRATEGY}.share_device", "false"]
     corpus = ["--data.root", root, "--model.architecture.vocab_size", "257", "--trainer.logger", "false"]
-    files = [str(ROOT / "configs" / name) for name in ("model/fomoe-153m.yaml", "experiment/four_sites_one_gpu.yaml")]
-    built = build(["fit", "-c", files[0], "-c", files[1], *here, *corpus], monkeypatch)
-    assert (built.trainer.max_steps, built.trainer.num_devices) == (200, 4)
+    given = [word for name in files for word in ("-c", str(ROOT / "configs" / f"{name}.yaml"))]
+    built = build(["fit", *given, *here, *corpus], monkeypatch)
+    assert (built.trainer.max_steps, built.trainer.num_devices) == (steps, 4)
 
 
 def settings(strategy: Any) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import jsonargparse
 import pytest
 import yaml
 
-from fomoe_pl.cli import FoMoECLI
+from fomoe_pl.callbacks import RoutingStability, RunPictures
+from fomoe_pl.cli import FoMoECLI, main
 from fomoe_pl.costs import plan_command
 from fomoe_pl.costs.request import PlanRequest
 from fomoe_pl.costs.sites import Site
@@ -65,7 +66,7 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
         plan_command.make_parser().parse_args(rest[1:])
         return
     patch.setattr(sys, "argv", rest if program == "python" else words)
-    if program != "python":
+    if program != "python" and rest[0] != "compare":
         ParsedOnly()
         return
     for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
@@ -76,7 +77,7 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(parser, "parse_args", stop)
     with pytest.raises(Parsed):
-        runpy.run_path(rest[0], run_name="__main__")
+        main(rest) if program != "python" else runpy.run_path(rest[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("command", PRINTED)
@@ -94,7 +95,7 @@ fomoe fit -c 'a b.yaml'  # why
 ```bash
 torchrun --nproc_per_node 4 -m fomoe_pl fit -c c.yaml
 srun fomoe validate
-python tools/summary.py runs/a
+python tools/compare_runs.py runs/a
 python -m pytest
 ```
 """
@@ -102,7 +103,7 @@ python -m pytest
         ["fomoe", "fit", "-c", "a b.yaml"],
         ["fomoe_pl", "fit", "-c", "c.yaml"],
         ["fomoe", "validate"],
-        ["python", "tools/summary.py", "runs/a"],
+        ["python", "tools/compare_runs.py", "runs/a"],
     ]
 
 
@@ -154,6 +155,8 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
         ("configuration", "evaluation_window", FoMoEModule),
         ("configuration", "top_k", ModelConfig),
         ("configuration", "dirichlet_alpha", FoMoEData),
+        ("configuration", "probe_tokens", RoutingStability),
+        ("configuration", "draw_every", RunPictures),
         ("data", "val_fraction", prepare),
         ("system-model", "models", PlanRequest),
         ("system-model", "devices", Site),

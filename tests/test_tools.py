@@ -13,7 +13,6 @@ import pytest
 from tokenizers import Tokenizer, models
 
 ROOT = Path(__file__).parents[1]
-SITES_SCRIPT = ROOT / "tools/gpu_four_sites.sh"
 
 
 def load(name: str) -> ModuleType:
@@ -83,9 +82,11 @@ def test_vocabulary_cannot_shrink(tmp_path: Path) -> None:
         load("pad_vocabulary").main([str(source), str(tmp_path / "none.json"), "--vocab_size", "1"])
 
 
-def test_four_sites_script_is_valid_shell_and_executable() -> None:
-    assert os.access(SITES_SCRIPT, os.X_OK)
-    assert subprocess.run(["bash", "-n", str(SITES_SCRIPT)], check=False).returncode == 0
+@pytest.mark.parametrize("script", ["gpu_four_sites", "gpu_routing"])
+def test_scripts_are_valid_shell_and_executable(script: str) -> None:
+    path = ROOT / f"tools/{script}.sh"
+    assert os.access(path, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
 
 
 def test_bench_gpus_compares_runs_on_several_ranks(root: str, tmp_path: Path) -> None:
@@ -128,3 +129,17 @@ def test_losses_are_compared_rank_by_rank(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     a, b = ([{"losses": losses} for losses in ranks] for ranks in ([[1.0, 2.0], [3.0]], [[1.25, 2.0], [1.0, 9.0]]))
     assert load("bench_gpus").distance(a, b) == {"median": 0.25, "mean": 0.75, "largest": 2.0}
+
+
+def test_bench_watching_times_rounds_by_kind(root: str, tmp_path: Path) -> None:
+    architecture = ["vocab_size=257", "d_model=16", "n_layers=2", "n_heads=2", "n_experts=4", "top_k=2", "d_expert=8"]
+    command = [sys.executable, str(ROOT / "tools/bench_watching.py"), "--data", root, "--output", str(tmp_path)]
+    command += ["--accelerator", "cpu", "--batch_size", "2", "--sequence_length", "16", "--local_steps", "2"]
+    command += ["--pairs", "4", *(f"--model.architecture.{setting}" for setting in architecture)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "bench_watching.json").read_text())
+    assert {kind: len(times) for kind, times in results["seconds_of_rounds"].items()} == {
+        "alone": 4, "watched": 2, "looked": 2
+    }  # fmt: skip
+    assert results["drawing_seconds"] > 0

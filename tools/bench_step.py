@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from fomoe_pl.callbacks import (
     CommunicationMonitor,
     FoMoEProgressBar,
-    RoutingHealthLogger,
+    RoutingStability,
     RunReport,
     ThroughputMonitor,
 )
@@ -245,8 +245,10 @@ def measure(
     batches = RandomBatches(architecture.vocab_size, batch_size, sequence_length, max_steps + 1)
     plain = PlainLoop(architecture, batches, device, max_steps)
     alternate = Alternate(plain, warmup=warmup, steps=steps, blocks=blocks, tokens=batch_size * sequence_length)
+    # There is no text to probe with; tools/bench_watching.py measures that.
     observers: list[L.Callback] = [
-        RoutingHealthLogger(), CommunicationMonitor(), ThroughputMonitor(), FoMoEProgressBar(), RunReport()
+        RoutingStability(probe_sequences=0), CommunicationMonitor(), ThroughputMonitor(), FoMoEProgressBar(),
+        RunReport(),
     ]  # fmt: skip
     trainer = L.Trainer(
         accelerator=accelerator,

@@ -26,4 +26,4 @@ step() {
 step fit "$@"
 step validate --ckpt_path "$run/checkpoints/last.ckpt" "$@"
 date "+%H:%M:%S end"
-"$python" tools/summary.py "$run"
+"$python" -m fomoe_pl compare "$run"

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from fomoe_pl.costs.bytes import predict_bytes
+from fomoe_pl.costs.bytes import metric_bytes_of, predict_bytes
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.federation.ledger import KINDS, Kind
 from fomoe_pl.federation.outer import OuterRule
@@ -188,7 +188,7 @@ class Seen:
 
 def expected_bytes(job: Job, settings: dict[str, Any], rank: int, n: int, n_domains: int) -> dict[str, list[int]]:
     """[payload, wire] by kind for one rank."""
-    metric_bytes = 3 * n_domains * 8  # nats, tokens and bytes of text of each domain, float64
+    metric_bytes = metric_bytes_of(job.architecture, n_domains)
     if not settings:  # DDP
         dense = job.steps * 4 * parameter_counts(job.architecture).total
         return {"dense": [dense, 2 * (n - 1) * dense // n]}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -11,8 +14,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.movement import Movement
+from fomoe_pl.federation.observer import RoundObserver
+from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.metrics import RoutingHealth
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.transformer import Transformer
 
 MIB = 2**20
 
@@ -27,6 +35,10 @@ class ObservedStrategy(Protocol):
         rounds_done: rounds that have ended; stays 0 in synchronous training.
         sync_seconds: seconds spent in synchronisation so far.
         round_stats: means over all sites of the last round; empty before the first.
+        has_rounds: whether sites agree in rounds; synchronous training has none.
+        observers: who looks at the ends of rounds.
+        watch_seconds: seconds spent in looking and drawing so far, no part of `sync_seconds`.
+        placement: who holds what; None if every rank holds all.
     """
 
     topology: Topology
@@ -34,6 +46,22 @@ class ObservedStrategy(Protocol):
     rounds_done: int
     sync_seconds: float
     round_stats: dict[str, float]
+    has_rounds: bool
+    observers: list[RoundObserver]
+    watch_seconds: float
+
+    @property
+    def placement(self) -> Placement | None:
+        """Who holds what."""
+
+    def watch_movement(self) -> Movement | None:
+        """Have every round fill a `Movement`; None where there are no rounds."""
+
+    def agreed_bytes(self) -> int:
+        """Bytes of anchors and outer momentum on this rank."""
+
+    def describe(self) -> str:
+        """One line that says which method this is."""
 
 
 class ObservedModule(Protocol):
@@ -43,11 +71,22 @@ class ObservedModule(Protocol):
         routing_health: sums of every training step since its last reset.
         tokens_seen: tokens that this site trained on.
         validation_before_training: `val/...` of the initial global model; empty if it was not validated.
+        config: the architecture.
+        transformer: the built model.
+        with_other_views: whether the next validation measures random routing and own views too.
+        domain_load_LNE: picks of the last validation's text by layer, domain and expert; None before the first.
     """
 
     routing_health: RoutingHealth
     tokens_seen: int
     validation_before_training: dict[str, float]
+    config: ModelConfig
+    with_other_views: bool
+    domain_load_LNE: torch.Tensor | None
+
+    @property
+    def transformer(self) -> Transformer:
+        """The built model."""
 
 
 class _Unsynchronized:
@@ -56,10 +95,25 @@ class _Unsynchronized:
     topology = Topology(n_sites=1, ranks_per_site=1, rank=0)
     rounds_done = 0
     sync_seconds = 0.0
+    watch_seconds = 0.0
+    has_rounds = False
+    placement = None
 
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.round_stats: dict[str, float] = {}
+        self.observers: list[RoundObserver] = []
+
+    def watch_movement(self) -> None:
+        """Nothing: there are no rounds."""
+
+    def agreed_bytes(self) -> int:
+        """Nothing is kept twice."""
+        return 0
+
+    def describe(self) -> str:
+        """All that is known."""
+        return "a strategy of Lightning's"
 
 
 def observed_strategy(trainer: Trainer) -> ObservedStrategy:
@@ -68,16 +122,37 @@ def observed_strategy(trainer: Trainer) -> ObservedStrategy:
     return strategy if isinstance(strategy, ObservedStrategy) else _Unsynchronized()
 
 
+def observe_rounds(trainer: Trainer, observer: RoundObserver) -> None:
+    """Have an observer called at the ends of rounds; once, however often training starts."""
+    observers = observed_strategy(trainer).observers
+    if observer not in observers:
+        observers.append(observer)
+
+
 def observed_module(pl_module: LightningModule) -> ObservedModule:
     """Return the module as what these callbacks are made for."""
     return cast(ObservedModule, pl_module)
 
 
-def log(trainer: Trainer, values: dict[str, float]) -> None:
-    """Write values to all loggers at the optimizer step that has just ended; loggers of other ranks ignore them."""
+def log(trainer: Trainer, values: dict[str, float], after: int | None = None) -> None:
+    """Write values to all loggers; loggers of other ranks ignore them.
+
+    Args:
+        trainer: whose loggers.
+        values: what is written.
+        after: optimizer steps taken when they were true; None is now.
+    """
     for logger in trainer.loggers:
         # Lightning counts steps from 0 in its own curves: the same place on the axis for the same step.
-        logger.log_metrics(values, step=trainer.global_step - 1)
+        logger.log_metrics(values, step=(trainer.global_step if after is None else after) - 1)
+
+
+@contextmanager
+def watching(trainer: Trainer) -> Iterator[None]:
+    """Charge the time spent inside to watching."""
+    start = time.perf_counter()
+    yield
+    observed_strategy(trainer).watch_seconds += time.perf_counter() - start
 
 
 def peak_memory(device: torch.device) -> float:
@@ -102,12 +177,12 @@ def check_interval(callback: Callback, every_n_steps: int) -> int:
 
 
 class RoundCallback(Callback):
-    """Calls :meth:`on_round_end` after each round, and every `every_n_steps` optimizer steps while there is none.
+    """Calls :meth:`on_round_end` after each round, or where there are none every `every_n_steps` optimizer steps.
 
-    Synchronous training has no rounds; a federated run is observed in the same way until its first round ends.
+    Between rounds nothing is read: on a GPU the host would wait for it.
 
     Args:
-        every_n_steps: Interval without rounds, in optimizer steps.
+        every_n_steps: Interval in synchronous training, which has no rounds, in optimizer steps.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -122,11 +197,12 @@ class RoundCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Tell whether a round ended with this batch."""
-        rounds = observed_strategy(trainer).rounds_done
-        due = rounds == 0 and trainer.global_step - self._step >= self.every_n_steps
-        if due or rounds != self._rounds:
-            self._rounds, self._step = rounds, trainer.global_step
-            self.on_round_end(trainer, pl_module)
+        strategy = observed_strategy(trainer)
+        due = not strategy.has_rounds and trainer.global_step - self._step >= self.every_n_steps
+        if due or strategy.rounds_done != self._rounds:
+            self._rounds, self._step = strategy.rounds_done, trainer.global_step
+            with watching(trainer):
+                self.on_round_end(trainer, pl_module)
 
     def on_round_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the round that has just ended."""

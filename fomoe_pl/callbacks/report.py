@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from fomoe_pl.callbacks.communication import payload_bytes, wire_bytes
 from fomoe_pl.callbacks.observed import observed_module, observed_strategy, peak_memory
+from fomoe_pl.callbacks.stability import RoutingStability
 from fomoe_pl.callbacks.throughput import TimedCallback
 
 REPORT_NAME = "report.json"
@@ -21,14 +22,29 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _data_identity(trainer: Trainer) -> dict[str, Any] | None:
+    """What the datamodule says it is; None for one that says nothing."""
+    data: Any = getattr(trainer, "datamodule", None)
+    return data.identity() if hasattr(data, "identity") else None
+
+
+def _routing(trainer: Trainer) -> dict[str, float | None]:
+    """Means of the last round, or of the last look, by the tag's middle part; empty without `RoutingStability`."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    values = next((callback.latest for callback in callbacks if isinstance(callback, RoutingStability)), {})
+    return {tag.split("/")[1]: finite_or_none(value) for tag, value in values.items() if tag.endswith("/mean")}
+
+
 class RunReport(TimedCallback):
     """Writes `report.json` when training ends, on rank zero.
 
-    Keys: `strategy` (its class), `sites`, `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last
-    `val/...` values, of the global model), `validation_before_training` (the same of the initial model; empty without
-    `num_sanity_val_steps`), `round` (the last round's means over all sites), and of site 0: `bytes`
-    (`payload` and `wire` by kind and in total), `train_seconds` (without validation and checkpoints) and `sync_seconds`
-    of this process, `tokens_per_second` (`local`, `with_sync`), `peak_memory_mib`, `resident_parameters`.
+    Keys: `strategy` (its class), `method` (in words), `data` (corpus, tokenizer and validated sequences), `sites`,
+    `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last `val/...` values, of the global model),
+    `validation_before_training` (the same of the initial model; empty without `num_sanity_val_steps`), `round` (the
+    last round's means over all sites), `routing` (its means over the layers, of `RoutingStability`), and of site 0:
+    `bytes` (`payload` and `wire` by kind and in total), `train_seconds` (without validation and checkpoints),
+    `sync_seconds` and `watch_seconds` of this process, `tokens_per_second` (`local`, `with_sync`), `peak_memory_mib`,
+    `resident_parameters`.
     Undefined numbers are null.
 
     Args:
@@ -64,6 +80,8 @@ class RunReport(TimedCallback):
         before = {k: finite_or_none(v) for k, v in module.validation_before_training.items()}
         return {
             "strategy": type(trainer.strategy).__name__,
+            "method": strategy.describe(),
+            "data": _data_identity(trainer),
             "sites": strategy.topology.n_sites,
             "steps": trainer.global_step,
             "rounds": strategy.rounds_done,
@@ -71,9 +89,11 @@ class RunReport(TimedCallback):
             "validation": validation,
             "validation_before_training": before,
             "round": {name: finite_or_none(value) for name, value in strategy.round_stats.items()},
+            "routing": _routing(trainer),
             "bytes": {"payload": payload_bytes(strategy.ledger), "wire": wire_bytes(strategy.ledger)},
             "train_seconds": self.trained.seconds,
             "sync_seconds": self.trained.sync_seconds,
+            "watch_seconds": self.trained.watch_seconds,
             "tokens_per_second": {"local": self.trained.local_rate, "with_sync": self.trained.rate},
             "peak_memory_mib": peak_memory(pl_module.device),
             "resident_parameters": sum(p.numel() for p in pl_module.parameters()),

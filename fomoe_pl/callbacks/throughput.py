@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fomoe_pl.callbacks.observed import check_interval, log, observed_module, observed_strategy, peak_memory
+from fomoe_pl.callbacks.observed import (
+    MIB,
+    check_interval,
+    log,
+    observe_rounds,
+    observed_module,
+    observed_strategy,
+    peak_memory,
+)
+from fomoe_pl.federation.observer import RoundObserver
+from fomoe_pl.model.sizes import training_flops_per_token
 
 
 @dataclass(frozen=True)
@@ -18,31 +30,34 @@ class Interval:
     Attributes:
         seconds: wall-clock time, waiting for data included.
         sync_seconds: the part of it spent in synchronisation.
+        watch_seconds: the part of it spent in looking and drawing.
         tokens: tokens trained on.
     """
 
     seconds: float = 0.0
     sync_seconds: float = 0.0
+    watch_seconds: float = 0.0
     tokens: int = 0
 
     def __add__(self, other: Interval) -> Interval:
-        return Interval(
-            self.seconds + other.seconds, self.sync_seconds + other.sync_seconds, self.tokens + other.tokens
-        )
+        return Interval(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, other: Interval) -> Interval:
-        return Interval(
-            self.seconds - other.seconds, self.sync_seconds - other.sync_seconds, self.tokens - other.tokens
-        )
+        return Interval(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def local_seconds(self) -> float:
+        """Seconds of the local steps alone."""
+        return self.seconds - self.sync_seconds - self.watch_seconds
 
     @property
     def local_rate(self) -> float:
         """Tokens a second of the local steps alone."""
-        return self.tokens / (self.seconds - self.sync_seconds)
+        return self.tokens / self.local_seconds
 
     @property
     def rate(self) -> float:
-        """Tokens a second with synchronisation."""
+        """Tokens a second with synchronisation and watching."""
         return self.tokens / self.seconds
 
 
@@ -82,18 +97,38 @@ class TimedCallback(Callback):
         self._reading = reading
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> Interval:
-        """All three clocks; only their differences mean something."""
-        sync_seconds = observed_strategy(trainer).sync_seconds
-        return Interval(time.perf_counter(), sync_seconds, observed_module(pl_module).tokens_seen)
+        """All four clocks; only their differences mean something."""
+        strategy = observed_strategy(trainer)
+        tokens = observed_module(pl_module).tokens_seen
+        return Interval(time.perf_counter(), strategy.sync_seconds, strategy.watch_seconds, tokens)
 
 
-class ThroughputMonitor(TimedCallback):
-    """Logs site 0's speed over the last window, and its peak memory since the start of the process.
+def held_bytes(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
+    """Bytes of what this rank keeps in memory: parameters, gradients, moments, and anchors with outer momentum."""
+    parameters = list(pl_module.parameters())
+    states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    return {
+        "parameters": sum(p.nbytes for p in parameters),
+        "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        "moments": sum(t.nbytes for state in states for t in state.values() if isinstance(t, torch.Tensor)),
+        "anchors": observed_strategy(trainer).agreed_bytes(),
+    }
 
-    - `throughput/local(tokens per s)`: one site's local steps, synchronisation excluded;
-    - `throughput/with_sync(tokens per s)`: one site, synchronisation included;
-    - `throughput/with_sync_global(tokens per s)`: the same of all sites, which all wait for each other;
-    - `memory/peak(MiB)`: tensors on a GPU, or the process's resident set on a CPU.
+
+class ThroughputMonitor(TimedCallback, RoundObserver):
+    """Logs site 0's speed over the last window, and its memory.
+
+    - `throughput/local_tokens_per_s`: one site's local steps, synchronisation and watching excluded;
+    - `throughput/with_sync_tokens_per_s`: one site, everything between two steps included;
+    - `throughput/with_sync_global_tokens_per_s`: the same of all sites, which all wait for each other;
+    - `throughput/nominal_TFLOP_per_s`: local speed times the FLOPs of a token with top-k experts, forward and
+      backward; `throughput/executed_TFLOP_per_s`: times those of the picks that residents executed, measured over the
+      last round, and so missing before the first one ends;
+    - `throughput/mfu_nominal`, `throughput/mfu_executed`: the same over the device's peak, where Lightning knows that;
+    - `time/train_s`, `time/watch_s`: since this process started to train, validation and checkpoints excluded;
+    - `memory/peak_MiB`: tensors on a GPU, or the process's resident set on a CPU;
+    - `memory/<part>_MiB`: parameters, gradients, moments, anchors (with outer momentum), and on a GPU
+      `activations_and_rest`, what the peak has beyond them.
 
     Args:
         every_n_steps: Length of a window in optimizer steps.
@@ -104,25 +139,65 @@ class ThroughputMonitor(TimedCallback):
         self.every_n_steps = check_interval(self, every_n_steps)
         self._step = 0
         self._before = Interval()
+        self._picks: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the first window."""
         super().on_train_start(trainer, pl_module)
         self._step, self._before = trainer.global_step, self.trained
+        self._module = observed_module(pl_module)
+        config, residency = self._module.config, self._module.transformer.residency
+        skips = residency.routing == "ghost" and not residency.is_full(config)
+        self._picks = None if skips else float(min(config.top_k, residency.n_scored(0, config)))
+        if skips:
+            observe_rounds(trainer, self)
+        bf16 = str(trainer.precision).startswith("bf16")
+        self._peak_flops = None
+        if pl_module.device.type == "cuda":
+            self._peak_flops = get_available_flops(pl_module.device, torch.bfloat16 if bf16 else torch.float32)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+    def after_synchronization(self) -> None:
+        """Note how many of a token's picks were executed, before the counts start again."""
+        health = self._module.routing_health
+        share = health.live_LE.sum() / (health.picks * len(health.live_LE))
+        self._picks = float(share) * self._module.config.top_k
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         """Log at the end of a window."""
         super().on_train_batch_end(trainer, pl_module)
         if trainer.global_step - self._step < self.every_n_steps:
             return
         window = self.trained - self._before
         self._step, self._before = trainer.global_step, self.trained
-        if trainer.is_global_zero:
-            n_sites = observed_strategy(trainer).topology.n_sites
-            values = {
-                "throughput/local(tokens per s)": window.local_rate,
-                "throughput/with_sync(tokens per s)": window.rate,
-                "throughput/with_sync_global(tokens per s)": window.rate * n_sites,
-                "memory/peak(MiB)": peak_memory(pl_module.device),
-            }
-            log(trainer, values)
+        if not trainer.is_global_zero:
+            return
+        _, batch, _ = rest
+        values = {
+            "throughput/local_tokens_per_s": window.local_rate,
+            "throughput/with_sync_tokens_per_s": window.rate,
+            "throughput/with_sync_global_tokens_per_s": window.rate * observed_strategy(trainer).topology.n_sites,
+            "time/train_s": self.trained.seconds,
+            "time/watch_s": self.trained.watch_seconds,
+        }
+        values |= self._flops(window, batch["inputs"].shape[1])
+        peak, held = peak_memory(pl_module.device), held_bytes(trainer, pl_module)
+        values["memory/peak_MiB"] = peak
+        values |= {f"memory/{part}_MiB": n / MIB for part, n in held.items()}
+        if pl_module.device.type == "cuda":
+            values["memory/activations_and_rest_MiB"] = peak - sum(held.values()) / MIB
+        log(trainer, values)
+
+    def _flops(self, window: Interval, sequence_length: int) -> dict[str, float]:
+        config = self._module.config
+        scored = self._module.transformer.residency.n_scored(0, config)
+        values = {}
+        for name, picks in (("nominal", float(config.top_k)), ("executed", self._picks)):
+            if picks is None:
+                continue
+            # What is nominal has no ghosts, and no router with fewer rows.
+            n_scored = config.n_experts if name == "nominal" else scored
+            flops = training_flops_per_token(config, sequence_length, executed_picks=picks, n_scored=n_scored)
+            values[f"throughput/{name}_TFLOP_per_s"] = flops * window.local_rate / 1e12
+            if self._peak_flops:
+                values[f"throughput/mfu_{name}"] = flops * window.local_rate / self._peak_flops
+        return values

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fomoe_pl.costs.rounds import ITEMSIZE, Collective, SynchronizedSizes, collectives, count, held_by
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.packing import digits
 from fomoe_pl.federation.placement import Placement, PlacementKind, gather_layer, migration, place
 from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.model.config import ModelConfig
@@ -60,7 +61,7 @@ def predict_bytes(
         validations: for each validation of the global model the number of optimizer steps taken before it; 0 for the
             sanity check. One at the end of a round comes after that round's migration.
         evaluation_windows: windows of batches in a validation; each gathers every layer once.
-        metric_bytes: bytes of the vector of metrics that a validation sums over the sites.
+        metric_bytes: bytes of the vector of metrics that a validation sums over the sites, see `metric_bytes_of`.
         param_dtype: dtype of the parameters, in which a validation gathers experts (buffers are float32).
 
     Returns:
@@ -99,6 +100,50 @@ def predict_bytes(
             if n_sites > 1 and metric_bytes:
                 ledger.all_reduce("evaluation", metric_bytes, n_sites)
     return ledger
+
+
+def metric_bytes_of(architecture: ModelConfig, n_domains: int) -> int:
+    """Payload of the sums that a validation adds over the sites, float64.
+
+    Nats, tokens and bytes of each domain; each expert's picks by domain; nats of three views, and their tokens.
+
+    Args:
+        architecture: The model.
+        n_domains: Domains of the corpus.
+    """
+    return 8 * (3 * n_domains + architecture.n_layers * n_domains * architecture.n_experts + 3 + 1)
+
+
+def control_bytes(
+    architecture: ModelConfig,
+    n_sites: int,
+    *,
+    watched: bool = False,
+    looked: bool = False,
+    probe_tokens: int = 0,
+    monitored: bool = False,
+) -> int:
+    """Payload of a round's control message: float64 numbers that are added over all sites.
+
+    Args:
+        architecture: The model.
+        n_sites: Number of sites M.
+        watched: Whether `RoutingStability` is among the callbacks.
+        looked: Whether it looks at this round.
+        probe_tokens: Tokens of its probe, sequences x tokens of each; 0 for no probe.
+        monitored: Whether `CommunicationMonitor` is among the callbacks.
+    """
+    layers, cells = architecture.n_layers, architecture.n_layers * architecture.n_experts
+    numbers = 3  # sum and number of the losses, and whether to stop
+    if watched:
+        # Loads, live loads, scored, resident; holders, scorers; gate entropy, picks, sites.
+        numbers += (4 + 2) * cells + layers + 1 + 1
+    if watched and looked:
+        numbers += 3 * cells + 3  # squares of norms, of each expert and dense
+        if probe_tokens:
+            numbers += 3 * layers + 2 + -(-cells * probe_tokens // digits(n_sites))
+    numbers += n_sites if monitored else 0
+    return 8 * numbers
 
 
 def _migration(

@@ -1,10 +1,11 @@
 """The LightningDataModule: a prepared corpus as training and validation batches of a site."""
 
 from functools import cached_property
+from typing import Any
 
 import lightning.pytorch as L
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from fomoe_pl.data.manifest import Manifest, load_manifest
 from fomoe_pl.data.partition import DomainSize, SplitKind, StreamPlan, partition
@@ -123,6 +124,29 @@ class FoMoEData(L.LightningDataModule):
         # Lightning leaves a DistributedSampler as it is; it would put one over ranks in the place of any other.
         share: DistributedSampler[Batch] = DistributedSampler(sequences, num_replicas=n_sites, rank=site, shuffle=False)
         return DataLoader(sequences, batch_size=self.val_batch_size, sampler=share, pin_memory=self._on_gpu())
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the numbers of two runs comparable: corpus, tokenizer, and the sequences that are validated."""
+        return {
+            "corpus": self.manifest.fingerprint,
+            "tokenizer": self.manifest.tokenizer.sha256,
+            "sequence_length": self.sequence_length,
+            "val_sequences": self.val_sequences,
+        }
+
+    def probe(self, n_sequences: int, n_tokens: int) -> Batch:
+        """The same held-out text on every site, whatever `sequence_length` is.
+
+        Args:
+            n_sequences: Sequences, an equal share of each domain (the first domains one more, or one alone).
+            n_tokens: Tokens of each.
+
+        Returns:
+            One batch, of fewer sequences only where the validation split has no more.
+        """
+        sequences = ValidationSequences(self.manifest, n_tokens, n_sequences, 1)
+        batch: Batch = default_collate([sequences[i] for i in range(len(sequences))])
+        return batch
 
     def _plans(self, n_sites: int) -> list[list[StreamPlan]]:
         sizes = [

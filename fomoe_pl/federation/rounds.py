@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from fomoe_pl.federation.inner import RowAdamW, moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind
+from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
 from fomoe_pl.federation.outer import OuterRule, outer_step_
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
 from fomoe_pl.federation.wire import Wire
@@ -66,6 +67,7 @@ class Federation:
         self.anchors = {n: t.detach().to(torch.float32, copy=True) for n, t in layout.tensors.items()}
         self.momenta = {n: torch.zeros_like(self.anchors[n]) for n in layout.trained if outer.has_momentum}
         self._stash: dict[str, Tensor] | None = None
+        self.movement: Movement | None = None  # filled by each round, if somebody wants to know
 
     # -- what is averaged with whom -------------------------------------------------------------------------------
 
@@ -95,9 +97,12 @@ class Federation:
         Args:
             optimizer: the inner optimizer, whose moments are kept, reset or averaged.
         """
+        measured = self.movement is not None and self.movement.active
+        if measured:
+            self._note_movement()
         for kind, sites, pieces in self._groups():
             numels = [piece.of(self.anchors[piece.name]).numel() for piece in pieces]
-            read, write = partial(self._pseudo_gradient, pieces), partial(self._outer_step, kind, pieces)
+            read, write = partial(self._pseudo_gradient, pieces), partial(self._outer_step, kind, pieces, measured)
             self.wire.average(kind, sites, numels, read, write)
         if self.inner_moments == "average":
             self._average_moments(optimizer)
@@ -106,22 +111,45 @@ class Federation:
         self.layout.fill(self.anchors)
 
     def _pseudo_gradient(self, pieces: Sequence[Piece], i: int) -> Tensor:
-        piece = pieces[i]
+        return self._change(pieces[i])
+
+    def _change(self, piece: Piece) -> Tensor:
         local = piece.of(self.layout.tensors[piece.name])
         # The site started from the anchor in the training dtype. What that rounded off is no change, and stays in the
         # anchor: else an outer step would feed it back round after round.
         start = piece.of(self.anchors[piece.name]).to(local.dtype)
         return start.float() - local.float()
 
-    def _outer_step(self, kind: Kind, pieces: Sequence[Piece], i: int, mean: Tensor) -> None:
+    def _outer_step(self, kind: Kind, pieces: Sequence[Piece], measured: bool, i: int, mean: Tensor) -> None:
         piece = pieces[i]
         anchor = piece.of(self.anchors[piece.name])
         delta = mean.to(anchor.device).view_as(anchor)
+        if measured and piece.name in self.layout.trained:
+            layer, experts = self._experts_of(piece.name)
+            cast(Movement, self.movement).add(
+                MEAN, layer, experts if piece.row is None else [experts[piece.row]], delta
+            )
         if piece.name not in self.layout.trained:
             anchor.sub_(delta)
             return
         momentum = piece.of(self.momenta[piece.name]) if self.outer.has_momentum else None
         outer_step_(self.outer, anchor, delta, momentum, freeze_if_zero=kind == "expert")
+
+    def _note_movement(self) -> None:
+        """This site's changes and what they started from: whole tensors, not expert by expert."""
+        movement = cast(Movement, self.movement)
+        movement.start()
+        for name in sorted(self.layout.trained):
+            layer, experts = self._experts_of(name)
+            movement.add(OWN, layer, experts, self._change(Piece(name, None)))
+            movement.add(AGREED, layer, experts, self.anchors[name])
+
+    def _experts_of(self, name: str) -> tuple[int | None, list[int]]:
+        """Layer and experts of a tensor's rows; None for a dense one."""
+        layer = self.layout.expert_layer.get(name)
+        if layer is None:
+            return None, []
+        return layer, [e for e, sites in enumerate(self.placement.holders[layer]) if self.site in sites]
 
     def _average_moments(self, optimizer: torch.optim.Optimizer) -> None:
         for _, sites, pieces in self._groups():

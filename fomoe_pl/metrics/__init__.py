@@ -2,5 +2,7 @@
 
 from fomoe_pl.metrics.language import LanguageModelMetric
 from fomoe_pl.metrics.routing import RoutingHealth
+from fomoe_pl.metrics.specialisation import DomainLoad
+from fomoe_pl.metrics.validation import ValidationMetrics
 
-__all__ = ["LanguageModelMetric", "RoutingHealth"]
+__all__ = ["DomainLoad", "LanguageModelMetric", "RoutingHealth", "ValidationMetrics"]

@@ -43,6 +43,7 @@ class FlatSumMetric(Metric, ABC):
         parts = flat.split([self._sum(name).numel() for name in names])
         for name, part in zip(names, parts, strict=True):
             setattr(self, name, part.view_as(self._sum(name)).clone())
+        self._update_count = max(1, self._update_count)  # else torchmetrics takes the sums of others for none
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
         # torchmetrics lets ``parent.bfloat16()`` pass but not ``parent.to(torch.bfloat16)``, which is what Lightning's

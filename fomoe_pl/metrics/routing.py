@@ -93,10 +93,12 @@ def ghost_fraction(live_L: Tensor, picks: Tensor) -> Tensor:
 
 
 class RoutingHealth(FlatSumMetric):
-    """Load entropy, CV, MaxVio, starved experts and ghost fraction, by layer and as the mean of the layers.
+    """Evenness of the load, with and without ghosts, gate entropy and ghost fraction, by layer and as their mean.
 
     Over the sum of all updates since the last reset, so over a batch, a round or a validation set, and after a
     reduction over the picks of all sites. Ghosts' picks belong to the load: it describes what the router chose.
+    The statistics with ``live_`` are over the picks that were executed, by the experts that at least one update of one
+    rank had.
 
     In partitioned routing a site's load of non-residents is zero because the router never sees them. The statistics
     are over the scored experts: those that at least one update (of one rank) could pick.
@@ -107,46 +109,68 @@ class RoutingHealth(FlatSumMetric):
     """
 
     load_LE: Tensor
+    live_LE: Tensor
     scored_LE: Tensor
-    live_L: Tensor
+    resident_LE: Tensor
+    gate_entropy_L: Tensor
     picks: Tensor
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
         super().__init__()
-        self.add_sum("load_LE", (n_layers, n_experts))
-        self.add_sum("scored_LE", (n_layers, n_experts))
-        self.add_sum("live_L", (n_layers,))
+        for name in ("load_LE", "live_LE", "scored_LE", "resident_LE"):
+            self.add_sum(name, (n_layers, n_experts))
+        self.add_sum("gate_entropy_L", (n_layers,))
         self.add_sum("picks", ())
 
-    def update(self, load_LE: Tensor, live_L: Tensor, picks: int, scored_LE: Tensor | None = None) -> None:
+    def update(
+        self,
+        load_LE: Tensor,
+        gate_entropy_L: Tensor,
+        picks: int,
+        scored_LE: Tensor | None = None,
+        resident_LE: Tensor | None = None,
+    ) -> None:
         """Add one forward pass. All layers at once: single layers would cost L times the kernel launches.
 
         Args:
             load_LE: Picks of each expert, those of ghosts included; of any number type.
-            live_L: Picks that a resident expert executed.
+            gate_entropy_L: Mean over tokens of the entropy of the normalised scores, over the log of their number.
             picks: All picks of one layer (tokens times choices), the same in each.
             scored_LE: Bool, the experts that the router could pick; None = all.
+            resident_LE: Bool, the experts that execute their picks; None = all.
         """
         self.load_LE = self.load_LE + load_LE
+        self.live_LE = self.live_LE + (load_LE if resident_LE is None else load_LE * resident_LE)
         self.scored_LE = self.scored_LE + (1 if scored_LE is None else scored_LE)
-        self.live_L = self.live_L + live_L
+        self.resident_LE = self.resident_LE + (1 if resident_LE is None else resident_LE)
+        self.gate_entropy_L = self.gate_entropy_L + gate_entropy_L * picks
         self.picks = self.picks + picks
+
+    def ghost_share(self) -> Tensor:
+        """Return the share of each expert's own picks that was skipped, (L,E) on the CPU; NaN where it has none."""
+        load_LE = self.load_LE.cpu()
+        return 1 - self.live_LE.cpu() / load_LE
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``<statistic>`` (mean of the layers) and ``<statistic>/layer_<i>``, 0-dim float64 tensors on the CPU.
 
         Statistics: ``load_entropy``, ``load_cv``, ``max_violation``, ``starved_experts`` (a number of experts, of the
-        mean layer) and ``ghost_fraction``. All are NaN while nothing was picked.
+        mean layer), each also with ``live_``; ``gate_entropy``; ``ghost_fraction`` and ``ghost_excess``, which is the
+        fraction less 1 - residents / scored experts, what even routing would skip (1 - overlap / M with ghosts).
+        All are NaN while nothing was picked.
         """
         # One copy to the CPU here instead of one for each of the many values when they are logged.
-        load_LE, scored_LE = self.load_LE.cpu(), self.scored_LE.cpu() > 0
+        load_LE, live_LE, picks = self.load_LE.cpu(), self.live_LE.cpu(), self.picks.cpu()
+        scored_LE, resident_LE = self.scored_LE.cpu(), self.resident_LE.cpu()
+        skipped_L = ghost_fraction(live_LE.sum(dim=1), picks)
         statistics = {
-            "load_entropy": load_entropy(load_LE, scored_LE),
-            "load_cv": load_cv(load_LE, scored_LE),
-            "max_violation": max_violation(load_LE, scored_LE),
-            "starved_experts": starved_experts(load_LE, scored_LE),
-            "ghost_fraction": ghost_fraction(self.live_L.cpu(), self.picks.cpu()),
+            "gate_entropy": self.gate_entropy_L.cpu() / picks,
+            "ghost_fraction": skipped_L,
+            "ghost_excess": skipped_L - (1 - resident_LE.sum(dim=1) / scored_LE.sum(dim=1)),
         }
+        for prefix, counted_LE, could_LE in (("", load_LE, scored_LE > 0), ("live_", live_LE, resident_LE > 0)):
+            for function in (load_entropy, load_cv, max_violation, starved_experts):
+                statistics[prefix + function.__name__] = function(counted_LE, could_LE)
         values = {name: value_L.mean() for name, value_L in statistics.items()}
         for name, value_L in statistics.items():
             values |= {f"{name}/layer_{layer}": value for layer, value in enumerate(value_L)}

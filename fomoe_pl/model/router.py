@@ -5,7 +5,8 @@ partitioned mode), K experts chosen for each token.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ class RoutingStats(NamedTuple):
         importance_E: float32 (E,), mean over tokens of the scores normalised to sum 1; zero where not scored.
         z: float32 (), mean over tokens of logsumexp(logits)² (ST-MoE, arXiv 2202.08906).
         gate_entropy: float32 (), mean over tokens of the entropy of the normalised scores, divided by log N.
+        picks_TK: int64, picks of each token as rows of the router: expert ids in ghost mode, else see `resident_ids`.
+        gates_TK: float32, gates of these picks, without gradient.
     """
 
     load_E: Tensor
@@ -35,6 +38,8 @@ class RoutingStats(NamedTuple):
     importance_E: Tensor
     z: Tensor
     gate_entropy: Tensor
+    picks_TK: Tensor
+    gates_TK: Tensor
 
 
 class Router(nn.Module):
@@ -77,6 +82,7 @@ class Router(nn.Module):
         self.register_buffer("slot_of_expert", slots_E.to(self.weight.device), persistent=False)
         bias = torch.zeros(n_scored, device=device, dtype=torch.float32) if config.balance == "bias" else None
         self.register_buffer("balance_bias", bias)
+        self._random: torch.Generator | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         bias = self.balance_bias
@@ -91,6 +97,24 @@ class Router(nn.Module):
         ids_R, slots_E = lookup(self.n_experts, resident)
         self.resident_ids.copy_(ids_R)
         self.slot_of_expert.copy_(slots_E)
+
+    @contextmanager
+    def at_random(self, generator: torch.Generator) -> Iterator[None]:
+        """For a while, give each token's gates to experts drawn evenly without replacement: a measure of comparison.
+
+        Args:
+            generator: Of the router's device.
+        """
+        self._random = generator
+        try:
+            yield
+        finally:
+            self._random = None
+
+    def expert_ids(self, picks_TK: Tensor) -> Tensor:
+        """Turn rows of this router, as in `RoutingStats.picks_TK`, into expert ids."""
+        # While all experts are live for a validation, a partitioned router has E rows, of which row e is expert e.
+        return picks_TK if self.routing == "ghost" else self.resident_ids[picks_TK]
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
         """Pick experts for each token.
@@ -112,15 +136,20 @@ class Router(nn.Module):
             gates_TK = scores_TN.gather(1, chosen_TK)
             if self.normalize_gates:
                 gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
+            if self._random is not None:
+                order_TN = torch.rand(scores_TN.shape, generator=self._random, device=scores_TN.device)
+                chosen_TK = order_TN.topk(chosen_TK.shape[1], dim=-1).indices
             slots_TK = self.slot_of_expert[chosen_TK] if self.routing == "ghost" else chosen_TK
             shares_TN = scores_TN
             if self.gate == "sigmoid":
                 shares_TN = scores_TN / scores_TN.sum(dim=-1, keepdim=True)
             z = logits_TN.logsumexp(dim=-1).square().mean()
-            stats = self._stats(chosen_TK, slots_TK, shares_TN, z)
+            stats = self._stats(chosen_TK, slots_TK, shares_TN, z, gates_TK)
         return gates_TK, slots_TK, stats
 
-    def _stats(self, chosen_TK: Tensor, slots_TK: Tensor, shares_TN: Tensor, z: Tensor) -> RoutingStats:
+    def _stats(
+        self, chosen_TK: Tensor, slots_TK: Tensor, shares_TN: Tensor, z: Tensor, gates_TK: Tensor
+    ) -> RoutingStats:
         n_scored, n_picks = shares_TN.shape[1], chosen_TK.numel()
         # float32 is said aloud: in Lightning's bf16-true steps the default type is bfloat16, which counts to 256.
         zeros = partial(torch.zeros, device=chosen_TK.device, dtype=torch.float32)
@@ -137,7 +166,7 @@ class Router(nn.Module):
         entropy = -torch.xlogy(shares_TN, shares_TN).sum(dim=-1).mean()
         # One scored expert leaves no choice: the entropy is 0, and so is its bound.
         gate_entropy = entropy / math.log(n_scored) if n_scored > 1 else entropy
-        return RoutingStats(load_E, live, n_picks, importance_E, z, gate_entropy)
+        return RoutingStats(load_E, live, n_picks, importance_E, z, gate_entropy, chosen_TK, gates_TK.detach())
 
     @torch.no_grad()
     def update_balance_bias(self, load_E: Tensor, rate: float) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,16 @@ from torch import Tensor
 from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.movement import Movement
+from fomoe_pl.federation.observer import RoundObserver
+from fomoe_pl.federation.placement import Placement
+from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.strategies.checks import check_resumable, check_weights
+
+T = TypeVar("T")
 
 
 class SiteStrategy(Strategy):
@@ -32,7 +39,13 @@ class SiteStrategy(Strategy):
         optimizer_steps: local optimizer steps taken.
         sync_seconds: seconds spent between the end of the last local step and the next, over all rounds.
         round_stats: means over all sites of the last round (fixed keys; empty before the first round).
+        has_rounds: whether sites agree in rounds, not in every step.
+        observers: who looks at the ends of rounds; the same on all sites, in the same order.
+        watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
     """
+
+    has_rounds = False
+    federation: Federation | None = None
 
     def init_site(self) -> None:
         """Set the counters; called by the constructors."""
@@ -42,11 +55,17 @@ class SiteStrategy(Strategy):
         self.optimizer_steps = 0
         self.sync_seconds = 0.0
         self.round_stats: dict[str, float] = {}
+        self.observers: list[RoundObserver] = []
+        self.watch_seconds = 0.0
 
     @property
     def topology(self) -> Topology:
         """This rank's place; for data-parallel strategies every rank counts as a site."""
         raise NotImplementedError
+
+    def describe(self) -> str:
+        """One line that says which method this is."""
+        return f"{type(self).__name__}, {self.topology.n_sites} sites"
 
     def residency(self, config: ModelConfig) -> Residency:
         """Which experts the model on this rank holds."""
@@ -59,6 +78,42 @@ class SiteStrategy(Strategy):
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from: this site's own unless gradients are shared."""
         return loads_LE
+
+    # -- who watches ---------------------------------------------------------------------------------------------
+
+    def ask_observers(self, look: Callable[[RoundObserver], T]) -> list[T]:
+        """Call each observer, in their order, on their own time."""
+        start = time.perf_counter()
+        answers = [look(observer) for observer in self.observers]
+        self.watch_seconds += time.perf_counter() - start
+        return answers
+
+    def sum_with_observers(self, own: Tensor) -> Tensor:
+        """Add `own` and all that observers count over the sites, in one message."""
+        watched = self.ask_observers(lambda observer: observer.statistics())
+        total = self.sum_over_sites(torch.cat([own, *watched]), "control")
+        own, *parts = total.split([len(own), *map(len, watched)])
+        waiting = iter(parts)
+        self.ask_observers(lambda observer: observer.receive(next(waiting)))
+        return own
+
+    def watch_movement(self) -> Movement | None:
+        """Have rounds fill a `Movement`; None where there are no rounds."""
+        if self.federation is None:
+            return None
+        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
+        self.federation.movement = Movement(config.n_layers, config.n_experts)
+        return self.federation.movement
+
+    @property
+    def placement(self) -> Placement | None:
+        """Who holds what; None where every rank holds all."""
+        return None if self.federation is None else self.federation.placement
+
+    def agreed_bytes(self) -> int:
+        """Bytes of anchors and outer momentum on this rank."""
+        kept = () if self.federation is None else (self.federation.anchors, self.federation.momenta)
+        return sum(tensor.nbytes for tensors in kept for tensor in tensors.values())
 
     # -- Lightning's own traffic, counted ------------------------------------------------------------------------
 

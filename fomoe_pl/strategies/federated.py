@@ -62,6 +62,8 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         ConfigError: for settings that cannot work.
     """
 
+    has_rounds = True
+
     def __init__(
         self,
         sites: int | None = None,
@@ -103,7 +105,6 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         self.outer, self.inner_moments = outer, inner_moments
         self.wire_dtype, self.bucket_mib, self.check_agreement = wire_dtype, bucket_mib, check_agreement
         self.share_device = share_device
-        self.federation: Federation | None = None
         self._stop_requested = False
 
     # -- who holds what -------------------------------------------------------------------------------------------
@@ -202,15 +203,17 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         if self.schedule.is_round_end(self.optimizer_steps, self._last_step):
             if self.root_device.type == "cuda":
                 torch.cuda.synchronize()  # else the queue of local work would be charged to the round
-            start = time.perf_counter()
+            start, watched = time.perf_counter(), self.watch_seconds
             self._end_round(optimizer)
-            self.sync_seconds += time.perf_counter() - start
+            self.sync_seconds += time.perf_counter() - start - (self.watch_seconds - watched)
         return output
 
     def _end_round(self, optimizer: torch.optim.Optimizer) -> None:
         assert self.federation is not None
+        self.ask_observers(lambda observer: observer.before_synchronization())
         self.federation.synchronize(optimizer)
         self.rounds_done += 1
+        self.ask_observers(lambda observer: observer.after_synchronization())
         stop = self._share_statistics()
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         if (
@@ -229,11 +232,11 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
             raise SIGTERMException
 
     def _share_statistics(self) -> bool:
-        """One small message a round: mean training loss, and whether any site was told to stop."""
+        """One small message a round: mean training loss, whether any site was told to stop, observers' numbers."""
         module = cast(Any, self.lightning_module)
         loss_sum, steps = module.pop_round_losses()
         stop = float(self._stop_requested)
-        total = self.sum_over_sites(torch.tensor([loss_sum, steps, stop], dtype=torch.float64), "control")
+        total = self.sum_with_observers(torch.tensor([loss_sum, steps, stop], dtype=torch.float64))
         self.round_stats = {"train_loss": float(total[0] / total[1])}
         return bool(total[2] > 0)
 

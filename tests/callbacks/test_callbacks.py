@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fomoe_pl.callbacks import (
     CommunicationMonitor,
     FoMoEProgressBar,
-    RoutingHealthLogger,
+    RoutingStability,
     RunReport,
     ThroughputMonitor,
 )
@@ -26,6 +26,8 @@ from fomoe_pl.federation.ledger import KINDS, Ledger
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.metrics import RoutingHealth
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.sizes import training_flops_per_token
 from fomoe_pl.module import FoMoEModule
 
 MIB = 2**20
@@ -45,18 +47,26 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.strategy: Any = SimpleNamespace(
-            topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={}
-        )
+            topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={},
+            has_rounds=True, observers=[], watch_seconds=0.0, placement=None, watch_movement=lambda: None,
+            agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
+        )  # fmt: skip
         self.logger = FakeLogger(str(folder))
         self.trainer: Any = SimpleNamespace(
             strategy=self.strategy, loggers=[self.logger], logger=self.logger, global_step=0, is_global_zero=True,
-            callback_metrics={}, default_root_dir=str(folder),
+            callback_metrics={}, default_root_dir=str(folder), callbacks=[], optimizers=[], precision="32-true",
+            max_steps=99,
         )  # fmt: skip
         self.module: Any = torch.nn.Linear(3, 2)
         self.module.device = torch.device("cpu")
         self.module.tokens_seen = 0
         self.module.validation_before_training = {}
         self.module.routing_health = RoutingHealth(2, 4)
+        self.module.config = ModelConfig(
+            vocab_size=8, d_model=4, n_layers=2, n_heads=1, n_experts=4, top_k=2, d_expert=4
+        )
+        residency = Residency("ghost", ((0, 1), (2, 3)))
+        self.module.transformer = SimpleNamespace(residency=residency)
 
     def start(self, callback: Any) -> None:
         callback.on_train_start(self.trainer, self.module)
@@ -66,9 +76,19 @@ class Run:
         self.trainer.global_step += stepped
         self.module.tokens_seen += tokens
         if round_end:
-            self.strategy.rounds_done += 1
-            self.strategy.round_stats = {"train_loss": 2.5}
-        callback.on_train_batch_end(self.trainer, self.module, None, None, 0)
+            self.end_round()
+        batch = {"inputs": torch.zeros(2, 5)}
+        callback.on_train_batch_end(self.trainer, self.module, None, batch, 0)
+
+    def end_round(self) -> None:
+        """What the strategy does, alone: the other sites count the same."""
+        for observer in self.strategy.observers:
+            observer.before_synchronization()
+        self.strategy.rounds_done += 1
+        self.strategy.round_stats = {"train_loss": 2.5}
+        for observer in self.strategy.observers:
+            observer.after_synchronization()
+            observer.receive(observer.statistics() * 4)
 
     @property
     def steps_logged(self) -> list[int]:
@@ -89,32 +109,39 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def test_routing_is_logged_at_round_ends_and_reset(run: Run) -> None:
-    callback = RoutingHealthLogger(every_n_steps=100)
+def test_routing_of_all_sites_is_logged_at_round_ends_and_reset(run: Run) -> None:
+    callback = RoutingStability(every_n_steps=1, probe_sequences=0)
     run.start(callback)
     # Layer 0 even, layer 1 all to one expert; of 8 picks 6 and 2 are live.
     load_LE = torch.tensor([[2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0]])
-    run.module.routing_health.update(load_LE, torch.tensor([6.0, 2.0]), 8)
+    resident_LE = torch.tensor([[True, True, True, False], [False, True, True, True]])
+    run.module.routing_health.update(load_LE, torch.tensor([0.5, 0.1]), 8, None, resident_LE)
     run.step(callback)
-    assert run.steps_logged == []
+    assert run.steps_logged == []  # between rounds nothing is read, whatever every_n_steps says
     run.step(callback, round_end=True)
     assert run.steps_logged == [2]
     values = run.logger.lines[0][1]
     assert values["routing/ghost_fraction/layer_00"] == pytest.approx(0.25)
-    assert values["routing/ghost_fraction/layer_01"] == pytest.approx(0.75)
-    assert values["routing/ghost_fraction/mean"] == pytest.approx(0.5)
+    assert values["routing/ghost_fraction/layer_01"] == pytest.approx(1)
+    assert values["routing/ghost_excess/layer_01"] == pytest.approx(0.75)
     assert values["routing/load_entropy/mean"] == pytest.approx(0.5)
+    assert values["routing/gate_entropy/mean"] == pytest.approx(0.3)
     assert values["routing/max_violation/layer_01"] == pytest.approx(3)
-    statistics = ("load_entropy", "load_cv", "max_violation", "starved_experts", "ghost_fraction")
+    loads = ("load_entropy", "load_cv", "max_violation", "starved_experts")
+    statistics = [*loads, *(f"live_{name}" for name in loads), "ghost_fraction", "ghost_excess", "gate_entropy"]
     assert set(values) == {f"routing/{s}/{of}" for s in statistics for of in ("mean", "layer_00", "layer_01")}
+    assert callback.view is not None
+    assert float(callback.view.health.picks) == 4 * 8  # of all sites
     assert float(run.module.routing_health.picks) == 0
-    # The same keys where nothing was routed.
-    run.module.routing_health.update(torch.zeros(2, 4), torch.zeros(2), 0)
-    run.step(callback, round_end=True)
-    assert set(run.logger.lines[1][1]) == set(values)
+    # The second round is not looked at: its means alone. The fifth is; the same keys where nothing was routed.
+    for _ in range(4):
+        run.step(callback, round_end=True)
+    assert [set(line) for _, line in run.logger.lines[1:4]] == [{key for key in values if "/mean" in key}] * 3
+    assert set(run.logger.lines[4][1]) == set(values)
 
 
-def test_without_rounds_the_interval_counts_optimizer_steps(run: Run) -> None:
+def test_in_synchronous_training_the_interval_counts_optimizer_steps(run: Run) -> None:
+    run.strategy.has_rounds = False
     callback = CommunicationMonitor(every_n_steps=2)
     run.start(callback)
     for micro_batch in range(1, 9):
@@ -132,7 +159,7 @@ def test_rounds_replace_the_interval(run: Run) -> None:
     assert run.steps_logged == [8, 10, 12]
 
 
-def test_communication_by_hand(run: Run) -> None:
+def test_communication_by_hand(run: Run, clock: SimpleNamespace) -> None:
     ledger = run.strategy.ledger
     ledger.send("control", 7 * MIB)  # before training: in the totals, not in the first round nor in bytes per token
     callback = CommunicationMonitor()
@@ -140,28 +167,48 @@ def test_communication_by_hand(run: Run) -> None:
     ledger.all_reduce("dense", 8 * MIB, 4)  # ring of 4: 1.5 x 8 = 12
     ledger.all_reduce("expert", 4 * MIB, 2)  # ring of 2: 4
     run.strategy.sync_seconds = 0.5
+    clock.now += 2
     run.step(callback, round_end=True)
     ledger.all_reduce("dense", 8 * MIB, 4)
     ledger.send("evaluation", 3 * MIB)
+    run.strategy.sync_seconds = 0.75
+    clock.now += 2
     run.step(callback, round_end=True)
     first, second = (values for _, values in run.logger.lines)
-    assert first["comm/payload(MiB)/dense"] == 8
-    assert first["comm/wire(MiB)/dense"] == 12
-    assert first["comm/wire(MiB)/expert"] == 4
-    assert first["comm/wire(MiB)/total"] == 7 + 16
-    assert first["comm/round_wire(MiB)/total"] == 16
-    assert first["comm/sync(s)"] == 0.5
-    assert first["comm/wire_per_token(B)"] == pytest.approx(16 * MIB / 100)
+    assert first["comm/payload_MiB/dense"] == 8
+    assert first["comm/wire_MiB/dense"] == 12
+    assert first["comm/wire_MiB/expert"] == 4
+    assert first["comm/wire_MiB/total"] == 7 + 16
+    assert first["comm/round_wire_MiB/total"] == 16
+    assert first["comm/sync_s"] == 0.5
+    assert first["comm/wire_per_token_B"] == pytest.approx(16 * MIB / 100)
     assert first["round/train_loss"] == 2.5
-    assert second["comm/payload(MiB)/total"] == 7 + 8 + 4 + 8 + 3
-    assert second["comm/round_wire(MiB)/dense"] == 12
-    assert second["comm/round_wire(MiB)/expert"] == 0
-    assert second["comm/round_wire(MiB)/total"] == 15
-    assert second["comm/wire_per_token(B)"] == pytest.approx(31 * MIB / 200)
+    assert second["comm/payload_MiB/total"] == 7 + 8 + 4 + 8 + 3
+    assert second["comm/round_wire_MiB/dense"] == 12
+    assert second["comm/round_wire_MiB/expert"] == 0
+    assert second["comm/round_wire_MiB/total"] == 15
+    assert second["comm/wire_per_token_B"] == pytest.approx(31 * MIB / 200)
+    assert second["comm/training_wire_MiB"] == 7 + 16 + 12
+    assert second["comm/bandwidth_MiB_per_s"] == pytest.approx(12 / 0.25)
+    assert second["comm/sync_share"] == pytest.approx(0.75 / 4)
+    # 28 MiB since the start of training take 2.35 s on a link of 0.1 Gbit/s; 3.25 s were local.
+    assert second["comm/modelled_s/0.1Gbps"] == pytest.approx(3.25 + 28 * MIB * 8 / 1e8)
+    assert second["comm/modelled_s/10Gbps"] == pytest.approx(3.25 + 28 * MIB * 8 / 1e10)
+    # Of width 4: 8 x 4 embedded; 2 layers of 4 x 16 attention, 4 norms of 4, 4 router rows, 4 experts of 32; 2 norms.
+    parameters = 32 + 2 * (64 + 16 + 16 + 128) + 8
+    assert second["comm/ddp_wire_MiB"] * MIB == pytest.approx(2 * 4 * parameters * 1.5)
+    assert second["comm/replica_wire_MiB"] * MIB == pytest.approx(2 * 4 * parameters * 1.5)
+    assert second["comm/of_ddp"] == pytest.approx(35 * MIB / (2 * 4 * parameters * 1.5))
+    # What each site had sent when the round ended; the stand-in for the other sites adds the same three times more.
+    assert second["comm/site_wire_MiB/site_00"] == 4 * (7 + 16 + 12 + 3)
+    assert second["comm/site_wire_MiB/site_03"] == 0
     groups = ("payload", "wire", "round_wire")
-    bytes_keys = {f"comm/{group}(MiB)/{kind}" for group in groups for kind in (*KINDS, "total")}
-    others = {"comm/sync(s)", "comm/wire_per_token(B)", "round/train_loss"}
-    assert set(first) == set(second) == bytes_keys | others
+    keys = {f"comm/{group}_MiB/{kind}" for group in groups for kind in (*KINDS, "total")}
+    keys |= {f"comm/site_wire_MiB/site_{site:02d}" for site in range(4)} | {"round/train_loss"}
+    keys |= {f"comm/modelled_s/{link}Gbps" for link in ("0.1", "1", "10")}
+    keys |= {f"comm/{name}_MiB" for name in ("training_wire", "all_sites_wire", "ddp_wire", "replica_wire")}
+    keys |= {f"comm/{name}" for name in ("of_ddp", "of_replica", "sync_s", "sync_share", "wire_per_token_B")}
+    assert set(first) == set(second) == keys | {"comm/bandwidth_MiB_per_s"}
 
 
 def timed_steps(run: Run, callback: Any, clock: SimpleNamespace) -> None:
@@ -186,20 +233,46 @@ def timed_steps(run: Run, callback: Any, clock: SimpleNamespace) -> None:
 
 def test_throughput_by_hand(run: Run, clock: SimpleNamespace) -> None:
     callback = ThroughputMonitor(every_n_steps=2)
+    loads_LE, resident_LE = torch.full((2, 4), 2.0), torch.tensor([[True, False, False, False]]).expand(2, 4)
+    run.module.routing_health.update(loads_LE, torch.zeros(2), 8, None, resident_LE)
     timed_steps(run, callback, clock)
     assert run.steps_logged == [2, 4]
     first, second = (values for _, values in run.logger.lines)
-    assert first["throughput/local(tokens per s)"] == pytest.approx(200 / 4)
-    assert first["throughput/with_sync(tokens per s)"] == pytest.approx(200 / 5)
-    assert first["throughput/with_sync_global(tokens per s)"] == pytest.approx(4 * 200 / 5)
-    assert second["throughput/local(tokens per s)"] == pytest.approx(200 / 4)
-    assert second["throughput/with_sync(tokens per s)"] == pytest.approx(200 / 4)
+    assert first["throughput/local_tokens_per_s"] == pytest.approx(200 / 4)
+    assert first["throughput/with_sync_tokens_per_s"] == pytest.approx(200 / 5)
+    assert first["throughput/with_sync_global_tokens_per_s"] == pytest.approx(4 * 200 / 5)
+    assert second["throughput/local_tokens_per_s"] == pytest.approx(200 / 4)
+    assert second["throughput/with_sync_tokens_per_s"] == pytest.approx(200 / 4)
     # A process with torch in it has at least tens of MiB and no TiB: the unit is right.
-    assert 50 < first["memory/peak(MiB)"] < 1e6
+    assert 50 < first["memory/peak_MiB"] < 1e6
+    assert second["time/train_s"] == pytest.approx(9)
+    assert second["memory/parameters_MiB"] == pytest.approx(8 * 4 / MIB)
+    assert second["memory/anchors_MiB"] == 3
+    config = run.module.config
+    nominal = training_flops_per_token(config, 5)
+    assert second["throughput/nominal_TFLOP_per_s"] == pytest.approx(nominal * 50 / 1e12)
+    # One of four picks was executed in the round: half an expert a token and layer.
+    executed = training_flops_per_token(config, 5, executed_picks=0.5)
+    assert second["throughput/executed_TFLOP_per_s"] == pytest.approx(executed * 50 / 1e12)
     assert set(first) == set(second) == {
-        "throughput/local(tokens per s)", "throughput/with_sync(tokens per s)",
-        "throughput/with_sync_global(tokens per s)", "memory/peak(MiB)",
+        "throughput/local_tokens_per_s", "throughput/with_sync_tokens_per_s",
+        "throughput/with_sync_global_tokens_per_s", "throughput/nominal_TFLOP_per_s",
+        "throughput/executed_TFLOP_per_s", "time/train_s", "time/watch_s", "memory/peak_MiB",
+        *(f"memory/{part}_MiB" for part in ("parameters", "gradients", "moments", "anchors")),
     }  # fmt: skip
+
+
+def test_watching_is_no_part_of_local_steps(run: Run, clock: SimpleNamespace) -> None:
+    callback = ThroughputMonitor(every_n_steps=1)
+    run.start(callback)
+    clock.now += 3
+    run.strategy.watch_seconds += 1
+    run.step(callback)
+    values = run.logger.lines[0][1]
+    assert values["throughput/local_tokens_per_s"] == pytest.approx(100 / 2)
+    assert values["throughput/with_sync_tokens_per_s"] == pytest.approx(100 / 3)
+    assert values["time/watch_s"] == pytest.approx(1)
+    assert "throughput/executed_TFLOP_per_s" not in values  # not measured before a round ends
 
 
 def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
@@ -223,6 +296,9 @@ def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
     nothing = dict.fromkeys(KINDS, 0)
     assert report == {
         "strategy": "SimpleNamespace",
+        "method": "four sites",
+        "data": None,
+        "routing": {},
         "sites": 4,
         "steps": 4,
         "rounds": 1,
@@ -235,6 +311,7 @@ def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
         },
         "train_seconds": pytest.approx(9),
         "sync_seconds": pytest.approx(1),
+        "watch_seconds": 0,
         "validation_before_training": {"val/bits_per_byte": 8.0, "val/bits_per_byte/empty": None},
         "tokens_per_second": {"local": pytest.approx(400 / 8), "with_sync": pytest.approx(400 / 9)},
         "resident_parameters": 8,
@@ -250,29 +327,29 @@ def test_report_goes_where_it_is_told(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "callback", [RoutingHealthLogger(1), CommunicationMonitor(1), ThroughputMonitor(1), RunReport()]
+    "callback", [RoutingStability(probe_sequences=0), CommunicationMonitor(1), ThroughputMonitor(1), RunReport()]
 )
 def test_other_ranks_write_nothing(run: Run, tmp_path: Path, callback: Any) -> None:
     run.trainer.is_global_zero = False
     run.start(callback)
-    run.module.routing_health.update(torch.ones(2, 4), torch.ones(2), 4)
+    run.module.routing_health.update(torch.ones(2, 4), torch.zeros(2), 4)
     run.step(callback, round_end=True)
     callback.on_train_end(run.trainer, run.module)
     assert run.logger.lines == []
     assert list(tmp_path.iterdir()) == []
-    if isinstance(callback, RoutingHealthLogger):
+    if isinstance(callback, RoutingStability):
         assert float(run.module.routing_health.picks) == 0  # all ranks' sums start again together
 
 
 def test_lightnings_own_strategy_is_one_site_without_bytes(run: Run) -> None:
-    run.trainer.strategy = SimpleNamespace()
+    run.trainer.strategy = SimpleNamespace()  # has nothing that ours have
     callback = CommunicationMonitor(every_n_steps=1)
     run.start(callback)
     run.step(callback)
-    assert run.logger.lines[0][1]["comm/wire(MiB)/total"] == 0
+    assert run.logger.lines[0][1]["comm/wire_MiB/total"] == 0
 
 
-@pytest.mark.parametrize("kind", [RoutingHealthLogger, CommunicationMonitor, ThroughputMonitor])
+@pytest.mark.parametrize("kind", [RoutingStability, CommunicationMonitor, ThroughputMonitor])
 def test_an_interval_below_one_is_refused(kind: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{kind.__name__}.every_n_steps = 0"):
         kind(every_n_steps=0)
@@ -324,6 +401,6 @@ def test_nothing_is_read_for_the_bar_between_its_updates(tmp_path: Path) -> None
 
 
 def test_a_trainer_takes_them_all_and_the_bar_replaces_lightnings(tmp_path: Path) -> None:
-    callbacks = [RoutingHealthLogger(), CommunicationMonitor(), ThroughputMonitor(), RunReport(), FoMoEProgressBar()]
+    callbacks = [RoutingStability(), CommunicationMonitor(), ThroughputMonitor(), RunReport(), FoMoEProgressBar()]
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=str(tmp_path), callbacks=list(callbacks))
     assert trainer.progress_bar_callback is callbacks[-1]

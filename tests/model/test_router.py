@@ -100,7 +100,7 @@ def test_scores_are_float32_in_any_precision(make_config: Callable[..., ModelCon
 
 def stats_of(load: list[float], importance: list[float]) -> RoutingStats:
     zero = torch.zeros(())
-    return RoutingStats(torch.tensor(load), zero, int(sum(load)), torch.tensor(importance), zero, zero)
+    return RoutingStats(torch.tensor(load), zero, int(sum(load)), torch.tensor(importance), zero, zero, zero, zero)
 
 
 def test_balance_loss_values(make_config: Callable[..., ModelConfig]) -> None:
@@ -176,3 +176,34 @@ def test_bias_stays_float32(make_config: Callable[..., ModelConfig], cast: Calla
 def test_only_weight_and_bias_are_saved(make_config: Callable[..., ModelConfig]) -> None:
     assert set(make(make_config(balance="bias")).state_dict()) == {"weight", "balance_bias"}
     assert set(make(make_config()).state_dict()) == {"weight"}
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+def test_random_routing_keeps_the_gates_and_draws_experts_evenly(
+    make_config: Callable[..., ModelConfig], gate: str
+) -> None:
+    config = make_config(gate=gate)
+    router = Router(config, "ghost", tuple(range(config.n_experts)))
+    torch.nn.init.normal_(router.weight)
+    x_TD = torch.randn(4000, config.d_model) + 0.5  # so that learned picks are uneven
+    gates_TK, _, learned = router(x_TD)
+    with router.at_random(torch.Generator().manual_seed(0)):
+        random_TK, slots_TK, stats = router(x_TD)
+    assert torch.equal(random_TK, gates_TK)
+    assert all(len(set(picks)) == config.top_k for picks in slots_TK.tolist())  # different experts
+    assert torch.equal(stats.picks_TK, slots_TK)
+    even = 4000 * config.top_k / config.n_experts
+    assert (stats.load_E / even - 1).abs().max() < 0.1
+    assert (learned.load_E / even - 1).abs().max() > 0.1
+    assert torch.equal(router(x_TD)[2].picks_TK, learned.picks_TK)  # only for a while
+
+
+def test_picks_are_told_as_expert_ids(make_config: Callable[..., ModelConfig]) -> None:
+    config = make_config(top_k=1)
+    resident = (1, 3)
+    router = Router(config, "partitioned", resident)
+    torch.nn.init.normal_(router.weight)
+    _, _, stats = router(torch.randn(64, config.d_model))
+    ids = router.expert_ids(stats.picks_TK)
+    assert set(ids.flatten().tolist()) == set(resident)
+    assert torch.equal(torch.bincount(ids.flatten(), minlength=config.n_experts).float(), stats.load_E)

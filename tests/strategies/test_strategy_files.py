@@ -1,16 +1,20 @@
 """Every file of configs/strategy on four sites: bytes, hidden traffic, validation, agreement."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from fomoe_pl.costs.bytes import predict_bytes
+from fomoe_pl.callbacks import CommunicationMonitor, RoutingStability, ThroughputMonitor
+from fomoe_pl.costs.bytes import control_bytes, metric_bytes_of, predict_bytes
+from fomoe_pl.costs.counterfactual import ddp_step_bytes, replica_round_bytes
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.model.sizes import parameter_counts
 from tests.distributed import run_distributed
@@ -28,6 +32,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "fomoe_diloco_full": ("fomoe_diloco", {"overlap": SITES}),
 }
 NAMES = [*STRATEGIES, *EXTRA]
+VIEWS = ("val/routing_necessity_nats", "val/own_view_gap_nats")
 
 
 def make_run(name: str, root: str, folder: str) -> Run:
@@ -38,6 +43,10 @@ def make_run(name: str, root: str, folder: str) -> Run:
     trainer = {"max_steps": STEPS, "val_check_interval": 3, "limit_val_batches": None, "gradient_clip_val": 1.0,
                "enable_checkpointing": True}  # fmt: skip
     return Run(root=root, folder=folder, strategy=kind, settings=settings, trainer=trainer)
+
+
+def watchers() -> list[L.Callback]:
+    return [RoutingStability(2, 1, 6, 5, other_views_every=2), CommunicationMonitor(1), ThroughputMonitor(1)]
 
 
 def _fit_all(rank: int, root: str, folder: str) -> dict[str, dict[str, Any]]:
@@ -51,7 +60,7 @@ def _fit_all(rank: int, root: str, folder: str) -> dict[str, dict[str, Any]]:
                 make_run(name, root, folder),
                 rank,
                 SITES,
-                [traffic, save, checkpoint, EarlyStopping("val/loss", patience=99)],
+                [*watchers(), traffic, save, checkpoint, EarlyStopping("val/loss", patience=99)],
             )
             strategy: Any = trainer.strategy
             found[name] = {
@@ -61,7 +70,7 @@ def _fit_all(rank: int, root: str, folder: str) -> dict[str, dict[str, Any]]:
                 "validations": save.metrics,
                 "parameters": parameters(trainer),
                 "digest": strategy.federation.digest() if strategy.rounds_done else None,
-                "metric_bytes": 3 * 3 * 8,  # nats, tokens and bytes of three domains, float64
+                "metric_bytes": metric_bytes_of(make_run(name, root, folder).config, 3),
             }
     return found
 
@@ -109,6 +118,27 @@ def test_every_collective_is_in_the_ledger(found: list[Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "ddp"])
+def test_what_callbacks_tell_other_sites_is_in_the_control_message(found: list[Any], root: str, name: str) -> None:
+    config = make_run(name, root, "").config
+    watched, looked = (
+        control_bytes(config, SITES, watched=True, looked=look, probe_tokens=6 * 5, monitored=True)
+        for look in (False, True)
+    )
+    for rank in range(SITES):
+        calls = [call for call in found[rank][name]["traffic"].calls if call.nbytes in (watched, looked)]
+        # Five rounds; looked at are the first, every second, and the last one.
+        assert [call.nbytes for call in calls] == [looked, watched, looked, watched, looked]
+        assert [call.steps for call in calls] == [2, 4, 6, 8, 9]
+
+
+def test_what_other_methods_would_have_sent_is_what_they_send(found: list[Any], root: str) -> None:
+    config = make_run("ddp", root, "").config
+    assert STEPS * ddp_step_bytes(config, SITES) == found[0]["ddp"]["ledger"].wire("dense")
+    rounds, ledger = found[0]["diloco"]["rounds"], found[0]["diloco"]["ledger"]
+    assert rounds * replica_round_bytes(config, SITES) == ledger.wire("dense") + ledger.wire("expert")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ddp"])
 def test_between_rounds_nothing_crosses(found: list[Any], name: str) -> None:
     ends = {*range(K, STEPS + 1, K), STEPS}
     saves = {4, 8, *VALIDATIONS}
@@ -136,6 +166,8 @@ def test_validation_in_fit_is_that_of_the_checkpoint(found: list[Any], root: str
     assert len(validations) == len(VALIDATIONS)
     for path, metrics in validations.items():
         alone = validate(run, path)
+        # Random routing draws by batch, and one process with all experts has no view of its own.
+        metrics = {key: value for key, value in metrics.items() if key not in VIEWS}
         assert alone.keys() == metrics.keys()
         for key, value in metrics.items():
             assert alone[key] == pytest.approx(value, rel=1e-5), f"{key} of {path}"
@@ -148,6 +180,17 @@ def test_overlap_of_all_sites_is_the_full_replica_bit_for_bit(found: list[Any], 
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             assert torch.equal(tensor, theirs[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_views_are_taken_when_it_is_their_turn(found: list[Any], root: str, folder: str, name: str) -> None:
+    partial = (make_run(name, root, folder).settings.get("overlap") or SITES) < SITES
+    for metrics in (found[rank][name]["validations"] for rank in range(SITES)):
+        first, second, third = ({view: v[view] for view in VIEWS if view in v} for v in metrics.values())
+        assert first == {}
+        assert [*second] == [*VIEWS[: 1 + partial]]
+        assert all(math.isfinite(value) for value in second.values())
+        assert third == second  # Lightning keeps what was last measured
 
 
 def _rung_4(rank: int, root: str, folder: str) -> list[dict[str, torch.Tensor]]:

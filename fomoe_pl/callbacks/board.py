@@ -1,0 +1,151 @@
+"""What TensorBoard shows beside the curves: which curves belong together, and the run in words."""
+
+import re
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from fomoe_pl.callbacks.communication import training_bytes, wire_bytes
+from fomoe_pl.callbacks.observed import MIB, observed_module, observed_strategy
+from fomoe_pl.callbacks.stability import RoundView, RoutingStability
+from fomoe_pl.model.sizes import active_parameters, parameter_counts
+
+# Group -> chart -> tags; `*` stands for what follows.
+CHARTS: dict[str, dict[str, list[str]]] = {
+    "1 Quality": {
+        "loss (nats a token)": ["round/train_loss", "val/loss"],
+        "bits per byte": ["val/bits_per_byte"],
+        "bits per byte by domain": ["val/bits_per_byte/*"],
+        "what routing is worth (nats a token)": ["val/routing_necessity_nats", "val/own_view_gap_nats"],
+    },
+    "2 Are experts alive?": {
+        "load entropy (1 = even)": ["routing/load_entropy/mean", "routing/live_load_entropy/mean", "val/load_entropy"],
+        "load entropy by layer (1 = even)": ["routing/load_entropy/layer_*"],
+        "MaxVio (0 = even)": ["routing/max_violation/mean", "routing/live_max_violation/mean", "val/max_violation"],
+        "starved experts of a layer": ["routing/starved_experts/mean", "routing/live_starved_experts/mean"],
+        "ghost fraction": ["routing/ghost_fraction/mean"],
+        "ghost fraction beyond even routing": ["routing/ghost_excess/mean"],
+    },
+    "3 Is the router settled?": {
+        "picks changed (share)": ["routing/churn/mean", "routing/sync_jump/mean"],
+        "churn by layer (share of picks)": ["routing/churn/layer_*"],
+        "saturation (share of the last picks)": ["routing/saturation/mean"],
+        "gates of the picks (quantiles)": ["routing/gate_q10/mean", "routing/gate_q50/mean", "routing/gate_q90/mean"],
+        "gate entropy (1 = undecided)": ["routing/gate_entropy/mean"],
+        "similarity of router rows (cosine)": ["routing/row_similarity/mean"],
+        "domain information of a pick (bits)": ["val/domain_information_bits"],
+    },
+    "4 Do sites stay together?": {
+        "agreement of routers before averaging": ["routing/site_agreement/mean"],
+        "drift of holders (relative)": ["routing/drift/mean", "pseudo_gradient/dense_drift"],
+        "cosine of pseudo-gradients": ["routing/drift_cosine/mean", "pseudo_gradient/dense_cosine"],
+        "norm of the averaged pseudo-gradient": ["pseudo_gradient/dense_norm", "pseudo_gradient/expert_norm/mean"],
+        "probe loss around averaging (nats)": ["routing/probe_loss_local_nats", "routing/probe_loss_nats"],
+    },
+    "5 Communication": {
+        "sent for training by site 0 (MiB)": [
+            "comm/training_wire_MiB",
+            "comm/ddp_wire_MiB",
+            "comm/replica_wire_MiB",
+        ],
+        "a round by kind (MiB)": ["comm/round_wire_MiB/*"],
+        "sent, over DDP and full replicas": ["comm/of_ddp", "comm/of_replica"],
+        "modelled time (s)": ["comm/modelled_s/*"],
+        "share of time in synchronisation": ["comm/sync_share"],
+    },
+    "6 Speed and memory": {
+        "tokens a second of a site": ["throughput/local_tokens_per_s", "throughput/with_sync_tokens_per_s"],
+        "TFLOP/s": ["throughput/nominal_TFLOP_per_s", "throughput/executed_TFLOP_per_s"],
+        "memory (MiB)": ["memory/*"],
+    },
+}
+
+
+def layout(trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, list[Any]]]:
+    """The charts as `SummaryWriter.add_custom_scalars` takes them, without those that this run leaves empty.
+
+    Tags are regular expressions. A chart keeps all of its tags, because TensorBoard shows charts of several runs as one
+    only if they are the same.
+    """
+    absent = absent_tags(trainer, pl_module)
+    found: dict[str, dict[str, list[Any]]] = {}
+    for group, charts in CHARTS.items():
+        for chart, tags in charts.items():
+            if not all(tag.startswith(absent) for tag in tags):
+                found.setdefault(group, {})[chart] = ["Multiline", [_pattern(tag) for tag in tags]]
+    return found
+
+
+def absent_tags(trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]:
+    """Beginnings of the tags that a run of this kind never writes."""
+    strategy, module = observed_strategy(trainer), observed_module(pl_module)
+    residency, placement = module.transformer.residency, strategy.placement
+    stability = next((c for c in trainer.callbacks if isinstance(c, RoutingStability)), None)  # type: ignore[attr-defined]
+    absent: list[str] = []
+    if stability is None:
+        absent += ["routing/", "pseudo_gradient/"]
+    elif not stability.probe_sequences:
+        absent += [
+            f"routing/{name}" for name in ("churn", "sync_jump", "saturation", "gate_q", "row_", "site_", "probe")
+        ]
+    if stability is None or not stability.other_views_every:
+        absent += ["val/routing_necessity", "val/own_view_gap"]
+    if not strategy.has_rounds:
+        absent += [f"routing/{name}" for name in ("sync_jump", "site_agreement", "drift", "probe_loss_local")]
+        absent += ["pseudo_gradient/", "round/", "comm/replica", "comm/of_replica", "comm/sync_share"]
+    if residency.is_full(module.config):
+        absent += ["val/own_view_gap"]
+    if residency.is_full(module.config) or residency.routing == "partitioned":
+        absent += ["routing/ghost_"]
+    if placement is not None and all(len(sites) == 1 for sites in placement.holder_sets()):
+        absent += ["routing/drift"]
+        absent += ["routing/site_agreement"] if residency.routing == "partitioned" else []
+    if strategy.topology.n_sites == 1:
+        absent += ["routing/site_agreement", "pseudo_gradient/dense_drift", "pseudo_gradient/dense_cosine"]
+        absent += [f"comm/{name}" for name in ("ddp", "replica", "of_")]
+    return tuple(absent)
+
+
+def _pattern(tag: str) -> str:
+    return "^" + re.escape(tag).replace(r"\*", ".*") + "$"
+
+
+def introduction(trainer: Trainer, pl_module: LightningModule, configuration: str | None) -> str:
+    """Markdown: method, model, and the configuration as it was saved."""
+    strategy, config = observed_strategy(trainer), observed_module(pl_module).config
+    counts = parameter_counts(config)
+    rows = {
+        "method": strategy.describe(),
+        "model": f"{config.n_layers} layers, width {config.d_model}, {config.n_experts} experts of which "
+        f"{config.top_k} are picked, vocabulary {config.vocab_size:,}",
+        "parameters": f"{counts.total:,} in all, {active_parameters(config):,} for a token, "
+        f"{sum(p.numel() for p in pl_module.parameters()):,} on this site",
+        "experts' share": f"{counts.experts / counts.total:.0%}",
+    }
+    text = _table(rows)
+    return text if configuration is None else f"{text}\n\n```yaml\n{configuration}\n```"
+
+
+def final_values(trainer: Trainer, view: RoundView | None) -> dict[str, float]:
+    """Numbers of a run that has ended, by `final/<name>`."""
+    strategy = observed_strategy(trainer)
+    values = {"final/training_wire_MiB": training_bytes(wire_bytes(strategy.ledger)) / MIB}
+    for name in ("bits_per_byte", "loss"):
+        if f"val/{name}" in trainer.callback_metrics:
+            values[f"final/{name}"] = float(trainer.callback_metrics[f"val/{name}"])
+    for name in ("load_entropy", "starved_experts", "ghost_excess"):
+        if view is not None and f"routing/{name}/mean" in view.values:
+            values[f"final/{name}"] = view.values[f"routing/{name}/mean"]
+    return values
+
+
+def summary(trainer: Trainer, values: dict[str, float]) -> str:
+    """Markdown: what came out."""
+    strategy = observed_strategy(trainer)
+    rows = {"steps of a site": f"{trainer.global_step:,}", "rounds": f"{strategy.rounds_done:,}"}
+    rows |= {name.removeprefix("final/"): f"{value:,.4g}" for name, value in values.items()}
+    return _table(rows)
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -1,0 +1,146 @@
+"""Puts pictures, text and a layout of the curves into TensorBoard."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from fomoe_pl.callbacks import board, figures
+from fomoe_pl.callbacks.observed import RoundCallback, observed_module, observed_strategy, watching
+from fomoe_pl.callbacks.stability import RoundView, RoutingStability
+from fomoe_pl.errors import ConfigError
+
+TIMELINE = 256
+"""Loads that are kept for the timeline; of a longer run every second, fourth ... round."""
+
+
+class RunPictures(RoundCallback):
+    """Writes, into each TensorBoard logger of rank zero, what curves do not show.
+
+    - A layout that groups the curves (tab "Custom Scalars"), the configuration and a summary (tab "Text"), final values
+      beside the settings (tab "HParams");
+    - pictures (tab "Images"): the placement, heat maps layer by expert of load, skipped share and drift, the timeline
+      of each layer's loads, domain by expert maps of the last validation; histograms of the gates on the probe.
+
+    Must stand behind `RoutingStability`, whose last look it draws; without it there are no pictures of routing. Other
+    loggers get nothing: their curves are whole without it. Pictures need matplotlib (`pip install "fomoe-pl[plots]"`).
+
+    Args:
+        draw_every: Rounds between two drawings; there is a last one when training ends. A drawing takes about two
+            seconds, in which the other sites wait.
+        every_n_steps: Steps that count as a round in synchronous training.
+    """
+
+    def __init__(self, draw_every: int = 64, every_n_steps: int = 10) -> None:
+        super().__init__(every_n_steps)
+        if draw_every < 1:
+            raise ConfigError("trainer.callbacks.RunPictures.draw_every", draw_every,
+                              "must be at least 1 round", "64 is the default")  # fmt: skip
+        self.draw_every = draw_every
+        self._ends = 0
+        self._loads: list[tuple[int, Tensor]] = []
+        self._stride = 1
+        self._stability: RoutingStability | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is known before the first step."""
+        super().on_train_start(trainer, pl_module)
+        self._ends, self._stride = 0, 1
+        self._loads.clear()
+        self._stability = self._find_stability(trainer)
+        self._draws = find_spec("matplotlib") is not None
+        if not self._draws:
+            rank_zero_warn('RunPictures draws nothing without matplotlib: pip install "fomoe-pl[plots]"')
+        for writer, folder in _writers(trainer):
+            writer.add_custom_scalars(board.layout(trainer, pl_module))
+            saved = Path(folder, "config.yaml")
+            configuration = saved.read_text() if saved.is_file() else None
+            writer.add_text("run/configuration", board.introduction(trainer, pl_module, configuration))
+            placement = observed_strategy(trainer).placement
+            if self._draws and placement is not None:
+                writer.add_figure("pictures/placement", figures.placement_map(placement))
+
+    def _find_stability(self, trainer: Trainer) -> RoutingStability | None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        found = next((c for c in callbacks if isinstance(c, RoutingStability)), None)
+        if found is not None and callbacks.index(found) > callbacks.index(self):
+            raise ConfigError("trainer.callbacks", "RunPictures, RoutingStability", "pictures are of the last look",
+                              "put RunPictures behind RoutingStability")  # fmt: skip
+        return found
+
+    def on_round_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the loads; draw when it is time."""
+        self._ends += 1
+        view = None if self._stability is None else self._stability.view
+        if not trainer.is_global_zero or view is None:
+            return
+        load_LE = view.health.load_LE.cpu()
+        if self._ends % self._stride == 0:
+            # Over the experts that could be picked: in partitioned routing of one site alone, its residents.
+            scored_LE = view.health.scored_LE.cpu() > 0
+            mean_L1 = load_LE.sum(dim=1, keepdim=True) / scored_LE.sum(dim=1, keepdim=True)
+            self._loads.append((trainer.global_step, torch.where(scored_LE, load_LE / mean_L1, torch.nan)))
+        if len(self._loads) > TIMELINE:
+            self._loads, self._stride = self._loads[1::2], 2 * self._stride
+        if self._ends % self.draw_every == 0:
+            self._draw(trainer, pl_module, view)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw once more, and write what came out."""
+        if not trainer.is_global_zero:
+            return
+        view = None if self._stability is None else self._stability.view
+        if view is not None and self._ends % self.draw_every:
+            with watching(trainer):
+                self._draw(trainer, pl_module, view)
+        values = board.final_values(trainer, view)
+        settings = {"method": observed_strategy(trainer).describe(), **pl_module.hparams}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("run/summary", board.summary(trainer, values), trainer.global_step - 1)
+                logger.log_hyperparams(settings, metrics=values, step=trainer.global_step - 1)
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, view: RoundView) -> None:
+        step = trainer.global_step - 1
+        for writer, _ in _writers(trainer):
+            if self._draws:
+                for name, figure in self._figures(trainer, pl_module, view).items():
+                    writer.add_figure(f"pictures/{name}", figure, step)
+            if view.gates_LTK is not None:
+                for layer, gates_TK in enumerate(view.gates_LTK):
+                    writer.add_histogram(f"gates_on_probe/layer_{layer:02d}", gates_TK, step)
+
+    def _figures(self, trainer: Trainer, pl_module: LightningModule, view: RoundView) -> dict[str, Any]:
+        steps, loads = zip(*self._loads, strict=True)
+        drawn = {
+            "load": figures.heat_map(self._loads[-1][1], "Load of the last round", figures.EVEN, even=True),
+            "timeline": figures.timeline(torch.stack(loads), steps),
+        }
+        ghosts_LE = view.health.ghost_share()
+        if ghosts_LE.nansum() > 0:
+            drawn["ghost_share"] = figures.heat_map(
+                ghosts_LE, "Skipped picks of each expert", "share of its picks, all sites", most=1.0
+            )
+        if view.drift_LE is not None and view.drift_LE.isfinite().any():
+            drawn["drift"] = figures.heat_map(
+                view.drift_LE, "Drift among holders before averaging", "distance / norm of the expert"
+            )
+        domain_load_LNE = observed_module(pl_module).domain_load_LNE
+        if domain_load_LNE is not None:
+            domains = trainer.datamodule.domains  # type: ignore[attr-defined]
+            drawn["domains"] = figures.domain_maps(domain_load_LNE, domains)
+        return drawn
+
+
+def _writers(trainer: Trainer) -> list[tuple[Any, str]]:
+    """Each TensorBoard writer with its folder; none on other ranks."""
+    if not trainer.is_global_zero:
+        return []
+    return [(lg.experiment, lg.log_dir) for lg in trainer.loggers if isinstance(lg, TensorBoardLogger)]

@@ -1,0 +1,67 @@
+"""A fixed text that every site's model reads from time to time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from fomoe_pl.callbacks.observed import observed_module
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.metrics.probe import row_similarity
+
+
+class Look(NamedTuple):
+    """What a site's own model does with the probe, on the CPU.
+
+    Attributes:
+        picks_LTK: expert ids that each layer's router picks for each token, int64.
+        gates_LTK: gates of these picks, float32.
+        similarity_L: mean cosine between two rows of the layer's router, float64.
+        loss: cross entropy, nats a token, float64 ().
+    """
+
+    picks_LTK: Tensor
+    gates_LTK: Tensor
+    similarity_L: Tensor
+    loss: Tensor
+
+
+class Probe:
+    """Held-out text, the same on all sites.
+
+    Args:
+        trainer: its datamodule gives the text.
+        pl_module: whose model will read it.
+        n_sequences: sequences.
+        n_tokens: tokens of each.
+
+    Raises:
+        ConfigError: if the datamodule has no `probe`.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, n_sequences: int, n_tokens: int) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "probe"):
+            raise ConfigError("trainer.callbacks.RoutingStability.probe_sequences", n_sequences,
+                              f"needs data with a method `probe`, which {type(data).__name__} has not",
+                              "use fomoe_pl.data.FoMoEData, or set it to 0")  # fmt: skip
+        self._batch = {k: t.to(pl_module.device) for k, t in cast(Any, data).probe(n_sequences, n_tokens).items()}
+
+    @torch.no_grad()
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> Look:
+        """Let this site's model, as it is now, read the text. On a GPU this waits for it."""
+        model = observed_module(pl_module).transformer
+        with trainer.precision_plugin.forward_context():
+            hidden_BSD, stats = model(self._batch["inputs"])
+            losses_BS = model.token_losses(hidden_BSD, self._batch["targets"])
+        routers = [block.moe.router for block in model.layers]
+        picks_LTK = torch.stack([r.expert_ids(s.picks_TK) for r, s in zip(routers, stats, strict=True)])
+        return Look(
+            picks_LTK.cpu(),
+            torch.stack([s.gates_TK for s in stats]).cpu(),
+            torch.stack([row_similarity(r.weight.detach()) for r in routers]).cpu(),
+            (losses_BS.double().sum() / (self._batch["targets"] >= 0).sum()).cpu(),
+        )

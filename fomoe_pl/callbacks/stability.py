@@ -1,0 +1,301 @@
+"""Whether experts stay alive, routers settle and sites stay together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from fomoe_pl.callbacks.observed import RoundCallback, log, observe_rounds, observed_module, observed_strategy
+from fomoe_pl.callbacks.probe import Look, Probe
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
+from fomoe_pl.federation.observer import RoundObserver
+from fomoe_pl.federation.packing import pack_counts, unpack_counts
+from fomoe_pl.metrics import RoutingHealth
+from fomoe_pl.metrics.drift import mean_cosine, relative_drift
+from fomoe_pl.metrics.probe import pick_overlap, picked_by, site_agreement
+
+QUANTILES = (0.1, 0.5, 0.9)
+HISTORY = 512
+"""Looks that are kept for the saturation; of a longer run every second, fourth ... one."""
+
+
+@dataclass
+class RoundView:
+    """What the last round, or the last interval of synchronous training, looked like.
+
+    Attributes:
+        health: picks of all sites in the round; of this rank in synchronous training.
+        values: what was measured of it.
+        drift_LE: relative drift of each expert's holders at the last look; None without rounds.
+        gates_LTK: gates on the probe at the last look; None without a probe.
+    """
+
+    health: RoutingHealth
+    values: dict[str, float]
+    drift_LE: Tensor | None = None
+    gates_LTK: Tensor | None = None
+
+
+def routing_values(health: RoutingHealth) -> dict[str, float]:
+    """Return `routing/<statistic>/mean` and `routing/<statistic>/layer_<ii>`; statistics as in `RoutingHealth`.
+
+    The layers' numbers have two digits or more, so that they sort.
+    """
+    values = {}
+    for key, value in health.compute().items():
+        statistic, _, layer = key.partition("/layer_")
+        name = f"layer_{int(layer):02d}" if layer else "mean"
+        values[f"routing/{statistic}/{name}"] = float(value)
+    return values
+
+
+def by_layer(name: str, value_L: Tensor) -> dict[str, float]:
+    """Return `<name>/mean` and `<name>/layer_<ii>`, without what is undefined (NaN)."""
+    values = {f"{name}/mean": float(value_L.nanmean())}
+    values |= {f"{name}/layer_{layer:02d}": float(value) for layer, value in enumerate(value_L)}
+    return {key: value for key, value in values.items() if not math.isnan(value)}
+
+
+class RoutingStability(RoundCallback, RoundObserver):
+    """Logs the health of the routing at the end of every round, over all sites.
+
+    - Loads, entropies and ghosts of the round's training steps (`fomoe_pl.metrics.routing`);
+    - on a fixed probe of held-out text, the same on all sites (`fomoe_pl.metrics.probe`): churn since the last round,
+      agreement between the sites' routers before averaging, the jump that averaging causes, similarity of router rows,
+      quantiles of the gates, loss before and after; when training ends, saturation against the last look;
+    - drift of experts among their holders before averaging, norms of pseudo-gradients (`fomoe_pl.metrics.drift`);
+    - in some validations of the global model: routing necessity and the gap of the sites' own views
+      (`fomoe_pl.metrics.validation`).
+
+    Loads are measured in every round. The first, every `every_n_rounds`-th and the last one are looked at in addition:
+    probe, drift, and the layers one by one, which cost more.
+
+    Its numbers travel in the round's one control message. In synchronous training there is none: every `every_n_steps`
+    steps it logs what rank 0 sees.
+
+    Args:
+        every_n_rounds: Rounds from one look to the next.
+        every_n_steps: Interval in synchronous training, in optimizer steps.
+        probe_sequences: Sequences of the probe; 0 for no probe.
+        probe_tokens: Tokens of each of them.
+        other_views_every: Every how many validations the text is read twice more, for routing necessity and own views;
+            0 for never. `fomoe validate` always does unless it is 0.
+    """
+
+    def __init__(
+        self,
+        every_n_rounds: int = 4,
+        every_n_steps: int = 10,
+        probe_sequences: int = 8,
+        probe_tokens: int = 64,
+        other_views_every: int = 4,
+    ) -> None:
+        super().__init__(every_n_steps)
+        for name, value, least in (
+            ("every_n_rounds", every_n_rounds, 1), ("probe_sequences", probe_sequences, 0),
+            ("probe_tokens", probe_tokens, 1), ("other_views_every", other_views_every, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ConfigError(f"trainer.callbacks.RoutingStability.{name}", value, f"must be at least {least}",
+                                  "see docs/configuration.md for the defaults")  # fmt: skip
+        self.every_n_rounds = every_n_rounds
+        self.probe_sequences, self.probe_tokens = probe_sequences, probe_tokens
+        self.other_views_every = other_views_every
+        self.view: RoundView | None = None
+        self.latest: dict[str, float] = {}
+        self._looking = True
+        self._validations = 0
+        self._history: list[tuple[int, Tensor]] = []
+        self._stride, self._looks = 1, 0
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fetch the probe, and stand where rounds end."""
+        super().on_train_start(trainer, pl_module)
+        self._trainer, self._module = trainer, pl_module
+        strategy = observed_strategy(trainer)
+        observe_rounds(trainer, self)
+        self._movement: Movement | None = strategy.watch_movement()
+        self._probe = None
+        if self.probe_sequences:
+            self._probe = Probe(trainer, pl_module, self.probe_sequences, self.probe_tokens)
+        self._before: Look | None = None
+        self._after: Look | None = None
+        self._last_picks: Tensor | None = None
+        self._history.clear()
+        self.latest.clear()
+        self._stride, self._looks = 1, 0
+
+    def before_synchronization(self) -> None:
+        """Look at what this site has come to on its own, if it is the round for it."""
+        strategy = observed_strategy(self._trainer)
+        last = self._steps_taken() == self._trainer.max_steps
+        self._looking = last or strategy.rounds_done % self.every_n_rounds == 0
+        if self._movement is not None:
+            self._movement.active = self._looking
+        self._before = self._look() if self._looking else None
+
+    def after_synchronization(self) -> None:
+        """Look at what the sites agreed on."""
+        self._after = self._look() if self._looking else None
+
+    def statistics(self) -> Tensor:
+        """Everything that is added over the sites."""
+        parts = self._parts()
+        self._shapes = {name: part.shape for name, part in parts.items()}
+        return torch.cat([part.flatten() for part in parts.values()])
+
+    def _parts(self) -> dict[str, Tensor]:
+        module, strategy = observed_module(self._module), observed_strategy(self._trainer)
+        residency = module.transformer.residency
+        resident_LE = torch.zeros(module.config.n_layers, module.config.n_experts, dtype=torch.float64)
+        for layer, ids in enumerate(residency.experts):
+            resident_LE[layer, list(ids)] = 1
+        parts = {
+            "sites": torch.ones(1, dtype=torch.float64),
+            "health": module.routing_health.states().cpu(),
+            "holders_LE": resident_LE,
+            "scorers_LE": torch.ones_like(resident_LE) if residency.routing == "ghost" else resident_LE,
+        }
+        if self._movement is not None and self._looking:
+            parts["dense"], parts["expert_LE"] = self._movement.sums()
+        if self._before is not None and self._after is not None:
+            before, after = self._before, self._after
+            changed_L = torch.zeros_like(after.similarity_L)
+            if self._last_picks is not None:
+                changed_L = 1 - pick_overlap(self._last_picks, after.picks_LTK)
+            picked_LTE = picked_by(before.picks_LTK, module.config.n_experts)
+            parts |= {
+                "jump_L": 1 - pick_overlap(before.picks_LTK, after.picks_LTK),
+                "churn_L": changed_L,
+                "similarity_L": after.similarity_L,
+                "losses": torch.stack([before.loss, after.loss]),
+                "picked": pack_counts(picked_LTE, strategy.topology.n_sites),
+            }
+        return parts
+
+    def receive(self, total: Tensor) -> None:
+        """Turn the sums over the sites into the round's view."""
+        module, n_sites = observed_module(self._module), observed_strategy(self._trainer).topology.n_sites
+        flat = total.cpu().split([math.prod(shape) for shape in self._shapes.values()])
+        parts = {name: part.view(self._shapes[name]) for name, part in zip(self._shapes, flat, strict=True)}
+        health = RoutingHealth(module.config.n_layers, module.config.n_experts)
+        health.load_states(parts["health"])
+        module.routing_health.reset()
+        before = self.view
+        view = self.view = RoundView(health, routing_values(health))
+        if before is not None:
+            view.drift_LE, view.gates_LTK = before.drift_LE, before.gates_LTK
+        sites, holders_LE = parts["sites"], parts["holders_LE"]
+        if "expert_LE" in parts:
+            view.drift_LE = _movement_values(view.values, parts["dense"], parts["expert_LE"], sites, holders_LE)
+        if "picked" in parts and self._after is not None:
+            picks_LTK = self._after.picks_LTK
+            shape = (*picks_LTK.shape[:2], module.config.n_experts)
+            sites_LTE = unpack_counts(parts["picked"], n_sites, shape)
+            agreement_L = site_agreement(sites_LTE, parts["scorers_LE"])
+            view.values |= by_layer("routing/site_agreement", agreement_L)
+            view.values |= by_layer("routing/sync_jump", parts["jump_L"] / sites)
+            view.values["routing/probe_loss_local_nats"] = float(parts["losses"][0] / sites)
+            churn_L, similarity_L = parts["churn_L"] / sites, parts["similarity_L"] / sites
+            self._remember(self._after, churn_L, similarity_L, parts["losses"][1] / sites)
+
+    def on_round_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the round; without rounds, look at this rank."""
+        if not observed_strategy(trainer).has_rounds:
+            self._look_alone()
+        assert self.view is not None
+        self.latest |= self.view.values
+        if trainer.is_global_zero:
+            values = self.view.values
+            log(trainer, values if self._looking else {k: v for k, v in values.items() if "/layer_" not in k})
+
+    def _look_alone(self) -> None:
+        health = observed_module(self._module).routing_health
+        kept = RoutingHealth(*health.load_LE.shape)
+        kept.load_states(health.states().cpu())
+        health.reset()
+        self.view = RoundView(kept, routing_values(kept))
+        look = self._look()
+        if look is not None:
+            churn_L = torch.zeros_like(look.similarity_L)
+            if self._last_picks is not None:
+                churn_L = 1 - pick_overlap(self._last_picks, look.picks_LTK)
+            self._remember(look, churn_L, look.similarity_L, look.loss)
+
+    def _look(self) -> Look | None:
+        return None if self._probe is None else self._probe.look(self._trainer, self._module)
+
+    def _remember(self, look: Look, churn_L: Tensor, similarity_L: Tensor, loss: Tensor) -> None:
+        assert self.view is not None
+        values = self.view.values
+        if self._last_picks is not None:
+            values |= by_layer("routing/churn", churn_L)
+        values |= by_layer("routing/row_similarity", similarity_L)
+        values["routing/probe_loss_nats"] = float(loss)
+        for q in QUANTILES:
+            values |= by_layer(f"routing/gate_q{q * 100:.0f}", look.gates_LTK.flatten(1).quantile(q, dim=1))
+        self.view.gates_LTK = look.gates_LTK
+        self._last_picks = look.picks_LTK
+        if self._trainer.is_global_zero:
+            self._keep_for_saturation(look.picks_LTK)
+
+    def _keep_for_saturation(self, picks_LTK: Tensor) -> None:
+        if self._looks % self._stride == 0:
+            # Inside a round Lightning has not counted its last step yet.
+            self._history.append((self._steps_taken(), picks_LTK.to(torch.int16)))
+        self._looks += 1
+        if len(self._history) > HISTORY:
+            self._history, self._stride = self._history[::2], 2 * self._stride
+
+    def _steps_taken(self) -> int:
+        return int(getattr(self._trainer.strategy, "optimizer_steps", self._trainer.global_step))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log, at their own steps, how much of the last look's picks each earlier one had already."""
+        if self._last_picks is not None:
+            for step, picks_LTK in self._history:
+                log(trainer, by_layer("routing/saturation", pick_overlap(picks_LTK.long(), self._last_picks)), step)
+
+    # -- validation -----------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask for the other views when it is their turn."""
+        if trainer.sanity_checking or not self.other_views_every:
+            return
+        self._validations += 1
+        alone = trainer.state.fn == TrainerFn.VALIDATING
+        observed_module(pl_module).with_other_views = alone or self._validations % self.other_views_every == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of validations, which a resumed run goes on counting."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self._validations = state_dict["validations"]
+
+
+def _movement_values(
+    values: dict[str, float], dense: Tensor, expert_LE3: Tensor, sites: Tensor, holders_LE: Tensor
+) -> Tensor:
+    """Add drift and pseudo-gradients to `values`; return the drift of each expert."""
+    own_LE, mean_LE, agreed_LE = expert_LE3[..., OWN], expert_LE3[..., MEAN] / holders_LE, expert_LE3[..., AGREED]
+    drift_LE = relative_drift(own_LE, mean_LE, agreed_LE / holders_LE, holders_LE)
+    values |= by_layer("routing/drift", drift_LE.nanmean(dim=1))
+    values |= by_layer("routing/drift_cosine", mean_cosine(own_LE, mean_LE, holders_LE).nanmean(dim=1))
+    values |= by_layer("pseudo_gradient/expert_norm", mean_LE.sqrt().mean(dim=1))
+    own, mean = dense[OWN], dense[MEAN] / sites[0]
+    values["pseudo_gradient/dense_norm"] = float(mean.sqrt())
+    if sites > 1:
+        values["pseudo_gradient/dense_drift"] = float(relative_drift(own, mean, dense[AGREED] / sites[0], sites[0]))
+        values["pseudo_gradient/dense_cosine"] = float(mean_cosine(own, mean, sites[0]))
+    return drift_LE

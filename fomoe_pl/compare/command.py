@@ -1,0 +1,48 @@
+"""`fomoe compare RUN...`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from fomoe_pl.compare.page import write_page
+from fomoe_pl.compare.runs import check_comparable, read_run
+from fomoe_pl.compare.table import failures, markdown, print_table, tables, write_csv
+from fomoe_pl.errors import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line; print tables, write what was asked for, check the limit."""
+    parser = argparse.ArgumentParser(
+        prog="fomoe compare",
+        description="Runs side by side: quality, bytes, speed, memory, health of the routing.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs that have ended")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all numbers, unrounded")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with tables, plots and pictures")
+    parser.add_argument("--any_data", action="store_true", help="compare runs of different corpora or tokenizers too")
+    parser.add_argument("--max_bits_per_byte", type=float, metavar="X", help="exit with 1 if a run is not below X")
+    options = parser.parse_args(arguments)
+    try:
+        if options.html is not None and find_spec("matplotlib") is None:
+            raise ConfigError("html", str(options.html), "needs matplotlib", 'pip install "fomoe-pl[plots]"')
+        runs = [read_run(folder) for folder in options.runs]
+        if not options.any_data:
+            check_comparable(runs)
+    except ConfigError as error:
+        print(f"fomoe: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    for headings, rows in tables(runs):
+        if options.markdown:
+            print(markdown(headings, rows) + "\n")
+        else:
+            print_table(headings, rows)
+    if options.csv is not None:
+        write_csv(runs, options.csv)
+    if options.html is not None:
+        write_page(runs, options.html)
+    if options.max_bits_per_byte is not None and (failed := failures(runs, options.max_bits_per_byte)):
+        sys.exit("error: " + "\n".join(failed))

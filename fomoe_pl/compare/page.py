@@ -1,0 +1,98 @@
+"""One HTML page that needs nothing else: tables, plots as SVG inside it, the runs' own pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fomoe_pl.compare import plots
+from fomoe_pl.compare.runs import Run
+from fomoe_pl.compare.table import tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1250px; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; margin-bottom: 0; }
+table { border-collapse: collapse; font-size: 0.9rem; } th { border-bottom: 2px solid #444; vertical-align: bottom; }
+th, td { padding: 0.25rem 0.7rem; text-align: right; } th:first-child, td:first-child { text-align: left; }
+tr:nth-child(even) td { background: #f4f4f4; } img { max-width: 100%; height: auto; } .note { color: #555; }
+.pictures { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: flex-start; } .pictures img { max-width: 48%; }
+"""
+CAPTIONS = (
+    "Quality is that of the global model. Sent, speed and memory are of site 0; sent is what left it in rings, for "
+    "training, and apart from it for evaluation and checkpoints.",
+    "Means over the layers: loads, ghosts, churn, agreement and drift of the last round, all sites; necessity and "
+    "domain bits of the last validation that measured them.",
+)
+PLOTS = (
+    ("Quality against tokens, bytes and time", plots.quality),
+    ("Quality and bytes", plots.pareto),
+    ("Routing", plots.routing),
+)
+SHOWN = ("load", "timeline", "ghost_share", "drift", "domains", "placement")
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page as HTML."""
+    parts = [f"<h1>{len(runs)} runs side by side</h1>", _data(runs)]
+    for (headings, rows), caption in zip(tables(runs), CAPTIONS, strict=False):
+        parts += [_table(headings, rows), f'<p class="note">{caption}</p>']
+    for title, plot in PLOTS:
+        figure = plot(runs)
+        if figure is not None:
+            parts += [f"<h2>{title}</h2>", _svg(figure, title)]
+    for run in runs:
+        parts += _pictures(run)
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Runs side by side</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def write_page(runs: Sequence[Run], path: Path) -> None:
+    """Write the page; a reader never meets half of it."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(page(runs))
+    unfinished.replace(path)
+
+
+def _data(runs: Sequence[Run]) -> str:
+    rows = [[run.name, run.report.get("method", ""), *_identity(run)] for run in runs]
+    return _table(["run", "method", "corpus", "tokenizer", "sequence length"], rows, left=True)
+
+
+def _identity(run: Run) -> list[str]:
+    data = run.report.get("data") or {}
+    return [str(data.get(key, "-"))[:12] for key in ("corpus", "tokenizer", "sequence_length")]
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
+    style = ' style="text-align:left"' if left else ""
+    lines = [f"<th{style}>{escape(heading)}</th>" for heading in headings]
+    body = "\n".join("<tr>" + "".join(f"<td{style}>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows)
+    return f"<table><thead><tr>{''.join(lines)}</tr></thead><tbody>\n{body}\n</tbody></table>"
+
+
+def _svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    return _image(buffer.getvalue().encode(), "svg+xml", title)
+
+
+def _image(content: bytes, kind: str, title: str) -> str:
+    return f'<img alt="{escape(title)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
+
+
+def _pictures(run: Run) -> list[str]:
+    shown = [name for name in SHOWN if f"pictures/{name}" in run.pictures]
+    if not shown:
+        return []
+    images = "\n".join(_image(run.pictures[f"pictures/{name}"], "png", f"{run.name}: {name}") for name in shown)
+    return [f"<h2>Pictures of {escape(run.name)}</h2>", f'<div class="pictures">\n{images}\n</div>']

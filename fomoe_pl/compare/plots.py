@@ -1,0 +1,110 @@
+"""Plots of several runs, as matplotlib figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fomoe_pl.callbacks.communication import training_bytes
+from fomoe_pl.compare.runs import Run, pareto_front
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MIB = 2**20
+BITS = "bits per byte, global model"
+AGAINST = {
+    "tokens/global": ("tokens of all sites (millions)", 1e-6),
+    "comm/training_wire_MiB": ("sent by site 0 for training (MiB)", 1.0),
+    "time/train_s": ("training time (s)", 1.0),
+}
+ROUTING = {
+    "routing/load_entropy/mean": "load entropy (1 = even)",
+    "routing/starved_experts/mean": "starved experts of a layer",
+    "routing/ghost_excess/mean": "ghost fraction beyond even routing",
+    "routing/churn/mean": "picks changed since the last round",
+    "routing/saturation/mean": "share of the last picks",
+    "routing/site_agreement/mean": "agreement of sites before averaging",
+    "routing/drift/mean": "relative drift of holders",
+    "val/routing_necessity_nats": "routing necessity (nats a token)",
+    "val/domain_information_bits": "domain information of a pick (bits)",
+}
+
+
+def quality(runs: Sequence[Run]) -> Figure | None:
+    """Bits per byte against tokens, bytes and seconds; None without curves."""
+    drawn = {run.name: run.quality() for run in runs}
+    tags = [tag for tag in AGAINST if any(tag in run.curves for run in runs)]
+    if not tags or not any(len(curve.steps) for curve in drawn.values()):
+        return None
+    figure = _figure(4.6 * len(tags), 3.6)
+    panels = figure.subplots(1, len(tags), squeeze=False)[0]
+    for axes, tag in zip(panels, tags, strict=True):
+        label, unit = AGAINST[tag]
+        for i, run in enumerate(runs):
+            curve = drawn[run.name]
+            x = run.at(tag, curve.steps)
+            if x is not None and len(x):
+                axes.plot(x * unit, curve.values, marker="o", markersize=3, label=run.name, color=f"C{i}")
+        axes.set(xlabel=label, ylabel=BITS)
+        axes.grid(alpha=0.3)
+    _legend(figure, panels[0], len(runs))
+    return figure
+
+
+def pareto(runs: Sequence[Run]) -> Figure | None:
+    """Final bits per byte against bytes sent, with the runs that no other beats in both; None without either."""
+    points, shown = [], []
+    for i, run in enumerate(runs):
+        curve = run.quality()
+        if len(curve.values):
+            points.append((training_bytes(run.report["bytes"]["wire"]) / MIB, float(curve.values[-1])))
+            shown.append(i)
+    if not points:
+        return None
+    figure = _figure(6.4, 4.0)
+    axes = figure.subplots()
+    front = [points[i] for i in pareto_front(points)]
+    axes.plot(*zip(*front, strict=True), color="0.6", linestyle="--", zorder=1, label="not beaten in both")
+    for i, (x, y) in zip(shown, points, strict=True):
+        axes.scatter(x, y, color=f"C{i}", zorder=2, label=runs[i].name)
+    axes.set(xlabel=AGAINST["comm/training_wire_MiB"][0], ylabel=BITS)
+    axes.grid(alpha=0.3)
+    axes.margins(0.1)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
+def routing(runs: Sequence[Run]) -> Figure | None:
+    """Health of the routing over the run; None if no run has watched it."""
+    tags = [tag for tag in ROUTING if any(tag in run.curves for run in runs)]
+    if not tags:
+        return None
+    rows = -(-len(tags) // 3)
+    figure = _figure(13.8, 2.9 * rows + 0.5)
+    panels = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for unused in panels[len(tags) :]:
+        unused.remove()
+    for axes, tag in zip(panels, tags, strict=False):
+        for i, run in enumerate(runs):
+            if tag in run.curves:
+                curve = run.curves[tag]
+                marker: Any = "o" if len(curve.steps) < 30 else None
+                axes.plot(curve.steps, curve.values, color=f"C{i}", label=run.name, marker=marker, markersize=3)
+        axes.set(xlabel="optimizer step of a site", ylabel=ROUTING[tag])
+        axes.yaxis.label.set_size(8)
+        axes.grid(alpha=0.3)
+    _legend(figure, panels[0], len(runs))
+    return figure
+
+
+def _legend(figure: Figure, axes: Axes, n: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(n, 6), fontsize=9)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,127 @@
+"""What is read of a run: its report, and its curves and pictures as TensorBoard reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
+
+from fomoe_pl.callbacks.report import REPORT_NAME
+from fomoe_pl.errors import ConfigError
+
+Floats = NDArray[np.float64]
+QUALITY = "val/bits_per_byte"
+WANTED = ("routing/", "val/", "tokens/global", "comm/training_wire_MiB", "time/train_s", "round/")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One tag: optimizer steps taken, and values."""
+
+    steps: Floats
+    values: Floats
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        name: name of the folder that was given.
+        report: what `report.json` says.
+        curves: tag -> curve; empty for a run without TensorBoard.
+        pictures: tag -> the last picture, PNG.
+    """
+
+    name: str
+    report: dict[str, Any]
+    curves: dict[str, Curve] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+    def quality(self) -> Curve:
+        """Bits per byte of the global model over the run; one point, or none, where there are no curves."""
+        if QUALITY in self.curves:
+            curve = self.curves[QUALITY]
+            before = bool(self.report["validation_before_training"]) and curve.steps[0] <= 1
+            # Lightning has no step 0 of its own: what is validated before training is logged at the first.
+            return Curve(np.concatenate([[0.0], curve.steps[1:]]) if before else curve.steps, curve.values)
+        value = self.report["validation"].get(QUALITY)
+        points = [] if value is None else [(self.report["steps"], value)]
+        array = np.array(points, dtype=float).reshape(-1, 2)
+        return Curve(array[:, 0], array[:, 1])
+
+    def at(self, tag: str, steps: Floats) -> Floats | None:
+        """A curve that grows from 0, between its points in proportion; None if the run has no such curve."""
+        if tag not in self.curves:
+            return None
+        curve = self.curves[tag]
+        return np.interp(steps, np.concatenate([[0.0], curve.steps]), np.concatenate([[0.0], curve.values]))
+
+
+def read_run(folder: Path) -> Run:
+    """Read the newest report in a run's folder or below it, and the event files beside it.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    reports = sorted(folder.rglob(REPORT_NAME), key=lambda path: path.stat().st_mtime)
+    if not reports:
+        raise ConfigError("compare", str(folder), f"has no {REPORT_NAME}, here or below",
+                          "RunReport writes it when training ends")  # fmt: skip
+    report = json.loads(reports[-1].read_text())
+    curves, pictures = _read_events(reports[-1].parent)
+    return Run(folder.resolve().name, report, curves, pictures)
+
+
+def _read_events(folder: Path) -> tuple[dict[str, Curve], dict[str, bytes]]:
+    if not any(folder.glob("events.out.tfevents.*")):
+        return {}, {}
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0, IMAGES: 1})
+    events.Reload()
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        if tag.startswith(WANTED):
+            points = events.Scalars(tag)
+            # Loggers count steps from 0.
+            steps = np.array([point.step + 1 for point in points], dtype=float)
+            curves[tag] = Curve(steps, np.array([point.value for point in points], dtype=float))
+    return curves, {tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()["images"]}
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Refuse runs whose qualities are not measured on the same text in the same tokens.
+
+    Raises:
+        ConfigError: naming the runs and what differs.
+    """
+    hint = "Compare runs of one corpus, or say --any_data"
+    for run in runs[1:]:
+        ours, theirs = runs[0].report.get("data"), run.report.get("data")
+        names = f"{runs[0].name}, {run.name}"
+        if ours is None or theirs is None:
+            unknown = runs[0].name if ours is None else run.name
+            raise ConfigError("compare", names, f"the report of {unknown} does not say which data it is of", hint)
+        differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        if differing:
+            found = "; ".join(f"{key} is {_short(ours.get(key))} and {_short(theirs.get(key))}" for key in differing)
+            raise ConfigError("compare", names, f"are not of the same data: {found}", hint)
+
+
+def _short(value: object) -> str:
+    return str(value)[:12]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other equals or beats in both numbers, smaller being better; by the first."""
+    order = sorted(range(len(points)), key=lambda i: points[i])
+    front: list[int] = []
+    for i in order:
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front

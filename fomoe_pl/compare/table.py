@@ -1,0 +1,122 @@
+"""Rows of numbers: for a terminal, as Markdown, as CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fomoe_pl.callbacks.communication import NOT_TRAINING, training_bytes
+from fomoe_pl.compare.runs import QUALITY, Run
+
+MIB = 2**20
+
+
+class Column(NamedTuple):
+    """A number of a run.
+
+    Attributes:
+        heading: short words: a terminal of 80 columns holds them broken between words, and no number is cut.
+        value: reads it from a report; None where the run has none.
+        form: how it is printed.
+    """
+
+    heading: str
+    value: Callable[[dict[str, Any]], float | None]
+    form: str
+
+
+def _routing(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda report: report.get("routing", {}).get(name)
+
+
+def _beside(report: dict[str, Any]) -> float:
+    return sum(report["bytes"]["wire"][kind] for kind in NOT_TRAINING) / MIB
+
+
+# Quality is that of the global model. Sent, speed and memory are site 0's: what left it (wire bytes) for training, and
+# apart from it for evaluation and checkpoints; "local" speed excludes synchronisation.
+MAIN = (
+    Column("sites", lambda r: r["sites"], ",d"),
+    Column("steps", lambda r: r["steps"], ",d"),
+    Column("bits / byte", lambda r: r["validation"].get(QUALITY), ".3f"),
+    Column("MiB sent", lambda r: training_bytes(r["bytes"]["wire"]) / MIB, ",.1f"),
+    Column("MiB sent for eval", _beside, ",.1f"),
+    Column("tokens / s", lambda r: r["tokens_per_second"]["with_sync"], ",.0f"),
+    Column("tokens / s local", lambda r: r["tokens_per_second"]["local"], ",.0f"),
+    Column("resident params", lambda r: r["resident_parameters"], ",d"),
+    Column("peak MiB", lambda r: r["peak_memory_mib"], ",.0f"),
+)
+# Of the last round, mean of the layers; necessity of the last validation that measured it.
+ROUTING = (
+    Column("load entropy", _routing("load_entropy"), ".3f"),
+    Column("MaxVio", _routing("max_violation"), ".2f"),
+    Column("starved experts", _routing("starved_experts"), ".2f"),
+    Column("ghosts beyond even", _routing("ghost_excess"), "+.3f"),
+    Column("churn", _routing("churn"), ".3f"),
+    Column("sites agree", _routing("site_agreement"), ".3f"),
+    Column("drift", _routing("drift"), ".4f"),
+    Column("necessity nats", lambda r: r["validation"].get("val/routing_necessity_nats"), ".3f"),
+    Column("domain bits", lambda r: r["validation"].get("val/domain_information_bits"), ".3f"),
+)
+
+
+def row(run: Run, columns: Sequence[Column]) -> list[str]:
+    """One run's cells, its name first; `-` for what it has not."""
+    values = [(column, column.value(run.report)) for column in columns]
+    return [run.name, *("-" if value is None else format(value, column.form) for column, value in values)]
+
+
+def tables(runs: Sequence[Run]) -> list[tuple[list[str], list[list[str]]]]:
+    """Headings and rows of each table; that of the routing only if a run has watched it."""
+    watched = any(run.report.get("routing") for run in runs)
+    return [
+        (["run", *(column.heading for column in columns)], [row(run, columns) for run in runs])
+        for columns in ((MAIN, ROUTING) if watched else (MAIN,))
+    ]
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The rows as a Markdown table, numbers to the right."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The rows in a terminal."""
+    table = Table(box=box.SIMPLE, padding=0, pad_edge=False)
+    for index, heading in enumerate(headings):
+        # A heading is broken between words in any case, so that the width is left to the numbers.
+        broken = heading.replace(" / ", "/").replace(" ", "\n")
+        table.add_column(broken, justify="right" if index else "left", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def write_csv(runs: Sequence[Run], path: Path) -> None:
+    """All numbers, unrounded; empty for what a run has not."""
+    columns = (*MAIN, *ROUTING)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "method", *(column.heading for column in columns)])
+        for run in runs:
+            values = [column.value(run.report) for column in columns]
+            writer.writerow([run.name, run.report.get("method", ""), *("" if v is None else v for v in values)])
+    unfinished.replace(path)
+
+
+def failures(runs: Sequence[Run], limit: float) -> list[str]:
+    """A line for each run whose bits per byte are not below the limit."""
+    values = {run.name: run.report["validation"].get(QUALITY) for run in runs}
+    return [
+        f"{name}: {QUALITY} is {value}, not below {limit}"
+        for name, value in values.items()
+        if value is None or not value < limit
+    ]

@@ -1,0 +1,167 @@
+"""What RunPictures leaves in TensorBoard, read back with its own reader; and figures of extremes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from fomoe_pl.callbacks import RoutingStability, RunPictures, board, figures
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.placement import place
+from tests.watched import RUNS
+
+
+@pytest.fixture(params=RUNS)
+def events(request: pytest.FixtureRequest, watched_runs: Path) -> EventAccumulator:
+    found = EventAccumulator(str(watched_runs / request.param), size_guidance={"images": 0, "scalars": 0})
+    return found.Reload()
+
+
+def name_of(events: EventAccumulator) -> str:
+    return Path(events.path).name
+
+
+def test_no_chart_of_the_layout_is_empty(events: EventAccumulator) -> None:
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    tags = events.Tags()["scalars"]
+    charts = [chart for category in layout.category for chart in category.chart]
+    assert len(charts) > 15
+    for chart in charts:
+        found = [tag for pattern in chart.multiline.tag for tag in tags if re.match(pattern, tag)]
+        assert found, f"{chart.title} is empty"
+    titles = {chart.title for chart in charts}
+    assert ("ghost fraction" in titles) == name_of(events).startswith("ghost")
+    assert ("drift of holders (relative)" in titles) == (name_of(events) != "ddp")
+
+
+def test_tags_are_such_that_custom_scalars_draw_them(events: EventAccumulator) -> None:
+    """That tab finds tags with parentheses or spaces and scales its axes to them, but draws no line."""
+    assert [tag for tag in events.Tags()["scalars"] if not re.fullmatch(r"[\w./-]+", tag)] == []
+
+
+def test_every_chart_can_be_filled(watched_runs: Path) -> None:
+    tags: set[str] = set()
+    for name in RUNS:
+        tags |= {*EventAccumulator(str(watched_runs / name)).Reload().Tags()["scalars"]}
+    wanted = [tag for charts in board.CHARTS.values() for tags_of in charts.values() for tag in tags_of]
+    assert [tag for tag in wanted if not any(re.match(board._pattern(tag), found) for found in tags)] == []
+
+
+def test_pictures_are_there_and_not_blank(events: EventAccumulator, tmp_path: Path) -> None:
+    from PIL import Image
+
+    expected = {"load", "timeline", "domains"}
+    if name_of(events) != "ddp":
+        expected |= {"placement"}
+    if name_of(events).endswith("_2"):
+        expected |= {"drift"}
+    if name_of(events) == "ghost_1":
+        expected |= {"ghost_share"}
+    assert {tag.removeprefix("pictures/") for tag in events.Tags()["images"]} == expected
+    for tag in events.Tags()["images"]:
+        picture = tmp_path / "picture.png"
+        picture.write_bytes(events.Images(tag)[-1].encoded_image_string)
+        with Image.open(picture) as image:
+            colours = image.convert("RGB").getcolors(maxcolors=10**6)
+            assert min(image.size) > 200
+        assert colours is not None
+        assert len(colours) > 50, tag
+    assert len(events.Tags()["histograms"]) == 2  # gates of each layer
+
+
+def test_another_logger_has_the_same_curves(events: EventAccumulator) -> None:
+    path = Path(events.path)
+    columns = (path.parent / f"{path.name}_csv" / "metrics.csv").read_text().splitlines()[0].split(",")
+    tags = {tag for tag in events.Tags()["scalars"] if not tag.startswith("final/")}  # these are TensorBoard's own
+    assert tags <= {*columns}
+
+
+def test_final_values_stand_beside_the_settings(events: EventAccumulator) -> None:
+    metadata = events.SummaryMetadata("_hparams_/session_start_info")
+    start = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info
+    assert start.hparams["architecture/n_experts"].number_value == 4
+    assert start.hparams["method"].string_value
+    (value,) = events.Scalars("final/bits_per_byte")
+    assert value.value == events.Scalars("val/bits_per_byte")[-1].value
+    assert "hp_metric" not in events.Tags()["scalars"]
+
+
+def test_text_tells_the_method_and_the_results(events: EventAccumulator) -> None:
+    def text(tag: str) -> str:
+        content: bytes = events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0]
+        return content.decode()
+
+    assert "| method |" in text("run/configuration")
+    assert "| bits_per_byte |" in text("run/summary")
+
+
+def test_saturation_ends_at_one_and_grows_with_the_run(events: EventAccumulator) -> None:
+    points = events.Scalars("routing/saturation/mean")
+    assert points[-1].value == 1
+    assert [p.step for p in points] == sorted(p.step for p in points)
+    assert len(points) == len(events.Scalars("routing/load_entropy/mean"))
+
+
+def test_pictures_stand_behind_what_they_draw(tmp_path: Path) -> None:
+    pictures, stability = RunPictures(), RoutingStability()
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=str(tmp_path), callbacks=[pictures, stability])
+    with pytest.raises(ConfigError, match="Put RunPictures behind RoutingStability"):
+        pictures._find_stability(trainer)
+    with pytest.raises(ConfigError, match="draw_every = 0"):
+        RunPictures(draw_every=0)
+
+
+def test_without_matplotlib_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fomoe_pl.callbacks.pictures.find_spec", lambda name: None)
+    pictures = RunPictures()
+    trainer = Trainer(accelerator="cpu", logger=CSVLogger(tmp_path), default_root_dir=str(tmp_path))
+    with pytest.warns(UserWarning, match=r"fomoe-pl\[plots\]"):
+        pictures.on_train_start(trainer, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_only_tensorboard_gets_pictures(tmp_path: Path) -> None:
+    from fomoe_pl.callbacks.pictures import _writers
+
+    loggers: Any = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]
+    trainer = Trainer(accelerator="cpu", logger=loggers, default_root_dir=str(tmp_path))
+    assert [folder for _, folder in _writers(trainer)] == [loggers[1].log_dir]
+
+
+@pytest.mark.parametrize("n", [1, 12, 13, 61])
+def test_at_most_twelve_layers_are_shown(n: int) -> None:
+    shown = figures.shown_layers(n)
+    assert (shown[0], shown[-1], len(shown)) == (0, n - 1, min(n, 12))
+    assert len(set(shown)) == len(shown)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [torch.ones(2, 4), torch.tensor([[8.0, 0, 0, 0]]), torch.full((2, 4), torch.nan), torch.ones(1, 1)],
+    ids=["even", "one expert", "nothing picked", "single"],
+)
+def test_extremes_can_be_drawn(load: Any) -> None:
+    for figure in (
+        figures.heat_map(load, "title", "unit", even=True), figures.heat_map(load, "title", "unit"),
+        figures.timeline(torch.stack([load, load]), [4, 8]), figures.timeline(load[None], [4]),
+        figures.domain_maps(load[:, None], ["law"]),
+    ):  # fmt: skip
+        figure.canvas.draw()
+        axes = figure.axes
+        assert axes[-1].get_ylabel()  # the colour bar's unit
+
+
+def test_placement_shows_who_holds_what() -> None:
+    placement = place("fixed", n_layers=2, n_experts=4, n_sites=2, overlap=1)
+    figure = figures.placement_map(placement)
+    grid = figure.axes[1].images[0].get_array()
+    for site in range(2):
+        for expert in range(4):
+            assert (grid[site, expert].min() < 1) == (site in placement.holders[1][expert])

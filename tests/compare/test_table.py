@@ -1,0 +1,148 @@
+"""Tables, refusals and limits, on reports written by hand."""
+
+import csv
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fomoe_pl.cli import main as fomoe
+from fomoe_pl.compare import main
+from fomoe_pl.compare.runs import pareto_front, read_run
+
+MIB = 2**20
+DATA = {"corpus": "c0ffee", "tokenizer": "bytes", "sequence_length": 256, "val_sequences": 240}
+ROUTING = {"load_entropy": 0.98765, "max_violation": 0.25, "starved_experts": 0.5, "ghost_excess": -0.01, "churn": 0.1}
+
+
+def write(folder: Path, bits_per_byte: float | None, **changes: Any) -> Path:
+    kinds = ("dense", "expert", "moments", "migration", "evaluation", "checkpoint", "control")
+    wire = dict.fromkeys(kinds, 0) | {
+        "dense": 3 * MIB,
+        "evaluation": MIB,
+        "checkpoint": MIB // 2,
+        "total": 9 * MIB // 2,
+    }
+    report: dict[str, Any] = {
+        "method": "four sites",
+        "data": DATA,
+        "sites": 4,
+        "steps": 240,
+        "validation": {"val/bits_per_byte": bits_per_byte},
+        "bytes": {"wire": wire},
+        "tokens_per_second": {"local": 5000.4, "with_sync": 4000.0},
+        "resident_parameters": 1234567,
+        "peak_memory_mib": 512.2,
+        **changes,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write(tmp_path / "fomoe", 2.3456), write(tmp_path / "ddp", None)]
+    main([*map(str, runs), "--markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| run | sites | steps | bits / byte | MiB sent | MiB sent for eval |")
+    assert lines[1] == "| --- |" + " ---: |" * 9
+    assert lines[2] == "| fomoe | 4 | 240 | 2.346 | 3.0 | 1.5 | 4,000 | 5,000 | 1,234,567 | 512 |"
+    assert lines[3].startswith("| ddp | 4 | 240 | - |")
+    assert len(lines) == 5  # nobody has watched the routing
+
+
+def test_routing_has_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watched = write(tmp_path / "fomoe", 2.3, routing=ROUTING)
+    main([str(watched), str(write(tmp_path / "ddp", 1.9)), "--markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[5].startswith("| run | load entropy | MaxVio | starved experts | ghosts beyond even | churn |")
+    assert lines[7] == "| fomoe | 0.988 | 0.25 | 0.50 | -0.010 | 0.100 | - | - | - | - |"
+    assert lines[8] == "| ddp |" + " - |" * 9
+
+
+def test_table_has_a_row_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    fomoe(["compare", str(write(tmp_path / "fomoe", 2.3456)), str(write(tmp_path / "ddp", 1.9))])
+    out = capsys.readouterr().out
+    assert "2.346" in out
+    assert "1.900" in out
+    assert "1,234,567" in out  # whole, in an ordinary terminal
+
+
+def test_the_script_is_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    script = Path(__file__).parents[2] / "tools" / "compare_runs.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(write(tmp_path / "run", 2.3456)), "--markdown"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "| run | 4 | 240 | 2.346 |" in capsys.readouterr().out
+
+
+def test_csv_has_every_number_unrounded(tmp_path: Path) -> None:
+    runs = [write(tmp_path / "fomoe", 2.3456789, routing=ROUTING), write(tmp_path / "ddp", None)]
+    main([*map(str, runs), "--csv", str(tmp_path / "runs.csv")])
+    first, second = csv.DictReader((tmp_path / "runs.csv").open())
+    assert (first["run"], first["method"], first["bits / byte"]) == ("fomoe", "four sites", "2.3456789")
+    assert (first["load entropy"], first["MiB sent"], first["sites agree"]) == ("0.98765", "3.0", "")
+    assert (second["bits / byte"], second["churn"]) == ("", "")
+
+
+def test_the_newest_report_of_a_run_counts(tmp_path: Path) -> None:
+    old, new = write(tmp_path / "version_9", 1.0), write(tmp_path / "version_10", 2.0)
+    os.utime(old / "report.json", (1, 1))
+    assert read_run(tmp_path).report == json.loads((new / "report.json").read_text())
+
+
+@pytest.mark.parametrize(("value", "passes"), [(2.99, True), (3.0, False), (8.0, False), (None, False)])
+def test_limit(tmp_path: Path, value: float | None, passes: bool) -> None:
+    arguments = [str(write(tmp_path / "good", 1.0)), str(write(tmp_path / "run", value)), "--max_bits_per_byte", "3.0"]
+    if passes:
+        main(arguments)
+        return
+    with pytest.raises(SystemExit, match=f"run: val/bits_per_byte is {value}, not below 3.0") as failure:
+        main(arguments)
+    assert "good" not in str(failure.value.code).replace(str(tmp_path), "")
+
+
+def test_a_folder_without_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path)])
+    assert f"{tmp_path}': has no report.json, here or below" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (DATA | {"corpus": "decaf"}, "are not of the same data: corpus is c0ffee and decaf"),
+        (DATA | {"tokenizer": "bpe"}, "are not of the same data: tokenizer is bytes and bpe"),
+        (DATA | {"val_sequences": 12}, "are not of the same data: val_sequences is 240 and 12"),
+        (None, "the report of other does not say which data it is of"),
+    ],
+)
+def test_other_data_are_refused_unless_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: Any, told: str
+) -> None:
+    runs = [str(write(tmp_path / "run", 1.0)), str(write(tmp_path / "other", 1.0, data=data))]
+    with pytest.raises(SystemExit, match="2"):
+        main(runs)
+    shown = capsys.readouterr()
+    assert f"compare = 'run, other': {told}" in shown.err
+    assert shown.out == ""
+    main([*runs, "--any_data"])
+    assert "other" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([], []),
+        ([(1.0, 1.0)], [0]),
+        ([(3.0, 1.0), (1.0, 3.0), (2.0, 2.0), (2.5, 2.5)], [1, 2, 0]),
+        ([(1.0, 1.0), (1.0, 2.0), (2.0, 1.0)], [0]),  # beaten in one number, equal in the other
+        ([(1.0, 1.0), (1.0, 1.0)], [0]),
+    ],
+)
+def test_pareto_front(points: list[tuple[float, float]], front: list[int]) -> None:
+    assert pareto_front(points) == front
