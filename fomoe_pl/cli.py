@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
+import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -18,13 +21,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from fomoe_pl import compare
 from fomoe_pl.costs import plan_command
 from fomoe_pl.data.module import FoMoEData
-from fomoe_pl.errors import ConfigError, config_error_in
+from fomoe_pl.errors import ConfigError, SiteLostError, config_error_in
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy, SiteStrategy
-from fomoe_pl.strategies.checks import check_launched, check_resumable, check_training, check_weights
+from fomoe_pl.strategies.checkpoints import resolve
+from fomoe_pl.strategies.checks import check_launched, check_training, check_weights
 
 EXIT_CONFIG = 2
-EXIT_SIGTERM = 128 + 15
+EXIT_LOST = 1
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 QUIET = (
@@ -179,10 +183,23 @@ class FoMoECLI(LightningCLI):
                               f"must equal the vocabulary of the data in {data.root} ({data.vocab_size})",
                               f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
         path = self.config[self.subcommand].ckpt_path
+        if path is not None and self.subcommand == "fit":
+            path = resolve(_checkpoint_folder(trainer), path)
+            self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
         if path is not None:
             check_weights(path, module.config)
-            if self.subcommand == "fit":
-                check_resumable(path, strategy.identity(n_processes))
+
+
+def _checkpoint_folder(trainer: Trainer) -> Path:
+    """Where the run's ModelCheckpoint writes, which Lightning finds out only when it trains."""
+    given = getattr(trainer.checkpoint_callback, "dirpath", None)
+    if given is not None:
+        return Path(given)
+    logger = trainer.logger
+    if logger is None:
+        return Path(trainer.default_root_dir, "checkpoints")
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version, "checkpoints")
 
 
 def _unknown_strategy(given: str) -> ConfigError:
@@ -190,6 +207,20 @@ def _unknown_strategy(given: str) -> ConfigError:
     return ConfigError("trainer.strategy", given, "is no strategy of fomoe-pl",
                        f"choose one of {names}; or give class_path and init_args, as the files in configs/strategy do"
                        )  # fmt: skip
+
+
+def _way_on(checkpoint: str | None, args: list[str] | None) -> str:
+    """How to go on: the command that was typed, with the checkpoint."""
+    if checkpoint is None:
+        return "there is no checkpoint to go on from"
+    if os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID"):
+        return f"go on with the same command and --ckpt_path {checkpoint}"
+    typed = list(sys.argv[1:] if args is None else args)
+    while "--ckpt_path" in typed:
+        at = typed.index("--ckpt_path")
+        del typed[at : at + 2]
+    typed = [word for word in typed if not word.startswith("--ckpt_path=")]
+    return f"go on with\n  {shlex.join(['fomoe', *typed, '--ckpt_path', checkpoint])}"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -209,11 +240,15 @@ def main(args: list[str] | None = None) -> None:
             plan_command.main(words[1:])
             return
         FoMoECLI(args=args)
-    except SIGTERMException:
+    except SIGTERMException as stopped:
+        checkpoint, number = stopped.args or (None, signal.SIGTERM)
         if _speaks():
-            print("fomoe: stopped by a signal at the end of a round; go on with the last checkpoint (--ckpt_path)",
-                  file=sys.stderr)  # fmt: skip
-        raise SystemExit(EXIT_SIGTERM) from None
+            print(f"fomoe: stopped by a signal at the end of a round; {_way_on(checkpoint, args)}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    except SiteLostError as lost:
+        if lost.speaks:
+            print(f"fomoe: {lost}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_LOST) from None
     except Exception as error:
         told = _config_message(error)
         if told is None and isinstance(error, (MisconfigurationException, ModuleNotFoundError)):

@@ -24,6 +24,30 @@ class ConfigError(ValueError):
         return f"{self.key} = {self.value!r}: {self.rule}. {self.hint[:1].upper()}{self.hint[1:]}"
 
 
+class SiteLostError(RuntimeError):
+    """Other sites are gone, and with them the run.
+
+    Args:
+        sites: The sites that do not answer; empty if all do, and only the connection broke.
+        what: What the connection said.
+        speaks: Whether this rank tells the user; one of those that are left does.
+    """
+
+    def __init__(self, sites: list[int], what: str, *, speaks: bool) -> None:
+        super().__init__(sites, what)
+        self.sites = sites
+        self.what = what
+        self.speaks = speaks
+        self.checkpoint: str | None = None  # to go on from
+
+    def __str__(self) -> str:
+        """Return the sites, the connection's words and the way on, on one line."""
+        named = ", ".join(map(str, self.sites))
+        lost = f"site {named} is gone" if named else "the connection between the sites broke"
+        on = f"go on with --ckpt_path {self.checkpoint}" if self.checkpoint else "there is no checkpoint to go on from"
+        return f"{lost} ({self.what}); {on}"
+
+
 def config_error_in(error: BaseException | None) -> ConfigError | None:
     """Return the ConfigError that an exception is, or that it was raised from or during; None if there is none."""
     while error is not None and not isinstance(error, ConfigError):

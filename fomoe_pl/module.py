@@ -24,7 +24,8 @@ from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.router import RoutingStats
 from fomoe_pl.model.transformer import Transformer
-from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, inner_schedule
+from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, inner_schedule, skip_step_if
+from fomoe_pl.strategies.checks import check_skipped
 
 Batch = dict[str, Tensor]
 
@@ -59,6 +60,8 @@ class FoMoEModule(L.LightningModule):
             None: on the command line that of `seed_everything`, else 0.
         evaluation_window: validation batches that go through each layer together. When experts are gathered from
             other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory.
+        max_skipped_steps: optimizer steps that all sites together may skip because gradients are not finite; one more
+            stops the run.
     """
 
     def __init__(
@@ -67,8 +70,13 @@ class FoMoEModule(L.LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  frozen
         seed: int | None = None,
         evaluation_window: int = 64,
+        max_skipped_steps: int = 100,
     ) -> None:
         super().__init__()
+        if max_skipped_steps < 0:
+            raise ConfigError(
+                "model.max_skipped_steps", max_skipped_steps, "must not be negative", "100 is the default"
+            )
         if evaluation_window < 1:
             raise ConfigError(
                 "model.evaluation_window", evaluation_window, "must be at least 1 batch", "64 is the default"
@@ -83,12 +91,17 @@ class FoMoEModule(L.LightningModule):
         self.model: Transformer | None = None
         self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
         self.tokens_seen = 0
+        self.tokens_of_all_sites = 0
         self.validation_before_training: dict[str, float] = {}  # with `num_sanity_val_steps`
         # Replaced by strategies whose sites hold some of the experts only: makes all of a layer's experts live.
         self.expert_source: Callable[[int], AbstractContextManager[None]] = lambda layer: nullcontext()
         self._window: list[Batch] = []
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped_steps = 0  # of this site, up to the last time that they were counted
         self._loss_sum: Tensor | None = None
-        self._loss_count = 0
+        self._loss_count: Tensor | None = None
+        self._skipped: Tensor | None = None
+        self._steps_counted = 0
         self._loads_LE: Tensor | None = None
         self._masks_of: Residency | None = None
         self._masks: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -145,9 +158,12 @@ class FoMoEModule(L.LightningModule):
 
     @torch.no_grad()
     def _observe(self, loss: Tensor, stats: list[RoutingStats], tokens: int) -> None:
-        self._loss_sum = loss.detach().double() if self._loss_sum is None else self._loss_sum + loss.detach()
-        self._loss_count += 1
+        finite = loss.isfinite()
+        summand, one = torch.where(finite, loss.detach(), 0.0).double(), finite.double()
+        self._loss_sum = summand if self._loss_sum is None else self._loss_sum + summand
+        self._loss_count = one if self._loss_count is None else self._loss_count + one
         self.tokens_seen += tokens
+        self.tokens_of_all_sites += tokens * self._n_sites()
         load_LE = torch.stack([s.load_E for s in stats])
         gate_entropy_L = torch.stack([s.gate_entropy for s in stats])
         self.routing_health.update(load_LE, gate_entropy_L, stats[0].picks, *self._scored_and_resident(load_LE))
@@ -167,41 +183,71 @@ class FoMoEModule(L.LightningModule):
         return self._masks
 
     def pop_round_losses(self) -> tuple[float, float]:
-        """Sum of the training losses since the last call, and their number."""
-        total = 0.0 if self._loss_sum is None else float(self._loss_sum)
-        count = float(self._loss_count)
-        self._loss_sum, self._loss_count = None, 0
-        return total, count
+        """Sum of the finite training losses since the last call, and their number."""
+        losses = self.round_losses()
+        self._loss_sum = self._loss_count = None
+        return losses
+
+    def round_losses(self) -> tuple[float, float]:
+        """What `pop_round_losses` would return, for a checkpoint in mid-round."""
+        if self._loss_sum is None or self._loss_count is None:
+            return 0.0, 0.0
+        return float(self._loss_sum), float(self._loss_count)
+
+    def set_round_losses(self, losses: tuple[float, float]) -> None:
+        """Restore `round_losses`."""
+        if losses[1]:
+            self._loss_sum, self._loss_count = torch.tensor(losses, dtype=torch.float64, device=self.device)
+
+    def count_skipped(self) -> tuple[int, int]:
+        """Optimizer steps that this site skipped since the last call, and all of them; waits for the device."""
+        skipped, steps = (0 if self._skipped is None else int(self._skipped)), self._steps_counted
+        self._skipped, self._steps_counted = None, 0
+        self.skipped_steps += skipped
+        return skipped, steps
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradient norm (before clipping), learning rate, and the balance bias's own step."""
+        """A step without finite gradients is skipped; gradient norm, learning rate, the balance bias's own step."""
+        grads = [p.grad for p in self.transformer.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        bad = ~norm.isfinite()
+        self._skipped = bad.long() if self._skipped is None else self._skipped + bad
+        self._steps_counted += 1
+        skip_step_if(bad, optimizer)
         if self._logs_after(self.trainer.global_step + 1):
-            grads = [p.grad for p in self.transformer.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+            self.log("train/grad_norm", norm)
             # The same factor in every group, whatever CompleteP's scale of it is.
             group = optimizer.param_groups[0]
             self.log("train/learning_rate", self.optimizer_config.lr * group["lr"] / group["initial_lr"])
         if self._loads_LE is not None:
             strategy: Any = self.trainer.strategy
             loads_LE = strategy.reduce_loads(self._loads_LE) if hasattr(strategy, "reduce_loads") else self._loads_LE
-            self.transformer.update_balance_bias(list(loads_LE))
+            self.transformer.update_balance_bias(list(loads_LE * ~bad))  # equal loads move nothing
             self._loads_LE = None
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Token counts, named for what they count."""
-        if not self._logs_after(self.trainer.global_step):
-            return
-        n_sites = getattr(getattr(self.trainer.strategy, "topology", None), "n_sites", self.trainer.world_size)
-        self.log("tokens/site", float(self.tokens_seen))
-        self.log("tokens/global", float(self.tokens_seen * n_sites))
+        """Token counts, named for what they count; the place where a run ends that was told to stop."""
+        if self._logs_after(self.trainer.global_step):
+            self.log("tokens/site", float(self.tokens_seen))
+            self.log("tokens/global", float(self.tokens_of_all_sites))
+            strategy: Any = self.trainer.strategy
+            if not getattr(strategy, "counts_skipped_steps", False) and self.count_skipped()[0]:
+                check_skipped([self.skipped_steps], self.max_skipped_steps)
+        stop = getattr(self.trainer.strategy, "stop_if_asked", None)
+        if stop is not None:
+            stop()
+
+    def _n_sites(self) -> int:
+        n_sites: int = getattr(getattr(self.trainer.strategy, "topology", None), "n_sites", self.trainer.world_size)
+        return n_sites
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the token count."""
-        checkpoint["tokens_seen"] = self.tokens_seen
+        """Keep the token counts."""
+        checkpoint["tokens_seen"], checkpoint["tokens_of_all_sites"] = self.tokens_seen, self.tokens_of_all_sites
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the token count."""
-        self.tokens_seen = checkpoint["tokens_seen"]
+        """Restore the token counts."""
+        self.tokens_seen, self.tokens_of_all_sites = checkpoint["tokens_seen"], checkpoint["tokens_of_all_sites"]
 
     def configure_optimizers(self) -> Any:
         """Inner optimizer and its schedule."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from fomoe_pl.errors import ConfigError
@@ -90,6 +91,21 @@ def inner_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.
     return RowAdamW(
         groups, lr=config.lr, betas=config.betas, fused=fused, row_warmup_steps=config.received_warmup_steps
     )
+
+
+def skip_step_if(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer's next step do nothing, parameters, moments and step counts alike.
+
+    Args:
+        bad: bool, (): whether gradients are not finite. On a GPU it is not waited for.
+        optimizer: the inner optimizer.
+    """
+    if bad.is_cuda and isinstance(optimizer, RowAdamW):
+        optimizer.found_inf = bad.float()  # read by the fused step on the device
+    elif bad:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
 
 def inner_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, last: int | None) -> LambdaLR:

@@ -336,10 +336,6 @@ ARCHITECTURE = "--model.architecture"
         ("fit --ckpt_path CHECKPOINT/manifest.json", ["no complete checkpoint"]),
         ("fit --ckpt_path last", ["ckpt_path = 'last'", "no complete checkpoint"]),
         (f"fit --ckpt_path CHECKPOINT {ARCHITECTURE}.d_expert 4", ["d_expert: checkpoint 8, configured 4"]),
-        (f"fit --ckpt_path CHECKPOINT {STRATEGY}.overlap 2", ["overlap: checkpoint 1, now 2"]),
-        (f"fit --ckpt_path CHECKPOINT {STRATEGY}.placement random", ["placement: checkpoint 'fixed', now 'random'"]),
-        ("fit --ckpt_path CHECKPOINT --trainer.devices 4", ["sites: checkpoint 2, now 4"]),
-        ("fit --ckpt_path CHECKPOINT --trainer.strategy ddp", ["now 'CountedDDPStrategy'"]),
         ("validate", ["ckpt_path = None", "needs a checkpoint"]),
         (f"validate --ckpt_path CHECKPOINT {ARCHITECTURE}.d_expert 4", ["d_expert: checkpoint 8, configured 4"]),
         (

@@ -43,6 +43,7 @@ class Run:
         trainer: arguments of the Trainer.
         data: arguments of FoMoEData.
         evaluation_window: as for FoMoEModule.
+        max_skipped_steps: as for FoMoEModule.
     """
 
     root: str
@@ -54,6 +55,7 @@ class Run:
     trainer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     evaluation_window: int = 64
+    max_skipped_steps: int = 100
 
     @property
     def config(self) -> ModelConfig:
@@ -61,7 +63,9 @@ class Run:
 
     def module(self) -> FoMoEModule:
         optimizer = OptimizerConfig(**{"lr": 0.01, "warmup_steps": 2, **self.optimizer})
-        return FoMoEModule(self.config, optimizer, evaluation_window=self.evaluation_window)
+        return FoMoEModule(
+            self.config, optimizer, evaluation_window=self.evaluation_window, max_skipped_steps=self.max_skipped_steps
+        )
 
     def datamodule(self) -> FoMoEData:
         settings = {"sequence_length": 16, "batch_size": 3, "val_batch_size": 5, "val_sequences": 30, **self.data}

@@ -70,6 +70,7 @@ class ObservedModule(Protocol):
     Attributes:
         routing_health: sums of every training step since its last reset.
         tokens_seen: tokens that this site trained on.
+        tokens_of_all_sites: tokens that all sites trained on, also those of a checkpoint of other sites.
         validation_before_training: `val/...` of the initial global model; empty if it was not validated.
         config: the architecture.
         transformer: the built model.
@@ -79,6 +80,7 @@ class ObservedModule(Protocol):
 
     routing_health: RoutingHealth
     tokens_seen: int
+    tokens_of_all_sites: int
     validation_before_training: dict[str, float]
     config: ModelConfig
     with_other_views: bool

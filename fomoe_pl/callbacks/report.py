@@ -85,7 +85,7 @@ class RunReport(TimedCallback):
             "sites": strategy.topology.n_sites,
             "steps": trainer.global_step,
             "rounds": strategy.rounds_done,
-            "tokens": {"site": tokens, "global": tokens * strategy.topology.n_sites},
+            "tokens": {"site": tokens, "global": module.tokens_of_all_sites},
             "validation": validation,
             "validation_before_training": before,
             "round": {name: finite_or_none(value) for name, value in strategy.round_stats.items()},

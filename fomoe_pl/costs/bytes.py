@@ -123,7 +123,9 @@ def control_bytes(
     probe_tokens: int = 0,
     monitored: bool = False,
 ) -> int:
-    """Payload of a round's control message: float64 numbers that are added over all sites.
+    """Payload of the message in which callbacks add their float64 numbers over all sites after a round's averages.
+
+    The sites' own report before the averages is of 2 M + 3 numbers more (`fomoe_pl.strategies.statistics`).
 
     Args:
         architecture: The model.
@@ -134,7 +136,7 @@ def control_bytes(
         monitored: Whether `CommunicationMonitor` is among the callbacks.
     """
     layers, cells = architecture.n_layers, architecture.n_layers * architecture.n_experts
-    numbers = 3  # sum and number of the losses, and whether to stop
+    numbers = 0
     if watched:
         # Loads, live loads, scored, resident; holders, scorers; gate entropy, picks, sites.
         numbers += (4 + 2) * cells + layers + 1 + 1

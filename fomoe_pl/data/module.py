@@ -1,19 +1,27 @@
 """The LightningDataModule: a prepared corpus as training and validation batches of a site."""
 
+import signal
 from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from fomoe_pl.data.manifest import Manifest, load_manifest
 from fomoe_pl.data.partition import DomainSize, SplitKind, StreamPlan, partition
-from fomoe_pl.data.stream import SiteStream
+from fomoe_pl.data.stream import Consumed, SiteStream, consumption
 from fomoe_pl.data.validation import ValidationSequences
 from fomoe_pl.errors import ConfigError
 
 Batch = dict[str, Tensor]
+
+
+def _ignore_signals(worker: int) -> None:
+    # A terminal and some launchers signal a whole process group. It is the training process that decides when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class FoMoEData(L.LightningDataModule):
@@ -33,6 +41,8 @@ class FoMoEData(L.LightningDataModule):
             domains), dirichlet (as iid, each with a random mixture of the domains).
         dirichlet_alpha: Concentration of the mixtures: small gives each site few domains, large equal shares.
         seed: Seed of the data's order and mixtures; null: on the command line that of seed_everything, else 0.
+        max_bad_shards: Training shards of a domain that a reader replaces by others when they cannot be read; one more
+            stops the run.
     """
 
     def __init__(
@@ -46,6 +56,7 @@ class FoMoEData(L.LightningDataModule):
         split: SplitKind = "iid",
         dirichlet_alpha: float = 0.3,
         seed: int | None = None,
+        max_bad_shards: int = 1,
     ) -> None:
         super().__init__()
         self.root = root
@@ -57,6 +68,11 @@ class FoMoEData(L.LightningDataModule):
         self.split: SplitKind = split
         self.dirichlet_alpha = dirichlet_alpha
         self.seed = seed or 0
+        self.max_bad_shards = max_bad_shards
+        self._consumed: Consumed | None = None  # before this division of the data over sites and workers
+        self._since = 0  # the run's batches at that time
+        self._batches = 0  # the run's batches at the start of the stream
+        self._saved: dict[str, Any] | None = None
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -91,7 +107,7 @@ class FoMoEData(L.LightningDataModule):
         Raises:
             ConfigError: A setting out of range; no manifest; a missing shard; fewer shards than sites x workers.
         """
-        smallest = {"sequence_length": 1, "batch_size": 1, "val_batch_size": 1, "num_workers": 0}
+        smallest = {"sequence_length": 1, "batch_size": 1, "val_batch_size": 1, "num_workers": 0, "max_bad_shards": 0}
         for key, least in smallest.items():
             if getattr(self, key) < least:
                 raise ConfigError(f"data.{key}", getattr(self, key), f"must be at least {least}", "Give a larger one")
@@ -106,16 +122,68 @@ class FoMoEData(L.LightningDataModule):
         self._plans(n_sites)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """The endless stream of this rank's site."""
+        """The endless stream of this rank's site, from where the run is."""
         site, n_sites = self._site()
-        stream = SiteStream(self.manifest, self._plans(n_sites)[site], self.sequence_length, self.seed, site)
+        self._take_up(n_sites)
+        stream = SiteStream(
+            self.manifest, self._plans(n_sites)[site], self.sequence_length, self.seed, site,
+            batches=self._batches - self._since, batch_size=self.batch_size, consumed=self._consumed,
+            max_bad_shards=self.max_bad_shards,
+        )  # fmt: skip
         return DataLoader(
             stream,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self._on_gpu(),
+            worker_init_fn=_ignore_signals,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is in the data of all sites: all of them have been given the same number of batches."""
+        assert self.trainer is not None
+        return {
+            "division": self._division(self._site()[1]),
+            "consumed": self._consumed,
+            "since": self._since,
+            # Those that were trained on; loaders are ahead of that.
+            "batches": self.trainer.fit_loop.epoch_loop.batch_progress.total.ready,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a position; loaders that are made afterwards start there."""
+        self._saved = state_dict
+
+    def _take_up(self, n_sites: int) -> None:
+        """Find the stream's start: the saved position, or what it leaves to another division over sites."""
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return
+        before, now = saved["division"], self._division(n_sites)
+        self._batches = saved["batches"]
+        self._since, self._consumed = saved["since"], saved["consumed"]
+        if before == now:
+            return
+        changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key])
+        if before["corpus"] != now["corpus"] or before["seed"] != now["seed"]:
+            self._consumed = None
+            rank_zero_info(f"data: another order of documents ({changed}), read from its beginning")
+        else:
+            plans = partition(self._sizes(), before["n_sites"], before["readers"], before["split"],
+                              before["dirichlet_alpha"], before["seed"])  # fmt: skip
+            self._consumed = consumption(
+                self.manifest, plans, before["sequence_length"], before["seed"],
+                batches=self._batches - self._since, batch_size=before["batch_size"], consumed=self._consumed,
+            )  # fmt: skip
+            rank_zero_info(f"data: what was not read yet in this epoch is divided anew ({changed})")
+        self._since = self._batches
+
+    def _division(self, n_sites: int) -> dict[str, Any]:
+        return {
+            "corpus": self.manifest.fingerprint, "seed": self.seed, "n_sites": n_sites,
+            "readers": max(1, self.num_workers), "split": self.split, "dirichlet_alpha": self.dirichlet_alpha,
+            "sequence_length": self.sequence_length, "batch_size": self.batch_size,
+        }  # fmt: skip
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation sequences of this rank's site. They lie in memory and need no workers."""
@@ -148,12 +216,15 @@ class FoMoEData(L.LightningDataModule):
         batch: Batch = default_collate([sequences[i] for i in range(len(sequences))])
         return batch
 
-    def _plans(self, n_sites: int) -> list[list[StreamPlan]]:
-        sizes = [
+    def _sizes(self) -> list[DomainSize]:
+        return [
             DomainSize(domain.name, len(self.manifest.shards_of("train", domain.name)), domain.train.tokens)
             for domain in self.manifest.domains
         ]
-        return partition(sizes, n_sites, max(1, self.num_workers), self.split, self.dirichlet_alpha, self.seed)
+
+    def _plans(self, n_sites: int) -> list[list[StreamPlan]]:
+        readers = max(1, self.num_workers)
+        return partition(self._sizes(), n_sites, readers, self.split, self.dirichlet_alpha, self.seed)
 
     def _site(self) -> tuple[int, int]:
         """Index of this rank's site, and the number of sites."""

@@ -78,9 +78,13 @@ def read_shard(manifest: Manifest, shard: ShardInfo) -> Iterator[Tokens]:
     environment variables of the process (``RANK``), and have no position that could be saved.
 
     Raises:
+        OSError: There is no such file, or it cannot be read.
         ValueError: The shard is damaged.
     """
     path = manifest.root / shard.file
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one in its manifest")
     pipeline = wds.DataPipeline(wds.SimpleShardList([str(path)]), wds.tarfile_to_samples(handler=wds.reraise_exception))
     documents = tokens = 0
     for sample in pipeline:

@@ -1,8 +1,6 @@
 """The endless training stream of a site: shards to packed sequences, at a position that is one number a worker."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,34 +10,47 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fomoe_pl.data.manifest import Manifest, ShardInfo
 from fomoe_pl.data.partition import StreamPlan
-from fomoe_pl.data.shards import Tokens, read_shard
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.data.repair import ShardReader
+from fomoe_pl.data.shards import Tokens
 
 _DRAWS = 4096  # domains drawn at a time
 # Keep the generators of the different orders apart.
 _SHARD_ORDER, _DOCUMENT_ORDER, _MIXTURE = range(3)
+Consumed = Sequence[Sequence[int]]  # tokens read of each training shard of each domain, all epochs counted
 
 
 class DomainStream:
     """The tokens of some shards of a domain, for ever.
 
     Each epoch has every document of the shards once: the shards in an order of their own, and within a shard, which is
-    held in memory whole, the documents in an order of their own. The orders follow from seed, shard and epoch alone.
+    held in memory whole, the documents in an order of their own. The documents' order follows from seed, shard and
+    epoch alone, so that another reader can go on where this one stopped: what others have read of a shard is left out.
 
     Args:
         manifest: The corpus.
         domain: Index of the domain.
         shards: Numbers of the training shards.
         seed: Seed of the orders.
+        consumed: Tokens that were read of each shard before, all epochs counted; shards that are missing: none.
+        max_bad_shards: Damaged shards that are replaced by others; one more is an error.
     """
 
-    def __init__(self, manifest: Manifest, domain: int, shards: Sequence[int], seed: int) -> None:
-        self._manifest = manifest
+    def __init__(
+        self,
+        manifest: Manifest,
+        domain: int,
+        shards: Sequence[int],
+        seed: int,
+        consumed: Mapping[int, int] | None = None,
+        max_bad_shards: int = 0,
+    ) -> None:
         self._domain = domain
         self._numbers = tuple(shards)
         every = manifest.shards_of("train", manifest.domain_names[domain])
         self._shards: dict[int, ShardInfo] = {number: every[number] for number in shards}
+        self._reader = ShardReader(manifest, max_bad_shards)
         self._seed = seed
+        self._before = {number: (consumed or {}).get(number, 0) for number in shards}
         self.seek(0)
 
     @property
@@ -49,14 +60,42 @@ class DomainStream:
 
     def seek(self, position: int) -> None:
         """Go to the token that is number ``position`` since the start, counting from 0."""
-        self._epoch, offset = divmod(position, self.tokens_per_epoch)
+        epochs = [divmod(self._before[number], shard.tokens) for number, shard in self._shards.items()]
+        self._epoch = min(epoch for epoch, _ in epochs)
+        whole = max(epoch + (rest > 0) for epoch, rest in epochs)  # from this epoch on nothing is left out
+        while self._epoch < whole and position >= (left := sum(map(self._left, self._numbers))):
+            position -= left
+            self._epoch += 1
+        if self._epoch >= whole:
+            epochs_later, position = divmod(position, self.tokens_per_epoch)
+            self._epoch += epochs_later
         order = self._shard_order()
         self._place = 0
-        while offset >= (tokens := self._shards[order[self._place]].tokens):
-            offset -= tokens
+        while position >= self._left(order[self._place]):
+            position -= self._left(order[self._place])
             self._place += 1
         self._documents: list[Tokens] | None = None  # read when they are needed
-        self._offset = offset  # among the tokens of the shard, until the shard is read; then in the document
+        # Among the tokens of the shard, until the shard is read; then in the document.
+        self._offset = position + self._left_out(order[self._place])
+
+    def consumed_at(self, position: int) -> dict[int, int]:
+        """Tokens that are read of each shard before a position, all epochs and readers counted; goes there."""
+        self.seek(position)
+        consumed = {}
+        for place, number in enumerate(self._shard_order()):
+            epochs = self._epoch + (place < self._place)
+            consumed[number] = max(self._before[number], epochs * self._shards[number].tokens)
+            if place == self._place:
+                consumed[number] = epochs * self._shards[number].tokens + self._offset
+        return consumed
+
+    def _left_out(self, number: int) -> int:
+        """Tokens of a shard that were read in the present epoch before the start."""
+        tokens = self._shards[number].tokens
+        return min(tokens, max(0, self._before[number] - self._epoch * tokens))
+
+    def _left(self, number: int) -> int:
+        return self._shards[number].tokens - self._left_out(number)
 
     def take(self, n: int) -> NDArray[np.int64]:
         """The next ``n`` tokens."""
@@ -79,9 +118,12 @@ class DomainStream:
     def _next_shard(self) -> None:
         self._documents = None
         self._place += 1
-        if self._place == len(self._numbers):
-            self._epoch += 1
-            self._place = 0
+        while self._place == len(self._numbers) or not self._left(self._shard_order()[self._place]):
+            self._place += 1
+            if self._place >= len(self._numbers):
+                self._epoch += 1
+                self._place = 0
+        self._offset = self._left_out(self._shard_order()[self._place])
 
     def _shard_order(self) -> list[int]:
         generator = np.random.default_rng([self._seed, _SHARD_ORDER, self._domain, self._epoch, *self._numbers])
@@ -89,13 +131,30 @@ class DomainStream:
 
     def _read(self) -> list[Tokens]:
         """The documents of the present shard from the present offset on, the next one last."""
-        number = self._shard_order()[self._place]
-        stored = list(read_shard(self._manifest, self._shards[number]))
+        order = self._shard_order()
+        number = order[self._place]
+        spares = [self._shards[other] for other in (*order[self._place + 1 :], *order[: self._place])]
+        stored = self._reader.read(self._shards[number], spares)
         generator = np.random.default_rng([self._seed, _DOCUMENT_ORDER, self._domain, self._epoch, number])
         documents = [stored[i] for i in reversed(generator.permutation(len(stored)))]
         while self._offset >= len(documents[-1]):
             self._offset -= len(documents.pop())
         return documents
+
+
+def draw_domains(plan: StreamPlan, seed: int, site: int, worker: int, block: int) -> NDArray[np.int64]:
+    """The domains of a worker's sequences number ``block`` · 4096 and on, 4096 of them, as indices into its plan."""
+    generator = np.random.default_rng([seed, _MIXTURE, site, worker, block])
+    return generator.choice(len(plan.domains), size=_DRAWS, p=plan.weights)
+
+
+def count_domains(plan: StreamPlan, seed: int, site: int, worker: int, sequences: int) -> list[int]:
+    """How many of a worker's first ``sequences`` sequences each domain of its plan had."""
+    counts = np.zeros(len(plan.domains), np.int64)
+    for block in range(-(-sequences // _DRAWS)):
+        draws = draw_domains(plan, seed, site, worker, block)[: sequences - block * _DRAWS]
+        counts += np.bincount(draws, minlength=len(counts))
+    return counts.tolist()
 
 
 class PackedStream:
@@ -112,6 +171,8 @@ class PackedStream:
         site: Index of the site.
         worker: Index of the worker.
         start: Number of sequences that were already taken.
+        consumed: For each domain of the corpus, tokens that were read of each shard before the first sequence.
+        max_bad_shards: As for :class:`DomainStream`.
     """
 
     def __init__(
@@ -123,15 +184,19 @@ class PackedStream:
         site: int,
         worker: int,
         start: int = 0,
+        consumed: Consumed | None = None,
+        max_bad_shards: int = 0,
     ) -> None:
         self._plan = plan
         self._length = sequence_length
-        self._mixture_seed = (seed, _MIXTURE, site, worker)
+        self._place = (seed, site, worker)
         self._taken = start
         self._streams = []
         self._last_token = []
-        for i, before in enumerate(self._counts_before(start)):
-            stream = DomainStream(manifest, plan.domains[i], plan.shards[i], seed)
+        for i, before in enumerate(count_domains(plan, *self._place, start)):
+            domain = plan.domains[i]
+            read = dict(enumerate(consumed[domain])) if consumed else None
+            stream = DomainStream(manifest, domain, plan.shards[i], seed, read, max_bad_shards)
             if before:
                 stream.seek(before * sequence_length - 1)
             self._streams.append(stream)
@@ -141,7 +206,7 @@ class PackedStream:
         """Yield ``inputs`` (S,), ``targets`` (S,) and ``domain`` (), all int64, for ever."""
         while True:
             block, offset = divmod(self._taken, _DRAWS)
-            for i in self._draws(block)[offset:]:
+            for i in draw_domains(self._plan, *self._place, block)[offset:]:
                 sequence = np.append(self._last_token[i], self._streams[i].take(self._length))
                 self._last_token[i] = sequence[-1]
                 tokens = torch.from_numpy(sequence)
@@ -152,26 +217,12 @@ class PackedStream:
                     "domain": torch.tensor(self._plan.domains[i]),
                 }
 
-    def _draws(self, block: int) -> NDArray[np.int64]:
-        """The domains of _DRAWS sequences, as indices into the plan."""
-        generator = np.random.default_rng([*self._mixture_seed, block])
-        return generator.choice(len(self._plan.domains), size=_DRAWS, p=self._plan.weights)
-
-    def _counts_before(self, sequences: int) -> list[int]:
-        """How many of the first ``sequences`` sequences each domain had."""
-        counts = np.zeros(len(self._plan.domains), np.int64)
-        for block in range(-(-sequences // _DRAWS)):
-            draws = self._draws(block)[: sequences - block * _DRAWS]
-            counts += np.bincount(draws, minlength=len(counts))
-        return counts.tolist()
-
 
 class SiteStream(IterableDataset[dict[str, Tensor]]):
     """A site's training data: one endless epoch, which each DataLoader worker reads by its own plan.
 
-    Its position is the number of sequences that each worker has handed out; everything else (epoch, shard, document,
-    offset, mixture) follows from that number and the seed. In a DataLoader with workers it is the workers' copies that
-    advance: a position that the DataLoader's user counts can be given to :meth:`load_state_dict`.
+    Its position is the number of batches that a DataLoader over it has handed out, the workers in turn; everything
+    else (epoch, shard, document, offset, mixture) follows from that number and the seed.
 
     Args:
         manifest: The corpus.
@@ -179,54 +230,84 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         sequence_length: S, tokens of a sequence.
         seed: Seed of all orders.
         site: Index of the site.
+        batches: Number of batches that were already handed out.
+        batch_size: Sequences of each of them.
+        consumed: As for :class:`PackedStream`.
+        max_bad_shards: As for :class:`DomainStream`.
     """
 
     def __init__(
-        self, manifest: Manifest, plans: Sequence[StreamPlan], sequence_length: int, seed: int, site: int
+        self,
+        manifest: Manifest,
+        plans: Sequence[StreamPlan],
+        sequence_length: int,
+        seed: int,
+        site: int,
+        *,
+        batches: int = 0,
+        batch_size: int = 1,
+        consumed: Consumed | None = None,
+        max_bad_shards: int = 0,
     ) -> None:
         self._manifest = manifest
         self._plans = tuple(plans)
         self._length = sequence_length
         self._seed = seed
         self._site = site
-        self._taken = [0] * len(plans)
+        self._batches = batches
+        self._batch_size = batch_size
+        self._consumed = consumed
+        self._max_bad_shards = max_bad_shards
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yield ``inputs`` (S,), ``targets`` (S,) and ``domain`` (), all int64, for ever."""
         info = get_worker_info()
-        worker = 0 if info is None else info.id
-        for sequence in PackedStream(
-            self._manifest, self._plans[worker], self._length, self._seed, self._site, worker, self._taken[worker]
-        ):
-            self._taken[worker] += 1
-            yield sequence
+        # A DataLoader begins with its worker 0, which here stands in for the one whose turn it is.
+        worker = ((0 if info is None else info.id) + self._batches) % len(self._plans)
+        taken = batches_of_worker(self._batches, len(self._plans), worker) * self._batch_size
+        yield from PackedStream(
+            self._manifest, self._plans[worker], self._length, self._seed, self._site, worker,
+            taken, self._consumed, self._max_bad_shards,
+        )  # fmt: skip
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
-        return {"stream": self._identity(), "sequences": list(self._taken)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position; iterators that are made afterwards start there.
+def batches_of_worker(batches: int, n_workers: int, worker: int) -> int:
+    """How many of a loader's first ``batches`` batches come from a worker; the workers take turns."""
+    return (batches - worker + n_workers - 1) // n_workers
 
-        Raises:
-            ConfigError: It is a position in another stream.
-        """
-        identity = self._identity()
-        if state["stream"] != identity:
-            differing = [key for key in identity if state["stream"].get(key) != identity[key]]
-            raise ConfigError(
-                f"data ({', '.join(differing)})",
-                {key: identity[key] for key in differing},
-                "the position was saved in another stream",
-                f"It had { ({key: state['stream'].get(key) for key in differing}) }",
-            )
-        self._taken = list(state["sequences"])
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "corpus": self._manifest.fingerprint,
-            "sequence_length": self._length,
-            "seed": self._seed,
-            "site": self._site,
-            "plans": hashlib.sha256(repr(self._plans).encode()).hexdigest(),
-        }
+def consumption(
+    manifest: Manifest,
+    plans: Sequence[Sequence[StreamPlan]],
+    sequence_length: int,
+    seed: int,
+    *,
+    batches: int,
+    batch_size: int,
+    consumed: Consumed | None = None,
+) -> Consumed:
+    """What all sites together have read of each shard when each has been given some batches.
+
+    Args:
+        manifest: The corpus.
+        plans: ``plans[site][worker]``.
+        sequence_length: S.
+        seed: Seed of all orders.
+        batches: Batches that each site was given.
+        batch_size: Sequences of a batch.
+        consumed: What had been read before.
+
+    Returns:
+        For each domain, the tokens that were read of each of its training shards, all epochs counted.
+    """
+    sizes = [len(manifest.shards_of("train", name)) for name in manifest.domain_names]
+    read = [list(domain) for domain in consumed] if consumed else [[0] * size for size in sizes]
+    for site, workers in enumerate(plans):
+        for worker, plan in enumerate(workers):
+            sequences = batches_of_worker(batches, len(workers), worker) * batch_size
+            for i, count in enumerate(count_domains(plan, seed, site, worker, sequences)):
+                domain = plan.domains[i]
+                stream = DomainStream(manifest, domain, plan.shards[i], seed, dict(enumerate(read[domain])))
+                for number, tokens in stream.consumed_at(count * sequence_length).items():
+                    read[domain][number] = tokens
+    return read

@@ -3,9 +3,10 @@
 Layout of the folder:
     dense.safetensors             tensors that every site holds, written by site 0
     experts-00003.safetensors     the experts that site 3 writes: `<tensor name>#<expert id>`; each expert once
-    site-00003.pt                 what site 3 needs beside the global model to go on (inner and outer moments, ledger)
-    trainer.pt                    Lightning's own state (loops, schedulers, callbacks)
-    manifest.json                 written last; a folder without it is incomplete
+    momentum-*.safetensors        outer momentum under the same names, where the outer rule has one
+    site-00003.pt                 what site 3 needs beside the global model to go on (inner moments, ledger)
+    trainer.pt                    Lightning's own state (loops, schedulers, callbacks) and the position in the data
+    manifest.json                 size and SHA-256 of each file; written last: a folder without it is incomplete
 
 Files are written into `<folder>.partial`, which is renamed when every site is done. A folder that it replaces is kept
 as `<folder>.old` until then, so that at each moment one of the three is complete.
@@ -13,9 +14,11 @@ as `<folder>.old` until then, so that at each moment one of the three is complet
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,10 @@ from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
 
-FORMAT = 2
+FORMAT = 3
+MANIFEST = "manifest.json"
+MOMENTUM = "momentum-"  # before the names of the files of outer momentum
+_SEALS = "sealed-*.json"
 
 
 def partial(folder: Path) -> Path:
@@ -51,29 +57,54 @@ def begin(folder: Path) -> None:
 
 def complete_siblings(folder: Path) -> list[Path]:
     """Complete checkpoints that an interrupted writer left under another name, the newest first."""
-    return [path for path in (partial(folder), replaced(folder)) if (path / "manifest.json").is_file()]
+    return [path for path in (partial(folder), replaced(folder)) if (path / MANIFEST).is_file()]
 
 
-def write_dense(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the dense tensors (site 0)."""
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial(folder) / "dense.safetensors")
+def write_dense(folder: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> str:
+    """Write dense tensors (site 0); returns the file's name."""
+    name = f"{prefix}dense.safetensors"
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial(folder) / name)
+    return name
 
 
-def write_experts(folder: Path, site: int, rows: Mapping[tuple[str, int], Tensor]) -> None:
-    """Write the experts that this site owns: (tensor name, expert id) -> its row."""
+def write_experts(folder: Path, site: int, rows: Mapping[tuple[str, int], Tensor], prefix: str = "") -> str:
+    """Write the experts that this site owns, (tensor name, expert id) -> its row; returns the file's name."""
     flat = {f"{name}#{expert}": row.detach().cpu().contiguous() for (name, expert), row in rows.items()}
-    save_file(flat, partial(folder) / f"experts-{site:05d}.safetensors")
+    name = f"{prefix}experts-{site:05d}.safetensors"
+    save_file(flat, partial(folder) / name)
+    return name
 
 
-def write_state(folder: Path, name: str, state: Any) -> None:
-    """Write a torch file beside the weights."""
+def write_state(folder: Path, name: str, state: Any) -> str:
+    """Write a torch file beside the weights; returns its name."""
     torch.save(state, partial(folder) / f"{name}.pt")
+    return f"{name}.pt"
+
+
+def seal(folder: Path, site: int, names: Iterable[str]) -> None:
+    """Bring a site's files to the disk, and note their sizes and hashes for the manifest (every writer, last)."""
+    seals = {}
+    for name in names:
+        with (partial(folder) / name).open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        seals[name] = {"bytes": (partial(folder) / name).stat().st_size, "sha256": digest}
+    (partial(folder) / _SEALS.replace("*", f"{site:05d}")).write_text(json.dumps(seals))
 
 
 def finish(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and give the folder its final name (site 0, after all have written)."""
-    path = partial(folder) / "manifest.json"
-    path.with_suffix(".tmp").write_text(json.dumps({"format": FORMAT, **manifest}, indent=1, sort_keys=True))
+    seals = sorted(partial(folder).glob(_SEALS))
+    files: dict[str, Any] = {}
+    for path in seals:
+        files |= json.loads(path.read_text())
+    path = partial(folder) / MANIFEST
+    with path.with_suffix(".tmp").open("w") as file:
+        json.dump({"format": FORMAT, **manifest, "files": files}, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    for seal_path in seals:
+        seal_path.unlink()
     path.with_suffix(".tmp").rename(path)
     if replaced(folder).exists():
         shutil.rmtree(replaced(folder))
@@ -83,24 +114,76 @@ def finish(folder: Path, manifest: dict[str, Any]) -> None:
     shutil.rmtree(replaced(folder), ignore_errors=True)  # what stays goes with the next checkpoint
 
 
+def give_up(folder: Path) -> None:
+    """Leave the unfinished checkpoint and keep the complete ones (site 0)."""
+    if not (partial(folder) / MANIFEST).is_file():
+        shutil.rmtree(partial(folder), ignore_errors=True)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest.
+    """Read the manifest, and look whether all files are there in full size.
 
     Raises:
         ConfigError: if the folder is no complete checkpoint of a known format.
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
+    left = complete_siblings(folder)
+    hint = "give a folder that `fomoe fit` has written, such as runs/quickstart/checkpoints/last.ckpt"
+    if left:
+        hint = f"saving was interrupted; {left[0]} is complete"
     if not path.is_file():
-        left = complete_siblings(folder)
-        hint = "give a folder that `fomoe fit` has written, such as runs/quickstart/checkpoints/last.ckpt"
-        if left:
-            hint = f"saving was interrupted; {left[0]} is complete"
-        raise ConfigError("ckpt_path", str(folder), "is no complete checkpoint: it has no manifest.json", hint)
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    if manifest["format"] != FORMAT:
-        rule = f"has format {manifest['format']}, this version reads {FORMAT}"
+        raise ConfigError("ckpt_path", str(folder), f"is no complete checkpoint: it has no {MANIFEST}", hint)
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError("ckpt_path", str(folder), f"is damaged: {path} is no manifest", hint) from None
+    if version != FORMAT:
+        rule = f"has format {version}, this version reads {FORMAT}"
         raise ConfigError("ckpt_path", str(folder), rule, "use the version that wrote it")
+    for name, about in manifest["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != about["bytes"]:
+            what = "is missing" if size is None else f"has {size} bytes, not {about['bytes']}"
+            raise ConfigError("ckpt_path", str(folder), f"is damaged: {name} {what}", "use another checkpoint")
     return manifest
+
+
+def verify(folder: Path, name: str) -> Path:
+    """The path of one of the folder's files, once its hash has been compared with the manifest's.
+
+    Raises:
+        ConfigError: if the file is not the one that was written.
+    """
+    about = read_manifest(folder)["files"].get(name)
+    if about is None:
+        raise ConfigError("ckpt_path", str(folder), f"has no {name}", "use another checkpoint")
+    with (folder / name).open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
+            raise ConfigError("ckpt_path", str(folder), f"is damaged: the hash of {name} differs from the manifest's",
+                              "use another checkpoint")  # fmt: skip
+    return folder / name
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint in a folder that is furthest in training, and what is wrong with those that cannot be used.
+
+    Args:
+        folder: where checkpoints lie; it need not exist.
+
+    Returns:
+        Path of the newest complete checkpoint (None without one), messages about incomplete ones.
+    """
+    found: list[tuple[int, float, Path]] = []
+    wrong = []
+    for path in sorted(folder.glob("*.ckpt*")):
+        try:
+            manifest = read_manifest(path)
+        except ConfigError as error:
+            wrong.append(str(error))
+        else:
+            found.append((manifest["optimizer_steps"], (path / MANIFEST).stat().st_mtime, path))
+    return (max(found)[2] if found else None), wrong
 
 
 def check_architecture(
@@ -130,6 +213,7 @@ def read_weights(
     expert_layer: Mapping[str, int],
     residents: tuple[tuple[int, ...], ...],
     n_experts: int,
+    prefix: str = "",
 ) -> dict[str, Tensor]:
     """Read only what a site holds: dense tensors, and its residents' rows stacked in order.
 
@@ -142,21 +226,25 @@ def read_weights(
         expert_layer: name -> layer of the stacked expert tensors among them.
         residents: per layer the expert ids that are wanted.
         n_experts: experts of a layer, E.
+        prefix: of the files that are read, `MOMENTUM` for outer momentum.
 
     Raises:
-        ConfigError: if a tensor is missing.
+        ConfigError: if a tensor is missing, or a file that has one of them is damaged.
     """
     where: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            where |= dict.fromkeys(file.keys(), path)
-
-    handles = {path: safe_open(path, framework="pt") for path in set(where.values())}
+    for name in read_manifest(folder)["files"]:
+        if name.endswith(".safetensors") and name.startswith((f"{prefix}dense", f"{prefix}experts")):
+            with safe_open(folder / name, framework="pt") as file:
+                where |= dict.fromkeys(file.keys(), folder / name)
+    handles: dict[Path, Any] = {}
 
     def read(key: str) -> Tensor:
         if key not in where:
             raise ConfigError("ckpt_path", str(folder), f"has no tensor {key!r}", "give a complete checkpoint")
-        tensor: Tensor = handles[where[key]].get_tensor(key)
+        path = where[key]
+        if path not in handles:
+            handles[path] = safe_open(verify(folder, path.name), framework="pt")
+        tensor: Tensor = handles[path].get_tensor(key)
         return tensor
 
     weights = {}

@@ -9,7 +9,7 @@ functional AdamW as views, grouped by learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class RowAdamW(torch.optim.AdamW):
         # not take it, so a scaler has to divide before.
         self._step_supports_amp_scaling = False
         self.row_warmup_steps = row_warmup_steps
+        self.found_inf: Tensor | None = None  # not zero: the next step does nothing; for the fused step alone
 
     def replace_rows(self, param: Tensor, sources: Sequence[int | None]) -> None:
         """Rearrange the state's rows: new row r takes the state of old row `sources[r]`, or starts fresh for None.
@@ -48,18 +49,17 @@ class RowAdamW(torch.optim.AdamW):
         state = self.state[param]
         if not state or list(sources) == list(range(len(sources))):
             return
-        kept = torch.tensor([r for r, source in enumerate(sources) if source is not None], dtype=torch.long)
-        old = torch.tensor([source for source in sources if source is not None], dtype=torch.long)
-        rows = param.shape[0]
-        if state["step"].dim() == 0:
-            state["step"] = state["step"].detach().cpu().float().repeat(rows)
-            state["warmup"] = torch.zeros(rows)
-        for name in ("exp_avg", "exp_avg_sq", "step", "warmup"):
-            value = state[name]
-            fresh = float(self.row_warmup_steps) if name == "warmup" else 0.0
-            moved = torch.full_like(value, fresh)
-            moved[kept.to(value.device)] = value[old.to(value.device)]
-            state[name] = moved
+        state |= rearranged(state, sources, self.row_warmup_steps)
+
+    def start_state(self, param: Tensor) -> None:
+        """Give a parameter that has not been stepped yet the state that its first step would start from."""
+        if not self.state[param]:
+            on_device = self.defaults["fused"] or self.defaults["capturable"]
+            self.state[param] |= {
+                "step": torch.zeros((), device=param.device if on_device else "cpu"),
+                "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+            }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for AdamW; the row counters stay float32 on the CPU, where torch would cast them like moments."""
@@ -84,13 +84,16 @@ class RowAdamW(torch.optim.AdamW):
             for p in group["params"]
             if p.grad is not None and "warmup" in self.state[p]
         ]
-        grads = [p.grad for _, p in rowwise]
+        grads: dict[Tensor, Tensor] = {p: p.grad for _, p in rowwise}
         for _, p in rowwise:  # hidden from the stock step, which skips parameters without a gradient
             p.grad = None
         super().step()
-        for (group, p), grad in zip(rowwise, grads, strict=True):
-            p.grad = grad
-            self._row_step(group, p, grad)
+        for _, p in rowwise:
+            p.grad = grads[p]
+        if rowwise and not (self.found_inf is not None and self.found_inf.any()):
+            for group, p in rowwise:
+                self._row_step(group, p, grads[p])
+        self.found_inf = None
         return loss
 
     def _row_step(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
@@ -124,6 +127,32 @@ class RowAdamW(torch.optim.AdamW):
                 maximize=group["maximize"],
             )
         state["warmup"] = (warmup - 1.0).clamp(min=0.0)
+
+
+def rearranged(state: Mapping[str, Tensor], sources: Sequence[int | None], warmup_steps: int) -> dict[str, Tensor]:
+    """AdamW's state of a stacked parameter whose rows are others now.
+
+    Args:
+        state: `exp_avg`, `exp_avg_sq` with a first dimension of rows, `step` (one for all, or one a row), `warmup`.
+        sources: for each new row the old row that it goes on from, None for one that starts fresh.
+        warmup_steps: learning-rate warm-up of a row that starts fresh.
+
+    Returns:
+        The state of the new rows: moments zero, step 0 and the whole warm-up to go where they start fresh.
+    """
+    kept = torch.tensor([r for r, source in enumerate(sources) if source is not None], dtype=torch.long)
+    old = torch.tensor([source for source in sources if source is not None], dtype=torch.long)
+    rows = state["exp_avg"].shape[0]
+    before = dict(state)
+    if state["step"].dim() == 0:
+        before |= {"step": state["step"].detach().cpu().float().repeat(rows), "warmup": torch.zeros(rows)}
+    after = {}
+    for name in ("exp_avg", "exp_avg_sq", *ROW_COUNTERS):
+        value = before[name]
+        moved = value.new_full((len(sources), *value.shape[1:]), float(warmup_steps) if name == "warmup" else 0.0)
+        moved[kept.to(value.device)] = value[old.to(value.device)]
+        after[name] = moved
+    return after
 
 
 def moments(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:

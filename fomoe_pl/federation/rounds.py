@@ -7,7 +7,6 @@ that another does not issue.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
@@ -15,6 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fomoe_pl.federation.agreement import disagreements
 from fomoe_pl.federation.inner import RowAdamW, moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind
@@ -91,11 +91,13 @@ class Federation:
     # -- the round ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def synchronize(self, optimizer: torch.optim.Optimizer) -> None:
+    def synchronize(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int] = frozenset()) -> None:
         """End a round: average, outer step, new anchors, new local values.
 
         Args:
             optimizer: the inner optimizer, whose moments are kept, reset or averaged.
+            left_out: sites that have nothing to give, the same on all sites. They take the agreed values; their
+                moments are the others' average, or start fresh. What all holders lack stays as it was.
         """
         measured = self.movement is not None and self.movement.active
         if measured:
@@ -103,10 +105,10 @@ class Federation:
         for kind, sites, pieces in self._groups():
             numels = [piece.of(self.anchors[piece.name]).numel() for piece in pieces]
             read, write = partial(self._pseudo_gradient, pieces), partial(self._outer_step, kind, pieces, measured)
-            self.wire.average(kind, sites, numels, read, write)
+            self.wire.average(kind, sites, numels, read, write, left_out)
         if self.inner_moments == "average":
-            self._average_moments(optimizer)
-        elif self.inner_moments == "reset":
+            self._average_moments(optimizer, left_out)
+        elif self.inner_moments == "reset" or self.site in left_out:
             optimizer.state.clear()
         self.layout.fill(self.anchors)
 
@@ -151,7 +153,10 @@ class Federation:
             return None, []
         return layer, [e for e, sites in enumerate(self.placement.holders[layer]) if self.site in sites]
 
-    def _average_moments(self, optimizer: torch.optim.Optimizer) -> None:
+    def _average_moments(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int]) -> None:
+        if left_out and isinstance(optimizer, RowAdamW):
+            for name in sorted(self.layout.trained):
+                optimizer.start_state(self.layout.tensors[name])  # a site that took no step yet has no moments
         for _, sites, pieces in self._groups():
             views = [
                 piece.of(moment)
@@ -159,13 +164,20 @@ class Federation:
                 if piece.name in self.layout.trained
                 for moment in moments(optimizer, self.layout.tensors[piece.name])
             ]
-            self._average_in_place(sites, views)
+            if left_out.issuperset(sites):
+                for view in views:
+                    view.zero_()
+            self._average_in_place(sites, views, left_out)
 
-    def _average_in_place(self, sites: tuple[int, ...], views: Sequence[Tensor]) -> None:
+    def _average_in_place(self, sites: tuple[int, ...], views: Sequence[Tensor], left_out: frozenset[int]) -> None:
         def write(i: int, mean: Tensor) -> None:
             views[i].copy_(mean.view_as(views[i]))
 
-        self.wire.average("moments", sites, [v.numel() for v in views], lambda i: views[i].float(), write)
+        self.wire.average("moments", sites, [v.numel() for v in views], lambda i: views[i].float(), write, left_out)
+
+    def is_finite(self) -> bool:
+        """Whether all local values of this site are finite; waits for the device."""
+        return bool(torch.stack([t.isfinite().all() for t in self.layout.tensors.values()]).all())
 
     # -- moving experts -------------------------------------------------------------------------------------------
 
@@ -272,35 +284,28 @@ class Federation:
 
     # -- agreement and state --------------------------------------------------------------------------------------
 
-    def digest(self) -> int:
-        """A 62-bit hash of the agreed dense values, equal on all sites."""
-        h = hashlib.blake2b(digest_size=8)
-        for name in self.layout.dense:
-            h.update(self.anchors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return int.from_bytes(h.digest(), "big") >> 2
-
     def check_agreement(self) -> None:
-        """Compare the dense values of all sites.
+        """Compare anchors and outer momentum of all sites: dense tensors of all, each expert's of its holders.
 
         Raises:
-            RuntimeError: if any site differs.
+            RuntimeError: if any site differs, naming tensors and sites.
         """
-        if not self.wire.agree("control", self.digest()):
-            raise RuntimeError(
-                f"site {self.site}: dense parameters differ between sites after a round; resume from a checkpoint"
-            )
+        for what, values in (("", self.anchors), ("outer momentum of ", self.momenta)):
+            found = disagreements(self.wire, self.layout, self.placement, values) if values else []
+            if found:
+                more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+                named = "; ".join(what + item for item in found[:5])
+                raise RuntimeError(f"sites differ after a round in {named}{more}; resume from a checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
         """What this site needs, beside the global model, to go on from here."""
         # A checkpoint may be written while a mid-round validation has the agreed values in the model.
         source = self.layout.tensors if self._stash is None else self._stash
-        return {"momenta": self.momenta, "local": {name: tensor.detach() for name, tensor in source.items()}}
+        return {"local": {name: tensor.detach() for name, tensor in source.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`; anchors must have been set by `load_global` before."""
-        for name, momentum in self.momenta.items():
-            momentum.copy_(state["momenta"][name])
         self.layout.fill(state["local"])
 
     @torch.no_grad()

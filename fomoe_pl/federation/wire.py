@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.federation.loss import PATIENCE, sites_watched
 from fomoe_pl.federation.topology import Topology
 
 WireDtype = Literal["float32", "bfloat16", "float16"]
@@ -46,6 +47,7 @@ class Wire:
         self.device = device
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.bucket_bytes = bucket_bytes
+        self.patience = PATIENCE if timeout is None else min(PATIENCE, timeout.total_seconds())
         everyone = tuple(range(topology.n_sites))
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         for sites in sorted({*holder_sets, everyone}):
@@ -63,6 +65,7 @@ class Wire:
         numels: Sequence[int],
         read: Callable[[int], Tensor],
         write: Callable[[int, Tensor], None],
+        left_out: frozenset[int] = frozenset(),
     ) -> None:
         """Average pieces over the sites of a holder set, bucket by bucket.
 
@@ -72,7 +75,12 @@ class Wire:
             numels: number of elements of each piece, equal on all holders.
             read: gives piece i as a float32 tensor.
             write: takes the mean of piece i, flat, float32, on the wire's device.
+            left_out: sites whose weight is zero, the same on all sites: the mean is over the others, and where no
+                site is left nothing is sent or written.
         """
+        n_taken = len([site for site in sites if site not in left_out])
+        if n_taken == 0:
+            return
         if len(sites) == 1:  # nothing crosses, so nothing is rounded to the wire's dtype either
             for i in range(len(numels)):
                 write(i, read(i).reshape(-1))
@@ -81,9 +89,12 @@ class Wire:
             sizes = [numels[i] for i in bucket]
             buffer = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
             for i, part in zip(bucket, buffer.split(sizes), strict=True):
-                part.copy_(read(i).reshape(-1))
+                if self.topology.site in left_out:
+                    part.zero_()  # what it has may be no number, and then zero times it is none either
+                else:
+                    part.copy_(read(i).reshape(-1))
             self._all_reduce(kind, buffer, sites)
-            mean = buffer.float().div_(len(sites))
+            mean = buffer.float().div_(n_taken)
             for i, part in zip(bucket, mean.split(sizes), strict=True):
                 write(i, part)
 
@@ -95,18 +106,19 @@ class Wire:
         self._all_reduce(kind, buffer, self.everyone)
         return buffer.to(values.device)
 
-    def agree(self, kind: Kind, value: int) -> bool:
-        """Whether all sites have the same 62-bit integer."""
-        if self.topology.n_sites == 1:
-            return True
-        extremes = torch.tensor([value, -value], dtype=torch.int64, device=self.device)
-        self.ledger.all_reduce(kind, extremes.nbytes, self.topology.n_sites)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        return int(extremes[0]) == -int(extremes[1])
+    def largest(self, kind: Kind, values: Tensor) -> Tensor:
+        """Elementwise maximum of a small tensor over all sites; a new tensor on the input's device."""
+        buffer = values.to(self.device, copy=True)
+        if self.topology.n_sites > 1:
+            self.ledger.all_reduce(kind, buffer.nbytes, self.topology.n_sites)
+            with sites_watched(self.topology, self.patience):
+                dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
+        return buffer.to(values.device)
 
     def _all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> None:
         self.ledger.all_reduce(kind, buffer.nbytes, len(sites))
-        dist.all_reduce(buffer, group=self._groups[sites])
+        with sites_watched(self.topology, self.patience):
+            dist.all_reduce(buffer, group=self._groups[sites])
 
     def exchange(
         self,
@@ -135,7 +147,8 @@ class Wire:
             part.copy_(tensor.reshape(-1))
         target = torch.empty(sum(receives), dtype=dtype, device=self.device)
         self.ledger.send(kind, source.nbytes)
-        dist.all_to_all_single(target, source, receives, sends)
+        with sites_watched(self.topology, self.patience):
+            dist.all_to_all_single(target, source, receives, sends)
         return {site: part for site, part in zip(sites, target.split(receives), strict=True) if part.numel()}
 
     def barrier(self) -> None:

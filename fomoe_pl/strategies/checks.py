@@ -129,19 +129,17 @@ def check_weights(path: str | Path, config: ModelConfig) -> None:
     check_architecture(Path(path), saved, asdict(config), irrelevant_to_weights(saved, config))
 
 
-def check_resumable(path: str | Path, identity: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose sites' own states do not fit.
+def check_skipped(of_sites: list[int], limit: int) -> None:
+    """Stop a run that skips too many steps.
 
     Args:
-        path: checkpoint folder.
-        identity: what these states depend on, of the run that resumes (`SiteStrategy.identity`).
+        of_sites: steps that each site has skipped since this process started.
+        limit: most of them together.
 
     Raises:
-        ConfigError: listing every setting that differs.
+        RuntimeError: naming the sites.
     """
-    written_by = read_manifest(Path(path))["identity"]
-    keys = [k for k in sorted({*written_by, *identity}) if written_by.get(k) != identity.get(k)]
-    if keys:
-        differences = "; ".join(f"{k}: checkpoint {written_by.get(k)!r}, now {identity.get(k)!r}" for k in keys)
-        rule = f"can be resumed only by the federation that wrote it ({differences})"
-        raise ConfigError("ckpt_path", str(path), rule, "use the strategy settings that it was trained with")
+    if sum(of_sites) > limit:
+        named = ", ".join(f"site {site}: {n}" for site, n in enumerate(of_sites) if n)
+        raise RuntimeError(f"{sum(of_sites)} optimizer steps had gradients that are not finite ({named}), more than "
+                           f"model.max_skipped_steps = {limit}")  # fmt: skip

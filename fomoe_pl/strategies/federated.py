@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -28,12 +28,13 @@ from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.wire import Wire, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
-from fomoe_pl.strategies.base import SiteStrategy
-from fomoe_pl.strategies.checks import check_processes, check_settings
-from fomoe_pl.strategies.signals import end_children, replace_signal_handling
+from fomoe_pl.strategies.checks import check_processes, check_settings, check_skipped
+from fomoe_pl.strategies.evaluation import GlobalValidation
+from fomoe_pl.strategies.signals import end_children, observe_children_every, replace_signal_handling
+from fomoe_pl.strategies.statistics import SiteReport, share
 
 
-class FederatedStrategy(SiteStrategy, DDPStrategy):
+class FederatedStrategy(GlobalValidation, DDPStrategy):
     """Periodic averaging between sites, each holding some of the experts (FoMoE, arXiv 2606.19025).
 
     Between rounds nothing crosses sites. After K optimizer steps the dense parameters are averaged over all sites,
@@ -54,7 +55,8 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         wire_dtype: dtype of averaged values on the wire; anchors and outer state are always float32.
         bucket_mib: size of one communication buffer, MiB.
         share_device: put all sites of this machine on its first GPU (over gloo); the Trainer then has `devices: 1`.
-        check_agreement: compare a hash of the dense parameters after every round (always done before saving).
+        check_agreement: compare a hash of each dense tensor of all sites, and of each expert of its holders, after
+            every round (always done before saving).
         timeout_seconds: after which a collective that does not complete raises.
         **kwargs: as for Lightning's `DDPStrategy`.
 
@@ -105,7 +107,8 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         self.outer, self.inner_moments = outer, inner_moments
         self.wire_dtype, self.bucket_mib, self.check_agreement = wire_dtype, bucket_mib, check_agreement
         self.share_device = share_device
-        self._stop_requested = False
+        self._skipped_of_sites: list[int] = []
+        self._stopping = False
 
     # -- who holds what -------------------------------------------------------------------------------------------
 
@@ -141,6 +144,10 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        observe_children_every(self._timeout.total_seconds())  # type: ignore[union-attr]
+
     def setup_distributed(self) -> None:
         """Join the world; several sites on one GPU must not bind it to the group (gloo cannot make sub-groups then)."""
         super().setup_distributed()
@@ -160,7 +167,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
-            replace_signal_handling(trainer, self._note_sigterm)
+            replace_signal_handling(trainer, self._note_signal)
         self._last_step = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         n = self.topology.n_sites
@@ -190,8 +197,8 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
             f"rounds of {self.schedule} local steps, outer rule {self.outer}, moments: {self.inner_moments}"
         )
 
-    def _note_sigterm(self) -> None:
-        self._stop_requested = True  # not Lightning's own flag, which would end this site in mid-round
+    def _note_signal(self, number: int) -> None:
+        self._signal = number  # not Lightning's own flag, which would end this site in mid-round
         end_children(self.launcher)
 
     # -- rounds ---------------------------------------------------------------------------------------------------
@@ -211,10 +218,11 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
     def _end_round(self, optimizer: torch.optim.Optimizer) -> None:
         assert self.federation is not None
         self.ask_observers(lambda observer: observer.before_synchronization())
-        self.federation.synchronize(optimizer)
+        left_out = self._share_statistics()
+        self.federation.synchronize(optimizer, left_out)
         self.rounds_done += 1
         self.ask_observers(lambda observer: observer.after_synchronization())
-        stop = self._share_statistics()
+        self.share_observations()
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         if (
             self.placement_kind == "random"
@@ -228,44 +236,32 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
             self.transformer.set_residency(residency)  # type: ignore[operator]
         if self.check_agreement:
             self.federation.check_agreement()
-        if stop:
-            raise SIGTERMException
 
-    def _share_statistics(self) -> bool:
-        """One small message a round: mean training loss, whether any site was told to stop, observers' numbers."""
-        module = cast(Any, self.lightning_module)
-        loss_sum, steps = module.pop_round_losses()
-        stop = float(self._stop_requested)
-        total = self.sum_with_observers(torch.tensor([loss_sum, steps, stop], dtype=torch.float64))
-        self.round_stats = {"train_loss": float(total[0] / total[1])}
-        return bool(total[2] > 0)
+    counts_skipped_steps = True  # with every round, and not the module at its own time
 
-    # -- validation of the global model ---------------------------------------------------------------------------
-
-    def on_validation_start(self) -> None:
-        """In mid-round the agreed values stand in for the local ones."""
-        if self.federation is not None and not self._at_round_end():
-            self.federation.enter_global()
-
-    def on_validation_end(self) -> None:
-        """Back to the local values."""
-        if self.federation is not None:
-            self.federation.leave_global()
-
-    def _at_round_end(self) -> bool:
-        return self.optimizer_steps == 0 or self.schedule.is_round_end(self.optimizer_steps, self._last_step)
-
-    @contextmanager
-    def all_experts_of(self, layer: int) -> Iterator[None]:
-        """Make all E experts of one layer live on this site while the context lasts; all sites enter it together."""
+    def _share_statistics(self) -> frozenset[int]:
+        """One small message a round, before the averages; returns the sites that have nothing to give to them."""
         assert self.federation is not None
-        if self.transformer.residency.is_full(self.transformer.config):  # type: ignore[union-attr,operator]
-            yield
-            return
-        prefix = f"layers.{layer}.moe."
-        tensors = {name.removeprefix(prefix): t for name, t in self.federation.gather(layer).items()}
-        with self.transformer.layers[layer].moe.with_all_experts(tensors):  # type: ignore[index,union-attr]
-            yield
+        module, n_sites = cast(Any, self.lightning_module), self.topology.n_sites
+        skipped, steps = module.count_skipped()
+        left_out = skipped == steps or not self.federation.is_finite()
+        loss_sum, loss_count = module.pop_round_losses()
+        own = SiteReport(skipped, left_out, loss_sum, loss_count, self._signal is not None)
+        shared = share(own, self.topology.site, n_sites, lambda values: self.sum_over_sites(values, "control"))
+        before = self._skipped_of_sites or [0] * n_sites
+        self._skipped_of_sites = [old + new for old, new in zip(before, shared.skipped, strict=True)]
+        check_skipped(self._skipped_of_sites, module.max_skipped_steps)
+        if shared.left_out and self.is_global_zero:
+            sites = ", ".join(map(str, sorted(shared.left_out)))
+            told = f"round {self.rounds_done + 1} is without site {sites}: its gradients or values are not finite"
+            print(f"fomoe: {told}", file=sys.stderr, flush=True)
+        self.round_stats, self._stopping = shared.numbers, shared.stop
+        return shared.left_out
+
+    def stop_if_asked(self) -> None:
+        """End all sites after a round in which one was sent a signal; callbacks have seen the batch."""
+        if self._stopping:
+            raise SIGTERMException
 
     # -- control traffic, counted ---------------------------------------------------------------------------------
 
@@ -280,6 +276,11 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         """The anchors: agreed values, float32, also in mid-round."""
         assert self.federation is not None
         return self.federation.anchors
+
+    def outer_momenta(self) -> Mapping[str, Tensor]:
+        """Outer momentum, float32."""
+        assert self.federation is not None
+        return self.federation.momenta
 
     def owned_experts(self) -> list[tuple[int, int, int]]:
         """The experts of which this site is the owner."""
@@ -297,7 +298,7 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         return True
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Compare the dense parameters of all sites, then write."""
+        """Compare what all sites must have alike, then write."""
         cast(Federation, self.federation).check_agreement()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -317,13 +318,13 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
         """Who holds what, and whether there is outer momentum."""
         drawn = {"placement_seed": self.placement_seed, "reshuffle_rounds": self.reshuffle_rounds}
         return {
-            **super().identity(n_sites), "sites": n_sites, "overlap": self.overlap(n_sites), "routing": self.routing,
+            **super().identity(n_sites), "overlap": self.overlap(n_sites), "routing": self.routing,
             "placement": self.placement_kind, "outer.rule": self.outer.rule,
             **(drawn if self.placement_kind == "random" else {}),
         }  # fmt: skip
 
     def site_state(self) -> dict[str, Any]:
-        """Outer state, local values (they differ from the anchors in mid-round) and the ledger."""
+        """Local values, which differ from the anchors in mid-round, and the ledger."""
         return {**super().site_state(), "federation": cast(Federation, self.federation).state_dict()}
 
     def load_site_state(self, state: dict[str, Any]) -> None:
@@ -338,7 +339,8 @@ class FederatedStrategy(SiteStrategy, DDPStrategy):
     # -- the end --------------------------------------------------------------------------------------------------
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the processes that this one started: they would train on alone."""
+        """As for all strategies; then end the processes that this one started: they would train on alone."""
+        super().on_exception(exception)
         end_children(self.launcher)
 
     def teardown(self) -> None:

@@ -59,7 +59,7 @@ class Run:
         )  # fmt: skip
         self.module: Any = torch.nn.Linear(3, 2)
         self.module.device = torch.device("cpu")
-        self.module.tokens_seen = 0
+        self.module.tokens_seen = self.module.tokens_of_all_sites = 0
         self.module.validation_before_training = {}
         self.module.routing_health = RoutingHealth(2, 4)
         self.module.config = ModelConfig(
@@ -75,6 +75,7 @@ class Run:
         callback.on_train_batch_start(self.trainer, self.module, None, 0)
         self.trainer.global_step += stepped
         self.module.tokens_seen += tokens
+        self.module.tokens_of_all_sites += tokens * self.strategy.topology.n_sites
         if round_end:
             self.end_round()
         batch = {"inputs": torch.zeros(2, 5)}

@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 from fomoe_pl.data import Manifest
 from fomoe_pl.data.partition import DomainSize, SplitKind, StreamPlan, partition
 from fomoe_pl.data.shards import read_shard
-from fomoe_pl.data.stream import DomainStream, PackedStream, SiteStream
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.data.stream import DomainStream, PackedStream, SiteStream, consumption
 
 S = 37
 
@@ -111,37 +110,77 @@ def test_sites_and_workers_read_different_documents(corpus: Manifest) -> None:
     assert len(seen) == sum(domain.train.documents for domain in corpus.domains)
 
 
-@pytest.mark.parametrize("taken", [0, 1, 30, 700, 4096, 4100])
-def test_state_round_trip(corpus: Manifest, taken: int) -> None:
-    stream = site_stream(corpus)
-    iterator = iter(stream)
-    for _ in range(taken):
-        next(iterator)
-    restored = site_stream(corpus)
-    restored.load_state_dict(stream.state_dict())
-    assert restored.state_dict() == stream.state_dict()
-    expected = [next(iterator) for _ in range(40)]
-    for sequence, wanted in zip(restored, expected, strict=False):
-        assert all(torch.equal(sequence[key], wanted[key]) for key in wanted)
-    assert stream.state_dict() == {**restored.state_dict(), "sequences": [taken + 40]}
+@pytest.mark.parametrize("n_workers", [0, 2, 3])
+@pytest.mark.parametrize("taken", [0, 1, 7, 8, 33])
+def test_a_loader_goes_on_behind_any_batch(corpus: Manifest, n_workers: int, taken: int) -> None:
+    workers = max(1, n_workers)
 
-
-@pytest.mark.parametrize("n_workers", [0, 2])
-def test_position_of_a_loader(corpus: Manifest, n_workers: int) -> None:
-    """A loader over a stream put behind b batches goes on with the batches that follow the b-th."""
-
-    def batches(stream: SiteStream, n: int) -> list[torch.Tensor]:
+    def batches(n: int, start: int = 0) -> list[torch.Tensor]:
+        stream = SiteStream(corpus, plans(corpus, 2, workers)[0], S, 0, 0, batches=start, batch_size=3)
         return [batch["targets"] for batch in islice(DataLoader(stream, batch_size=3, num_workers=n_workers), n)]
 
-    workers = max(1, n_workers)
-    whole = batches(site_stream(corpus, n_workers=workers), 12)
-    stream = site_stream(corpus, n_workers=workers)
-    stream.load_state_dict({**stream.state_dict(), "sequences": [8 * 3 // workers] * workers})
-    assert all(map(torch.equal, batches(stream, 4), whole[8:]))
-    assert len({tuple(row.tolist()) for batch in whole for row in batch}) == 36
+    whole = batches(taken + 5)
+    assert all(map(torch.equal, batches(5, start=taken), whole[taken:]))
+    assert len({tuple(row.tolist()) for batch in whole for row in batch}) == 3 * (taken + 5)
 
 
-def test_state_of_another_stream_is_refused(corpus: Manifest) -> None:
-    state = site_stream(corpus, site=1, seed=5).state_dict()
-    with pytest.raises(ConfigError, match=r"data \(seed, site, plans\)"):
-        site_stream(corpus).load_state_dict(state)
+@pytest.mark.parametrize("taken", [30, 4096, 4100])
+def test_a_stream_goes_on_behind_many_sequences(corpus: Manifest, taken: int) -> None:
+    (plan,) = plans(corpus, 2)[0]
+    whole = list(islice(PackedStream(corpus, plan, S, 0, 0, 0), taken + 20))[taken:]
+    again = PackedStream(corpus, plan, S, 0, 0, 0, start=taken)
+    for sequence, wanted in zip(again, whole, strict=False):
+        assert all(torch.equal(sequence[key], wanted[key]) for key in wanted)
+
+
+# Sites and workers before, batches of each site, sites and workers afterwards.
+DIVISIONS = [(4, 1, 3, 2, 1), (4, 1, 3, 8, 1), (4, 1, 11, 1, 1), (2, 2, 7, 4, 2), (1, 1, 30, 2, 1)]
+
+
+@pytest.mark.parametrize(("sites", "workers", "batches", "new_sites", "new_workers"), DIVISIONS)
+def test_another_division_reads_the_rest_of_the_epoch_once(
+    corpus: Manifest, sites: int, workers: int, batches: int, new_sites: int, new_workers: int
+) -> None:
+    """What was read before and what new readers have left of the epoch make up every token of every shard once."""
+    batch_size, length = 2, 16
+    before = plans(corpus, sites, workers)
+    read: dict[tuple[int, int], list[np.ndarray]] = {}
+    for site, own in enumerate(before):
+        for worker, plan in enumerate(own):
+            n = len(range(worker, batches, workers)) * batch_size
+            sequences = list(islice(PackedStream(corpus, plan, length, 0, site, worker), n))
+            for i, domain in enumerate(plan.domains):
+                tokens = [s["targets"].numpy() for s in sequences if s["domain"] == domain]
+                stream = DomainStream(corpus, domain, plan.shards[i], 0)
+                assert len(tokens) * length < stream.tokens_per_epoch, "the test is of one epoch"
+                read.setdefault((domain, 0), []).extend(tokens)
+    consumed = consumption(corpus, before, length, 0, batches=batches, batch_size=batch_size)
+    for domain, name in enumerate(corpus.domain_names):
+        shards = corpus.shards_of("train", name)
+        assert sum(consumed[domain]) == sum(map(len, read[domain, 0]))
+        tokens = list(read[domain, 0])
+        for own in plans(corpus, new_sites, new_workers):
+            for plan in own:
+                numbers = plan.shards[plan.domains.index(domain)]
+                left = sum(shards[n].tokens - consumed[domain][n] for n in numbers)
+                stream = DomainStream(corpus, domain, numbers, 0, dict(enumerate(consumed[domain])))
+                tokens.append(stream.take(left))
+                if left:
+                    assert stream.consumed_at(left) == {n: shards[n].tokens for n in numbers}
+        everything = np.concatenate([t for shard in shards for t in read_shard(corpus, shard)])
+        assert np.array_equal(np.bincount(np.concatenate(tokens)), np.bincount(everything))
+
+
+def test_an_epoch_behind_a_division_is_whole_again(corpus: Manifest) -> None:
+    every = corpus.shards_of("train", "sea")
+    # The first shard is an epoch and a half ahead, the second has not been touched.
+    ahead = {0: every[0].tokens + every[0].tokens // 2, 3: 0}
+    stream = DomainStream(corpus, 1, (0, 3), 0, ahead)
+    stream.take(every[3].tokens + every[0].tokens - every[0].tokens // 2 + every[3].tokens)  # ends of both epochs
+    expected = Counter(t.astype(np.int64).tobytes() for n in (0, 3) for t in read_shard(corpus, every[n]))
+    assert Counter(documents(stream.take(stream.tokens_per_epoch), corpus.eod_id)) == expected
+    again = DomainStream(corpus, 1, (0, 3), 0, ahead)
+    whole = again.take(3 * again.tokens_per_epoch)
+    for position in (0, 5, every[3].tokens, 2 * again.tokens_per_epoch, 2 * again.tokens_per_epoch + 77):
+        again.seek(position)
+        assert np.array_equal(again.take(50), whole[position : position + 50])

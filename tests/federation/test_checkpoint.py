@@ -12,8 +12,8 @@ from fomoe_pl.federation import checkpoint
 
 def write(folder: Path, value: float) -> None:
     checkpoint.begin(folder)
-    checkpoint.write_dense(folder, {"x": torch.tensor(value)})
-    checkpoint.finish(folder, {"value": value})
+    checkpoint.seal(folder, 0, [checkpoint.write_dense(folder, {"x": torch.tensor(value)})])
+    checkpoint.finish(folder, {"value": value, "optimizer_steps": int(value)})
 
 
 def value(folder: Path) -> float:
@@ -56,3 +56,56 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
     with pytest.raises(ConfigError, match="has format 99"):
         checkpoint.read_manifest(tmp_path / "a.ckpt")
+
+
+def damage(folder: Path, how: str) -> None:
+    weights, manifest = folder / "dense.safetensors", folder / "manifest.json"
+    if how == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif how == "gone":
+        weights.unlink()
+    elif how == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(manifest.read_text()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("cut", "dense.safetensors has 67 bytes, not 68"), ("gone", "dense.safetensors is missing"),
+     ("no manifest", "has no manifest.json"), ("half a manifest", "is no manifest")],
+)  # fmt: skip
+def test_a_damaged_folder_is_named_and_the_one_before_is_found(tmp_path: Path, how: str, told: str) -> None:
+    for number in (1.0, 2.0):
+        write(tmp_path / f"{number}.ckpt", number)
+    assert checkpoint.newest(tmp_path) == (tmp_path / "2.0.ckpt", [])
+    damage(tmp_path / "2.0.ckpt", how)
+    with pytest.raises(ConfigError, match=told):
+        checkpoint.read_manifest(tmp_path / "2.0.ckpt")
+    found, [message] = checkpoint.newest(tmp_path)
+    assert found == tmp_path / "1.0.ckpt"
+    assert "2.0.ckpt" in message
+    assert told in message
+
+
+def test_nothing_is_the_newest_of_nothing(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
+
+
+@pytest.mark.parametrize("name", ["last.ckpt.partial", "last.ckpt.old"])
+def test_a_complete_folder_under_another_name_is_found(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "last.ckpt", 1.0)
+    (tmp_path / "last.ckpt").rename(tmp_path / name)
+    assert checkpoint.newest(tmp_path) == (tmp_path / name, [])
+
+
+def test_a_flipped_bit_in_a_file_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "last.ckpt"
+    write(folder, 1.0)
+    wanted = {"names": ["x"], "expert_layer": {}, "residents": (), "n_experts": 0}
+    assert checkpoint.read_weights(folder, **wanted) == {"x": torch.tensor(1.0)}
+    content = bytearray((folder / "dense.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "dense.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match="the hash of dense"):
+        checkpoint.read_weights(folder, **wanted)

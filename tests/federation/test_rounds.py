@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from fomoe_pl.federation.agreement import fingerprints
+from fomoe_pl.federation.inner import moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.outer import OuterRule
@@ -143,21 +145,103 @@ def test_overlap_of_all_sites_equals_everything_dense() -> None:
             torch.testing.assert_close(sparse[key], value, rtol=0, atol=1e-6)
 
 
-def _planted(rank: int) -> str:
-    federation, _ = make(Case(2), rank)
-    federation.check_agreement()
-    if rank == 2:
-        federation.anchors["norm"][1] += 1e-7
-    try:
+PLANTED = {
+    "norm (sites 0, 1, 3 / 2)": lambda federation: federation.anchors["norm"][:1],
+    "layer1.w_in, expert 3 (sites ": lambda federation: federation.anchors["layer1.w_in"][row_of(federation, 3)],
+    "outer momentum of layer0.w_in, expert 0": lambda federation: federation.momenta["layer0.w_in"][
+        row_of(federation, 0, 0)
+    ],
+}
+
+
+def row_of(federation: Federation, expert: int, layer: int = 1) -> int:
+    return federation.placement.residents(federation.site)[layer].index(expert)
+
+
+def _planted(rank: int) -> dict[str, list[str]]:
+    """Flip one bit after another of one value on one site that holds it; each must be told by all sites."""
+    told: dict[str, list[str]] = {}
+    for name, find in PLANTED.items():
+        federation, _ = make(Case(2, **NESTEROV), rank)
         federation.check_agreement()
-    except RuntimeError as error:
-        return str(error)
-    return ""
+        sites = (
+            range(SITES)
+            if name[:4] == "norm"
+            else federation.placement.holders[int("layer1" in name)][3 if "expert 3" in name else 0]
+        )
+        told[name] = []
+        for bit in (0, 1, 13, 30, 31):
+            bits = find(federation).view(torch.int32) if rank == sorted(sites)[len(sites) // 2] else None
+            if bits is not None:
+                bits.flatten()[-1:] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+            try:
+                federation.check_agreement()
+            except RuntimeError as error:
+                told[name].append(str(error))
+            if bits is not None:
+                bits.flatten()[-1:] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+    return told
 
 
-def test_a_planted_difference_of_one_bit_is_raised_on_every_site() -> None:
-    for site, message in enumerate(run_distributed(_planted, SITES)):
-        assert f"site {site}: dense parameters differ" in message
+def test_a_flipped_bit_is_told_with_tensor_and_sites_on_every_site() -> None:
+    for told in run_distributed(_planted, SITES):
+        assert told.keys() == PLANTED.keys()
+        for name, messages in told.items():
+            assert len(messages) == 5
+            assert all(f"sites differ after a round in {name}" in message for message in messages), messages
+
+
+def test_a_hash_sees_one_bit_and_two_values_that_change_places() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        tensor = torch.randn(3, 50, dtype=dtype)
+        before = fingerprints(tensor, rows=True)
+        assert len({*before.tolist()}) == 3
+        assert torch.equal(before[1:2], fingerprints(tensor[1], rows=False))
+        tensor[1, [4, 7]] = tensor[1, [7, 4]]
+        assert (fingerprints(tensor, rows=True) != before).tolist() == [False, True, False]
+
+
+def _left_out(rank: int, inner_moments: str, everyone: bool) -> tuple[dict[Any, torch.Tensor], ...]:
+    """One round in which site 1 has no numbers; returns start, own values, agreed ones and first moments."""
+    case = Case(2, inner_moments=inner_moments)
+    federation, optimizer = make(case, rank)
+    out = frozenset(range(SITES) if everyone else [1])
+    before = rows(federation, federation.anchors)
+    if rank not in out:
+        local_step(case, federation, optimizer, 0)
+    else:
+        with torch.no_grad():
+            for tensor in federation.layout.tensors.values():
+                tensor.fill_(float("nan"))
+    own = rows(federation, dict(federation.layout.tensors))
+    trained = {name: federation.layout.tensors[name] for name in federation.layout.trained}
+    own_m = rows(federation, {n: moments(optimizer, p)[0] for n, p in trained.items() if moments(optimizer, p)})
+    federation.synchronize(optimizer, out)
+    federation.check_agreement()
+    m = rows(federation, {n: moments(optimizer, p)[0] for n, p in trained.items() if moments(optimizer, p)})
+    return before, own, rows(federation, dict(federation.layout.tensors)), own_m, m
+
+
+@pytest.mark.parametrize("inner_moments", ["keep", "average"])
+def test_a_site_without_numbers_weighs_nothing(inner_moments: str) -> None:
+    found = run_distributed(_left_out, SITES, inner_moments, False)
+    for site, (before, _, agreed, _, m) in enumerate(found):
+        for key, value in agreed.items():
+            givers = [s for s in range(SITES) if s != 1 and key in found[s][1]]
+            assert givers or len(before), key
+            mean = torch.stack([found[s][1][key] for s in givers]).mean(0)
+            torch.testing.assert_close(value, mean, rtol=1e-6, atol=1e-6)
+            if inner_moments == "average" and key in m:
+                mean = torch.stack([found[s][3][key] for s in givers]).mean(0)
+                torch.testing.assert_close(m[key], mean, rtol=1e-6, atol=1e-6)
+        assert bool(m) == (inner_moments == "average" or site != 1), (
+            "a kept site keeps, one that is left out starts anew"
+        )
+
+
+def test_what_all_holders_lack_stays_as_it_was() -> None:
+    for before, _, agreed, _, _ in run_distributed(_left_out, SITES, "keep", True):
+        assert all(torch.equal(value, before[key]) for key, value in agreed.items())
 
 
 def _gather(rank: int) -> bool:

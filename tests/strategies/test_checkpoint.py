@@ -10,13 +10,13 @@ import lightning.pytorch as L
 import pytest
 import torch
 from safetensors import safe_open
-from torch.multiprocessing import ProcessRaisedException
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.sizes import expert_parameters
 from tests.distributed import run_distributed
+from tests.federation.toy import digest
 from tests.strategies.observers import Largest, sizes, snapshot, watched
 from tests.training import Run, launched_as, make_trainer, validate
 
@@ -78,7 +78,7 @@ def _save_and_load(rank: int, root: str, folder: str) -> dict[str, dict[str, Any
                 trainer = make_trainer(again, rank, SITES, [callback])
                 path = f"{saving.path}-{when}.ckpt"
                 trainer.fit(again.module(), again.datamodule(), ckpt_path=path, weights_only=False)
-                loaded[when] = callback.snapshot, trainer.global_step, trainer.strategy.federation.digest()
+                loaded[when] = callback.snapshot, trainer.global_step, digest(trainer.strategy.federation)
             found[name] = {
                 "saved": saving.saved,
                 "loaded": loaded,
@@ -154,19 +154,6 @@ def test_each_expert_is_written_once_by_a_holder(found: list[Any], folder: Path)
         assert not [key for key in file.keys() if "experts" in key]  # noqa: SIM118  no mapping
 
 
-def _resume(rank: int, n_sites: int, root: str, folder: str, path: str) -> None:
-    with launched_as(rank, n_sites, folder):
-        run = make_run("fixed", root, folder)
-        trainer = make_trainer(run, rank, n_sites)
-        trainer.fit(run.module(), run.datamodule(), ckpt_path=path, weights_only=False)
-
-
-def test_another_number_of_sites_is_refused(found: list[Any], root: str, folder: Path, tmp_path: Path) -> None:
-    path = str(folder / "fixed-round.ckpt")
-    with pytest.raises(ProcessRaisedException, match="sites: checkpoint 4, now 2"):
-        run_distributed(_resume, 2, 2, root, str(tmp_path), path)
-
-
 def test_another_architecture_is_refused_with_the_keys_that_differ(found: list[Any], root: str, folder: Path) -> None:
     other = replace(
         make_run("fixed", root, str(folder)), architecture={"n_experts": EXPERTS, "d_expert": 4, "top_k": 1}
@@ -184,7 +171,7 @@ def test_an_incomplete_folder_is_refused(found: list[Any], root: str, folder: Pa
     assert json.loads((copy / "manifest.json").read_text())["n_sites"] == SITES
     assert validate_loss(run, copy) == validate_loss(run, folder / "fixed-round.ckpt")
     (copy / "experts-00002.safetensors").unlink()
-    with pytest.raises(ConfigError, match="has no tensor"):
+    with pytest.raises(ConfigError, match="experts-00002"):
         validate(run, str(copy))
     (copy / "manifest.json").unlink()
     with pytest.raises(ConfigError, match="no complete checkpoint"):

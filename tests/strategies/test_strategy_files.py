@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from fomoe_pl.callbacks import CommunicationMonitor, RoutingStability, ThroughputMonitor
@@ -18,6 +21,7 @@ from fomoe_pl.costs.counterfactual import ddp_step_bytes, replica_round_bytes
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.model.sizes import parameter_counts
 from tests.distributed import run_distributed
+from tests.federation.toy import digest
 from tests.strategies.observers import Save, Traffic
 from tests.training import STRATEGIES, Run, fit, from_yaml, launched_as, parameters, validate
 
@@ -69,7 +73,7 @@ def _fit_all(rank: int, root: str, folder: str) -> dict[str, dict[str, Any]]:
                 "traffic": traffic.record,
                 "validations": save.metrics,
                 "parameters": parameters(trainer),
-                "digest": strategy.federation.digest() if strategy.rounds_done else None,
+                "digest": digest(strategy.federation) if strategy.rounds_done else None,
                 "metric_bytes": metric_bytes_of(make_run(name, root, folder).config, 3),
             }
     return found
@@ -210,3 +214,5 @@ def test_lightnings_private_names_that_we_replace_exist() -> None:
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
     assert callable(_SignalConnector._sigterm_notifier_fn)
     assert callable(_SignalConnector._slurm_sigusr_handler_fn)
+    assert callable(subprocess_script._launch_process_observer)
+    assert {"main_pid", "child_processes", "sleep_period"} <= {*signature(_ChildProcessObserver).parameters}

@@ -10,6 +10,7 @@ import torch
 
 from fomoe_pl.model.transformer import Transformer
 from tests.distributed import run_distributed
+from tests.federation.toy import digest
 from tests.strategies.observers import EachStep, Traffic
 from tests.training import Run, fit, launched_as, parameters
 
@@ -96,7 +97,7 @@ def _two_sites(rank: int, root: str, folder: str) -> dict[str, Any]:
             trainer = fit(run(settings=settings, trainer={"precision": precision}), rank, 2, [losses])
             strategy: Any = trainer.strategy
             dtypes = {p.dtype for p in strategy.transformer.parameters()}
-            found[precision] = (losses.values, strategy.federation.digest(), strategy.rounds_done, dtypes)
+            found[precision] = (losses.values, digest(strategy.federation), strategy.rounds_done, dtypes)
 
         traffic = Traffic()
         accumulate = {"accumulate_grad_batches": 3, "max_steps": 5}

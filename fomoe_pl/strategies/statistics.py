@@ -1,0 +1,63 @@
+"""What sites tell each other with every round, in one small message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SiteReport(NamedTuple):
+    """One site's round: steps that it skipped, whether it has nothing to give, its losses, whether it was told to stop.
+
+    `left_out`: it took no step at all, or has values that are not finite.
+    """
+
+    skipped: int
+    left_out: bool
+    loss_sum: float
+    loss_count: float
+    stop: bool
+
+
+class SharedReport(NamedTuple):
+    """The same of all sites, equal on each of them; `train_loss` is the mean of the finite losses."""
+
+    skipped: list[int]
+    left_out: frozenset[int]
+    train_loss: float
+    stop: bool
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What is logged."""
+        return {
+            "train_loss": self.train_loss,
+            "skipped_steps": float(sum(self.skipped)),
+            "left_out_sites": float(len(self.left_out)),
+        }
+
+
+def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor], Tensor]) -> SharedReport:
+    """Tell all sites of each other: 2 M + 3 numbers in float64.
+
+    Args:
+        report: this site's.
+        site: its index.
+        n_sites: number of sites M.
+        total: sums a tensor over all sites.
+    """
+    per_site = torch.zeros(2, n_sites, dtype=torch.float64)
+    per_site[0, site], per_site[1, site] = report.skipped, float(report.left_out)
+    sums = torch.tensor([report.loss_sum, report.loss_count, float(report.stop)], dtype=torch.float64)
+    values = total(torch.cat([per_site.flatten(), sums]))
+    skipped, left_out = values[: 2 * n_sites].view(2, n_sites)
+    loss_sum, loss_count, stop = values[2 * n_sites :].tolist()
+    return SharedReport(
+        [int(n) for n in skipped.tolist()],
+        frozenset(left_out.nonzero().flatten().tolist()),
+        loss_sum / loss_count if loss_count else float("nan"),
+        stop > 0,
+    )

@@ -1,0 +1,105 @@
+"""Faults in real runs: what a site that is killed, stopped or without disk leaves behind, and that it goes on."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fomoe_pl.federation.checkpoint import newest, read_manifest
+from tests.test_cli import CHECKPOINT, environment, report, run, small
+
+LONG = ["--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000"]
+pytestmark = pytest.mark.timeout(240)
+
+
+@contextmanager
+def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run in a process group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def trains(folder: Path) -> None:
+    """Wait until there is a checkpoint."""
+    for _ in range(900):
+        time.sleep(0.1)
+        if (folder / CHECKPOINT / "manifest.json").is_file():
+            return
+    raise AssertionError("it does not train")
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_ctrl_c_saves_and_the_printed_line_goes_on(root: str, tmp_path: Path) -> None:
+    with started(["-m", "fomoe_pl", "fit", *small(root, tmp_path), *LONG], tmp_path) as process:
+        trains(tmp_path)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes of the group
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert "Traceback" not in errors
+    [line] = re.findall(r"go on with\n  (fomoe fit .*)", errors)
+    words = shlex.split(line)
+    saved = Path(words[words.index("--ckpt_path") + 1])
+    steps = read_manifest(tmp_path / saved)["optimizer_steps"]
+    assert steps % 2 == 0, "a round's end"
+    run([*words[1:], "--trainer.max_steps", str(steps + 4)], tmp_path)
+    assert report(tmp_path)["steps"] == steps + 4
+    assert report(tmp_path)["tokens"]["global"] == (steps + 4) * 2 * 2 * 16
+
+
+@pytest.mark.parametrize("site", [0, 1])
+def test_a_killed_site_is_named_and_the_newest_checkpoint_goes_on(root: str, tmp_path: Path, site: int) -> None:
+    with started(["-m", "fomoe_pl", "fit", *small(root, tmp_path), *LONG], tmp_path) as process:
+        trains(tmp_path)
+        [child] = children(process.pid)
+        os.kill(process.pid if site == 0 else child, signal.SIGKILL)
+        started_at = time.monotonic()
+        errors = process.communicate(timeout=60)[1]  # ends when no process of the run holds the pipe any more
+        assert time.monotonic() - started_at < 60
+    assert errors.count(f"fomoe: site {site} is gone") == 1, errors
+    assert f"go on with --ckpt_path {CHECKPOINT}" in errors
+    found, _ = newest((tmp_path / CHECKPOINT).parent)
+    assert found is not None
+    steps = read_manifest(found)["optimizer_steps"]
+    output = run(
+        ["fit", *small(root, tmp_path), "--ckpt_path", "auto", "--trainer.max_steps", str(steps + 2)], tmp_path
+    )
+    assert f"going on from {found.relative_to(tmp_path)}" in output
+    assert report(tmp_path)["steps"] == steps + 2
+
+
+def test_auto_starts_from_scratch_where_there_is_nothing(root: str, tmp_path: Path) -> None:
+    output = run(["fit", *small(root, tmp_path), "--ckpt_path", "auto"], tmp_path)
+    assert "no checkpoint in runs/run/checkpoints yet" in output
+    assert report(tmp_path)["steps"] == 4
+
+
+def test_torchrun_restarts_from_the_last_round(root: str, tmp_path: Path) -> None:
+    steps = 60
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
+    command = ["-m", "fomoe_pl", "fit", *small(root, tmp_path), "--ckpt_path", "auto"]
+    command += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+    with started([*launcher, *command], tmp_path) as process:
+        trains(tmp_path)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        errors = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, errors
+    found = report(tmp_path)
+    assert (found["steps"], found["tokens"]["global"]) == (steps, steps * 2 * 2 * 16)
