@@ -224,11 +224,8 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         self.ask_observers(lambda observer: observer.after_synchronization())
         self.share_observations()
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
-        if (
-            self.placement_kind == "random"
-            and self.rounds_done % self.reshuffle_rounds == 0
-            and self.optimizer_steps != self._last_step
-        ):
+        due = self.placement_kind == "random" and self.rounds_done % self.reshuffle_rounds == 0
+        if due and self.optimizer_steps != self._last_step:
             self.redraws += 1
             new = self.placed(config, self.redraws)
             self.federation.migrate(new, optimizer)
