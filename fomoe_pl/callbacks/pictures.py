@@ -34,7 +34,7 @@ class RunPictures(RoundCallback):
 
     Args:
         draw_every: Rounds between two drawings; there is a last one when training ends. A drawing takes about two
-            seconds, in which the other sites wait.
+            seconds, in which the other sites wait. One that fails is told of in a warning, and the run goes on.
         every_n_steps: Steps that count as a round in synchronous training.
     """
 
@@ -47,12 +47,13 @@ class RunPictures(RoundCallback):
         self._ends = 0
         self._loads: list[tuple[int, Tensor]] = []
         self._stride = 1
+        self._failed = False
         self._stability: RoutingStability | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is known before the first step."""
         super().on_train_start(trainer, pl_module)
-        self._ends, self._stride = 0, 1
+        self._ends, self._stride, self._failed = 0, 1, False
         self._loads.clear()
         self._stability = self._find_stability(trainer)
         self._draws = find_spec("matplotlib") is not None
@@ -109,13 +110,19 @@ class RunPictures(RoundCallback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, view: RoundView) -> None:
         step = trainer.global_step - 1
-        for writer, _ in _writers(trainer):
-            if self._draws:
-                for name, figure in self._figures(trainer, pl_module, view).items():
-                    writer.add_figure(f"pictures/{name}", figure, step)
-            if view.gates_LTK is not None:
-                for layer, gates_TK in enumerate(view.gates_LTK):
-                    writer.add_histogram(f"gates_on_probe/layer_{layer:02d}", gates_TK, step)
+        try:
+            for writer, _ in _writers(trainer):
+                if self._draws:
+                    for name, figure in self._figures(trainer, pl_module, view).items():
+                        writer.add_figure(f"pictures/{name}", figure, step)
+                if view.gates_LTK is not None:
+                    _add_histograms(writer, view.gates_LTK, step)
+        except Exception as error:
+            # Only rank zero draws: if it stopped here, the other sites would wait for it in the next round.
+            if not self._failed:
+                rank_zero_warn(f"RunPictures could not draw after step {trainer.global_step}, and says so once: "
+                               f"{type(error).__name__}: {error}")  # fmt: skip
+            self._failed = True
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule, view: RoundView) -> dict[str, Any]:
         steps, loads = zip(*self._loads, strict=True)
@@ -137,6 +144,13 @@ class RunPictures(RoundCallback):
             domains = trainer.datamodule.domains  # type: ignore[attr-defined]
             drawn["domains"] = figures.domain_maps(domain_load_LNE, domains)
         return drawn
+
+
+def _add_histograms(writer: Any, gates_LTK: Tensor, step: int) -> None:
+    for layer, gates_TK in enumerate(gates_LTK):
+        finite = gates_TK[gates_TK.isfinite()]
+        if len(finite):  # a router that has diverged has none
+            writer.add_histogram(f"gates_on_probe/layer_{layer:02d}", finite, step)
 
 
 def _writers(trainer: Trainer) -> list[tuple[Any, str]]:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fomoe_pl.compare.page import write_page
-from fomoe_pl.compare.runs import check_comparable, read_run
+from fomoe_pl.compare.runs import check_comparable, read_runs
 from fomoe_pl.compare.table import failures, markdown, print_table, tables, write_csv
 from fomoe_pl.errors import ConfigError
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.html is not None and find_spec("matplotlib") is None:
             raise ConfigError("html", str(options.html), "needs matplotlib", 'pip install "fomoe-pl[plots]"')
-        runs = [read_run(folder) for folder in options.runs]
+        runs = read_runs(options.runs)
         if not options.any_data:
             check_comparable(runs)
     except ConfigError as error:

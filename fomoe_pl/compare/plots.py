@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from fomoe_pl.callbacks.communication import training_bytes
 from fomoe_pl.compare.runs import Run, pareto_front
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -34,22 +36,21 @@ ROUTING = {
 
 def quality(runs: Sequence[Run]) -> Figure | None:
     """Bits per byte against tokens, bytes and seconds; None without curves."""
-    drawn = {run.name: run.quality() for run in runs}
+    drawn = [run.quality() for run in runs]
     tags = [tag for tag in AGAINST if any(tag in run.curves for run in runs)]
-    if not tags or not any(len(curve.steps) for curve in drawn.values()):
+    if not tags or not any(len(curve.steps) for curve in drawn):
         return None
     figure = _figure(4.6 * len(tags), 3.6)
     panels = figure.subplots(1, len(tags), squeeze=False)[0]
     for axes, tag in zip(panels, tags, strict=True):
         label, unit = AGAINST[tag]
-        for i, run in enumerate(runs):
-            curve = drawn[run.name]
+        for i, (run, curve) in enumerate(zip(runs, drawn, strict=True)):
             x = run.at(tag, curve.steps)
             if x is not None and len(x):
-                axes.plot(x * unit, curve.values, marker="o", markersize=3, label=run.name, color=f"C{i}")
+                axes.plot(x * unit, curve.values, marker="o", markersize=3, label=_label(run), color=f"C{i}")
         axes.set(xlabel=label, ylabel=BITS)
         axes.grid(alpha=0.3)
-    _legend(figure, panels[0], len(runs))
+    _legend(figure, panels[: len(tags)])
     return figure
 
 
@@ -58,7 +59,7 @@ def pareto(runs: Sequence[Run]) -> Figure | None:
     points, shown = [], []
     for i, run in enumerate(runs):
         curve = run.quality()
-        if len(curve.values):
+        if len(curve.values) and math.isfinite(curve.values[-1]):
             points.append((training_bytes(run.report["bytes"]["wire"]) / MIB, float(curve.values[-1])))
             shown.append(i)
     if not points:
@@ -68,7 +69,7 @@ def pareto(runs: Sequence[Run]) -> Figure | None:
     front = [points[i] for i in pareto_front(points)]
     axes.plot(*zip(*front, strict=True), color="0.6", linestyle="--", zorder=1, label="not beaten in both")
     for i, (x, y) in zip(shown, points, strict=True):
-        axes.scatter(x, y, color=f"C{i}", zorder=2, label=runs[i].name)
+        axes.scatter(x, y, color=f"C{i}", zorder=2, label=_label(runs[i]))
     axes.set(xlabel=AGAINST["comm/training_wire_MiB"][0], ylabel=BITS)
     axes.grid(alpha=0.3)
     axes.margins(0.1)
@@ -91,17 +92,27 @@ def routing(runs: Sequence[Run]) -> Figure | None:
             if tag in run.curves:
                 curve = run.curves[tag]
                 marker: Any = "o" if len(curve.steps) < 30 else None
-                axes.plot(curve.steps, curve.values, color=f"C{i}", label=run.name, marker=marker, markersize=3)
+                axes.plot(curve.steps, curve.values, color=f"C{i}", label=_label(run), marker=marker, markersize=3)
         axes.set(xlabel="optimizer step of a site", ylabel=ROUTING[tag])
         axes.yaxis.label.set_size(8)
         axes.grid(alpha=0.3)
-    _legend(figure, panels[0], len(runs))
+    _legend(figure, panels[: len(tags)])
     return figure
 
 
-def _legend(figure: Figure, axes: Axes, n: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(n, 6), fontsize=9)
+def _label(run: Run) -> str:
+    """A run's name as matplotlib shows it unchanged: `$` is no formula, and `_` in front does not hide it."""
+    name = run.name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    found: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    handles, labels = list(found.values()), list(found)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), fontsize=9)
 
 
 def _figure(width: float, height: float) -> Figure:

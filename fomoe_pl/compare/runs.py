@@ -33,7 +33,7 @@ class Run:
     """One run.
 
     Attributes:
-        name: name of the folder that was given.
+        name: end of the path of the folder that was given, long enough to tell runs apart.
         report: what `report.json` says.
         curves: tag -> curve; empty for a run without TensorBoard.
         pictures: tag -> the last picture, PNG.
@@ -64,7 +64,24 @@ class Run:
         return np.interp(steps, np.concatenate([[0.0], curve.steps]), np.concatenate([[0.0], curve.values]))
 
 
-def read_run(folder: Path) -> Run:
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read each run; names are the ends of the folders' paths, as short as tells them apart."""
+    return [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    paths = [folder.resolve() for folder in folders]
+    names = []
+    for i, path in enumerate(paths):
+        others = [other for j, other in enumerate(paths) if j != i]
+        n = 1
+        while n < len(path.parts) and any(other.parts[-n:] == path.parts[-n:] for other in others):
+            n += 1
+        names.append(str(Path(*path.parts[-n:])))
+    return names
+
+
+def read_run(folder: Path, name: str | None = None) -> Run:
     """Read the newest report in a run's folder or below it, and the event files beside it.
 
     Raises:
@@ -76,7 +93,7 @@ def read_run(folder: Path) -> Run:
                           "RunReport writes it when training ends")  # fmt: skip
     report = json.loads(reports[-1].read_text())
     curves, pictures = _read_events(reports[-1].parent)
-    return Run(folder.resolve().name, report, curves, pictures)
+    return Run(name or folder.resolve().name, report, curves, pictures)
 
 
 def _read_events(folder: Path) -> tuple[dict[str, Curve], dict[str, bytes]]:

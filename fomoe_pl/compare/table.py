@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fomoe_pl.callbacks.communication import NOT_TRAINING, training_bytes
 from fomoe_pl.compare.runs import QUALITY, Run
@@ -83,7 +84,8 @@ def tables(runs: Sequence[Run]) -> list[tuple[list[str], list[list[str]]]]:
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The rows as a Markdown table, numbers to the right."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in rows]
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *escaped]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -95,7 +97,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         broken = heading.replace(" / ", "/").replace(" ", "\n")
         table.add_column(broken, justify="right" if index else "left", no_wrap=True)
     for cells in rows:
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))  # a plain string's [brackets] would be markup
     Console().print(table)
 
 
@@ -114,9 +116,9 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
 
 def failures(runs: Sequence[Run], limit: float) -> list[str]:
     """A line for each run whose bits per byte are not below the limit."""
-    values = {run.name: run.report["validation"].get(QUALITY) for run in runs}
+    values = [(run.name, run.report["validation"].get(QUALITY)) for run in runs]
     return [
         f"{name}: {QUALITY} is {value}, not below {limit}"
-        for name, value in values.items()
+        for name, value in values
         if value is None or not value < limit
     ]

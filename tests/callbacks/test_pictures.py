@@ -1,20 +1,23 @@
 """What RunPictures leaves in TensorBoard, read back with its own reader; and figures of extremes."""
 
+import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from fomoe_pl.callbacks import RoutingStability, RunPictures, board, figures
+from fomoe_pl.callbacks import RoutingStability, RunPictures, RunReport, board, figures
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.placement import place
+from tests.training import Run, fit
 from tests.watched import RUNS
 
 
@@ -125,6 +128,41 @@ def test_without_matplotlib_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     trainer = Trainer(accelerator="cpu", logger=CSVLogger(tmp_path), default_root_dir=str(tmp_path))
     with pytest.warns(UserWarning, match=r"fomoe-pl\[plots\]"):
         pictures.on_train_start(trainer, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+class Diverged(Callback):
+    """Every weight is NaN."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: object) -> None:
+        for parameter in module.parameters():
+            parameter.data.fill_(torch.nan)
+
+
+def fit_watched(root: str, folder: Path, *before: Callback) -> Trainer:
+    logger = TensorBoardLogger(folder, name="run", version="")
+    run = Run(root=root, folder=str(folder), strategy="single", trainer={"max_steps": 4, "logger": logger})
+    return fit(run, 0, 1, [*before, RoutingStability(1, 2), RunPictures(1, 2), RunReport()])
+
+
+def test_a_diverged_run_is_drawn_to_its_end(root: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="RunPictures")
+        fit_watched(root, tmp_path, Diverged())
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
+    assert events.Images("pictures/load")[-1].step == 3
+    assert events.Tags()["histograms"] == []
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 4
+
+
+def test_a_drawing_that_fails_does_not_end_the_run(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("no room")
+
+    monkeypatch.setattr("fomoe_pl.callbacks.figures.timeline", fail)
+    with pytest.warns(UserWarning, match="after step 2, and says so once: ZeroDivisionError: no room") as told:
+        fit_watched(root, tmp_path)
+    assert len([w for w in told if "RunPictures" in str(w.message)]) == 1
+    assert (tmp_path / "run" / "report.json").is_file()
 
 
 def test_only_tensorboard_gets_pictures(tmp_path: Path) -> None:

@@ -1,18 +1,21 @@
 """Tables, refusals and limits, on reports written by hand."""
 
 import csv
+import dataclasses
 import json
+import math
 import os
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fomoe_pl.cli import main as fomoe
-from fomoe_pl.compare import main
-from fomoe_pl.compare.runs import pareto_front, read_run
+from fomoe_pl.compare import main, plots
+from fomoe_pl.compare.runs import Curve, Run, pareto_front, read_run, read_runs
 
 MIB = 2**20
 DATA = {"corpus": "c0ffee", "tokenizer": "bytes", "sequence_length": 256, "val_sequences": 240}
@@ -132,6 +135,48 @@ def test_other_data_are_refused_unless_told(
     assert shown.out == ""
     main([*runs, "--any_data"])
     assert "other" in capsys.readouterr().out
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write(tmp_path / "a" / "version_0", 9.0), write(tmp_path / "b" / "version_0", 1.0)]
+    with pytest.raises(SystemExit, match=r"a/version_0: val/bits_per_byte is 9\.0"):
+        main([*map(str, runs), str(write(tmp_path / "c", 1.0)), "--markdown", "--max_bits_per_byte", "3.0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| a/version_0", "| b/version_0", "| c"]
+    drawn = plots.quality([with_curve(run) for run in read_runs(runs)])
+    assert drawn is not None
+    assert [line.get_ydata()[-1] for line in drawn.axes[0].lines] == [9.0, 1.0]
+
+
+def with_curve(run: Run) -> Run:
+    curve = Curve(np.array([240.0]), np.array([1e6]))
+    return dataclasses.replace(run, curves={"tokens/global": curve})
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["[red]run", "_hidden", "$a_b$", "a|b"]
+    folders = [str(write(tmp_path / name, 1.0 + i)) for i, name in enumerate(names)]
+    main(folders)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    main([*folders, "--markdown"])
+    assert "| a\\|b | 4 |" in capsys.readouterr().out
+    runs = [with_curve(run) for run in read_runs([Path(folder) for folder in folders])]
+    quality, pareto = plots.quality(runs), plots.pareto(runs)
+    assert quality is not None
+    assert pareto is not None
+    for legend in (quality.legends[0], pareto.axes[0].get_legend()):
+        texts = [text.get_text().strip() for text in legend.get_texts()]
+        assert [text for text in texts if text != "not beaten in both"] == ["[red]run", "_hidden", r"\$a_b\$", "a|b"]
+
+
+def test_a_diverged_run_is_no_point_of_the_front(tmp_path: Path) -> None:
+    runs = read_runs([write(tmp_path / "good", 2.0), write(tmp_path / "nan", math.nan)])
+    figure = plots.pareto(runs)
+    assert figure is not None
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [2.0]
+    assert len(figure.axes[0].collections) == 1
+    assert plots.pareto(runs[1:]) is None
 
 
 @pytest.mark.parametrize(
