@@ -77,7 +77,7 @@ def test_what_overflows_is_told_by_site_and_part() -> None:
         assert "cramped" in refusal.reason
         assert "b:" not in refusal.reason
         assert "largest part" in refusal.reason
-    assert all(max(p.held_bytes) <= 0.94 * 0.05 * GIB for p in plans)
+    assert all(max(p.held_bytes) <= 0.92 * 0.05 * GIB for p in plans)
 
 
 def test_overlaps_that_do_not_divide_are_told() -> None:
@@ -143,8 +143,13 @@ def test_three_sites_get_an_answer_in_seconds(
     assert "desk: " in told  # whose memory overflows
     everything = json.loads((tmp_path / "all.json").read_text())
     hours = {(p["model"], p["layout"], p["overlap"]): p["hours"] for p in everything["plans"]}
-    assert ("fomoe-1.8b", "each", 5) in hours
-    assert not any(model == "fomoe-1.8b" and layout == "each" and overlap == 20 for model, layout, overlap in hours)
+    assert ("fomoe-153m", "each", 5) in hours
+    # 22.14 GiB of 24 are too near: the driver's context and fragments come on top. Without the 4090s it fits.
+    assert not any(model == "fomoe-1.8b" and layout != "sharded" for model, layout, _ in hours)
+    asked = request(models=["configs/model/fomoe-1.8b.yaml"], tokens=1e9, global_batch=1024, sequence_length=2048,
+                    precision="bf16-mixed", layouts=["each"], overlaps=[1, 16], local_steps=[32],
+                    sites=[{"name": name, "accelerator": name, "devices": 8} for name in ("h100", "a100-80")])  # fmt: skip
+    assert {plan.choice.overlap for plan in plan_command.plan_all(asked)[1]} == {1, 16}
     written = yaml.safe_load((tmp_path / "fit.yaml").read_text())
     assert written["trainer"]["devices"] * written["trainer"]["num_nodes"] == 20
 
