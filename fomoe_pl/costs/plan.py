@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -23,6 +24,21 @@ from fomoe_pl.costs.time import run_seconds, step_seconds, step_work
 from fomoe_pl.federation.placement import valid_overlaps
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
+
+MOST_ROUNDING = 0.05
+"""Share by which a step may be larger than asked, so that all sites have the same batch."""
+MORE_FOR_LARGER_BATCHES = 0.02
+"""Share of it that may be spent on larger micro-batches."""
+
+
+def divisions(sequences: int) -> list[tuple[int, int]]:
+    """(micro-batch, number of them) for a site's sequences of a step, or a little more; largest batch first."""
+    found: dict[int, int] = {}
+    for accumulate in range(1, sequences + 1):
+        batch = -(-sequences // accumulate)
+        if batch * accumulate <= sequences * (1 + MORE_FOR_LARGER_BATCHES):
+            found.setdefault(batch, accumulate)
+    return list(found.items())
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,9 @@ class Plan:
         batch_size: sequences of a micro-batch of one device.
         accumulate: micro-batches of a local step.
         checkpointing: whether activations are recomputed.
-        steps: optimizer steps.
+        global_batch: sequences of a step, all sites together: what was asked, or a little more.
+        steps: optimizer steps; the last round may be shorter than the others.
+        tokens: of the run.
         memory: of a rank of each place, by part; equal but for sharding.
         held_bytes: peak of a device of each place.
         sent_per_round: payload bytes that leave the busiest place in a round.
@@ -65,7 +83,9 @@ class Plan:
     batch_size: int
     accumulate: int
     checkpointing: bool
+    global_batch: int
     steps: int
+    tokens: int
     memory: RankMemory
     held_bytes: tuple[float, ...]
     sent_per_round: float
@@ -128,8 +148,11 @@ class Planner:
             if odd:
                 told = f"{self.config.n_experts} experts × overlap must be divisible by {m} sites"
                 refusals.append(Refusal(self.name, layout, tuple(odd), told))
-            if self.request.global_batch < m:
-                told = f"a batch of {self.request.global_batch} sequences has none for some of {m} sites"
+            asked = self.request.global_batch
+            least = m * -(-asked // m)
+            if least > asked * (1 + MOST_ROUNDING):
+                told = (f"a step of {asked} sequences cannot be shared equally by {m} sites: {least} at least; "
+                        f"nearest that can: {' or '.join(str(n) for n in (least - m, least) if n)}")  # fmt: skip
                 refusals.append(Refusal(self.name, layout, tuple(valid), told))
                 continue
             for overlap in valid:
@@ -181,22 +204,21 @@ class Planner:
 
     def _plan(self, choice: Choice) -> Plan | Refusal:
         request = self.request
-        local = request.global_batch / choice.sites
+        local = -(-request.global_batch // choice.sites)
         if choice.layout == "sharded":
             # Every device has a part of its site's batch; the site of most devices has the smallest ones.
-            local /= max(site.devices for site in request.sites)
-        largest = 2 ** int(math.log2(max(local, 1)))
-        memory = None
+            local = -(-local // max(site.devices for site in request.sites))
+        ways = divisions(local)
         for checkpointing in (False, True):
-            batch = largest
-            while batch >= 1:
-                memory = self._memory(choice, batch, checkpointing)
-                held = self._held(memory, choice)
-                if not self._overflow(held):
-                    return self._cost(choice, batch, checkpointing, memory, held)
-                batch //= 2
-        assert memory is not None
-        return self._refuse(choice, memory)
+
+            def fits(way: tuple[int, int], checkpointing: bool = checkpointing) -> bool:
+                return not self._overflow(self._held(self._memory(choice, way[0], checkpointing), choice))
+
+            first = bisect_left(ways, x=True, key=fits)  # smaller batches take less
+            if first < len(ways):
+                memory = self._memory(choice, ways[first][0], checkpointing)
+                return self._cost(choice, ways[first], checkpointing, memory, self._held(memory, choice))
+        return self._refuse(choice, self._memory(choice, 1, checkpointing=True))
 
     def _refuse(self, choice: Choice, memory: RankMemory) -> Refusal:
         held = self._held(memory, choice)
@@ -212,20 +234,28 @@ class Planner:
         return Refusal(self.name, choice.layout, (choice.overlap,), reason)
 
     def _cost(
-        self, choice: Choice, batch: int, checkpointing: bool, memory: RankMemory, held: tuple[float, ...]
+        self,
+        choice: Choice,
+        division: tuple[int, int],
+        checkpointing: bool,
+        memory: RankMemory,
+        held: tuple[float, ...],
     ) -> Plan:
-        request = self.request
+        request, batch = self.request, division[0]
         config = replace(self.config, activation_checkpointing=checkpointing)
         resident = self.config.n_experts * choice.overlap // choice.sites
         load = Load(precision=request.precision, batch_size=batch, sequence_length=request.sequence_length)
         work = step_work(config, load, n_resident=resident, routing=choice.routing)
-        devices = [site.devices if choice.layout == "sharded" else 1 for site in request.sites]
-        accumulate = [max(1, math.ceil(request.global_batch / choice.sites / n / batch)) for n in devices]
+        accumulate = [division[1]] * len(request.sites)
+        global_batch = choice.sites * batch * division[1]
+        if choice.layout == "sharded":
+            # The site with the fewest devices has the most micro-batches to go through.
+            local = -(-request.global_batch // choice.sites)
+            accumulate = [-(-local // (site.devices * batch)) for site in request.sites]
+            global_batch = choice.sites * local
         seconds = max(n * step_seconds(work, site) for n, site in zip(accumulate, request.sites, strict=True))
-        # The smallest number of devices has the most micro-batches to go through.
-        global_batch = choice.sites * batch * max(accumulate) if choice.layout != "sharded" else request.global_batch
         k = choice.local_steps
-        steps = k * math.ceil(request.tokens / (global_batch * request.sequence_length) / k)
+        steps = math.ceil(request.tokens / (global_batch * request.sequence_length))
         links = Links(tuple(request.sites), request.place_of(choice.layout))
         calls = self._averages(replace(choice, local_steps=1))
         round_seconds = links.round_seconds(calls)
@@ -234,7 +264,8 @@ class Planner:
         )
         prices = [site.price_per_hour for site in request.sites]
         return Plan(
-            choice=choice, batch_size=batch, accumulate=max(accumulate), checkpointing=checkpointing, steps=steps,
+            choice=choice, batch_size=batch, accumulate=max(accumulate), checkpointing=checkpointing,
+            global_batch=global_batch, steps=steps, tokens=steps * global_batch * request.sequence_length,
             memory=memory, held_bytes=held, sent_per_round=max(links.sent_by_place(calls), default=0.0),
             sent_per_validation=evaluation_bytes(
                 self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,

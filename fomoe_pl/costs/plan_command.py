@@ -127,7 +127,8 @@ def run(options: Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH, stderr=settings["json"] == "-")
     if rows:
         console.print(plan_table(rows))
-        console.print(f"batch: micro-batch × accumulation; checkpointed: activations are recomputed. sites: "
+        console.print(f"batch: micro-batch × accumulation of a site, of all sites' sequences in a step; "
+                      "checkpointed: activations are recomputed. sites: "
                       f"{'; '.join(f'{name}, {text}' for name, text in LAYOUTS.items() if name in request.layouts)}. "
                       "Traffic inside a sharded site is not modelled.")  # fmt: skip
         for layout in sorted({p.choice.layout for p in rows if p.why_not_today}):

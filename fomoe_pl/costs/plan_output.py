@@ -58,7 +58,7 @@ def setting_text(plan: Plan) -> str:
     checkpointed = ", checkpointed" if plan.checkpointing else ""
     return (
         f"{c.sites} sites ({c.layout}), overlap {c.overlap}, {c.method}, K {c.local_steps}, {c.routing}, "
-        f"{c.wire_dtype}, batch {plan.batch_size}×{plan.accumulate}{checkpointed}"
+        f"{c.wire_dtype}, batch {plan.batch_size}×{plan.accumulate} of {plan.global_batch}{checkpointed}"
     )
 
 
@@ -143,7 +143,7 @@ def fit_settings(plan: Plan, request: PlanRequest, config: ModelConfig) -> dict[
     c = plan.choice
     devices, nodes = processes(plan, request)
     k = c.local_steps * plan.accumulate
-    rounds = plan.steps // c.local_steps
+    rounds = -(-plan.steps // c.local_steps)
     every = max(1, rounds // 10)  # ten validations and checkpoints, at the ends of rounds
     strategy: Any = "ddp_counted"
     if c.method != "ddp":
@@ -217,7 +217,8 @@ def fit_yaml(plan: Plan, request: PlanRequest, config: ModelConfig) -> str:
         start = (f"torchrun --nnodes {nodes} --nproc_per_node {devices} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
                  "-m fomoe_pl fit -c THIS_FILE")  # fmt: skip
     lines = [
-        f"Planned: {parameter_counts(config).total / 1e6:,.0f} million parameters, {plan.hours:,.1f} hours, "
+        f"Planned: {parameter_counts(config).total / 1e6:,.0f} million parameters, {plan.steps:,} steps of "
+        f"{plan.global_batch:,} sequences, {plan.tokens:,} tokens, {plan.hours:,.1f} hours, "
         f"{max(plan.held_bytes) / GIB:.1f} GiB a device, {plan.sent_per_round / MIB:,.0f} MiB from a site a round; "
         f"quality against full replicas: {quality_text(plan)}.",
         f"Start it, on each node: {start}",

@@ -44,7 +44,8 @@ class PlanRequest:
         layouts: `one` device of each site; `each` device a site of its own; `sharded`: a site's devices share its
             model, which `fomoe fit` cannot run yet.
         precision: of the Trainer.
-        headroom: share of a device's memory that stays free, for the driver and for what fragments.
+        headroom: share of a device's memory that stays free for the driver's context, communicators and fragments: an
+            assumption, not a measurement.
         evaluation_window: validation batches that go through a layer together.
         data_root: prepared corpus for the written file.
         accelerator: of the written file: gpu, or cpu to try it out.
@@ -62,7 +63,7 @@ class PlanRequest:
     wire_dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
     layouts: list[Layout] = field(default_factory=lambda: ["one", "each", "sharded"])
     precision: Precision = "bf16-mixed"
-    headroom: float = 0.06
+    headroom: float = 0.08
     evaluation_window: int = 4
     data_root: str = "runs/data/sample"
     accelerator: Literal["gpu", "cpu"] = "gpu"
@@ -82,7 +83,7 @@ class PlanRequest:
             if not getattr(self, name) > 0:
                 raise ConfigError(name, getattr(self, name), "must be above 0", "give a positive number")
         if not 0 <= self.headroom < 1:
-            raise ConfigError("headroom", self.headroom, "is a share of the memory", "give a number such as 0.06")
+            raise ConfigError("headroom", self.headroom, "is a share of the memory", "give a number such as 0.08")
         if any(k < 1 for k in self.local_steps):
             raise ConfigError("local_steps", self.local_steps, "K must be at least 1 optimizer step", "give 32, say")
         most = max(sum(s.devices for s in self.sites) if "each" in self.layouts else 0, len(self.sites))

@@ -14,8 +14,8 @@ import yaml
 from fomoe_pl import cli
 from fomoe_pl.costs import plan_command
 from fomoe_pl.costs.memory import GIB
-from fomoe_pl.costs.plan import Plan, Planner
-from fomoe_pl.costs.plan_output import fit_settings, pareto, processes, spans
+from fomoe_pl.costs.plan import Plan, Planner, divisions
+from fomoe_pl.costs.plan_output import fit_settings, fit_yaml, pareto, processes, spans
 from fomoe_pl.costs.quality import MEASUREMENTS, Measurement, penalty
 from fomoe_pl.costs.request import PlanRequest
 from fomoe_pl.costs.sites import Site
@@ -53,8 +53,7 @@ def test_plans_are_ranked_and_full() -> None:
     assert refusals == []
     for plan in plans:
         assert plan.price == pytest.approx(4 * 2 * plan.hours)
-        assert plan.steps % plan.choice.local_steps == 0
-        assert plan.steps * 16 * 64 >= 32_768
+        assert (plan.steps, plan.tokens, plan.global_batch) == (32, 32_768, 16)
         assert plan.batch_size * plan.accumulate * 4 == 16
 
 
@@ -77,18 +76,18 @@ def test_what_overflows_is_told_by_site_and_part() -> None:
         assert "cramped" in refusal.reason
         assert "b:" not in refusal.reason
         assert "largest part" in refusal.reason
-    assert all(max(p.held_bytes) <= 0.94 * 0.05 * GIB for p in plans)
+    assert all(max(p.held_bytes) <= 0.92 * 0.05 * GIB for p in plans)
 
 
 def test_overlaps_that_do_not_divide_are_told() -> None:
-    plans, refusals = planned(sites=SITES[:3])
+    plans, refusals = planned(sites=SITES[:3], global_batch=18)
     assert {p.choice.overlap for p in plans} == {3}
     assert [(r.overlaps, "divisible by 3" in r.reason) for r in refusals] == [((1, 2), True)]
 
 
 def test_every_device_a_site_of_its_own() -> None:
     sites = [dict(SITES[0], devices=4), dict(SITES[1], devices=2)]
-    plans, _ = planned(sites=sites, layouts=["each", "sharded"], overlaps=[2, 3])
+    plans, _ = planned(sites=sites, layouts=["each", "sharded"], overlaps=[2, 3], global_batch=18)
     each = next(p for p in plans if p.choice.layout == "each")
     assert each.choice.sites == 6
     assert processes(each, request(sites=sites, accelerator="gpu")) == (2, 3)
@@ -143,8 +142,13 @@ def test_three_sites_get_an_answer_in_seconds(
     assert "desk: " in told  # whose memory overflows
     everything = json.loads((tmp_path / "all.json").read_text())
     hours = {(p["model"], p["layout"], p["overlap"]): p["hours"] for p in everything["plans"]}
-    assert ("fomoe-1.8b", "each", 5) in hours
-    assert not any(model == "fomoe-1.8b" and layout == "each" and overlap == 20 for model, layout, overlap in hours)
+    assert ("fomoe-153m", "each", 5) in hours
+    # 22.14 GiB of 24 are too near: the driver's context and fragments come on top. Without the 4090s it fits.
+    assert not any(model == "fomoe-1.8b" and layout != "sharded" for model, layout, _ in hours)
+    asked = request(models=["configs/model/fomoe-1.8b.yaml"], tokens=1e9, global_batch=1024, sequence_length=2048,
+                    precision="bf16-mixed", layouts=["each"], overlaps=[1, 16], local_steps=[32],
+                    sites=[{"name": a, "accelerator": a, "devices": 8} for a in ("h100", "a100-80")])  # fmt: skip
+    assert {plan.choice.overlap for plan in plan_command.plan_all(asked)[1]} == {1, 16}
     written = yaml.safe_load((tmp_path / "fit.yaml").read_text())
     assert written["trainer"]["devices"] * written["trainer"]["num_nodes"] == 20
 
@@ -241,7 +245,38 @@ def test_bad_input_is_one_message(
 def test_a_batch_smaller_than_the_sites_is_told() -> None:
     plans, refusals = planned(global_batch=3)
     assert plans == []
-    assert "none for some" in refusals[0].reason
+    assert "a step of 3 sequences cannot be shared equally by 4 sites: 4 at least; nearest that can: 4" in [
+        r.reason for r in refusals
+    ]
+
+
+@pytest.mark.parametrize(("asked", "trained"), [(1024, 1026), (390, 390), (100, 102), (18, 18)])
+def test_a_step_is_what_was_asked_or_a_little_more_and_told(asked: int, trained: int) -> None:
+    """Three sites have equal shares: not 1152 sequences for 1024, which powers of two would be."""
+    plans, _ = planned(sites=SITES[:3], global_batch=asked, tokens=1e6)
+    for plan in plans:
+        assert trained <= plan.global_batch <= 1.02 * trained
+        assert plan.batch_size * plan.accumulate * 3 == plan.global_batch
+        assert plan.steps == -(-1_000_000 // (plan.global_batch * 64))
+        assert plan.tokens == plan.steps * plan.global_batch * 64
+        assert f"{plan.global_batch:,} sequences" in fit_yaml(plan, request(), plan_command.read_model(TINY))
+
+
+def test_a_step_that_cannot_be_shared_is_refused_with_the_nearest_that_can() -> None:
+    plans, refusals = planned(sites=SITES[:3], global_batch=19)
+    assert plans == []
+    assert "nearest that can: 18 or 21" in refusals[-1].reason
+
+
+def test_few_tokens_are_no_whole_round() -> None:
+    plans, _ = planned(tokens=1000, local_steps=[1000])
+    assert {(plan.steps, plan.tokens) for plan in plans} == {(1, 1024)}
+
+
+def test_divisions_go_down_to_single_sequences() -> None:
+    assert divisions(342)[:3] == [(342, 1), (171, 2), (114, 3)]
+    assert divisions(342)[-1] == (1, 342)
+    assert divisions(52) == [(52, 1), (26, 2), (13, 4), (4, 13), (2, 26), (1, 52)]
 
 
 def test_replacing_a_field_keeps_a_request_checked() -> None:
