@@ -24,6 +24,9 @@ class SiteStrategy(CheckpointingStrategy):
         round_stats: means over all sites of the last round (fixed keys; empty before the first round).
     """
 
+    # With Lightning's own handling of signals data-parallel ranks may stop at different steps, and cannot save.
+    saves_when_stopped = True
+
     def init_site(self) -> None:
         """Set the counters; called by the constructors."""
         self.ledger = Ledger()
@@ -72,7 +75,7 @@ class SiteStrategy(CheckpointingStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Save where a signal ends the run, and tell what to go on from."""
-        if isinstance(exception, SIGTERMException):
+        if isinstance(exception, SIGTERMException) and self.saves_when_stopped:
             self._save_stopped()
             exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
         elif isinstance(exception, SiteLostError):
