@@ -243,7 +243,7 @@ def main(args: list[str] | None = None) -> None:
     except SIGTERMException as stopped:
         checkpoint, number = stopped.args or (None, signal.SIGTERM)
         if _speaks():
-            print(f"fomoe: stopped by a signal at the end of a round; {_way_on(checkpoint, args)}", file=sys.stderr)
+            print(f"fomoe: stopped by a signal; {_way_on(checkpoint, args)}", file=sys.stderr)
         raise SystemExit(128 + number) from None
     except SiteLostError as lost:
         if lost.speaks:

@@ -64,6 +64,17 @@ def test_ctrl_c_saves_and_the_printed_line_goes_on(root: str, tmp_path: Path) ->
     assert report(tmp_path)["tokens"]["global"] == (steps + 4) * 2 * 2 * 16
 
 
+def test_ctrl_c_saves_one_process_too(root: str, tmp_path: Path) -> None:
+    alone = [*small(root, tmp_path), "--trainer.strategy", "single_site", "--trainer.devices", "1"]
+    with started(["-m", "fomoe_pl", "fit", *alone, *LONG], tmp_path) as process:
+        trains(tmp_path)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert "go on with\n  fomoe fit" in errors
+    assert "Traceback" not in errors
+
+
 @pytest.mark.parametrize("site", [0, 1])
 def test_a_killed_site_is_named_and_the_newest_checkpoint_goes_on(root: str, tmp_path: Path, site: int) -> None:
     with started(["-m", "fomoe_pl", "fit", *small(root, tmp_path), *LONG], tmp_path) as process:

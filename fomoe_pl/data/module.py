@@ -175,8 +175,20 @@ class FoMoEData(L.LightningDataModule):
                 self.manifest, plans, before["sequence_length"], before["seed"],
                 batches=self._batches - self._since, batch_size=before["batch_size"], consumed=self._consumed,
             )  # fmt: skip
-            rank_zero_info(f"data: what was not read yet in this epoch is divided anew ({changed})")
+            ahead = self._readers_ahead(n_sites, self._consumed)
+            more = f"; {ahead} readers of a domain find nothing left and begin the next epoch" if ahead else ""
+            rank_zero_info(f"data: what was not read yet in this epoch is divided anew ({changed}){more}")
         self._since = self._batches
+
+    def _readers_ahead(self, n_sites: int, consumed: Consumed) -> int:
+        """Readers of a domain all of whose shards are an epoch further than the domain's least read one."""
+        ahead = 0
+        for plan in (plan for workers in self._plans(n_sites) for plan in workers):
+            for domain, numbers in zip(plan.domains, plan.shards, strict=True):
+                shards = self.manifest.shards_of("train", self.domains[domain])
+                epochs = [read // shard.tokens for read, shard in zip(consumed[domain], shards, strict=True)]
+                ahead += min(epochs[number] for number in numbers) > min(epochs)
+        return ahead
 
     def _division(self, n_sites: int) -> dict[str, Any]:
         return {

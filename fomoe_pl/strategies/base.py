@@ -37,6 +37,8 @@ class SiteStrategy(CheckpointingStrategy):
         watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
     """
 
+    # With Lightning's own handling of signals data-parallel ranks may stop at different steps, and cannot save.
+    saves_when_stopped = True
     has_rounds = False
     federation: Federation | None = None
 
@@ -130,7 +132,7 @@ class SiteStrategy(CheckpointingStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Save where a signal ends the run, and tell what to go on from."""
-        if isinstance(exception, SIGTERMException):
+        if isinstance(exception, SIGTERMException) and self.saves_when_stopped:
             self._save_stopped()
             exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
         elif isinstance(exception, SiteLostError):

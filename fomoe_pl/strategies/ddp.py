@@ -29,6 +29,8 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
         **kwargs: as for Lightning's `DDPStrategy`.
     """
 
+    saves_when_stopped = False
+
     def __init__(self, **kwargs: Any) -> None:
         # All ranks draw the same initial weights and the balance bias is updated from summed loads, so neither
         # parameters nor buffers need DDP's broadcasts.

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.strategies.base import SiteStrategy
+from fomoe_pl.strategies.signals import note_interrupt
 
 
 class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
@@ -32,6 +34,17 @@ class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
             devices: list[torch.device] = self.accelerator.get_parallel_devices(self.accelerator.parse_devices(1))
             self._root_device = devices[0]
         super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        """As Lightning's; Ctrl-C ends training after the step, as SIGTERM does."""
+        super().setup(trainer)
+
+        def note(number: int) -> None:
+            self._signal = number
+            trainer._signal_connector.received_sigterm = True
+
+        if trainer.state.fn == TrainerFn.FITTING:
+            note_interrupt(note)
 
     @property
     def topology(self) -> Topology:

@@ -132,3 +132,14 @@ def test_check(corpus: Manifest, settings: dict[str, Any], n_sites: int, message
 def test_check_accepts(corpus: Manifest) -> None:
     for split in ("iid", "domain", "dirichlet"):
         data_of(corpus, split=split, num_workers=2, val_sequences=3).check(4)
+
+
+def test_readers_that_find_nothing_left_are_counted(root: str) -> None:
+    data = FoMoEData(root)
+    sizes = [[shard.tokens for shard in data.manifest.shards_of("train", name)] for name in data.domains]
+    assert data._readers_ahead(8, [[0] * len(domain) for domain in sizes]) == 0
+    assert data._readers_ahead(8, sizes) == 0
+    consumed = [[0] * len(domain) for domain in sizes]
+    consumed[1][4] = sizes[1][4]  # the only shard of the domain that site 4 of eight reads
+    assert data._readers_ahead(8, consumed) == 1
+    assert data._readers_ahead(2, consumed) == 0
