@@ -133,6 +133,7 @@ WRITERS: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 READERS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "fomoe 2": (2, "federated", {**FOMOE, "overlap": 1}),
+    "fomoe 8": (8, "federated", FOMOE),
     "fomoe 1": (1, "federated", {**FOMOE, "overlap": 1}),
     "diloco 2": (2, "federated", {"local_steps": K, "outer": NESTEROV, "overlap": 2}),
     "random partitioned 4": (4, "federated", {**FOMOE, "placement": "random", "routing": "partitioned", "overlap": 1}),
@@ -257,7 +258,8 @@ def test_received_experts_start_with_fresh_moments_and_kept_ones_with_theirs(
     assert kept, "nothing is carried over"
 
 
-@pytest.mark.parametrize("reader", READERS)
+# Of eight sites one finds nothing left of a domain, and begins the next epoch.
+@pytest.mark.parametrize("reader", [reader for reader in READERS if reader != "fomoe 8"])
 def test_no_batch_is_seen_again(moved: dict[Any, Any], reader: str) -> None:
     def rows(results: Any) -> set[tuple[int, ...]]:
         # Without the first token: the first sequence of a reader begins with an end of document.
