@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.loss import sites_watched
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
 
 
@@ -56,20 +57,23 @@ class SiteStrategy(CheckpointingStrategy):
         """A barrier; a control call without payload."""
         if self._joined:
             self.ledger.send("control", 0)
-            super().barrier(*args, **kwargs)  # type: ignore[safe-super]
+            with sites_watched(self.topology):
+                super().barrier(*args, **kwargs)  # type: ignore[safe-super]
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """An object from one rank to all (file names of checkpoints)."""
         if self._joined:
             self.ledger.send("control", len(pickle.dumps(obj)) if dist.get_rank() == src else 0)
-        return super().broadcast(obj, src)  # type: ignore[safe-super]
+        with sites_watched(self.topology):
+            return super().broadcast(obj, src)  # type: ignore[safe-super]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """A tensor over all ranks (decisions to stop or to save, metrics logged with `sync_dist`)."""
         if self._joined and isinstance(tensor, Tensor):
             self.ledger.send("control", 0)  # Lightning's barrier before it
             self.ledger.all_reduce("control", tensor.nbytes, dist.get_world_size())
-        return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
+        with sites_watched(self.topology):
+            return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
 
     # -- the end --------------------------------------------------------------------------------------------------
 
