@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -15,6 +16,7 @@ from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.loss import sites_watched
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
+from fomoe_pl.strategies.restart import join_after_restart
 
 
 class SiteStrategy(CheckpointingStrategy):
@@ -42,6 +44,13 @@ class SiteStrategy(CheckpointingStrategy):
         self._rng_states = None
         self._signal: int | None = None
         self.round_stats: dict[str, float] = {}
+
+    def setup_distributed(self) -> None:
+        """Join the other processes, also those of a restarted run."""
+        device: torch.device = self.root_device
+        backend = self._get_process_group_backend()  # type: ignore[attr-defined]
+        join_after_restart(backend, self._timeout, None if device.type == "cpu" else device)  # type: ignore[attr-defined]
+        super().setup_distributed()  # type: ignore[misc]
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from: this site's own unless gradients are shared."""
