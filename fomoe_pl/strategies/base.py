@@ -16,12 +16,14 @@ from torch import Tensor
 
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.loss import sites_watched
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
+from fomoe_pl.strategies.restart import join_after_restart
 
 T = TypeVar("T")
 
@@ -62,6 +64,13 @@ class SiteStrategy(CheckpointingStrategy):
     def describe(self) -> str:
         """One line that says which method this is."""
         return f"{type(self).__name__}, {self.topology.n_sites} sites"
+
+    def setup_distributed(self) -> None:
+        """Join the other processes, also those of a restarted run."""
+        device: torch.device = self.root_device
+        backend = self._get_process_group_backend()  # type: ignore[attr-defined]
+        join_after_restart(backend, self._timeout, None if device.type == "cpu" else device)  # type: ignore[attr-defined]
+        super().setup_distributed()  # type: ignore[misc]
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from: this site's own unless gradients are shared."""
@@ -113,20 +122,23 @@ class SiteStrategy(CheckpointingStrategy):
         """A barrier; a control call without payload."""
         if self._joined:
             self.ledger.send("control", 0)
-            super().barrier(*args, **kwargs)  # type: ignore[safe-super]
+            with sites_watched(self.topology):
+                super().barrier(*args, **kwargs)  # type: ignore[safe-super]
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """An object from one rank to all (file names of checkpoints)."""
         if self._joined:
             self.ledger.send("control", len(pickle.dumps(obj)) if dist.get_rank() == src else 0)
-        return super().broadcast(obj, src)  # type: ignore[safe-super]
+        with sites_watched(self.topology):
+            return super().broadcast(obj, src)  # type: ignore[safe-super]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """A tensor over all ranks (decisions to stop or to save, metrics logged with `sync_dist`)."""
         if self._joined and isinstance(tensor, Tensor):
             self.ledger.send("control", 0)  # Lightning's barrier before it
             self.ledger.all_reduce("control", tensor.nbytes, dist.get_world_size())
-        return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
+        with sites_watched(self.topology):
+            return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
 
     # -- the end --------------------------------------------------------------------------------------------------
 

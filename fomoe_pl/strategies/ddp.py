@@ -11,6 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.federation.loss import sites_watched
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.strategies.base import SiteStrategy
 
@@ -52,7 +53,8 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
             return values
         total = values.to(self.root_device, copy=True)
         self.ledger.all_reduce(cast(Kind, kind), total.nbytes, self.world_size)
-        dist.all_reduce(total)
+        with sites_watched(self.topology):
+            dist.all_reduce(total)
         return total.to(values.device)
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
@@ -61,7 +63,8 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """One synchronous step."""
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        with sites_watched(self.topology):  # the backward pass averages the gradients
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.optimizer_steps += 1
         return output
 

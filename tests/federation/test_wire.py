@@ -82,19 +82,18 @@ def test_a_set_of_one_site_sends_nothing_and_rounds_nothing() -> None:
     assert all(torch.equal(mean, value(1, i)) for i, mean in enumerate(means))
 
 
-def _sum_and_agree(rank: int) -> tuple[Tensor, bool, bool, bool]:
+def _sum_and_largest(rank: int) -> tuple[Tensor, Tensor]:
     wire = Wire(Topology(3, 1, rank), [], Ledger(), device=torch.device("cpu"))
     mine = torch.tensor([rank, 1.5], dtype=torch.float64)
     total = wire.sum("control", mine)
     assert mine.tolist() == [rank, 1.5]
-    big = 2**62 - 1
-    return total, wire.agree("control", big), wire.agree("control", big - (rank == 1)), wire.agree("control", 0)
+    return total, wire.largest("control", torch.tensor([2**63 - 1 - (rank == 1), -rank, -(2**63)]))
 
 
-def test_sum_and_agree() -> None:
-    for total, same, different, zero in run_distributed(_sum_and_agree, 3):
+def test_sum_and_largest() -> None:
+    for total, largest in run_distributed(_sum_and_largest, 3):
         assert total.tolist() == [3.0, 4.5]
-        assert (same, different, zero) == (True, False, True)
+        assert largest.tolist() == [2**63 - 1, 0, -(2**63)]
 
 
 def _exchange(rank: int, dtype: torch.dtype) -> tuple[dict[int, Tensor], int]:

@@ -59,7 +59,7 @@ def state(trainer: L.Trainer) -> dict[str, Any]:
     """All that there is at the end of a run but time and the control bytes of saving."""
     module: Any = trainer.lightning_module
     tokens = {"site": module.tokens_seen, "global": module.tokens_of_all_sites, "random": torch.get_rng_state()}
-    if hasattr(trainer.strategy, "federation"):
+    if trainer.strategy.federation is not None:
         return {**snapshot(trainer), **tokens}
     optimizer = trainer.optimizers[0]
     return {
@@ -193,26 +193,29 @@ def _run(rank: int, sites: int, runs: list[tuple[Run, str | None, str | None]], 
 
 @pytest.fixture(scope="module")
 def moved(root: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """{writer: its last validation, (writer, reader): what the reader's sites found}."""
+    """{writer: its checkpoint and what its sites found, (writer, reader): what the reader's sites found}."""
     folder = str(tmp_path_factory.mktemp("moved"))
 
-    def made(kind: str, settings: dict[str, Any], steps: int) -> Run:
+    def made(kind: str, settings: dict[str, Any], steps: int, launch: str) -> Run:
         # So long that two of them are not alike by chance.
         trainer, data = {"max_steps": steps}, {"sequence_length": 64}
-        return Run(data=data, root=root, folder=folder, strategy=kind, settings=settings, trainer=trainer,
+        return Run(data=data, root=root, folder=launch, strategy=kind, settings=settings, trainer=trainer,
                    architecture={"n_experts": 8, "n_layers": 2})  # fmt: skip
 
     found: dict[Any, Any] = {}
     for sites in {sites for sites, _, _ in WRITERS.values()}:
         names = [name for name, (n, _, _) in WRITERS.items() if n == sites]
-        runs = [(made(*WRITERS[name][1:], 6), None, f"{folder}/{name}.ckpt") for name in names]
-        for index, results in enumerate(zip(*run_distributed(_run, sites, sites, runs, folder), strict=True)):
+        # Each launch has a folder of its own: its processes meet through a file there.
+        launch = str(tmp_path_factory.mktemp("writers"))
+        runs = [(made(*WRITERS[name][1:], 6, launch), None, f"{folder}/{name}.ckpt") for name in names]
+        for index, results in enumerate(zip(*run_distributed(_run, sites, sites, runs, launch), strict=True)):
             found[names[index]] = f"{folder}/{names[index]}.ckpt", list(results)
     for sites in {sites for sites, _, _ in READERS.values()}:
         names = [name for name, (n, _, _) in READERS.items() if n == sites]
         pairs = [(writer, reader) for writer in WRITERS for reader in names]
-        runs = [(made(*READERS[reader][1:], 10), f"{folder}/{writer}.ckpt", None) for writer, reader in pairs]
-        results = run_distributed(_run, sites, sites, runs, folder)
+        launch = str(tmp_path_factory.mktemp("readers"))
+        runs = [(made(*READERS[reader][1:], 10, launch), f"{folder}/{writer}.ckpt", None) for writer, reader in pairs]
+        results = run_distributed(_run, sites, sites, runs, launch)
         for index, pair in enumerate(pairs):
             found[pair] = [site[index] for site in results]
     return found
