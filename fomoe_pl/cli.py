@@ -15,7 +15,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from fomoe_pl import compare
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, config_error_in
 from fomoe_pl.module import FoMoEModule
@@ -196,6 +195,8 @@ def main(args: list[str] | None = None) -> None:
     if not given:
         args = ["--help"]
     elif given[0] == "compare":
+        from fomoe_pl import compare  # TensorBoard's reader takes its time, and training needs none
+
         compare.main(given[1:])
         return
     for message in QUIET:
