@@ -18,7 +18,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from fomoe_pl import compare
 from fomoe_pl.costs import plan_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, SiteLostError, config_error_in
@@ -225,16 +224,17 @@ def _way_on(checkpoint: str | None, args: list[str] | None) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console command."""
-    given = sys.argv[1:] if args is None else args
-    if not given:
+    words = sys.argv[1:] if args is None else args
+    if not words:
         args = ["--help"]
-    elif given[0] == "compare":
-        compare.main(given[1:])
+    elif words[0] == "compare":
+        from fomoe_pl import compare  # TensorBoard's reader takes its time, and training needs none
+
+        compare.main(words[1:])
         return
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
-    words = sys.argv[1:] if args is None else args
     try:
         if words[:1] == ["plan"]:  # needs no trainer
             plan_command.main(words[1:])

@@ -14,7 +14,7 @@ from torch import Tensor
 from fomoe_pl.callbacks.observed import RoundCallback, log, observe_rounds, observed_module, observed_strategy
 from fomoe_pl.callbacks.probe import Look, Probe
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
+from fomoe_pl.federation.movement import AGREED, MEAN, OWN, OWN_NORM, Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.packing import pack_counts, unpack_counts
 from fomoe_pl.metrics import RoutingHealth
@@ -285,17 +285,18 @@ class RoutingStability(RoundCallback, RoundObserver):
 
 
 def _movement_values(
-    values: dict[str, float], dense: Tensor, expert_LE3: Tensor, sites: Tensor, holders_LE: Tensor
+    values: dict[str, float], dense: Tensor, expert_LE4: Tensor, sites: Tensor, holders_LE: Tensor
 ) -> Tensor:
     """Add drift and pseudo-gradients to `values`; return the drift of each expert."""
-    own_LE, mean_LE, agreed_LE = expert_LE3[..., OWN], expert_LE3[..., MEAN] / holders_LE, expert_LE3[..., AGREED]
+    own_LE, mean_LE, agreed_LE = expert_LE4[..., OWN], expert_LE4[..., MEAN] / holders_LE, expert_LE4[..., AGREED]
     drift_LE = relative_drift(own_LE, mean_LE, agreed_LE / holders_LE, holders_LE)
     values |= by_layer("routing/drift", drift_LE.nanmean(dim=1))
-    values |= by_layer("routing/drift_cosine", mean_cosine(own_LE, mean_LE, holders_LE).nanmean(dim=1))
+    cosine_LE = mean_cosine(own_LE, mean_LE, expert_LE4[..., OWN_NORM], holders_LE)
+    values |= by_layer("routing/drift_cosine", cosine_LE.nanmean(dim=1))
     values |= by_layer("pseudo_gradient/expert_norm", mean_LE.sqrt().mean(dim=1))
     own, mean = dense[OWN], dense[MEAN] / sites[0]
     values["pseudo_gradient/dense_norm"] = float(mean.sqrt())
     if sites > 1:
         values["pseudo_gradient/dense_drift"] = float(relative_drift(own, mean, dense[AGREED] / sites[0], sites[0]))
-        values["pseudo_gradient/dense_cosine"] = float(mean_cosine(own, mean, sites[0]))
+        values["pseudo_gradient/dense_cosine"] = float(mean_cosine(own, mean, dense[OWN_NORM], sites[0]))
     return drift_LE

@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.html is not None and find_spec("matplotlib") is None:
             raise ConfigError("html", str(options.html), "needs matplotlib", 'pip install "fomoe-pl[plots]"')
+        for key, path in (("csv", options.csv), ("html", options.html)):
+            _prepare(key, path)
         runs = read_runs(options.runs)
         if not options.any_data:
             check_comparable(runs)
@@ -46,3 +48,15 @@ def main(arguments: list[str] | None = None) -> None:
         write_page(runs, options.html)
     if options.max_bits_per_byte is not None and (failed := failures(runs, options.max_bits_per_byte)):
         sys.exit("error: " + "\n".join(failed))
+
+
+def _prepare(key: str, path: Path | None) -> None:
+    """Make a file's folder, before the work is done that goes into it."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(key, str(path), f"its folder cannot be made: {error.strerror}", "name another file") from None
+    if path.is_dir():
+        raise ConfigError(key, str(path), "is a folder", "name a file in it")

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
-from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
+from fomoe_pl.callbacks.communication import NOT_TRAINING
 from fomoe_pl.callbacks.report import REPORT_NAME
+from fomoe_pl.compare.events import EVENTS, Curve, Floats, read_events
 from fomoe_pl.errors import ConfigError
 
-Floats = NDArray[np.float64]
 QUALITY = "val/bits_per_byte"
-WANTED = ("routing/", "val/", "tokens/global", "comm/training_wire_MiB", "time/train_s", "round/")
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One tag: optimizer steps taken, and values."""
-
-    steps: Floats
-    values: Floats
+NEEDED: dict[str, Any] = {
+    "sites": int, "steps": int, "resident_parameters": int, "peak_memory_mib": (int, float), "validation": dict,
+    "tokens_per_second.local": (int, float), "tokens_per_second.with_sync": (int, float),
+    **{f"bytes.wire.{kind}": int for kind in ("total", *NOT_TRAINING)},
+}  # fmt: skip
+"""Keys of a report without which there is no row, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Run:
         """Bits per byte of the global model over the run; one point, or none, where there are no curves."""
         if QUALITY in self.curves:
             curve = self.curves[QUALITY]
-            before = bool(self.report["validation_before_training"]) and curve.steps[0] <= 1
+            before = bool(self.report.get("validation_before_training")) and curve.steps[0] <= 1
             # Lightning has no step 0 of its own: what is validated before training is logged at the first.
             return Curve(np.concatenate([[0.0], curve.steps[1:]]) if before else curve.steps, curve.values)
         value = self.report["validation"].get(QUALITY)
@@ -91,24 +88,39 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     if not reports:
         raise ConfigError("compare", str(folder), f"has no {REPORT_NAME}, here or below",
                           "RunReport writes it when training ends")  # fmt: skip
-    report = json.loads(reports[-1].read_text())
-    curves, pictures = _read_events(reports[-1].parent)
+    report = read_report(reports[-1])
+    _tell_of_newer(folder, reports[-1])
+    curves, pictures = read_events(reports[-1].parent, report)
     return Run(name or folder.resolve().name, report, curves, pictures)
 
 
-def _read_events(folder: Path) -> tuple[dict[str, Curve], dict[str, bytes]]:
-    if not any(folder.glob("events.out.tfevents.*")):
-        return {}, {}
-    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0, IMAGES: 1})
-    events.Reload()
-    curves = {}
-    for tag in events.Tags()["scalars"]:
-        if tag.startswith(WANTED):
-            points = events.Scalars(tag)
-            # Loggers count steps from 0.
-            steps = np.array([point.step + 1 for point in points], dtype=float)
-            curves[tag] = Curve(steps, np.array([point.value for point in points], dtype=float))
-    return curves, {tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()["images"]}
+def read_report(path: Path) -> dict[str, Any]:
+    """What a report says.
+
+    Raises:
+        ConfigError: naming the file and what is wrong in it.
+    """
+    try:
+        report = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError("compare", str(path), f"is no JSON ({error})", "train the run again") from None
+    for key, kind in NEEDED.items():
+        value = report
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise ConfigError("compare", str(path), f"has no {key}: it is damaged, or of an older version",
+                              "train the run again with this version")  # fmt: skip
+    return cast(dict[str, Any], report)
+
+
+def _tell_of_newer(folder: Path, report: Path) -> None:
+    written = report.stat().st_mtime
+    for events in folder.rglob(EVENTS):
+        if not (events.parent / REPORT_NAME).exists() and events.stat().st_mtime > written:
+            print(f"fomoe: {events.parent} has a newer run that has not ended; {report.parent} is shown instead",
+                  file=sys.stderr)  # fmt: skip
+            return
 
 
 def check_comparable(runs: Sequence[Run]) -> None:

@@ -141,7 +141,7 @@ def control_bytes(
         # Loads, live loads, scored, resident; holders, scorers; gate entropy, picks, sites.
         numbers += (4 + 2) * cells + layers + 1 + 1
     if watched and looked:
-        numbers += 3 * cells + 3  # squares of norms, of each expert and dense
+        numbers += 4 * cells + 4  # three squares of norms and a norm, of each expert and dense
         if probe_tokens:
             numbers += 3 * layers + 2 + -(-cells * probe_tokens // digits(n_sites))
     numbers += n_sites if monitored else 0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-OWN, MEAN, AGREED = range(3)
+OWN, MEAN, AGREED, OWN_NORM = range(4)
 
 
 class Movement:
@@ -23,7 +23,7 @@ class Movement:
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
         self.active = True
-        self._shape = (n_layers, n_experts, 3)
+        self._shape = (n_layers, n_experts, 4)
         self._noted: list[tuple[int, int | None, Sequence[int], Tensor]] = []
 
     def start(self) -> None:
@@ -43,16 +43,20 @@ class Movement:
         self._noted.append((which, layer, experts, torch.linalg.vector_norm(rows, dim=1)))
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Squares summed over tensors: of what is dense (3,), and of each expert (L,E,3), zero for those not here.
+        """Squares summed over tensors: of what is dense (4,), and of each expert (L,E,4), zero for those not here.
+
+        At `OWN_NORM` stands the root of what is at `OWN`: sites add up both.
 
         float64, on the CPU.
         """
-        dense, expert_LE3 = torch.zeros(3, dtype=torch.float64), torch.zeros(self._shape, dtype=torch.float64)
+        dense, expert_LE4 = torch.zeros(4, dtype=torch.float64), torch.zeros(self._shape, dtype=torch.float64)
         norms = torch.cat([norms for *_, norms in self._noted]).cpu().double().square()
         sizes = [len(norms) for *_, norms in self._noted]
         for (which, layer, experts, _), squares in zip(self._noted, norms.split(sizes), strict=True):
             if layer is None:
                 dense[which] += squares[0]
             else:
-                expert_LE3[layer, list(experts), which] += squares
-        return dense, expert_LE3
+                expert_LE4[layer, list(experts), which] += squares
+        for sums in (dense, expert_LE4):
+            sums[..., OWN_NORM] = sums[..., OWN].sqrt()
+        return dense, expert_LE4

@@ -25,19 +25,22 @@ def relative_drift(own: Tensor, mean: Tensor, agreed: Tensor, holders: Tensor) -
     return torch.where(holders > 1, apart / torch.sqrt(agreed), torch.nan)
 
 
-def mean_cosine(own: Tensor, mean: Tensor, holders: Tensor) -> Tensor:
+def mean_cosine(own: Tensor, mean: Tensor, norms: Tensor, holders: Tensor) -> Tensor:
     """Cosine between the pseudo-gradients of two holders, mean of all pairs weighted by the product of their norms.
 
-    (H² |m|² - sum |d_h|²) / ((H - 1) sum |d_h|²); for equal norms it is the plain mean of the cosines.
+    (H² |m|² - sum |d_h|²) / ((sum |d_h|)² - sum |d_h|²); for equal norms it is the plain mean of the cosines.
 
     Args:
         own: Sum over the holders of |d_h|².
         mean: |m|², m the mean of the d_h.
+        norms: Sum over the holders of |d_h|.
         holders: Number of holders H.
 
     Returns:
         Of the same shape: 1 = the same direction, 0 = unrelated, negative = against each other. NaN for a single
-        holder, and where nothing moved.
+        holder, and where fewer than two moved.
     """
     pairs = holders.square() * mean - own
-    return torch.where(holders > 1, pairs / ((holders - 1) * own), torch.nan)
+    weights = norms.square() - own
+    # With one that moved, rounding leaves a little.
+    return torch.where((holders > 1) & (weights > 1e-9 * own), pairs / weights, torch.nan)

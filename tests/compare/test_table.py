@@ -116,6 +116,59 @@ def test_a_folder_without_report_is_named(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "has no sites"),
+        ('{"sites": 4, "steps": "many"}', "has no steps: it is damaged, or of an older version"),
+    ],
+)
+def test_a_damaged_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, told: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path)])
+    shown = capsys.readouterr().err
+    assert told in shown
+    assert str(tmp_path / "report.json") in shown
+
+
+@pytest.mark.parametrize("key", ["sites", "validation", "bytes", "tokens_per_second", "peak_memory_mib"])
+def test_a_key_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+    write(tmp_path, 1.0, **{key: None})
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path)])
+    assert f"has no {key}" in capsys.readouterr().err
+
+
+def test_files_are_written_into_new_folders_and_refused_early(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(write(tmp_path / "run", 1.0))
+    main([run, "--csv", str(tmp_path / "new" / "folder" / "runs.csv")])
+    assert (tmp_path / "new" / "folder" / "runs.csv").is_file()
+    capsys.readouterr()
+    for impossible, told in ((tmp_path / "run" / "report.json" / "runs.csv", "cannot be made"), (tmp_path, "a folder")):
+        with pytest.raises(SystemExit, match="2"):
+            main([run, "--csv", str(impossible)])
+        shown = capsys.readouterr()
+        assert told in shown.err
+        assert shown.out == ""
+
+
+def test_a_newer_run_that_has_not_ended_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended, going = write(tmp_path / "version_0", 1.0), tmp_path / "version_1"
+    os.utime(ended / "report.json", (10, 10))
+    going.mkdir()
+    events = going / "events.out.tfevents.1.host.1.0"
+    events.touch()
+    main([str(tmp_path)])
+    assert f"{going} has a newer run that has not ended; {ended} is shown" in capsys.readouterr().err
+    os.utime(events, (5, 5))
+    main([str(tmp_path)])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
     ("data", "told"),
     [
         (DATA | {"corpus": "decaf"}, "are not of the same data: corpus is c0ffee and decaf"),

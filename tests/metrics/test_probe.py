@@ -78,23 +78,24 @@ def test_packed_counts_are_exact_where_every_site_counts_everything() -> None:
     assert 5 ** digits(4) <= 2**53 < 5 ** (digits(4) + 1)
 
 
-def sums(moved: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def sums(moved: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stacked = torch.stack(moved)
-    return stacked.square().sum(), stacked.mean(dim=0).square().sum(), torch.tensor(float(len(moved)))
+    norms = torch.stack([d.norm() for d in moved]).sum()
+    return stacked.square().sum(), stacked.mean(dim=0).square().sum(), norms, torch.tensor(float(len(moved)))
 
 
 def test_drift_and_cosine_by_brute_force() -> None:
     generator = torch.Generator().manual_seed(3)
     start = torch.randn(11, generator=generator, dtype=torch.float64)
     moved = [torch.randn(11, generator=generator, dtype=torch.float64) for _ in range(3)]
-    own, mean, holders = sums(moved)
+    own, mean, norms, holders = sums(moved)
     places = torch.stack([start - d for d in moved])
     distance = (places - places.mean(dim=0)).square().sum(dim=1).mean().sqrt()
     torch.testing.assert_close(relative_drift(own, mean, start.square().sum(), holders), distance / start.norm())
     equal = [d / d.norm() for d in moved]  # of equal norms: the plain mean of the cosines
-    own, mean, holders = sums(equal)
+    own, mean, norms, holders = sums(equal)
     cosines = torch.stack([a @ b for a, b in itertools.combinations(equal, 2)])
-    torch.testing.assert_close(mean_cosine(own, mean, holders), cosines.mean())
+    torch.testing.assert_close(mean_cosine(own, mean, norms, holders), cosines.mean())
 
 
 @pytest.mark.parametrize(
@@ -103,11 +104,13 @@ def test_drift_and_cosine_by_brute_force() -> None:
         ([[3.0, 4.0], [3.0, 4.0]], 0.0, 1.0),
         ([[1.0, 0.0], [-1.0, 0.0]], 0.5, -1.0),
         ([[1.0, 0.0], [0.0, 1.0]], math.sqrt(0.5) / 2, 0.0),
+        ([[1.0, 0.0], [3.0, 0.0]], 0.5, 1.0),  # the same way, not as far
+        ([[1.0, 0.0], [0.0, 0.0]], 0.25, math.nan),  # only one moved
         ([[1.0, 0.0]], math.nan, math.nan),  # one holder
         ([[0.0, 0.0], [0.0, 0.0]], 0.0, math.nan),  # nothing moved
     ],
 )
 def test_drift_by_hand(moved: list[list[float]], drift: float, cosine: float) -> None:
-    own, mean, holders = sums([torch.tensor(d) for d in moved])
+    own, mean, norms, holders = sums([torch.tensor(d) for d in moved])
     assert relative_drift(own, mean, torch.tensor(4.0), holders).item() == pytest.approx(drift, nan_ok=True)
-    assert mean_cosine(own, mean, holders).item() == pytest.approx(cosine, nan_ok=True)
+    assert mean_cosine(own, mean, norms, holders).item() == pytest.approx(cosine, nan_ok=True)
