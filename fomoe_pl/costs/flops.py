@@ -2,45 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
-from fomoe_pl.model.sizes import attention_parameters, expert_parameters
-
-
-@dataclass(frozen=True)
-class TokenFlops:
-    """FLOPs of one token's forward pass, 2 for each multiply-add; the backward pass is twice as much.
-
-    Attributes:
-        projections: query, key, value and output of all layers.
-        scores: products of queries with keys and of weights with values, over the whole square of positions.
-        router: scoring of experts.
-        experts: routed and shared experts.
-        output: the output matrix.
-    """
-
-    projections: float
-    scores: float
-    router: float
-    experts: float
-    output: float
-
-    @property
-    def forward(self) -> float:
-        """Sum of all parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    @property
-    def training(self) -> float:
-        """Forward and backward pass, without recomputation."""
-        return 3 * self.forward
-
-    def training_executed(self, *, checkpointing: bool) -> float:
-        """Forward and backward pass, with the blocks' second forward pass if they are checkpointed."""
-        return self.training + (self.forward - self.output if checkpointing else 0)
+from fomoe_pl.model.sizes import TokenFlops, flops_by_part
 
 
 def executed_picks(
@@ -92,11 +57,4 @@ def token_flops(
     resident = config.n_experts if n_resident is None else n_resident
     picks = executed_picks(config, resident, routing, ghost_fraction)
     scored = config.n_experts if routing == "ghost" else resident
-    layers = config.n_layers
-    return TokenFlops(
-        projections=2 * layers * attention_parameters(config),
-        scores=2 * layers * 2 * sequence_length * config.n_heads * config.head_size,
-        router=2 * layers * scored * config.d_model,
-        experts=2 * layers * (config.n_shared_experts + picks) * expert_parameters(config),
-        output=2 * config.vocab_size * config.d_model,
-    )
+    return flops_by_part(config, sequence_length, executed_picks=picks, n_scored=scored)

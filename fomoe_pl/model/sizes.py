@@ -92,9 +92,42 @@ def active_parameters(config: ModelConfig) -> int:
     return resident_counts(config, config.top_k, "ghost").total
 
 
-def forward_flops_per_token(
+@dataclass(frozen=True)
+class TokenFlops:
+    """FLOPs of one token's forward pass, 2 for each multiply-add; the backward pass is twice as much.
+
+    Attributes:
+        projections: Query, key, value and output of all layers.
+        scores: Products of queries with keys and of weights with values, over the whole square of positions.
+        router: Scoring of experts.
+        experts: Routed and shared experts.
+        output: The output matrix.
+    """
+
+    projections: float
+    scores: float
+    router: float
+    experts: float
+    output: float
+
+    @property
+    def forward(self) -> float:
+        """Sum of all parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def training(self) -> float:
+        """Forward and backward pass, without recomputation."""
+        return 3 * self.forward
+
+    def training_executed(self, *, checkpointing: bool) -> float:
+        """Forward and backward pass, with the blocks' second forward pass if they are checkpointed."""
+        return self.training + (self.forward - self.output if checkpointing else 0)
+
+
+def flops_by_part(
     config: ModelConfig, sequence_length: int, *, executed_picks: float | None = None, n_scored: int | None = None
-) -> float:
+) -> TokenFlops:
     """Return the FLOPs of one token's forward pass: 2 for each multiply-add of every matrix product.
 
     Attention counts the whole square of positions, as PaLM does (arXiv 2204.02311, appendix B), although half of it is
@@ -110,13 +143,21 @@ def forward_flops_per_token(
     """
     picks = config.top_k if executed_picks is None else executed_picks
     scored = config.n_experts if n_scored is None else n_scored
-    per_layer = (
-        attention_parameters(config)
-        + 2 * sequence_length * config.n_heads * config.head_size
-        + scored * config.d_model
-        + (config.n_shared_experts + picks) * expert_parameters(config)
+    layers = config.n_layers
+    return TokenFlops(
+        projections=2 * layers * attention_parameters(config),
+        scores=2 * layers * 2 * sequence_length * config.n_heads * config.head_size,
+        router=2 * layers * scored * config.d_model,
+        experts=2 * layers * (config.n_shared_experts + picks) * expert_parameters(config),
+        output=2 * config.vocab_size * config.d_model,
     )
-    return 2 * (config.n_layers * per_layer + config.vocab_size * config.d_model)
+
+
+def forward_flops_per_token(
+    config: ModelConfig, sequence_length: int, *, executed_picks: float | None = None, n_scored: int | None = None
+) -> float:
+    """Return the sum over the parts of ``flops_by_part``, with its arguments."""
+    return flops_by_part(config, sequence_length, executed_picks=executed_picks, n_scored=n_scored).forward
 
 
 def training_flops_per_token(
@@ -124,6 +165,6 @@ def training_flops_per_token(
 ) -> float:
     """Return the FLOPs of one token's forward and backward pass: three times the forward pass.
 
-    Recomputation by activation checkpointing is not counted. Arguments as in ``forward_flops_per_token``.
+    Recomputation by activation checkpointing is not counted. Arguments as in ``flops_by_part``.
     """
-    return 3 * forward_flops_per_token(config, sequence_length, executed_picks=executed_picks, n_scored=n_scored)
+    return flops_by_part(config, sequence_length, executed_picks=executed_picks, n_scored=n_scored).training
