@@ -1,6 +1,5 @@
 """tools/cost_report.py, tools/check_costs.py and tools/shaped_links.py."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,18 +16,9 @@ from fomoe_pl.costs.network import Links
 from fomoe_pl.costs.rounds import Collective
 from fomoe_pl.costs.scale import shapes
 from fomoe_pl.model.sizes import parameter_counts
+from tests.tools import load as tool
 
 ROOT = Path(__file__).parents[1]
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    return module
 
 
 # -- the report -----------------------------------------------------------------------------------------------------

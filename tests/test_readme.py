@@ -76,6 +76,8 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
             raise Parsed
 
         patch.setattr(parser, "parse_args", stop)
+    if program == "python":
+        patch.syspath_prepend(str((ROOT / rest[0]).parent))  # as Python does for a script
     with pytest.raises(Parsed):
         main(rest) if program != "python" else runpy.run_path(rest[0], run_name="__main__")
 

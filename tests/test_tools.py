@@ -1,28 +1,18 @@
 """The commands under tools/ that have no tests of their own elsewhere, at tiny sizes."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from tokenizers import Tokenizer, models
 
+from tests.tools import load
+
 ROOT = Path(__file__).parents[1]
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_bench_step_trains_both_loops_alike(tmp_path: Path) -> None:
@@ -114,8 +104,7 @@ def test_bench_gpus_compares_runs_on_several_ranks(root: str, tmp_path: Path) ->
     assert len(results["scaling_efficiency"]["pairs"]) == 2
 
 
-def test_a_ledger_that_differs_from_the_formula_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+def test_a_ledger_that_differs_from_the_formula_is_seen() -> None:
     runs = load("gpu_runs")
     seen = {
         "local_seconds": [], "round_seconds": [], "losses": [], "val_loss": 0.0, "payload": {"dense": 3},
@@ -125,8 +114,7 @@ def test_a_ledger_that_differs_from_the_formula_is_seen(monkeypatch: pytest.Monk
     assert not runs.Seen(**seen, expected={"dense": [3, 5]}).ledger_is_formula
 
 
-def test_losses_are_compared_rank_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+def test_losses_are_compared_rank_by_rank() -> None:
     a, b = ([{"losses": losses} for losses in ranks] for ranks in ([[1.0, 2.0], [3.0]], [[1.25, 2.0], [1.0, 9.0]]))
     assert load("bench_gpus").distance(a, b) == {"median": 0.25, "mean": 0.75, "largest": 2.0}
 

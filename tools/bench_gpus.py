@@ -20,11 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import command_line
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from gpu_runs import MIB, SITE_TIMEOUT, Job, Seen, alone, train, validate, variants
-from jsonargparse import ArgumentParser
 
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.optimizer import OptimizerConfig
@@ -236,15 +236,11 @@ def conclude(job: Job, results: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and measure."""
-    parser = ArgumentParser(description="Strategies on the GPUs of one host; start it with torchrun.")
-    parser.add_argument("-c", "--config", action="config", help="a file of configs/model")
-    parser.add_class_arguments(ModelConfig, "model.architecture")
-    parser.add_function_arguments(bench, skip={"architecture"})
-    options = parser.parse_args(arguments)
+    parser, architecture, settings = command_line.read(
+        "Strategies on the GPUs of one host; start it with torchrun.", bench, arguments
+    )
     if "RANK" not in os.environ:
         parser.error("start it with torchrun, one process for each GPU: torchrun --standalone --nproc-per-node 2 ...")
-    architecture = ModelConfig(**options.model.architecture.as_dict())
-    settings = {name: value for name, value in options.as_dict().items() if name not in ("config", "model")}
     bench(architecture, **settings)
 
 

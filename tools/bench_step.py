@@ -23,9 +23,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
+import command_line
 import lightning.pytorch as L
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -347,13 +347,7 @@ losses {r["last_losses"]}, waits of steps {r["waits_of_steps"]} {r["waits_where"
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and measure."""
-    parser = ArgumentParser(description="Trainer against a plain loop, interleaved.")
-    parser.add_argument("-c", "--config", action="config", help="a file of configs/model")
-    parser.add_class_arguments(ModelConfig, "model.architecture")
-    parser.add_function_arguments(bench, skip={"architecture"})
-    options = parser.parse_args(arguments)
-    architecture = ModelConfig(**options.model.architecture.as_dict())
-    settings = {name: value for name, value in options.as_dict().items() if name not in ("config", "model")}
+    _, architecture, settings = command_line.read("Trainer against a plain loop, interleaved.", bench, arguments)
     results = bench(architecture, **settings)
     print(f"{results['device']}, torch {results['torch']}, {settings['batch_size']} x {settings['sequence_length']}")
 

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import command_line
 import lightning.pytorch as L
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fomoe_pl.callbacks import (
@@ -169,13 +169,9 @@ def bench(
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and measure."""
-    parser = ArgumentParser(description="Training steps with all callbacks against steps with none, in turns.")
-    parser.add_argument("-c", "--config", action="config", help="a file of configs/model")
-    parser.add_class_arguments(ModelConfig, "model.architecture")
-    parser.add_function_arguments(bench, skip={"architecture"})
-    options = parser.parse_args(arguments)
-    architecture = ModelConfig(**options.model.architecture.as_dict())
-    settings = {name: value for name, value in options.as_dict().items() if name not in ("config", "model")}
+    _, architecture, settings = command_line.read(
+        "Training steps with all callbacks against steps with none, in turns.", bench, arguments
+    )
     bench(architecture, **settings)
 
 
