@@ -231,7 +231,8 @@ class FoMoEModule(L.LightningModule):
             self.log("tokens/site", float(self.tokens_seen))
             self.log("tokens/global", float(self.tokens_of_all_sites))
             strategy: Any = self.trainer.strategy
-            if not getattr(strategy, "counts_skipped_steps", False) and self.count_skipped()[0]:
+            # Where there are rounds, sites count their skipped steps with them.
+            if not getattr(strategy, "has_rounds", False) and self.count_skipped()[0]:
                 check_skipped([self.skipped_steps], self.max_skipped_steps)
         stop = getattr(self.trainer.strategy, "stop_if_asked", None)
         if stop is not None:

@@ -21,6 +21,7 @@ ORDER = (
     "costs",
     "federation",
     "model",
+    "files",
     "errors",
     "__init__",
 )

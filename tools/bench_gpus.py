@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from gpu_runs import MIB, SITE_TIMEOUT, Job, Seen, alone, train, validate, variants
 
+from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.optimizer import OptimizerConfig
 
@@ -206,9 +207,7 @@ def bench(
 def write(folder: Path, results: dict[str, Any], rank: int) -> None:
     """Keep what there is so far."""
     if rank == 0:
-        unfinished = folder / "bench_gpus.json.tmp"
-        unfinished.write_text(json.dumps(results, indent=1) + "\n")
-        unfinished.replace(folder / "bench_gpus.json")
+        write_whole(folder / "bench_gpus.json", json.dumps(results, indent=1) + "\n")
 
 
 def conclude(job: Job, results: dict[str, Any]) -> None:

@@ -19,11 +19,11 @@ import torch.distributed as dist
 import yaml
 
 from fomoe_pl.costs.bytes import metric_bytes_of, predict_bytes
+from fomoe_pl.costs.rounds import ddp_collectives
 from fomoe_pl.data import FoMoEData
-from fomoe_pl.federation.ledger import KINDS, Kind
+from fomoe_pl.federation.ledger import KINDS, Kind, Ledger
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.sizes import parameter_counts
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.optimizer import OptimizerConfig
 from fomoe_pl.strategies import CountedDDPStrategy, FederatedStrategy, SingleSiteStrategy
@@ -190,8 +190,10 @@ def expected_bytes(job: Job, settings: dict[str, Any], rank: int, n: int, n_doma
     """[payload, wire] by kind for one rank."""
     metric_bytes = metric_bytes_of(job.architecture, n_domains)
     if not settings:  # DDP
-        dense = job.steps * 4 * parameter_counts(job.architecture).total
-        return {"dense": [dense, 2 * (n - 1) * dense // n]}
+        [gradients] = ddp_collectives(job.architecture, n)
+        formula = Ledger()
+        formula.all_reduce(gradients.kind, job.steps * gradients.payload, n)
+        return {"dense": [formula.payload("dense"), formula.wire("dense")]}
     formula = predict_bytes(
         job.architecture, n_sites=n, site=rank, steps=job.steps, validations=(job.steps,), metric_bytes=metric_bytes,
         **{**settings, "overlap": settings["overlap"] or n},

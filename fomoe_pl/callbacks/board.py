@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from fomoe_pl.callbacks.communication import training_bytes, wire_bytes
 from fomoe_pl.callbacks.observed import MIB, observed_module, observed_strategy
-from fomoe_pl.callbacks.stability import RoundView, RoutingStability
+from fomoe_pl.callbacks.stability import RoundView, stability_of
 from fomoe_pl.model.sizes import active_parameters, parameter_counts
 
 # Group -> chart -> tags; `*` stands for what follows.
@@ -80,7 +80,7 @@ def absent_tags(trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]
     """Beginnings of the tags that a run of this kind never writes."""
     strategy, module = observed_strategy(trainer), observed_module(pl_module)
     residency, placement = module.transformer.residency, strategy.placement
-    stability = next((c for c in trainer.callbacks if isinstance(c, RoutingStability)), None)  # type: ignore[attr-defined]
+    stability = stability_of(trainer)
     absent: list[str] = []
     if stability is None:
         absent += ["routing/", "pseudo_gradient/"]

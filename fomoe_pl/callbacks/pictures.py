@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fomoe_pl.callbacks import board, figures
 from fomoe_pl.callbacks.observed import RoundCallback, observed_module, observed_strategy, watching
-from fomoe_pl.callbacks.stability import RoundView, RoutingStability
+from fomoe_pl.callbacks.stability import RoundView, RoutingStability, stability_of
 from fomoe_pl.errors import ConfigError
 
 TIMELINE = 256
@@ -70,7 +70,7 @@ class RunPictures(RoundCallback):
 
     def _find_stability(self, trainer: Trainer) -> RoutingStability | None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        found = next((c for c in callbacks if isinstance(c, RoutingStability)), None)
+        found = stability_of(trainer)
         if found is not None and callbacks.index(found) > callbacks.index(self):
             raise ConfigError("trainer.callbacks", "RunPictures, RoutingStability", "pictures are of the last look",
                               "put RunPictures behind RoutingStability")  # fmt: skip

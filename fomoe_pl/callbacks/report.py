@@ -11,8 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 
 from fomoe_pl.callbacks.communication import payload_bytes, wire_bytes
 from fomoe_pl.callbacks.observed import observed_module, observed_strategy, peak_memory
-from fomoe_pl.callbacks.stability import RoutingStability
+from fomoe_pl.callbacks.stability import stability_of
 from fomoe_pl.callbacks.throughput import TimedCallback
+from fomoe_pl.files import write_whole
 
 REPORT_NAME = "report.json"
 
@@ -30,8 +31,8 @@ def _data_identity(trainer: Trainer) -> dict[str, Any] | None:
 
 def _routing(trainer: Trainer) -> dict[str, float | None]:
     """Means of the last round, or of the last look, by the tag's middle part; empty without `RoutingStability`."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    values = next((callback.latest for callback in callbacks if isinstance(callback, RoutingStability)), {})
+    stability = stability_of(trainer)
+    values = {} if stability is None else stability.latest
     return {tag.split("/")[1]: finite_or_none(value) for tag, value in values.items() if tag.endswith("/mean")}
 
 
@@ -67,10 +68,7 @@ class RunReport(TimedCallback):
             return
         folder = self._folder_of(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        # Renamed when complete, so that a reader never meets half a file.
-        unfinished = folder / f"{REPORT_NAME}.tmp"
-        unfinished.write_text(json.dumps(self.report(trainer, pl_module), indent=2) + "\n")
-        unfinished.replace(folder / REPORT_NAME)
+        write_whole(folder / REPORT_NAME, json.dumps(self.report(trainer, pl_module), indent=2) + "\n")
 
     def report(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the report of the run as it stands."""

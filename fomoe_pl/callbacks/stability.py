@@ -284,6 +284,12 @@ class RoutingStability(RoundCallback, RoundObserver):
         self._validations = state_dict["validations"]
 
 
+def stability_of(trainer: Trainer) -> RoutingStability | None:
+    """The trainer's `RoutingStability`, if it has one."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, RoutingStability)), None)
+
+
 def _movement_values(
     values: dict[str, float], dense: Tensor, expert_LE4: Tensor, sites: Tensor, holders_LE: Tensor
 ) -> Tensor:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
 from fomoe_pl.callbacks.communication import training_bytes
+from fomoe_pl.callbacks.observed import MIB
 
 Floats = NDArray[np.float64]
-MIB = 2**20
 EVENTS = "events.out.tfevents.*"
 WANTED = ("routing/", "val/", "tokens/global", "comm/training_wire_MiB", "time/train_s", "round/")
 RESTARTS = ("time/train_s",)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fomoe_pl.compare import plots
 from fomoe_pl.compare.runs import Run
 from fomoe_pl.compare.table import tables
+from fomoe_pl.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,10 +58,8 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def write_page(runs: Sequence[Run], path: Path) -> None:
-    """Write the page; a reader never meets half of it."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(page(runs))
-    unfinished.replace(path)
+    """Write the page."""
+    write_whole(path, page(runs))
 
 
 def _data(runs: Sequence[Run]) -> str:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fomoe_pl.callbacks.communication import training_bytes
-from fomoe_pl.compare.runs import Run, pareto_front
+from fomoe_pl.callbacks.observed import MIB
+from fomoe_pl.compare.runs import Run
+from fomoe_pl.costs.pareto import pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MIB = 2**20
 BITS = "bits per byte, global model"
 AGAINST = {
     "tokens/global": ("tokens of all sites (millions)", 1e-6),

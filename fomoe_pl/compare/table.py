@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fomoe_pl.callbacks.communication import NOT_TRAINING, training_bytes
+from fomoe_pl.callbacks.observed import MIB
 from fomoe_pl.compare.runs import QUALITY, Run
-
-MIB = 2**20
+from fomoe_pl.files import write_whole
 
 
 class Column(NamedTuple):
@@ -104,14 +105,13 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def write_csv(runs: Sequence[Run], path: Path) -> None:
     """All numbers, unrounded; empty for what a run has not."""
     columns = (*MAIN, *ROUTING)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "method", *(column.heading for column in columns)])
-        for run in runs:
-            values = [column.value(run.report) for column in columns]
-            writer.writerow([run.name, run.report.get("method", ""), *("" if v is None else v for v in values)])
-    unfinished.replace(path)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["run", "method", *(column.heading for column in columns)])
+    for run in runs:
+        values = [column.value(run.report) for column in columns]
+        writer.writerow([run.name, run.report.get("method", ""), *("" if v is None else v for v in values)])
+    write_whole(path, text.getvalue())
 
 
 def failures(runs: Sequence[Run], limit: float) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fomoe_pl.costs.bytes import ITEMSIZE, predict_bytes
+from fomoe_pl.costs.bytes import predict_bytes
+from fomoe_pl.costs.rounds import ITEMSIZE, ddp_collectives
 from fomoe_pl.federation.ledger import ring_all_reduce_bytes
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.sizes import parameter_counts
 
 if TYPE_CHECKING:
     from fomoe_pl.federation.wire import WireDtype
@@ -22,7 +22,7 @@ def ddp_step_bytes(architecture: ModelConfig, n_sites: int, param_dtype: WireDty
         n_sites: Number of sites M.
         param_dtype: dtype of parameters and so of gradients.
     """
-    payload = parameter_counts(architecture).total * ITEMSIZE[param_dtype]
+    payload = sum(call.payload for call in ddp_collectives(architecture, n_sites, ITEMSIZE[param_dtype]))
     if architecture.balance == "bias":
         payload += architecture.n_layers * architecture.n_experts * ITEMSIZE["float32"]
     return ring_all_reduce_bytes(payload, n_sites)

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fomoe_pl.costs.memory import GIB, MIB
+from fomoe_pl.costs.pareto import pareto_front
 from fomoe_pl.costs.plan import Plan, Refusal
 from fomoe_pl.costs.quality import Measurement
 from fomoe_pl.costs.request import LAYOUTS, PlanRequest
@@ -36,11 +37,7 @@ def quality_sources(plans: Sequence[Plan]) -> list[str]:
 
 def pareto(plans: Sequence[Plan]) -> list[Plan]:
     """Plans than which none is both faster and smaller: hours against the largest device's bytes; fastest first."""
-    front: list[Plan] = []
-    for plan in sorted(plans, key=lambda p: (p.hours, max(p.held_bytes))):
-        if not front or max(plan.held_bytes) < max(front[-1].held_bytes):
-            front.append(plan)
-    return front
+    return [plans[i] for i in pareto_front([(plan.hours, max(plan.held_bytes)) for plan in plans])]
 
 
 def one_of_each(plans: Sequence[Plan]) -> list[Plan]:

@@ -10,7 +10,7 @@ from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.placement import Placement, check_placement, side_by_side
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
-from fomoe_pl.model.sizes import dense_parameters, expert_parameters, parameter_counts
+from fomoe_pl.model.sizes import dense_parameters, expert_parameters, parameter_counts, resident_counts
 
 if TYPE_CHECKING:  # these modules speak to other processes, of which a calculation needs none
     from fomoe_pl.federation.rounds import InnerMoments
@@ -191,7 +191,5 @@ def checkpoint_bytes(
     """
     check_placement(architecture.n_experts, n_sites, overlap)
     total = parameter_counts(architecture).total
-    resident = dense_parameters(architecture, "ghost") + architecture.n_layers * (
-        architecture.n_experts * overlap // n_sites * expert_parameters(architecture)
-    )
+    resident = resident_counts(architecture, architecture.n_experts * overlap // n_sites, "ghost").total
     return {"model": 4 * total, "site": 4 * resident * (1 + ADAMW_MOMENTS + momentum)}

@@ -85,7 +85,11 @@ class Placement:
 
     def residents(self, site: int) -> tuple[tuple[int, ...], ...]:
         """Per layer the sorted ids of the experts that `site` holds."""
-        return tuple(tuple(e for e, sites in enumerate(layer) if site in sites) for layer in self.holders)
+        return tuple(self.residents_in(layer, site) for layer in range(len(self.holders)))
+
+    def residents_in(self, layer: int, site: int) -> tuple[int, ...]:
+        """The sorted ids of the experts of one layer that `site` holds."""
+        return tuple(e for e, sites in enumerate(self.holders[layer]) if site in sites)
 
     def holder_sets(self) -> list[tuple[int, ...]]:
         """The distinct holder sets, in `side_by_side` order: the same list, in the same order, on every rank."""

@@ -146,12 +146,10 @@ class Federation:
             movement.add(OWN, layer, experts, self._change(Piece(name, None)))
             movement.add(AGREED, layer, experts, self.anchors[name])
 
-    def _experts_of(self, name: str) -> tuple[int | None, list[int]]:
+    def _experts_of(self, name: str) -> tuple[int | None, Sequence[int]]:
         """Layer and experts of a tensor's rows; None for a dense one."""
         layer = self.layout.expert_layer.get(name)
-        if layer is None:
-            return None, []
-        return layer, [e for e, sites in enumerate(self.placement.holders[layer]) if self.site in sites]
+        return layer, () if layer is None else self.placement.residents_in(layer, self.site)
 
     def _average_moments(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int]) -> None:
         if left_out and isinstance(optimizer, RowAdamW):

@@ -234,8 +234,6 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         if self.check_agreement:
             self.federation.check_agreement()
 
-    counts_skipped_steps = True  # with every round, and not the module at its own time
-
     def _share_statistics(self) -> frozenset[int]:
         """One small message a round, before the averages; returns the sites that have nothing to give to them."""
         assert self.federation is not None

@@ -15,7 +15,8 @@ import pytest
 
 from fomoe_pl.cli import main as fomoe
 from fomoe_pl.compare import main, plots
-from fomoe_pl.compare.runs import Curve, Run, pareto_front, read_run, read_runs
+from fomoe_pl.compare.runs import Curve, Run, read_run, read_runs
+from fomoe_pl.costs.pareto import pareto_front
 
 MIB = 2**20
 DATA = {"corpus": "c0ffee", "tokenizer": "bytes", "sequence_length": 256, "val_sequences": 240}
