@@ -111,6 +111,11 @@ class Router(nn.Module):
         finally:
             self._random = None
 
+    @property
+    def is_random(self) -> bool:
+        """Whether experts are drawn at random for a while."""
+        return self._random is not None
+
     def expert_ids(self, picks_TK: Tensor) -> Tensor:
         """Turn rows of this router, as in `RoutingStats.picks_TK`, into expert ids."""
         # While all experts are live for a validation, a partitioned router has E rows, of which row e is expert e.
