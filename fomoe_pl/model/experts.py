@@ -97,24 +97,26 @@ def choose_backend(
     """
     if wanted == "loop":
         return "loop"
-    reasons = {"triton": kernels.unsupported(device, dtype), "grouped": grouped.unsupported(device, dtype, d_model, d_expert)}
+    reasons = {
+        "triton": kernels.unsupported(device, dtype),
+        "grouped": grouped.unsupported(device, dtype, d_model, d_expert),
+    }
     if wanted != "auto":
         if reasons[wanted] is not None:
             rule, hint = f"does not work here: {reasons[wanted]}", "Use auto or loop, or another precision or size"
             raise ConfigError("model.architecture.expert_backend", wanted, rule, hint)
         return wanted
-    for name in ("triton", "grouped"):
+    # On a CPU nobody expects a GPU's kernels.
+    for name in ("triton", "grouped") if device.type == "cuda" else ("grouped",):
         if reasons[name] is None:
             return name
-        # On a CPU nobody expects a GPU's kernels.
-        if name == "grouped" or device.type == "cuda":
-            _tell_fallback(f"{name}: {reasons[name]}")
+        _tell_fallback(name, reasons[name])
     return "loop"
 
 
 @lru_cache(maxsize=4)
-def _tell_fallback(reason: str) -> None:
-    warnings.warn(f"experts run without the backend {reason}", stacklevel=2)
+def _tell_fallback(name: str, reason: str) -> None:
+    warnings.warn(f"expert_backend auto does not take {name}: {reason}", stacklevel=2)
 
 
 class SharedExperts(nn.Module):

@@ -3,13 +3,13 @@
 Shapes: N tokens, C tokens of one chunk, D model, V vocabulary, W the vocabulary rounded up, E experts.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fomoe_pl.model.backends import kernels
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.parts import compute_dtype
 from fomoe_pl.model.residency import Residency
@@ -33,17 +33,22 @@ def _output_matrix(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
     return F.pad(weight_VD.to(dtype), (0, 0, 0, missing)) if missing else weight_VD.to(dtype)
 
 
-def _chunks(
-    hidden_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, vocab_size: int, max_bytes: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield (hidden, targets (C,1), is counted (C,1), float32 log-probabilities (C,W)) chunk after chunk."""
-    rows = chunk_rows(weight_WD.shape[0], max_bytes)
-    for hidden_CD, targets_C in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
-        counted_C = targets_C != IGNORED
-        logits_CW = hidden_CD @ weight_WD.t()
-        logits_CW[:, vocab_size:] = -torch.inf
-        log_p_CW = logits_CW.log_softmax(dim=1, dtype=torch.float32)
-        yield hidden_CD, targets_C.where(counted_C, 0)[:, None], counted_C[:, None], log_p_CW
+def _log_probabilities(logits_CW: Tensor, vocab_size: int) -> Tensor:
+    """Return float32 (C,W) of the vocabulary, -inf in the padding."""
+    logits_CW[:, vocab_size:] = -torch.inf
+    return logits_CW.log_softmax(dim=1, dtype=torch.float32)
+
+
+def _cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return losses, float32 (C,), 0 where not counted, and the gradient (C,W), of no meaning where not counted."""
+    counted_C = targets_C != IGNORED
+    targets_C1 = targets_C.where(counted_C, 0)[:, None]
+    log_p_CW = _log_probabilities(logits_CW, vocab_size)
+    log_p_C1 = log_p_CW.gather(1, targets_C1)
+    d_logits_CW = log_p_CW.exp_().to(logits_CW.dtype)
+    # Less 1 at the target, before rounding.
+    d_logits_CW.scatter_(1, targets_C1, log_p_C1.expm1().to(logits_CW.dtype))
+    return -log_p_C1.squeeze(1).where(counted_C, 0), d_logits_CW
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,18 +64,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_WD = _output_matrix(weight_VD, dtype)
             # Over many chunks a bfloat16 sum would lose the small ones.
             d_weight_WD = torch.zeros_like(weight_WD, dtype=torch.float32)
-            chunks = _chunks(hidden_ND.to(dtype), weight_WD, targets_N, vocab_size, max_bytes)
-            start = 0
-            for hidden_CD, targets_C1, counted_C1, log_p_CW in chunks:
-                log_p_C1 = log_p_CW.gather(1, targets_C1)
-                total -= log_p_C1.where(counted_C1, 0).sum()
-                d_logits_CW = log_p_CW.exp_().to(dtype)
-                # Less 1 at the target, before rounding.
-                d_logits_CW.scatter_(1, targets_C1, log_p_C1.expm1().to(dtype))
+            rows = chunk_rows(len(weight_WD), max_bytes)
+            in_place = hidden_ND.is_cuda and kernels.unsupported(hidden_ND.device, dtype) is None
+            for out_CD, hidden_CD, targets_C in zip(
+                d_hidden_ND.split(rows), hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True
+            ):
+                logits_CW = hidden_CD @ weight_WD.t()
+                gradient = kernels.cross_entropy if in_place else _cross_entropy
+                losses_C, d_logits_CW = gradient(logits_CW, targets_C, vocab_size)
+                total += losses_C.sum()
+                counted_C1 = (targets_C != IGNORED)[:, None]
                 # Masked where a row has D numbers, not V.
-                d_hidden_ND[start : start + len(hidden_CD)] = (d_logits_CW @ weight_WD).where(counted_C1, 0)
+                out_CD.copy_((d_logits_CW @ weight_WD).where(counted_C1, 0))
                 d_weight_WD += d_logits_CW.t() @ hidden_CD.where(counted_C1, 0)
-                start += len(hidden_CD)
         ctx.save_for_backward(d_hidden_ND, d_weight_WD[:vocab_size])
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -114,10 +120,13 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
     losses = []
     with torch.autocast(device_type=hidden_ND.device.type, enabled=False):
         weight_WD = _output_matrix(weight_VD, dtype)
-        chunks = _chunks(hidden_ND.to(dtype), weight_WD, targets_N, weight_VD.shape[0], max_bytes)
-        for _, targets_C1, counted_C1, log_p_CW in chunks:
-            losses.append(-log_p_CW.gather(1, targets_C1).where(counted_C1, 0))
-    return torch.cat(losses).squeeze(1)
+        rows = chunk_rows(len(weight_WD), max_bytes)
+        for hidden_CD, targets_C in zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True):
+            counted_C = targets_C != IGNORED
+            log_p_CW = _log_probabilities(hidden_CD @ weight_WD.t(), len(weight_VD))
+            log_p_C1 = log_p_CW.gather(1, targets_C.where(counted_C, 0)[:, None])
+            losses.append(-log_p_C1.squeeze(1).where(counted_C, 0))
+    return torch.cat(losses)
 
 
 def balance_loss(stats: RoutingStats, n_scored: int) -> Tensor:

@@ -287,6 +287,26 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 skip_experts.register_autograd(_backward, setup_context=_save)
 
 
+def cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Turn logits into the gradient of the summed cross entropy, in place.
+
+    Args:
+        logits_CW: Logits, contiguous (C,W); columns from V on are padding.
+        targets_C: Next tokens, int64 (C,); -100 does not count.
+        vocab_size: V.
+
+    Returns:
+        Losses, float32 (C,), and the gradient (C,W), which is ``logits_CW``; both 0 where a target does not count.
+    """
+    n_rows, width = logits_CW.shape
+    losses_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CW.device)
+    block = min(_up_to_power(width), 8192)
+    on_device.cross_entropy[(n_rows,)](
+        logits_CW, targets_C, losses_C, vocab_size, width, IGNORED=-100, BLOCK=block, num_warps=max(1, min(16, block // 256))
+    )
+    return losses_C, logits_CW
+
+
 def dispatch(
     x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, kind: ExpertKind
 ) -> Tensor:

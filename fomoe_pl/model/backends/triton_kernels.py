@@ -270,3 +270,35 @@ def weight_gradient(
         dw_AB = tl.dot(tl.trans(a_KA), b_KB, dw_AB, input_precision=PRECISION)
     at = expert.to(tl.int64) * A * B + a_A[:, None] * B + b_B[None, :]
     tl.store(dw_RAB + at, dw_AB.to(dw_RAB.dtype.element_ty), mask=in_A[:, None] & in_B[None, :])
+
+
+@triton.jit
+def cross_entropy(logits_CW, targets_C, losses_C, V, W, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+    """Replace a row of logits by its cross entropy's gradient, in place, and write the loss; zeros where not counted.
+
+    One program a row, read twice: for the sum of exponentials, each lane with a maximum of its own until the end, and
+    for the gradient. The second time most of the row is still in a cache. Columns from V on are padding.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_C + row)
+    counted = target != IGNORED
+    logits = logits_CW + row * W
+    at = tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        x = tl.load(logits + start + at, mask=start + at < V, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(largest, x)
+        total = total * tl.exp(largest - larger) + tl.exp(x - larger)
+        largest = larger
+    top = tl.max(largest, axis=0)
+    log_total = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
+    chosen = tl.load(logits + tl.where(counted, target, 0)).to(tl.float32)
+    tl.store(losses_C + row, tl.where(counted, log_total - chosen, 0.0))
+    # All threads must have read the target's logit before one of them overwrites it.
+    tl.debug_barrier()
+    for start in range(0, W, BLOCK):
+        column = start + at
+        x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
+        gradient = tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)
+        tl.store(logits + column, tl.where(counted, gradient, 0.0).to(logits_CW.dtype.element_ty), mask=column < W)
