@@ -51,6 +51,14 @@ def _cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int) -> tup
     return -log_p_C1.squeeze(1).where(counted_C, 0), d_logits_CW
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to a float32 total; on a GPU inside the product, without a rounded one in memory."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropies of hidden @ weight.T; gradients are made chunk by chunk in the forward pass."""
 
@@ -66,17 +74,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight_WD = torch.zeros_like(weight_WD, dtype=torch.float32)
             rows = chunk_rows(len(weight_WD), max_bytes)
             in_place = hidden_ND.is_cuda and kernels.unsupported(hidden_ND.device, dtype) is None
-            for out_CD, hidden_CD, targets_C in zip(
-                d_hidden_ND.split(rows), hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True
-            ):
+            start = 0
+            for hidden_CD, targets_C in zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True):
                 logits_CW = hidden_CD @ weight_WD.t()
                 gradient = kernels.cross_entropy if in_place else _cross_entropy
                 losses_C, d_logits_CW = gradient(logits_CW, targets_C, vocab_size)
                 total += losses_C.sum()
                 counted_C1 = (targets_C != IGNORED)[:, None]
                 # Masked where a row has D numbers, not V.
-                out_CD.copy_((d_logits_CW @ weight_WD).where(counted_C1, 0))
-                d_weight_WD += d_logits_CW.t() @ hidden_CD.where(counted_C1, 0)
+                d_hidden_ND[start : start + len(hidden_CD)] = (d_logits_CW @ weight_WD).where(counted_C1, 0)
+                _add_product(d_weight_WD, d_logits_CW.t(), hidden_CD.where(counted_C1, 0))
+                start += len(hidden_CD)
         ctx.save_for_backward(d_hidden_ND, d_weight_WD[:vocab_size])
         ctx.weight_dtype = weight_VD.dtype
         return total

@@ -14,7 +14,7 @@ with swiglu), F expert width.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Tiles(NamedTuple):
     depth: int
     warps: int
     stages: int
+    registers: int | None = None  # the most of a thread, so that another program fits beside it
 
 
 class Tuning(NamedTuple):
@@ -56,15 +57,17 @@ class Tuning(NamedTuple):
 
 TUNED = {
     2: Tuning(
-        up=Tiles(128, 128, 64, 8, 3),
+        up=Tiles(128, 128, 32, 8, 4),
         down=Tiles(128, 256, 64, 8, 3),
-        down_backward=Tiles(128, 128, 64, 8, 3),
+        down_backward=Tiles(64, 128, 64, 4, 4),
         up_backward=Tiles(128, 256, 64, 8, 3),
-        weights=Tiles(128, 256, 64, 8, 3),
+        weights=Tiles(128, 128, 64, 4, 3),
     ),
     4: Tuning(*[Tiles(64, 64, 32, 4, 3)] * 5),
 }
-"""By the bytes of a number. In 16 bits a tile of 128 × 256 float32 accumulators fills the registers of 8 warps."""
+"""By the bytes of a number. Found by sweeps on an H100 (docs/benchmarks). A tile of 128 × 256 float32
+accumulators fills the registers of 8 warps; where a product has much to read or write beside its sums, two programs
+a multiprocessor do better, one computing while the other waits: tiles of half that size, 96 KiB of shared memory."""
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -142,10 +145,9 @@ class _Launch(NamedTuple):
         return ((triton.cdiv(self.n_picks, tiles.rows) + self.n_resident) * triton.cdiv(columns, tiles.columns),)
 
 
-def _shape(tiles: Tiles) -> dict[str, int]:
-    return {
-        "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "num_warps": tiles.warps, "num_stages": tiles.stages,
-    }  # fmt: skip
+def _shape(tiles: Tiles, names: str = "BM BN BK") -> dict[str, int | None]:
+    how = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers}
+    return {**dict(zip(names.split(), tiles[:3], strict=True)), **how}
 
 
 def index_picks(slots_TK: Tensor, n_resident: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,8 +242,9 @@ def skip_experts_backward(
         dy_TD, order_P, offsets_R1, w_out_RFD, gates_TK, pre_LI, dpre_LI, h_LF, parts, d_model, d_expert, n_picks,
         launch.n_resident, K=launch.top_k, SWIGLU=launch.swiglu, **launch.constants, **_shape(tiles),
     )  # fmt: skip
-    dw_out_RFD = _weight_gradient(launch, h_LF, dy_TD, order_P, offsets_R1, w_out_RFD, dtype)
-    dw_in_RDI = _weight_gradient(launch, x_TD, dpre_LI, order_P, offsets_R1, w_in_RDI, dtype)
+    dw_out_RFD = _weight_gradient(launch, h_LF, dy_TD, "b", order_P, offsets_R1, w_out_RFD, dtype)
+    del h_LF  # its memory serves the tokens' gradients
+    dw_in_RDI = _weight_gradient(launch, x_TD, dpre_LI, "a", order_P, offsets_R1, w_in_RDI, dtype)
     dx_LD = _product(launch, launch.tuning.up_backward, dpre_LI, offsets_R1, w_in_RDI.transpose(1, 2))
     # A ghost's column of the parts holds whatever the memory held.
     dgates_TK = parts.sum(dim=0).where(place_P >= 0, 0).view_as(gates_TK)
@@ -249,16 +252,17 @@ def skip_experts_backward(
 
 
 def _weight_gradient(
-    launch: _Launch, a: Tensor, b: Tensor, order_P: Tensor, offsets_R1: Tensor, like: Tensor, dtype: torch.dtype
-) -> Tensor:
+    launch: _Launch, a: Tensor, b: Tensor, of_tokens: Literal["a", "b"], order_P: Tensor, offsets_R1: Tensor,
+    like: Tensor, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Σ aᵀb of each expert, one of the two with a row for each token, the other with one for each pick."""
     dw_RAB = torch.empty(like.shape, dtype=dtype, device=like.device)
     tiles, (n_a, n_b) = launch.tuning.weights, like.shape[1:]
     grid = (launch.n_resident * triton.cdiv(n_a, tiles.rows) * triton.cdiv(n_b, tiles.columns),)
     on_device.weight_gradient[grid](
         a, b, order_P, offsets_R1, dw_RAB, n_a, n_b,
-        K=launch.top_k, GATHER_A=n_a == launch.d_model and a.shape[0] == launch.n_tokens,
-        GATHER_B=b.shape[0] == launch.n_tokens, PRECISION=launch.constants["PRECISION"],
-        BA=tiles.rows, BB=tiles.columns, BK=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
+        K=launch.top_k, GATHER_A=of_tokens == "a", GATHER_B=of_tokens == "b", PRECISION=launch.constants["PRECISION"],
+        **_shape(tiles, "BA BB BK"),
     )  # fmt: skip
     return dw_RAB
 
@@ -302,7 +306,14 @@ def cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int) -> tupl
     losses_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CW.device)
     block = min(_up_to_power(width), 8192)
     on_device.cross_entropy[(n_rows,)](
-        logits_CW, targets_C, losses_C, vocab_size, width, IGNORED=-100, BLOCK=block, num_warps=max(1, min(16, block // 256))
+        logits_CW,
+        targets_C,
+        losses_C,
+        vocab_size,
+        width,
+        IGNORED=-100,
+        BLOCK=block,
+        num_warps=max(1, min(16, block // 256)),
     )
     return losses_C, logits_CW
 
@@ -314,5 +325,6 @@ def dispatch(
     if not w_in_RDI.shape[0]:
         return x_TD * 0
     in_type = (w.detach().to(x_TD.dtype) for w in (w_in_RDI, w_out_RFD))
-    y_TD: Tensor = skip_experts(x_TD.contiguous(), gates_TK.contiguous(), slots_TK.contiguous(), *in_type, w_in_RDI, w_out_RFD)[0]
+    picks = (gates_TK.contiguous(), slots_TK.contiguous())
+    y_TD: Tensor = skip_experts(x_TD.contiguous(), *picks, *in_type, w_in_RDI, w_out_RFD)[0]
     return y_TD
