@@ -62,6 +62,8 @@ class FoMoEModule(L.LightningModule):
             other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory.
         max_skipped_steps: optimizer steps that all sites together may skip because gradients are not finite; one more
             stops the run.
+        compile_blocks: run the blocks as compiled code (torch.compile): faster on a GPU, after some ten seconds of
+            compilation in the first step.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class FoMoEModule(L.LightningModule):
         seed: int | None = None,
         evaluation_window: int = 64,
         max_skipped_steps: int = 100,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
         if max_skipped_steps < 0:
@@ -84,6 +87,7 @@ class FoMoEModule(L.LightningModule):
         self.config = architecture
         self.optimizer_config = optimizer
         self.seed = seed or 0
+        self.compile_blocks = compile_blocks
         self.evaluation_window = evaluation_window
         self.save_hyperparameters(
             {"architecture": asdict(architecture), "optimizer": asdict(optimizer), "seed": self.seed}
@@ -101,6 +105,7 @@ class FoMoEModule(L.LightningModule):
         self._loss_sum: Tensor | None = None
         self._loss_count: Tensor | None = None
         self._skipped: Tensor | None = None
+        self._grad_norm: Tensor | None = None
         self._steps_counted = 0
         self._loads_LE: Tensor | None = None
         self._masks_of: Residency | None = None
@@ -122,6 +127,8 @@ class FoMoEModule(L.LightningModule):
             strategy: Any = self.trainer.strategy
             residency = strategy.residency(self.config) if hasattr(strategy, "residency") else None
             self.model = Transformer(self.config, residency, seed=self.seed)
+            if self.compile_blocks:
+                self.model.compile_blocks()
 
     def on_train_start(self) -> None:
         """A run that goes on with another length has another schedule, from its first step on."""
@@ -208,8 +215,9 @@ class FoMoEModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A step without finite gradients is skipped; gradient norm, learning rate, the balance bias's own step."""
-        grads = [p.grad for p in self.transformer.parameters() if p.grad is not None]
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
+        self._grad_norm = norm
         bad = ~norm.isfinite()
         self._skipped = bad.long() if self._skipped is None else self._skipped + bad
         self._steps_counted += 1
@@ -224,6 +232,19 @@ class FoMoEModule(L.LightningModule):
             loads_LE = strategy.reduce_loads(self._loads_LE) if hasattr(strategy, "reduce_loads") else self._loads_LE
             self.transformer.update_balance_bias(list(loads_LE * ~bad))  # equal loads move nothing
             self._loads_LE = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that is there already: finding it reads all gradients."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, cast(Tensor, self._grad_norm))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Token counts, named for what they count; the place where a run ends that was told to stop."""

@@ -62,9 +62,9 @@ class Experts(nn.Module):
         # By hand: autocast knows neither grouped products nor in-place indexing.
         dtype = compute_dtype(x_TD)
         backend = choose_backend(self.backend, x_TD.device, dtype, *self.w_out.shape[1:])
-        x_TD, w_in_RDI, w_out_RFD = x_TD.to(dtype), self.w_in, self.w_out
-        if backend != "triton":  # which takes float32 weights, so as to give float32 gradients
-            w_in_RDI, w_out_RFD = w_in_RDI.to(dtype), w_out_RFD.to(dtype)
+        x_TD = x_TD.to(dtype)
+        # Triton's takes float32 weights, and gives float32 gradients.
+        w_in_RDI, w_out_RFD = (w if backend == "triton" else w.to(dtype) for w in (self.w_in, self.w_out))
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             run = _dispatch_of(backend, x_TD.device.type)
             return run(x_TD, gates_TK, slots_TK, w_in_RDI, w_out_RFD, self.kind)

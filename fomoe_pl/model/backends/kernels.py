@@ -99,8 +99,10 @@ def _tuning(itemsize: int, d_model: int, d_expert: int, rows_per_expert: int) ->
     """Tiles no larger than what there is of rows and channels."""
 
     def fit(tiles: Tiles, rows: int, columns: int, depth: int) -> Tiles:
-        fitted = (min(t, _up_to_power(n, 16)) for t, n in zip(tiles[:3], (rows, columns, depth), strict=True))
-        return Tiles(*fitted, *tiles[3:])
+        most = [_up_to_power(n, 16) for n in (rows, columns, depth)]
+        return tiles._replace(
+            rows=min(tiles.rows, most[0]), columns=min(tiles.columns, most[1]), depth=min(tiles.depth, most[2])
+        )
 
     tuned = TUNED[itemsize]
     return Tuning(

@@ -95,7 +95,7 @@ def up(
     K: tl.constexpr, SWIGLU: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """h = gate · activation(x[token] @ w_in[expert]), and with SAVE what is inside the activation.
+    """Write h = gate · activation(x[token] @ w_in[expert]), and with SAVE what is inside the activation.
 
     The tokens' rows are gathered while the product reads them. The two halves of swiglu are two accumulators of one
     program, so the activation needs no other program's numbers. The gate multiplies here, where a row has F channels
