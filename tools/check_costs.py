@@ -115,7 +115,7 @@ def run_step(cases: list[Case], output: Path, accelerator: str) -> None:
         calibrates = name not in factors
         factor = factors.setdefault(name, calibration(work, site, median))
         predicted = step_seconds(work, replace(site, step_factor=factor))
-        mfu = work.flops / median / site.peak_flops
+        mfu = work.flops / median / site.peak_flops(case.precision)
         results.append({"case": asdict(case), "resident": case.resident(), "seconds": seconds, "median": median,
                         "calibrates": calibrates, "predicted": predicted, "factor": factor, "mfu": mfu,
                         "work": asdict(work)})  # fmt: skip
