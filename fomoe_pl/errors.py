@@ -91,4 +91,4 @@ class OneMessage:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and end."""
-        fail(config_message(ex) or message)
+        fail(config_message(ex) or " ".join(message.split()))

@@ -49,14 +49,14 @@ class RunLength:
         Args:
             asked: steps that the tokens take.
             local_steps: K.
-            validations: how many are wanted; fewer, at most by half, where that makes the run less longer.
+            validations: about how many are wanted; the number by which the run becomes least longer, half as many more
+                or fewer at most.
         """
         if asked <= local_steps:
             return cls(asked, asked)
         rounds = math.ceil(asked / local_steps)
-        most = min(validations, rounds)
-        # Of equally long ones the first, which has the most validations.
-        best = min(range(most, most // 2, -1), key=lambda n: -(-rounds // n) * n)
+        numbers = range(min(validations, rounds) // 2 + 1, min(3 * validations // 2, rounds) + 1)
+        best = min(numbers, key=lambda n: (-(-rounds // n) * n, abs(n - validations)))
         every = -(-rounds // best) * local_steps
         return cls(best * every, every)
 

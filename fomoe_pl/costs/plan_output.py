@@ -120,8 +120,8 @@ def spans(numbers: Sequence[int]) -> str:
 def refusal_table(refusals: Sequence[Refusal]) -> Table:
     """What does not fit, and why."""
     table = Table(title="What does not fit", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("model", "devices", "method", "overlap", "why"):
-        table.add_column(name)
+    for name, width in (("model", 12), ("devices", 9), ("method", 13), ("overlap", 11), ("why", None)):
+        table.add_column(name, max_width=width)
     for models, layouts, refusal in merged(refusals):
         table.add_row(
             ", ".join(models), ", ".join(layouts), ", ".join(refusal.methods), spans(refusal.overlaps), refusal.reason

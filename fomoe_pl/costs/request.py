@@ -50,7 +50,7 @@ class PlanRequest:
             assumption, not a measurement.
         evaluation_window: validation batches that go through a layer together.
         val_sequences: most sequences of a validation, over all sites.
-        validations: validations of the global model in a run, each followed by a checkpoint; the last is at the end.
+        validations: about how often a run validates the global model and saves it; the last time is at the end.
         bucket_mib: size of one communication buffer, MiB.
         mtu: largest packet of the links between sites, bytes.
         copy_seconds_per_byte: measured: what a wire byte costs before and after its collective.

@@ -56,7 +56,8 @@ class Site:
         tflops_fp32: the same in float32, which counts for `precision: 32-true` alone.
         memory_gib: memory of an accelerator, GiB.
         memory_gbps: its bandwidth, 10^9 bytes a second.
-        mfu: share of the peak that local steps reach; on an H100 0.10 (153M preset) and 0.16 (1.3B) were measured.
+        mfu: share of the peak that local steps reach: an assumption; on an H100 0.09 (153M preset) and 0.16 (1.3B) were
+            measured in bf16-mixed.
         step_factor: measured seconds of a local step over those at the data sheet's peak, instead of ``mfu``;
             `tools/check_costs.py step` prints it.
         price_per_hour: of the whole site, in any currency.
