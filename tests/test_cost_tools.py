@@ -74,31 +74,49 @@ CASE = '{"model": "tiny", "batch_size": 2, "sequence_length": 32, "evaluation_wi
 def test_steps_are_timed_and_the_first_case_calibrates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = tool("check_costs")
     output = tmp_path / "step.json"
+    other = CASE % ', "architecture": {"n_layers": 1}'
     kept = check.init._draw
     try:
-        check.main(["step", "--case", CASE % "", CASE % ', "overlap": 1', "--output", str(output)])
+        check.main(["step", "--case", CASE % "", CASE % ', "overlap": 1', other, "--output", str(output)])
     finally:
         check.init._draw = kept
-    first, second = json.loads(output.read_text())
+    first, second, third = json.loads(output.read_text())
     assert first["predicted"] == pytest.approx(first["median"])
-    assert second["resident"] == 2
+    assert second["resident"] == 4
     assert second["factor"] == first["factor"]
     assert second["predicted"] < first["predicted"]
+    assert [r["calibrates"] for r in (first, second, third)] == [True, False, True]
     assert "MFU" in capsys.readouterr().out
 
 
-def test_memory_of_sites_is_measured_for_one_case_after_another(tmp_path: Path) -> None:
+def test_memory_of_sites_is_measured_for_one_case_after_another_and_failures_are_rows(tmp_path: Path) -> None:
+    """A case that fails leaves those before and after it alone; another number of sites has processes of its own."""
     output = tmp_path / "memory.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "tools/check_costs.py"), "memory", "--output", str(output), "--case",
-               CASE % ', "overlap": 1', CASE % ', "outer": "nesterov"']  # fmt: skip
+    cases = [CASE % more for more in (', "overlap": 1', ', "overlap": 3', ', "outer": "nesterov", "sites": 1')]
+    tool_ = str(ROOT / "tools/check_costs.py")
+    command = [sys.executable, tool_, "memory", "--output", str(output), "--case", *cases]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads(output.read_text())
-    assert [[site["case"]["outer"] for site in case] for case in results] == [["average"] * 2, ["nesterov"] * 2]
-    assert all(site["sites"] == 2 and site["predicted"]["steps"] > 0 for case in results for site in case)
-    assert results[0][0]["parts"]["outer_momentum"] == 0 < results[1][0]["parts"]["outer_momentum"]
+    two, refused, one = json.loads(output.read_text())
+    assert [case["case"]["outer"] for case in (two, one)] == ["average", "nesterov"]
+    assert [len(case["sites"]) for case in (two, one)] == [2, 1]
+    assert all(site["predicted"]["steps"] > 0 for case in (two, one) for site in case["sites"])
+    assert two["sites"][0]["parts"]["outer_momentum"] == 0 < one["sites"][0]["parts"]["outer_momentum"]
+    assert "a site failed" in refused["problem"]
+    assert "n_resident = 12" in done.stderr
+    assert "validated" in done.stdout
+
+
+def test_a_case_that_takes_too_long_is_told_and_its_process_ended(tmp_path: Path) -> None:
+    """Sites that say how far they are and then hang; every case has its own limit."""
+    sites, script = tool("memory_sites"), tmp_path / "hangs.py"
+    script.write_text("import time\nprint('NEXT', flush=True)\nprint('  1 rounds', flush=True)\ntime.sleep(60)\n")
+    start = time.perf_counter()
+    case = sites.Case(model="tiny", sites=1)
+    first, second = sites.measured([case, case], script, limit=0.5)
+    assert first["problem"] == second["problem"] == "no result in 0.5 s; last: 1 rounds"
+    assert time.perf_counter() - start < 20
 
 
 # -- shaped links ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ I input width of an expert, F expert width, H heads, C rows of a chunk of logits
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from fomoe_pl.costs.rounds import ADAMW_MOMENTS, ITEMSIZE
@@ -150,18 +150,18 @@ class RankMemory:
         """The largest of them: what ``torch.cuda.max_memory_allocated`` shows."""
         return max(self.moments_of_peak.values())
 
-    def largest(self) -> tuple[str, int]:
-        """Name and bytes of the largest part at the peak."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "backward"}
+    def at_peak(self) -> tuple[str, dict[str, int]]:
+        """The moment of the peak, and what is held then by part, the largest part first."""
         moment = max(self.moments_of_peak, key=self.moments_of_peak.__getitem__)
-        for name, other in (("wire", "averaging"), ("validation", "global validation")):
-            if moment != other:
-                parts.pop(name)
-        if moment in ("averaging", "global validation"):
-            parts.pop("activations")
-            parts.pop("logits")
-        name = max(parts, key=parts.__getitem__)
-        return name, parts[name]
+        of_moment = {
+            "end of the forward pass": ("gradients", "activations", "logits"),
+            "backward pass": ("backward",),
+            "averaging": ("gradients", "wire"),
+            "global validation": ("gradients", "validation"),
+        }[moment]
+        names = ("weights", "moments", "anchors", "outer_momentum", "library", *of_moment)
+        parts = {name: getattr(self, name) for name in names}
+        return moment, dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
 def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> int:
@@ -267,7 +267,9 @@ def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident:
     return streams + cached + max(layer + through, logits)
 
 
-def rank_memory(config: ModelConfig, load: Load, *, n_resident: int, routing: Routing = "ghost") -> RankMemory:
+def rank_memory(
+    config: ModelConfig, load: Load, *, n_resident: int, routing: Routing = "ghost", shards: int = 1
+) -> RankMemory:
     """Memory of a rank that holds ``n_resident`` experts of every layer, in training with AdamW.
 
     Args:
@@ -275,16 +277,20 @@ def rank_memory(config: ModelConfig, load: Load, *, n_resident: int, routing: Ro
         load: precision, batch and what else is held.
         n_resident: resident experts R of each layer, 1..E.
         routing: with partitioned routing router rows go with their experts.
+        shards: devices of a site over which its weights, gradients, moments, anchors and outer momentum are spread;
+            what a device gathers of the others' parts is not counted.
 
     Raises:
-        ConfigError: if ``n_resident`` is no number of experts of a layer.
+        ConfigError: if ``n_resident`` is no number of experts of a layer, or there is no shard.
     """
+    if shards < 1:
+        raise ConfigError("shards", shards, "must be at least 1", "1 is a site of one device")
     if not 1 <= n_resident <= config.n_experts:
         raise ConfigError("n_resident", n_resident, "must be a number of experts of a layer",
                           f"give 1 to {config.n_experts}")  # fmt: skip
     types = Types.of(load.precision)
     n_scored = config.n_experts if routing == "ghost" else n_resident
-    parameters = resident_counts(config, n_resident, routing).total
+    parameters = -(-resident_counts(config, n_resident, routing).total // shards)
     output = config.vocab_size * config.d_model
     federated, buckets = (
         load.method == "rounds",
@@ -311,7 +317,7 @@ def rank_memory(config: ModelConfig, load: Load, *, n_resident: int, routing: Ro
         outer_momentum=4 * parameters if federated and load.outer_momentum else 0,
         activations=activations,
         logits=loss_bytes(config, types, load.tokens),
-        wire=_wire_bytes(load, output, parameters) if federated else 0,
+        wire=_wire_bytes(load, -(-output // shards), parameters) if federated else 0,
         validation=_validation_bytes(config, load, types, n_resident, routing),
         library=LIBRARY_BYTES,
         backward=max(first, last_layer, ends) + buckets,

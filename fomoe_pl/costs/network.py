@@ -45,6 +45,7 @@ class Links:
             step), from one measured run.
         transport_seconds_per_byte: what the host's transport takes for it while the link sends: the slower of the two
             counts. From the same run.
+        round_overhead_seconds: what every round takes beside: control messages, waiting for the slowest. Measured.
         bucket_bytes: size of one buffer; each pays the latency.
         mtu: largest packet of the links, bytes.
     """
@@ -53,6 +54,7 @@ class Links:
     place_of: tuple[int, ...]
     copy_seconds_per_byte: float = 0.0
     transport_seconds_per_byte: float = 0.0
+    round_overhead_seconds: float = 0.0
     bucket_bytes: int = 64 * 2**20
     mtu: int = 1500
 
@@ -62,11 +64,13 @@ class Links:
         Raises:
             ConfigError: for negative costs, buckets without bytes, or places that do not exist.
         """
-        for name in ("copy_seconds_per_byte", "transport_seconds_per_byte"):
-            if getattr(self, name) < 0:
-                raise ConfigError(name, getattr(self, name), "must not be negative", "give 0, or what was measured")
+        for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "round_overhead_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(name, getattr(self, name), "must be a number of seconds, not negative",
+                                  "give 0, or what was measured")  # fmt: skip
         if self.bucket_bytes < 1:
             raise ConfigError("bucket_bytes", self.bucket_bytes, "must be at least 1", "64 MiB is the default")
+        framed(0.0, mtu=self.mtu)
         if not self.place_of or not all(0 <= place < len(self.places) for place in self.place_of):
             raise ConfigError("place_of", self.place_of, "must name a place for each site",
                               f"use 0 to {len(self.places) - 1}")  # fmt: skip
@@ -113,10 +117,33 @@ class Links:
                 free_site[site] = end
             for i in crossed:
                 free_link[i] = end
-        return max(free_site)
+        return max(free_site) + self.round_overhead_seconds
+
+    def leaving(self, sent: float) -> list[float]:
+        """Bytes that leave each place if every site sends so many, to all other sites alike."""
+        m = len(self.place_of)
+        here = [self.place_of.count(i) for i in range(len(self.places))]
+        return [n * sent * (m - n) / (m - 1) if m > 1 else 0.0 for n in here]
+
+    def exchange_seconds(self, sent: float, messages: int) -> float:
+        """Seconds in which every site sends so many bytes to the others, in exchanges that wait for each other.
+
+        Args:
+            sent: bytes of a site, in all.
+            messages: number of exchanges.
+        """
+        out = self.leaving(sent)
+        if not sent or not any(out):
+            return 0.0
+        seconds = max(
+            max(framed(left, received=left, mtu=self.mtu) * 8 / (place.bandwidth_mbit * 1e6),
+                left * self.transport_seconds_per_byte)
+            for left, place in zip(out, self.places, strict=True)
+        )  # fmt: skip
+        return seconds + sent * self.copy_seconds_per_byte + messages * max(p.latency_ms for p in self.places) / 1e3
 
     def sent_by_place(self, calls: Sequence[Collective]) -> list[float]:
-        """Payload bytes that leave each place in the given collectives."""
+        """Bytes that leave each place in the given collectives: what rings send, without frames."""
         sent = [0.0] * len(self.places)
         for call in calls:
             here = {self.place_of[site] for site in call.sites}

@@ -112,7 +112,7 @@ def test_limit(tmp_path: Path, value: float | None, passes: bool) -> None:
 
 def test_a_folder_without_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path)])
+        fomoe(["compare", str(tmp_path)])
     assert f"{tmp_path}': has no report.json, here or below" in capsys.readouterr().err
 
 
@@ -127,7 +127,7 @@ def test_a_folder_without_report_is_named(tmp_path: Path, capsys: pytest.Capture
 def test_a_damaged_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, told: str) -> None:
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path)])
+        fomoe(["compare", str(tmp_path)])
     shown = capsys.readouterr().err
     assert told in shown
     assert str(tmp_path / "report.json") in shown
@@ -137,7 +137,7 @@ def test_a_damaged_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_key_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
     write(tmp_path, 1.0, **{key: None})
     with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path)])
+        fomoe(["compare", str(tmp_path)])
     assert f"has no {key}" in capsys.readouterr().err
 
 
@@ -150,7 +150,7 @@ def test_files_are_written_into_new_folders_and_refused_early(
     capsys.readouterr()
     for impossible, told in ((tmp_path / "run" / "report.json" / "runs.csv", "cannot be made"), (tmp_path, "a folder")):
         with pytest.raises(SystemExit, match="2"):
-            main([run, "--csv", str(impossible)])
+            fomoe(["compare", run, "--csv", str(impossible)])
         shown = capsys.readouterr()
         assert told in shown.err
         assert shown.out == ""
@@ -183,7 +183,7 @@ def test_other_data_are_refused_unless_told(
 ) -> None:
     runs = [str(write(tmp_path / "run", 1.0)), str(write(tmp_path / "other", 1.0, data=data))]
     with pytest.raises(SystemExit, match="2"):
-        main(runs)
+        fomoe(["compare", *runs])
     shown = capsys.readouterr()
     assert f"compare = 'run, other': {told}" in shown.err
     assert shown.out == ""
