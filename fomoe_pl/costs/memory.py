@@ -37,20 +37,26 @@ class Types:
         stream: residual stream and the inputs of norms.
         compute: matrix products.
         casts: copies of one input that the query, key and value projections keep for the backward pass.
+        kernels: the loss, and experts unless configured otherwise, run in our kernels, as on a GPU.
     """
 
     parameter: int
     stream: int
     compute: int
     casts: int
+    kernels: bool = True
 
     @classmethod
-    def of(cls, precision: Precision) -> Types:
+    def of(cls, precision: Precision, kernels: bool = True) -> Types:
         """Types of a Trainer's precision."""
         if precision == "bf16-mixed":
-            return cls(parameter=4, stream=4, compute=2, casts=3)  # autocast casts the input of each product anew
+            return cls(4, 4, 2, casts=3, kernels=kernels)  # autocast casts the input of each product anew
         itemsize = 4 if precision == "32-true" else 2
-        return cls(itemsize, itemsize, itemsize, 1)
+        return cls(itemsize, itemsize, itemsize, casts=1, kernels=kernels)
+
+    def experts_in_kernels(self, config: ModelConfig) -> bool:
+        """Whether experts run in our kernels."""
+        return self.kernels and config.expert_backend in ("auto", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,7 @@ class Load:
         bucket_bytes: size of one wire buffer.
         val_batch_size: sequences of a validation batch; 0 for no validation.
         evaluation_window: validation batches that go through a layer together, at most the validation's.
+        kernels: on a GPU for which triton is there; else torch's own operations run.
     """
 
     precision: Precision = "bf16-mixed"
@@ -80,6 +87,7 @@ class Load:
     bucket_bytes: int = 64 * MIB
     val_batch_size: int = 0
     evaluation_window: int = 64
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         """Refuse empty batches.
@@ -186,8 +194,12 @@ def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> 
     attention = types.casts * c * d + 2 * c * (q + kv) + 4 * config.n_heads
     router = 4 * d + 2 * 4 * n_scored + 4 + (4 if config.gate == "sigmoid" else 0)
     router += 4 * k + 4 if config.normalize_gates else 0
-    picks = k * (3 * 8 + 1 + 4 + c)  # which expert, two orders, alive or not, gate twice
-    experts = k * c * (d + i + f * (3 if swiglu else 2))
+    if types.experts_in_kernels(config):
+        picks = k * (8 + 2 * 4 + 4)  # which expert, two orders, gate
+        experts = c * (k * i + (d if c < 4 else 0))  # in float32 their input is the router's
+    else:
+        picks = k * (3 * 8 + 1 + 4 + c)  # which expert, two orders, alive or not, gate twice
+        experts = k * c * (d + i + f * (3 if swiglu else 2))
     shared = 0
     if config.n_shared_experts:
         # In float32 their input is the router's.
@@ -212,18 +224,13 @@ def activation_bytes(config: ModelConfig, types: Types, tokens: int, n_resident:
 
 
 def chunk_bytes(config: ModelConfig, types: Types, tokens: int) -> tuple[int, int]:
-    """Bytes of the chunks of logits when a chunk's log-probabilities are made, and when its gradient is used."""
+    """Bytes of a chunk of logits when its gradient is made, and of the gradient."""
     width = -(-config.vocab_size // 8) * 8
-    rows = min(tokens, max(1, config.loss_chunk_bytes // (4 * width)))
-    cells, c = rows * width, types.compute
-    rounded = c < 4  # then logits are turned to float32 first, and the gradient is a copy
-    gradient = c * cells if rounded else 0
-    made = (c + 4 + (4 if rounded else 0)) * cells
-    if (
-        tokens > rows
-    ):  # the last chunk's log-probabilities, or its gradient in their place, live until they are replaced
-        made += 4 * cells + gradient
-    return made, (c + 4) * cells + gradient
+    cells, c = min(tokens, max(1, config.loss_chunk_bytes // (4 * width))) * width, types.compute
+    if types.kernels:
+        return c * cells, c * cells  # the gradient takes the logits' place
+    # Logits, in float32 if they are not yet, and their log-probabilities, which become the gradient.
+    return (c + 4 + (4 if c < 4 else 0)) * cells, c * cells
 
 
 def loss_bytes(config: ModelConfig, types: Types, tokens: int) -> int:
@@ -234,7 +241,8 @@ def loss_bytes(config: ModelConfig, types: Types, tokens: int) -> int:
     hidden = tokens * d * (types.stream + (c if c != types.stream else 0))
     gradients = 4 * width * d + tokens * d * types.stream
     made, used = chunk_bytes(config, types, tokens)
-    return matrix + hidden + gradients + max(made, used + c * width * d)
+    product = 0 if types.kernels and c < 4 else c * width * d  # added to the gradient while it is made, or after
+    return matrix + hidden + gradients + max(made, used + product)
 
 
 def _wire_bytes(load: Load, largest_piece: int, resident_elements: int) -> int:
@@ -261,7 +269,11 @@ def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident:
     elif load.wire_on_device:
         layer += 2 * away * one * types.parameter
     cached = c * resident_counts(config, n_resident, "ghost").attention if c != types.parameter else 0
-    through = tokens * (3 * r * d + 3 * c * k * d + k * c * (config.expert_in_width + config.d_expert))
+    if types.experts_in_kernels(config):
+        of_picks = k * c * (config.expert_in_width + config.d_expert + d)
+    else:
+        of_picks = k * c * (3 * d + config.expert_in_width + config.d_expert)
+    through = tokens * (3 * r * d + of_picks)
     width = -(-config.vocab_size // 8) * 8
     logits = chunk_bytes(config, types, tokens)[0] + c * width * d + tokens * d * (r + c)
     return streams + cached + max(layer + through, logits)
@@ -288,7 +300,7 @@ def rank_memory(
     if not 1 <= n_resident <= config.n_experts:
         raise ConfigError("n_resident", n_resident, "must be a number of experts of a layer",
                           f"give 1 to {config.n_experts}")  # fmt: skip
-    types = Types.of(load.precision)
+    types = Types.of(load.precision, load.kernels)
     n_scored = config.n_experts if routing == "ghost" else n_resident
     parameters = -(-resident_counts(config, n_resident, routing).total // shards)
     output = config.vocab_size * config.d_model
@@ -301,11 +313,14 @@ def rank_memory(
     # recomputed if it is checkpointed, has gradients of its picks and of the stream in flight.
     stream = load.tokens * config.d_model * types.stream
     picks = load.tokens * min(config.top_k, n_scored) * types.compute
+    i, f, d = config.expert_in_width, config.d_expert, config.d_model
+    # Rows of picks: in our kernels the gradient inside the activation, and what is made anew or goes to the tokens.
+    rows = picks * ((i + max(f, d)) if types.experts_in_kernels(config) else (3 * d + f))
     if config.activation_checkpointing:
         again = load.tokens * layer_activation_bytes(config, types, n_scored)
-        in_flight = 2 * stream + again + 2 * picks * config.d_model
+        in_flight = 2 * stream + again + (rows if types.experts_in_kernels(config) else 2 * picks * d)
     else:
-        in_flight = 2 * stream + picks * (3 * config.d_model + config.d_expert)
+        in_flight = 2 * stream + rows
     first = activations + output * (4 + types.parameter) + 2 * stream
     last_layer = activations + output * types.parameter + in_flight
     ends = types.parameter * (parameters + output) + in_flight

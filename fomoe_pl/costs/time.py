@@ -62,7 +62,7 @@ def step_work(
     flops = token_flops(
         config, load.sequence_length, n_resident=n_resident, routing=routing, ghost_fraction=ghost_fraction
     )
-    types = Types.of(load.precision)
+    types = Types.of(load.precision, load.kernels)
     n_scored = config.n_experts if routing == "ghost" else n_resident
     kept = load.tokens * config.n_layers * layer_activation_bytes(config, types, n_scored)
     moves = MOVES_OF_AN_ACTIVATION + (2 if config.activation_checkpointing else 0)
@@ -83,7 +83,7 @@ def validation_work(config: ModelConfig, load: Load, *, sequences: int) -> StepW
         load: precision and length of sequences.
         sequences: validation sequences of this site.
     """
-    tokens, types = sequences * load.sequence_length, Types.of(load.precision)
+    tokens, types = sequences * load.sequence_length, Types.of(load.precision, load.kernels)
     kept = config.n_layers * layer_activation_bytes(config, types, config.n_experts)
     return StepWork(
         flops=tokens * token_flops(config, load.sequence_length).forward,

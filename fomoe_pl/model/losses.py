@@ -51,6 +51,18 @@ def _cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int) -> tup
     return -log_p_C1.squeeze(1).where(counted_C, 0), d_logits_CW
 
 
+def _chunk_gradients(
+    hidden_CD: Tensor, weight_WD: Tensor, targets_C: Tensor, vocab_size: int, d_weight_WD: Tensor, in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """Add a chunk's part to the weight's gradient; return its loss and its hidden states' gradient."""
+    gradient = kernels.cross_entropy if in_place else _cross_entropy
+    losses_C, d_logits_CW = gradient(hidden_CD @ weight_WD.t(), targets_C, vocab_size)
+    counted_C1 = (targets_C != IGNORED)[:, None]
+    # Masked where a row has D numbers, not V.
+    _add_product(d_weight_WD, d_logits_CW.t(), hidden_CD.where(counted_C1, 0))
+    return losses_C.sum(), (d_logits_CW @ weight_WD).where(counted_C1, 0)
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b to a float32 total; on a GPU inside the product, without a rounded one in memory."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -74,17 +86,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight_WD = torch.zeros_like(weight_WD, dtype=torch.float32)
             rows = chunk_rows(len(weight_WD), max_bytes)
             in_place = hidden_ND.is_cuda and kernels.unsupported(hidden_ND.device, dtype) is None
-            start = 0
-            for hidden_CD, targets_C in zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True):
-                logits_CW = hidden_CD @ weight_WD.t()
-                gradient = kernels.cross_entropy if in_place else _cross_entropy
-                losses_C, d_logits_CW = gradient(logits_CW, targets_C, vocab_size)
-                total += losses_C.sum()
-                counted_C1 = (targets_C != IGNORED)[:, None]
-                # Masked where a row has D numbers, not V.
-                d_hidden_ND[start : start + len(hidden_CD)] = (d_logits_CW @ weight_WD).where(counted_C1, 0)
-                _add_product(d_weight_WD, d_logits_CW.t(), hidden_CD.where(counted_C1, 0))
-                start += len(hidden_CD)
+            chunks = zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True)
+            for i, (hidden_CD, targets_C) in enumerate(chunks):
+                chunk = (hidden_CD, weight_WD, targets_C, vocab_size)
+                loss, d_hidden_ND[i * rows : (i + 1) * rows] = _chunk_gradients(*chunk, d_weight_WD, in_place)
+                total += loss
         ctx.save_for_backward(d_hidden_ND, d_weight_WD[:vocab_size])
         ctx.weight_dtype = weight_VD.dtype
         return total

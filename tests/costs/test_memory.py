@@ -59,7 +59,7 @@ def kept_bytes(config: ModelConfig, precision: str) -> int:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("variant", ["paper", "swiglu", "shared"])
 def test_activations_are_those_that_autograd_keeps(variant: str, precision: Any) -> None:
-    config, types = VARIANTS[variant], Types.of(precision)
+    config, types = VARIANTS[variant], Types.of(precision, kernels=False)
     # The loss keeps both of its gradients; they are the loss's part.
     of_loss = 4 * config.vocab_size * config.d_model + B * S * config.d_model * types.stream
     predicted = activation_bytes(config, types, B * S, 8, 8) + of_loss
@@ -124,7 +124,7 @@ def test_the_peak_of_a_step_is_what_lives_in_it(changes: dict[str, Any], batch: 
     sizes = {"d_model": 64, "n_layers": 3, "n_heads": 2, "n_experts": 4, "d_expert": 32} | changes
     width = -(-sizes["vocab_size"] // 8) * 8
     config = replace(SMALL, loss_chunk_bytes=4 * width * 64, **sizes)
-    load = Load(precision=precision, batch_size=batch, sequence_length=128, method="single")
+    load = Load(precision=precision, batch_size=batch, sequence_length=128, method="single", kernels=False)
     memory = rank_memory(config, load, n_resident=4)
     measured = max(step_peaks(config, precision, batch, 128))
     assert memory.peak - memory.library == pytest.approx(measured, rel=0.05)
@@ -132,7 +132,7 @@ def test_the_peak_of_a_step_is_what_lives_in_it(changes: dict[str, Any], batch: 
 
 def test_checkpointing_keeps_the_inputs_of_blocks_alone() -> None:
     kept = kept_bytes(VARIANTS["checkpointed"], "32-true")
-    types = Types.of("32-true")
+    types = Types.of("32-true", kernels=False)
     of_loss = 4 * 1024 * 96 + B * S * 96 * 4
     predicted = activation_bytes(VARIANTS["checkpointed"], types, B * S, 8, 8) + of_loss
     assert predicted == pytest.approx(kept, rel=0.02)
