@@ -87,10 +87,10 @@ def time_steps(case: Case, device: torch.device, *, warmup: int = 3, blocks: int
             with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16-mixed"):
                 hidden, stats = model(batch["inputs"])
                 loss = model.loss(hidden, batch["targets"]) + auxiliary_loss(stats, config, model.residency).total
-            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / n

@@ -109,7 +109,7 @@ def held_bytes(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
     return {
         "parameters": sum(p.nbytes for p in parameters),
-        "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        "gradients": sum(p.nbytes for p in parameters if p.requires_grad),  # which are there in the backward pass
         "moments": sum(t.nbytes for state in states for t in state.values() if isinstance(t, torch.Tensor)),
         "anchors": observed_strategy(trainer).agreed_bytes(),
     }

@@ -1,8 +1,8 @@
 """Device memory of one rank by part, from the configuration alone: what this code allocates, not an ideal.
 
 The paper counts 18 bytes a parameter (FoMoE, arXiv 2606.19025, cost model). Here every tensor is counted that lives at
-one of the moments that can be the peak: the end of the forward pass, where the last step's gradients still live beside
-the activations and the loss's buffers; the backward pass; the round's averaging; the validation of the global model.
+one of the moments that can be the peak: the end of the forward pass, where activations and the loss's buffers live, and
+with accumulation gradients; the backward pass; the round's averaging; the validation of the global model.
 
 Letters: T tokens of a batch, D width, V vocabulary, W the vocabulary rounded up, N scored experts, K picks of a token,
 I input width of an expert, F expert width, H heads, C rows of a chunk of logits.
@@ -75,6 +75,7 @@ class Load:
         val_batch_size: sequences of a validation batch; 0 for no validation.
         evaluation_window: validation batches that go through a layer together, at most the validation's.
         kernels: on a GPU for which triton is there; else torch's own operations run.
+        accumulate: micro-batches of a step.
     """
 
     precision: Precision = "bf16-mixed"
@@ -88,6 +89,7 @@ class Load:
     val_batch_size: int = 0
     evaluation_window: int = 64
     kernels: bool = True
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         """Refuse empty batches.
@@ -95,7 +97,7 @@ class Load:
         Raises:
             ConfigError: for a size below 1.
         """
-        for name in ("batch_size", "sequence_length", "bucket_bytes", "evaluation_window"):
+        for name in ("batch_size", "sequence_length", "bucket_bytes", "evaluation_window", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be at least 1", "give a positive number")
         if self.val_batch_size < 0:
@@ -113,7 +115,8 @@ class RankMemory:
 
     Attributes:
         weights: parameters.
-        gradients: their gradients, which live from one backward pass to the next; with DDP its copies too.
+        gradients: their gradients, in the backward pass, and until the last micro-batch of a step; and DDP's copies.
+        gradients_kept: what of that is there in a forward pass and in a round.
         moments: AdamW's two moments.
         anchors: the last agreed values, float32.
         outer_momentum: of the outer rule, float32.
@@ -127,6 +130,7 @@ class RankMemory:
 
     weights: int
     gradients: int
+    gradients_kept: int
     moments: int
     anchors: int
     outer_momentum: int
@@ -145,7 +149,7 @@ class RankMemory:
     @property
     def moments_of_peak(self) -> dict[str, int]:
         """Bytes at each moment that can be the peak."""
-        held = self.lasting + self.gradients
+        held = self.lasting + self.gradients_kept
         return {
             "end of the forward pass": held + self.activations + self.logits,
             "backward pass": self.lasting + self.backward,
@@ -162,10 +166,10 @@ class RankMemory:
         """The moment of the peak, and what is held then by part, the largest part first."""
         moment = max(self.moments_of_peak, key=self.moments_of_peak.__getitem__)
         of_moment = {
-            "end of the forward pass": ("gradients", "activations", "logits"),
+            "end of the forward pass": ("gradients_kept", "activations", "logits"),
             "backward pass": ("backward",),
-            "averaging": ("gradients", "wire"),
-            "global validation": ("gradients", "validation"),
+            "averaging": ("gradients_kept", "wire"),
+            "global validation": ("gradients_kept", "validation"),
         }[moment]
         names = ("weights", "moments", "anchors", "outer_momentum", "library", *of_moment)
         parts = {name: getattr(self, name) for name in names}
@@ -308,6 +312,7 @@ def rank_memory(
         load.method == "rounds",
         DDP_COPIES * types.parameter * parameters if load.method == "ddp" else 0,
     )
+    gradients = types.parameter * parameters
     activations = activation_bytes(config, types, load.tokens, n_resident, n_scored)
     # Gradients come while activations go. First the output matrix's is made, of its float32 sum; then the last layer,
     # recomputed if it is checkpointed, has gradients of its picks and of the stream in flight.
@@ -326,7 +331,9 @@ def rank_memory(
     ends = types.parameter * (parameters + output) + in_flight
     return RankMemory(
         weights=types.parameter * parameters,
-        gradients=types.parameter * parameters + buckets,
+        gradients=gradients + buckets,
+        # Freed after the step, with accumulation after the last micro-batch's.
+        gradients_kept=(gradients if load.accumulate > 1 else 0) + buckets,
         moments=ADAMW_MOMENTS * types.parameter * parameters,
         anchors=4 * parameters if federated else 0,
         outer_momentum=4 * parameters if federated and load.outer_momentum else 0,

@@ -112,6 +112,12 @@ class SiteStrategy(CheckpointingStrategy):
         kept = () if self.federation is None else (self.federation.anchors, self.federation.momenta)
         return sum(tensor.nbytes for tensors in kept for tensor in tensors.values())
 
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """One step, after which gradients are freed: Lightning would keep them beside the next step's activations."""
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        optimizer.zero_grad()
+        return output
+
     # -- Lightning's own traffic, counted ------------------------------------------------------------------------
 
     @property

@@ -102,11 +102,11 @@ def step_peaks(config: ModelConfig, precision: str, batch: int, length: int) -> 
                 hidden, stats = model(tokens[:, :-1])
                 loss = model.loss(hidden, tokens[:, 1:]) + auxiliary_loss(stats, config, model.residency).total
             forward, bytes_.peak = bytes_.peak, 0
-            optimizer.zero_grad()  # as Lightning does: after the forward pass
             loss.backward()
             backward = bytes_.peak
             del hidden, stats, loss
             optimizer.step()
+            optimizer.zero_grad()  # as strategies do
     return forward, backward
 
 

@@ -40,7 +40,7 @@ class Saving(L.Callback):
         self.saved: dict[str, dict[str, Any]] = {}
         self.sizes: dict[str, list[int]] = {}
 
-    def on_before_zero_grad(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
         if trainer.strategy.optimizer_steps == 1:
             self.sizes = sizes(trainer)
 
