@@ -13,6 +13,10 @@ from fomoe_pl.errors import ConfigError
 FRAME_HEADER, PACKET_HEADERS = 14, 52
 """Bytes of an Ethernet header as interfaces count it, and of IPv4's and TCP's with time stamps."""
 SEGMENTS_PER_ACKNOWLEDGEMENT = 2
+LARGEST_SEGMENT = 2**20
+"""Bytes of the pieces in which gloo's ring sends a buffer; of two it sends the second before the first is there."""
+LATENCIES_OF_A_SEGMENT = 2
+"""The receiver says that it is ready, then the segment comes."""
 
 
 def framed(payload: float, *, received: float = 0.0, mtu: int = 1500) -> float:
@@ -46,7 +50,7 @@ class Links:
         transport_seconds_per_byte: what the host's transport takes for it while the link sends: the slower of the two
             counts. From the same run.
         round_overhead_seconds: what every round takes beside: control messages, waiting for the slowest. Measured.
-        bucket_bytes: size of one buffer; each pays the latency.
+        bucket_bytes: size of one buffer; they follow each other.
         mtu: largest packet of the links, bytes.
     """
 
@@ -83,23 +87,36 @@ class Links:
     def seconds(self, call: Collective) -> float:
         """Seconds of one ring all-reduce, if nothing else uses the links.
 
-        Each of g sites sends 2(g-1)/g of the payload, in 2(g-1) messages that wait for each other. The ring goes
-        through the sites in order, so that it leaves each place once; the slowest link is the ring's.
+        Each of g sites sends 2(g-1)/g of the payload. The ring goes through the sites in order, so that it leaves each
+        place once; the slowest link is the ring's. Buffers follow each other.
         """
         g = len(call.sites)
         if g < 2:
             return 0.0
-        sent = 2 * (g - 1) / g * call.payload
-        here = {self.place_of[site] for site in call.sites}
-        places = [self.places[i] for i in here]
-        copies, transport = sent * self.copy_seconds_per_byte, sent * self.transport_seconds_per_byte
-        bits = framed(sent, received=sent, mtu=self.mtu) * 8
+        whole, rest = divmod(call.payload, self.bucket_bytes)
+        places = [self.places[i] for i in sorted({self.place_of[site] for site in call.sites})]
+        copies = 2 * (g - 1) / g * call.payload * self.copy_seconds_per_byte
+        ring = whole * self._ring_seconds(self.bucket_bytes, g, places)
+        return copies + ring + (self._ring_seconds(rest, g, places) if rest else 0.0)
+
+    def _ring_seconds(self, payload: int, g: int, places: Sequence[Site]) -> float:
+        """Seconds of a ring with one buffer, as gloo runs it; `tools/shaped_links.py --latencies` measures it.
+
+        The buffer is cut into segments, at least two for each site. Both halves of the ring send (g-1)/g of them to the
+        next site, two at a time: a pair takes as long as the link needs for it, or as its first segment needs to get
+        there. So 4(g-1) latencies are the least.
+        """
+        per_site = max(2, -(-payload // (LARGEST_SEGMENT * g)))
+        segment = payload / (g * per_site)
+        transport = segment * self.transport_seconds_per_byte
+        bits = framed(segment, received=segment, mtu=self.mtu) * 8
         if len(places) == 1:
-            return copies + max(transport, bits / (places[0].inner_bandwidth_mbit * 1e6))
-        slowest = min(place.bandwidth_mbit for place in places)
-        wait = max(place.latency_ms for place in places) / 1e3
-        buckets = max(1, math.ceil(call.payload / self.bucket_bytes))
-        return copies + max(transport, bits / (slowest * 1e6)) + buckets * 2 * (g - 1) * wait
+            rate, wait = places[0].inner_bandwidth_mbit, 0.0
+        else:
+            rate = min(place.bandwidth_mbit for place in places)
+            wait = max(place.latency_ms for place in places) / 1e3
+        sending = max(transport, bits / (rate * 1e6))
+        return (g - 1) * per_site * max(2 * sending, LATENCIES_OF_A_SEGMENT * wait + sending)
 
     def round_seconds(self, calls: Sequence[Collective]) -> float:
         """Seconds of a round's collectives, each site calling its own in the given order and waiting for its partners.
@@ -140,7 +157,8 @@ class Links:
                 left * self.transport_seconds_per_byte)
             for left, place in zip(out, self.places, strict=True)
         )  # fmt: skip
-        return seconds + sent * self.copy_seconds_per_byte + messages * max(p.latency_ms for p in self.places) / 1e3
+        wait = LATENCIES_OF_A_SEGMENT * max(place.latency_ms for place in self.places) / 1e3
+        return seconds + sent * self.copy_seconds_per_byte + messages * wait
 
     def sent_by_place(self, calls: Sequence[Collective]) -> list[float]:
         """Bytes that leave each place in the given collectives: what rings send, without frames."""

@@ -17,6 +17,7 @@ from fomoe_pl.costs.rounds import (
     ITEMSIZE,
     Collective,
     checkpoint_bytes,
+    control_collectives,
     ddp_collectives,
     evaluation_bytes,
     round_collectives,
@@ -256,7 +257,8 @@ class Planner:
         length = RunLength.of(asked, k, request.validations)
         links = request.links(choice.layout)
         calls = self._averages(replace(choice, local_steps=1))
-        round_seconds, sent = links.round_seconds(calls), max(links.sent_by_place(calls), default=0.0)
+        control = [] if choice.method == "ddp" else control_collectives(choice.sites)
+        round_seconds, sent = links.round_seconds([*calls, *control]), max(links.sent_by_place(calls), default=0.0)
         windows = -(-self._validation_batches(choice, batch) // request.evaluation_window)
         gathered = 0.0 if choice.method == "ddp" else evaluation_bytes(
             self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,

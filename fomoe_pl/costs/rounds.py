@@ -143,6 +143,17 @@ def ddp_collectives(architecture: ModelConfig, n_sites: int, itemsize: int = 4) 
     return [Collective("dense", tuple(range(n_sites)), itemsize * parameter_counts(architecture).total)]
 
 
+def control_collectives(n_sites: int) -> list[Collective]:
+    """The two messages of a round, in which latency alone counts: the sites' report, and what observers add up.
+
+    Of the second one's size the least is taken, a number of each site (`control_bytes` of ``fomoe_pl.costs.bytes``).
+    """
+    if n_sites < 2:
+        return []
+    everyone = tuple(range(n_sites))
+    return [Collective("control", everyone, 8 * (2 * n_sites + 3)), Collective("control", everyone, 8 * n_sites)]
+
+
 def migration_bytes(
     architecture: ModelConfig, *, n_sites: int, overlap: int, routing: Routing = "ghost", momentum: bool = False
 ) -> float:

@@ -60,14 +60,39 @@ def test_ghosts_are_skipped_and_residents_are_not() -> None:
 
 
 def test_a_ring_by_hand() -> None:
-    """1 MB over 4 sites at 100 Mbit/s: each sends 1.5 MB in frames, in 6 messages of 5 ms, in each of two buckets."""
-    links = Links.between([site(latency_ms=5)] * 3 + [site(bandwidth_mbit=1000)], bucket_bytes=600_000)
-    seconds = links.seconds(Collective("dense", (0, 1, 2, 3), 1_000_000))
-    frames = 1_500_000 / 1448
-    assert seconds == pytest.approx((frames * 1514 + frames / 2 * 66) * 8 / 100e6 + 2 * 6 * 0.005)
+    """2.5 MB over 4 sites at 100 Mbit/s, 2 MB and the rest: a ring's halves send 3/4 each, two segments at once."""
+    places = [site(latency_ms=5)] * 3 + [site(bandwidth_mbit=1000)]
+    links = Links.between(places, bucket_bytes=2_000_000)
+    call = Collective("dense", (0, 1, 2, 3), 2_500_000)
+
+    def sending(segment: float) -> float:
+        frames = segment / 1448
+        return (frames * 1514 + frames / 2 * 66) * 8 / 100e6
+
+    # Two segments for each site: of 250 kB, which the link needs longer for than the latency; and of 62.5 kB.
+    pairs = 2 * 3
+    large, small = sending(250_000), sending(62_500)
+    assert 2 * large > 0.010 + large
+    assert 2 * small < 0.010 + small
+    assert links.seconds(call) == pytest.approx(pairs * 2 * large + pairs * (0.010 + small))
+    without = Links.between([replace(place, latency_ms=0) for place in places])
+    assert without.seconds(call) == pytest.approx(sending(2 * 3 / 4 * 2_500_000))
     assert links.seconds(Collective("dense", (2,), 1_000_000)) == 0.0
     assert framed(1448) == 1514
     assert framed(8948, mtu=9000) == 9014
+
+
+@pytest.mark.parametrize("g", [2, 3, 4, 6])
+def test_a_small_average_waits_for_four_latencies_a_neighbour(g: int) -> None:
+    """Which links of 20 ms were measured to take, 2 to 6 sites: docs/benchmarks/latency_cpu_2026-11-25.md."""
+    links = Links.between([site(latency_ms=20, bandwidth_mbit=1e6)] * g)
+    assert links.seconds(Collective("dense", tuple(range(g)), 1024)) == pytest.approx(4 * (g - 1) * 0.020, rel=0.01)
+
+
+def test_a_large_average_waits_for_every_pair_of_its_segments() -> None:
+    """64 MiB over 4 sites: 16 segments for each site, of which three go on in both halves, in pairs."""
+    links = Links.between([site(latency_ms=60, bandwidth_mbit=1e6)] * 4)
+    assert links.seconds(Collective("dense", (0, 1, 2, 3), 2**26)) == pytest.approx(2 * 3 * 16 / 2 * 0.120, rel=0.01)
 
 
 def test_the_slower_of_link_and_transport_counts_and_copies_are_added() -> None:
@@ -119,7 +144,7 @@ def test_rounds_cost_less_with_less_overlap_more_bandwidth_and_fewer_sites() -> 
         return Links.between([site(**changes)] * m).round_seconds(round_collectives(config, n_sites=m, overlap=overlap))
 
     assert seconds(4, 1) < seconds(4, 2) < seconds(4, 4)
-    assert seconds(4, 4) < seconds(4, 4, latency_ms=10) < seconds(4, 4, bandwidth_mbit=50)
+    assert seconds(4, 4) < seconds(4, 4, latency_ms=50) < seconds(4, 4, bandwidth_mbit=50)
     assert seconds(2, 2) < seconds(4, 4) < seconds(8, 8)
     assert seconds(1, 1) == 0.0
 
@@ -177,7 +202,7 @@ def test_an_exchange_by_hand() -> None:
     links = Links((site(latency_ms=5), site(bandwidth_mbit=1000)), (0, 0, 1))
     assert links.leaving(3e6) == [3e6, 3e6]
     frames = 3e6 / 1448
-    expected = (frames * 1514 + frames / 2 * 66) * 8 / 100e6 + 7 * 0.005
+    expected = (frames * 1514 + frames / 2 * 66) * 8 / 100e6 + 7 * 2 * 0.005
     assert links.exchange_seconds(3e6, messages=7) == pytest.approx(expected)
     assert Links.between([site()]).exchange_seconds(3e6, 1) == 0.0
     assert links.exchange_seconds(0.0, 7) == 0.0
