@@ -33,6 +33,10 @@ def _output_matrix(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
     return F.pad(weight_VD.to(dtype), (0, 0, 0, missing)) if missing else weight_VD.to(dtype)
 
 
+def _in_kernel(hidden_ND: Tensor, dtype: torch.dtype) -> bool:
+    return hidden_ND.is_cuda and kernels.unsupported(hidden_ND.device, dtype) is None
+
+
 def _log_probabilities(logits_CW: Tensor, vocab_size: int) -> Tensor:
     """Return float32 (C,W) of the vocabulary, -inf in the padding."""
     logits_CW[:, vocab_size:] = -torch.inf
@@ -52,11 +56,14 @@ def _cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int) -> tup
 
 
 def _chunk_gradients(
-    hidden_CD: Tensor, weight_WD: Tensor, targets_C: Tensor, vocab_size: int, d_weight_WD: Tensor, in_place: bool
+    hidden_CD: Tensor, weight_WD: Tensor, targets_C: Tensor, vocab_size: int, d_weight_WD: Tensor, in_kernel: bool
 ) -> tuple[Tensor, Tensor]:
     """Add a chunk's part to the weight's gradient; return its loss and its hidden states' gradient."""
-    gradient = kernels.cross_entropy if in_place else _cross_entropy
-    losses_C, d_logits_CW = gradient(hidden_CD @ weight_WD.t(), targets_C, vocab_size)
+    d_logits_CW = hidden_CD @ weight_WD.t()
+    if in_kernel:
+        losses_C = kernels.cross_entropy(d_logits_CW, targets_C, vocab_size, with_gradient=True)
+    else:
+        losses_C, d_logits_CW = _cross_entropy(d_logits_CW, targets_C, vocab_size)
     counted_C1 = (targets_C != IGNORED)[:, None]
     # Masked where a row has D numbers, not V.
     _add_product(d_weight_WD, d_logits_CW.t(), hidden_CD.where(counted_C1, 0))
@@ -85,11 +92,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Over many chunks a bfloat16 sum would lose the small ones.
             d_weight_WD = torch.zeros_like(weight_WD, dtype=torch.float32)
             rows = chunk_rows(len(weight_WD), max_bytes)
-            in_place = hidden_ND.is_cuda and kernels.unsupported(hidden_ND.device, dtype) is None
+            in_kernel = _in_kernel(hidden_ND, dtype)
             chunks = zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True)
             for i, (hidden_CD, targets_C) in enumerate(chunks):
                 chunk = (hidden_CD, weight_WD, targets_C, vocab_size)
-                loss, d_hidden_ND[i * rows : (i + 1) * rows] = _chunk_gradients(*chunk, d_weight_WD, in_place)
+                loss, d_hidden_ND[i * rows : (i + 1) * rows] = _chunk_gradients(*chunk, d_weight_WD, in_kernel)
                 total += loss
         ctx.save_for_backward(d_hidden_ND, d_weight_WD[:vocab_size])
         ctx.weight_dtype = weight_VD.dtype
@@ -134,12 +141,17 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
     losses = []
     with torch.autocast(device_type=hidden_ND.device.type, enabled=False):
         weight_WD = _output_matrix(weight_VD, dtype)
-        rows = chunk_rows(len(weight_WD), max_bytes)
+        rows, in_kernel = chunk_rows(len(weight_WD), max_bytes), _in_kernel(hidden_ND, dtype)
         for hidden_CD, targets_C in zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True):
-            counted_C = targets_C != IGNORED
-            log_p_CW = _log_probabilities(hidden_CD @ weight_WD.t(), len(weight_VD))
-            log_p_C1 = log_p_CW.gather(1, targets_C.where(counted_C, 0)[:, None])
-            losses.append(-log_p_C1.squeeze(1).where(counted_C, 0))
+            logits_CW = hidden_CD @ weight_WD.t()
+            if in_kernel:
+                losses_C = kernels.cross_entropy(logits_CW, targets_C, len(weight_VD), with_gradient=False)
+            else:
+                counted_C = targets_C != IGNORED
+                log_p_CW = _log_probabilities(logits_CW, len(weight_VD))
+                log_p_C1 = log_p_CW.gather(1, targets_C.where(counted_C, 0)[:, None])
+                losses_C = -log_p_C1.squeeze(1).where(counted_C, 0)
+            losses.append(losses_C)
     return torch.cat(losses)
 
 

@@ -57,11 +57,11 @@ class Tuning(NamedTuple):
 
 TUNED = {
     2: Tuning(
-        up=Tiles(128, 128, 32, 8, 4),
+        up=Tiles(128, 128, 32, 8, 5),
         down=Tiles(128, 256, 64, 8, 3),
-        down_backward=Tiles(64, 128, 64, 4, 4),
+        down_backward=Tiles(64, 128, 64, 8, 3, registers=128),
         up_backward=Tiles(128, 256, 64, 8, 3),
-        weights=Tiles(128, 128, 64, 4, 3),
+        weights=Tiles(128, 128, 32, 4, 5),
     ),
     4: Tuning(*[Tiles(64, 64, 32, 4, 3)] * 5),
 }
@@ -293,31 +293,23 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 skip_experts.register_autograd(_backward, setup_context=_save)
 
 
-def cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Turn logits into the gradient of the summed cross entropy, in place.
+def cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int, *, with_gradient: bool) -> Tensor:
+    """Return the cross entropies, float32 (C,), 0 where a target does not count.
 
     Args:
         logits_CW: Logits, contiguous (C,W); columns from V on are padding.
         targets_C: Next tokens, int64 (C,); -100 does not count.
         vocab_size: V.
-
-    Returns:
-        Losses, float32 (C,), and the gradient (C,W), which is ``logits_CW``; both 0 where a target does not count.
+        with_gradient: Put the gradient of the losses' sum in the logits' place.
     """
     n_rows, width = logits_CW.shape
     losses_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CW.device)
     block = min(_up_to_power(width), 8192)
     on_device.cross_entropy[(n_rows,)](
-        logits_CW,
-        targets_C,
-        losses_C,
-        vocab_size,
-        width,
-        IGNORED=-100,
-        BLOCK=block,
+        logits_CW, targets_C, losses_C, vocab_size, width, IGNORED=-100, GRADIENT=with_gradient, BLOCK=block,
         num_warps=max(1, min(16, block // 256)),
-    )
-    return losses_C, logits_CW
+    )  # fmt: skip
+    return losses_C
 
 
 def dispatch(

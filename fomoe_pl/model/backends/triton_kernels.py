@@ -273,8 +273,10 @@ def weight_gradient(
 
 
 @triton.jit
-def cross_entropy(logits_CW, targets_C, losses_C, V, W, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
-    """Replace a row of logits by its cross entropy's gradient, in place, and write the loss; zeros where not counted.
+def cross_entropy(
+    logits_CW, targets_C, losses_C, V, W, IGNORED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write a row's cross entropy, and with GRADIENT its gradient in the logits' place; zeros where not counted.
 
     One program a row, read twice: for the sum of exponentials, each lane with a maximum of its own until the end, and
     for the gradient. The second time most of the row is still in a cache. Columns from V on are padding.
@@ -295,10 +297,12 @@ def cross_entropy(logits_CW, targets_C, losses_C, V, W, IGNORED: tl.constexpr, B
     log_total = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
     chosen = tl.load(logits + tl.where(counted, target, 0)).to(tl.float32)
     tl.store(losses_C + row, tl.where(counted, log_total - chosen, 0.0))
-    # All threads must have read the target's logit before one of them overwrites it.
-    tl.debug_barrier()
-    for start in range(0, W, BLOCK):
-        column = start + at
-        x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
-        gradient = tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)
-        tl.store(logits + column, tl.where(counted, gradient, 0.0).to(logits_CW.dtype.element_ty), mask=column < W)
+    if GRADIENT:
+        # All threads must have read the target's logit before one of them overwrites it.
+        tl.debug_barrier()
+        for start in range(0, W, BLOCK):
+            column = start + at
+            x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
+            gradient = tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)
+            gradient = tl.where(counted, gradient, 0.0).to(logits_CW.dtype.element_ty)
+            tl.store(logits + column, gradient, mask=column < W)
