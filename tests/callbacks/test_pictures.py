@@ -188,12 +188,24 @@ def test_at_most_twelve_layers_are_shown(n: int) -> None:
 def test_extremes_can_be_drawn(load: Any) -> None:
     for figure in (
         figures.heat_map(load, "title", "unit", even=True), figures.heat_map(load, "title", "unit"),
-        figures.timeline(torch.stack([load, load]), [4, 8]), figures.timeline(load[None], [4]),
+        figures.timeline(torch.stack([load, load]), [0, 4, 8], 2), figures.timeline(load[None], [0, 4]),
         figures.domain_maps(load[:, None], ["law"]),
     ):  # fmt: skip
         figure.canvas.draw()
         axes = figure.axes
         assert axes[-1].get_ylabel()  # the colour bar's unit
+
+
+def test_timeline_is_as_wide_as_the_rounds_are_long() -> None:
+    load_RLE = torch.tensor([[[1.0, 1.0]], [[0.5, 1.5]], [[1.5, 0.5]]])
+    axes, bar = figures.timeline(load_RLE, [0, 1, 2, 34], 4).axes
+    (mesh,) = axes.collections
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 1, 2, 34]
+    assert mesh.get_array().tolist() == load_RLE[:, 0].T.tolist()
+    assert axes.get_ylim() == (1.5, -0.5)  # expert 0 above
+    assert "optimizer steps" in axes.figure.get_supxlabel()
+    assert "mean of 4 rounds" in axes.figure.get_supxlabel()
+    assert bar.get_ylabel() == figures.EVEN
 
 
 def test_placement_shows_who_holds_what() -> None:
