@@ -200,7 +200,9 @@ class RoundCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Tell whether a round ended with this batch."""
         strategy = observed_strategy(trainer)
-        due = not strategy.has_rounds and trainer.global_step - self._step >= self.every_n_steps
+        # Counted from the run's start: a resumed run logs at the same steps. A step may have several micro-batches.
+        new = trainer.global_step != self._step
+        due = not strategy.has_rounds and new and trainer.global_step % self.every_n_steps == 0
         if due or strategy.rounds_done != self._rounds:
             self._rounds, self._step = strategy.rounds_done, trainer.global_step
             with watching(trainer):
