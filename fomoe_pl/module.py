@@ -59,7 +59,8 @@ class FoMoEModule(L.LightningModule):
         seed: seed of the initial weights; with equal seeds all sites and all placements start from the same model.
             None: on the command line that of `seed_everything`, else 0.
         evaluation_window: validation batches that go through each layer together. When experts are gathered from
-            other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory.
+            other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory: one
+            window of hidden states, two where random routing is measured too.
         max_skipped_steps: optimizer steps that all sites together may skip because gradients are not finite; one more
             stops the run.
     """
@@ -282,24 +283,33 @@ class FoMoEModule(L.LightningModule):
         skips = others and not model.residency.is_full(self.config)
         with self.trainer.precision_plugin.val_step_context():
             streams = [model.embed(batch["inputs"]) for batch in self._window]
-            random, own = list(streams) if others else [], list(streams) if skips else []
+            # Before other experts are here, and batch by batch: of a site's own view nothing is kept but the losses.
+            own: list[Tensor] = []
+            for x_BSD, batch in zip(streams, self._window, strict=True) if skips else ():
+                own.append(self._losses(self._own_view(x_BSD), batch))
+            random = list(streams) if others else []
             for layer, block in enumerate(model.layers):
-                own = [block(x_BSD)[0] for x_BSD in own]  # before the layer's other experts are here
                 with self.expert_source(layer):
-                    for i, x_BSD in enumerate(streams):  # in place: one window of hidden states, not two
-                        streams[i], stats = block(x_BSD)
+                    for i in range(len(streams)):  # in place: of each view one window of hidden states, not two
+                        streams[i], stats = block(streams[i])
                         counted_BS = self._window[i]["targets"] != IGNORED
                         domain_BS = torch.where(counted_BS, self._window[i]["domain"][:, None], -1)
                         metric.loads.update(layer, block.moe.router.expert_ids(stats.picks_TK), domain_BS.flatten())
                     with block.moe.router.at_random(self._random):
-                        random = [block(x_BSD)[0] for x_BSD in random]
+                        for i in range(len(random)):
+                            random[i] = block(random[i])[0]
             for i, batch in enumerate(self._window):
                 losses_BS = self._losses(streams[i], batch)
                 metric.language.update(losses_BS, batch["targets"], batch["domain"], self._token_bytes_V)
                 if others:
-                    own_BS = self._losses(own[i], batch) if skips else losses_BS
+                    own_BS = own[i] if skips else losses_BS
                     metric.views.update(losses_BS, self._losses(random[i], batch), own_BS, batch["targets"])
         self._window.clear()
+
+    def _own_view(self, x_BSD: Tensor) -> Tensor:
+        for block in self.transformer.layers:
+            x_BSD = block(x_BSD)[0]
+        return x_BSD
 
     def _losses(self, x_BSD: Tensor, batch: Batch) -> Tensor:
         return self.transformer.token_losses(self.transformer.finish(x_BSD), batch["targets"])
