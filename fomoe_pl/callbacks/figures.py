@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MOST_PANELS = 12
 EVEN = "load / mean load (1 = even)"
+MOST_EVEN = 4.0
+"""Where the reds end that stand for more than even: one early outlier would else leave all the rest pale."""
 MISSING = "0.8"  # grey, for what is undefined
 
 
@@ -39,7 +41,7 @@ def heat_map(values_LE: Tensor, title: str, unit: str, *, even: bool = False, mo
     image = _image(axes, values_LE, even=even, most=most)
     axes.set(title=title, xlabel="expert", ylabel="layer")
     _whole_ticks(axes, experts, layers)
-    figure.colorbar(image, ax=axes, label=unit)
+    _colour_bar(figure, image, axes, unit, values_LE)
     return figure
 
 
@@ -66,7 +68,7 @@ def timeline(load_RLE: Tensor, edges: Sequence[int], rounds_each: int = 1) -> Fi
     figure.supxlabel(f"optimizer steps of a site (a column is a {column}, as wide as its steps)", fontsize=9)
     figure.supylabel("expert", fontsize=9)
     figure.suptitle("Load of each expert over the run", fontsize=11)
-    figure.colorbar(image, ax=panels, label=EVEN)
+    _colour_bar(figure, image, panels, EVEN, load_RLE)
     return figure
 
 
@@ -83,7 +85,7 @@ def domain_maps(load_LNE: Tensor, domains: Sequence[str]) -> Figure:
         axes.set_yticks(range(len(domains)), domains, fontsize=7)
     figure.supxlabel("expert", fontsize=9)
     figure.suptitle("Picks of each domain's text, global model", fontsize=11)
-    figure.colorbar(image, ax=panels, label="picks / even share (1 = even)")
+    _colour_bar(figure, image, panels, "picks / even share (1 = even)", share_LNE)
     return figure
 
 
@@ -159,7 +161,13 @@ def _shown(values: Tensor, *, even: bool, most: float | None) -> tuple[Any, dict
 
 def _even_limit(values: Tensor) -> float:
     finite = values[values.isfinite()]
-    return max(2.0, float(finite.max())) if len(finite) else 2.0
+    return min(max(2.0, float(finite.max())), MOST_EVEN) if len(finite) else 2.0
+
+
+def _colour_bar(figure: Figure, image: Any, axes: Any, label: str, values: Tensor) -> None:
+    """Of all panels; with an arrow where some of the values are beyond it."""
+    beyond = bool((values[values.isfinite()] > image.norm.vmax).any())
+    figure.colorbar(image, ax=axes, label=label, extend="max" if beyond else "neither")
 
 
 def _ticks(n: int) -> list[int]:

@@ -208,6 +208,16 @@ def test_timeline_is_as_wide_as_the_rounds_are_long() -> None:
     assert bar.get_ylabel() == figures.EVEN
 
 
+def test_one_outlier_does_not_leave_the_rest_pale() -> None:
+    load_LE = torch.full((1, 16), 15.0).index_fill(1, torch.arange(1, 16), 1 / 15)
+    picture, bar = figures.heat_map(load_LE, "title", "unit", even=True).axes
+    assert picture.images[0].norm.vmax == 4
+    assert picture.images[0].colorbar.extend == "max"  # the bar says that there is more
+    assert bar.get_ylabel() == "unit"
+    picture, _ = figures.heat_map(torch.tensor([[3.0, 0, 0]]), "title", "unit", even=True).axes
+    assert (picture.images[0].norm.vmax, picture.images[0].colorbar.extend) == (3, "neither")
+
+
 def test_placement_shows_who_holds_what() -> None:
     placement = place("fixed", n_layers=2, n_experts=4, n_sites=2, overlap=1)
     figure = figures.placement_map(placement)
