@@ -84,29 +84,36 @@ def _joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[T
 
 
 class PickHistory:
-    """Picks on the probe at earlier looks; of a long run those at every second, fourth, ... look."""
+    """Picks on the probe at earlier looks; of a long run those at every second, fourth, ... look, and the last."""
 
     def __init__(self) -> None:
-        self.kept: list[tuple[int, Tensor]] = []
+        self._kept: list[tuple[int, Tensor]] = []
+        self._last: list[tuple[int, Tensor]] = []  # one, or none
         self._stride, self._looks = 1, 0
 
+    def looks(self) -> list[tuple[int, Tensor]]:
+        """Optimizer steps, and picks (L,T,K) as int16."""
+        return self._kept + [last for last in self._last if not self._kept or last[0] != self._kept[-1][0]]
+
     def add(self, step: int, picks_LTK: Tensor) -> None:
-        """Add a look, if its turn is to be kept.
+        """Add a look.
 
         Args:
             step: Optimizer steps taken.
             picks_LTK: Expert ids.
         """
+        self._last = [(step, picks_LTK.to(torch.int16))]
         if self._looks % self._stride == 0:
-            self.kept.append((step, picks_LTK.to(torch.int16)))
+            self._kept += self._last
         self._looks += 1
-        if len(self.kept) > LOOKS:
-            self.kept, self._stride = self.kept[::2], 2 * self._stride
+        if len(self._kept) > LOOKS:
+            self._kept, self._stride = self._kept[::2], 2 * self._stride
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
-        return {"kept": self.kept[:], "stride": self._stride, "looks": self._looks}
+        return {"kept": self._kept[:], "last": self._last, "stride": self._stride, "looks": self._looks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
-        self.kept, self._stride, self._looks = list(state["kept"]), state["stride"], state["looks"]
+        self._kept, self._last = list(state["kept"]), state["last"]
+        self._stride, self._looks = state["stride"], state["looks"]

@@ -262,7 +262,7 @@ class RoutingStability(RoundCallback, RoundObserver):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, at their own steps, how much of the last look's picks each earlier one had already."""
         if self._last_picks is not None:
-            for step, picks_LTK in self._history.kept:
+            for step, picks_LTK in self._history.looks():
                 log(trainer, by_layer("routing/saturation", pick_overlap(picks_LTK.long(), self._last_picks)), step)
 
     # -- validation -----------------------------------------------------------------------------------------------

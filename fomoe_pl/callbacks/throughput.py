@@ -78,12 +78,17 @@ class TimedCallback(Callback):
         self._reading = self._read(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time since the last batch does not count."""
-        self._interrupted = True
+        """From here on time does not count."""
+        self._interrupt(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Time since the last batch does not count."""
-        self._interrupted = True
+        """From here on time does not count."""
+        self._interrupt(trainer, pl_module)
+
+    def _interrupt(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._interrupted:  # callbacks behind this one may have looked and drawn since the batch ended
+            self._add(trainer, pl_module)
+            self._interrupted = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Take the time up again after an interruption."""
@@ -91,7 +96,13 @@ class TimedCallback(Callback):
             self._reading, self._interrupted = self._read(trainer, pl_module), False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Add this batch."""
+        """Add this batch, unless a callback before this one has saved: it is added up to there then."""
+        if self._interrupted:
+            self._reading, self._interrupted = self._read(trainer, pl_module), False
+        else:
+            self._add(trainer, pl_module)
+
+    def _add(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reading = self._read(trainer, pl_module)
         self.trained += reading - self._reading
         self._reading = reading
@@ -140,6 +151,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         self._step = 0
         self._before = Interval()
         self._picks: float | None = None
+        self._counted, self._resets = (0.0, 0.0), 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the first window."""
@@ -148,6 +160,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         self._module = observed_module(pl_module)
         config, residency = self._module.config, self._module.transformer.residency
         skips = residency.routing == "ghost" and not residency.is_full(config)
+        self._counted, self._resets = (0.0, 0.0), self._module.routing_health.resets
         self._picks = None if skips else float(min(config.top_k, residency.n_scored(0, config)))
         if skips:
             observe_rounds(trainer, self)
@@ -157,10 +170,15 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
             self._peak_flops = get_available_flops(pl_module.device, torch.bfloat16 if bf16 else torch.float32)
 
     def after_synchronization(self) -> None:
-        """Note how many of a token's picks were executed, before the counts start again."""
+        """Note how many of a token's picks were executed in the round, before the counts start again."""
         health = self._module.routing_health
-        share = health.live_LE.sum() / (health.picks * len(health.live_LE))
-        self._picks = float(share) * self._module.config.top_k
+        live, picks = health.executed()
+        # They start again only if somebody else reads them.
+        live_before, picks_before = self._counted if health.resets == self._resets else (0.0, 0.0)
+        if picks > picks_before:
+            share = (live - live_before) / (picks - picks_before) / self._module.config.n_layers
+            self._picks = share * self._module.config.top_k
+        self._counted, self._resets = (live, picks), health.resets
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         """Log at the end of a window."""

@@ -222,12 +222,12 @@ def timed_steps(run: Run, callback: Any, clock: SimpleNamespace) -> None:
             run.strategy.sync_seconds += 1
         run.step(callback, round_end=step == 2)
         if step == 2:
-            clock.now += 50
             callback.on_validation_start(run.trainer, run.module)
+            clock.now += 50
             callback.on_train_batch_start(run.trainer, run.module, None, 0)
         if step == 3:
-            clock.now += 30
             callback.on_save_checkpoint(run.trainer, run.module, {})
+            clock.now += 30
             run.strategy.sync_seconds += 4  # nor does a gather for the checkpoint count
             callback.on_train_batch_start(run.trainer, run.module, None, 0)
 
@@ -274,6 +274,59 @@ def test_watching_is_no_part_of_local_steps(run: Run, clock: SimpleNamespace) ->
     assert values["throughput/with_sync_tokens_per_s"] == pytest.approx(100 / 3)
     assert values["time/watch_s"] == pytest.approx(1)
     assert "throughput/executed_TFLOP_per_s" not in values  # not measured before a round ends
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_save_checkpoint"])
+def test_what_others_watch_before_a_validation_or_a_save_is_counted(run: Run, clock: Any, hook: str) -> None:
+    callback = ThroughputMonitor(every_n_steps=2)
+    run.start(callback)
+    clock.now += 2
+    run.step(callback)
+    clock.now += 3  # a callback behind it draws
+    run.strategy.watch_seconds += 3
+    for _ in range(2):  # a validation, and then perhaps a save
+        getattr(callback, hook)(run.trainer, run.module, *([{}] if hook == "on_save_checkpoint" else []))
+        clock.now += 70
+    clock.now += 70
+    callback.on_train_batch_start(run.trainer, run.module, None, 0)
+    clock.now += 2
+    run.step(callback)
+    values = run.logger.lines[0][1]
+    assert values["time/watch_s"] == pytest.approx(3)
+    assert values["time/train_s"] == pytest.approx(7)
+    assert values["throughput/local_tokens_per_s"] == pytest.approx(200 / 4)
+
+
+def test_a_save_by_an_earlier_callback_is_no_training(run: Run, clock: Any) -> None:
+    callback = ThroughputMonitor(every_n_steps=1)
+    run.start(callback)
+    callback.on_train_batch_start(run.trainer, run.module, None, 0)
+    clock.now += 2
+    run.module.tokens_seen, run.trainer.global_step = 100, 1
+    callback.on_save_checkpoint(run.trainer, run.module, {})
+    clock.now += 30
+    callback.on_train_batch_end(run.trainer, run.module, None, {"inputs": torch.zeros(2, 5)}, 0)
+    values = run.logger.lines[0][1]
+    assert values["time/train_s"] == pytest.approx(2)
+    assert values["throughput/local_tokens_per_s"] == pytest.approx(100 / 2)
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["nobody else reads", "somebody else reads"])
+def test_executed_picks_are_those_of_the_round(run: Run, clock: Any, read: bool) -> None:
+    callback = ThroughputMonitor(every_n_steps=1)
+    run.start(callback)
+    executed = []
+    for residents in (1, 3):
+        resident_LE = (torch.arange(4) < residents).expand(2, 4)
+        run.module.routing_health.update(torch.full((2, 4), 2.0), torch.zeros(2), 8, None, resident_LE)
+        clock.now += 1
+        run.step(callback, round_end=True)
+        if read:
+            run.module.routing_health.reset()
+        executed.append(run.logger.lines[-1][1]["throughput/executed_TFLOP_per_s"])
+    config = run.module.config
+    expected = [training_flops_per_token(config, 5, executed_picks=2 * share) * 100 / 1e12 for share in (1 / 4, 3 / 4)]
+    assert executed == pytest.approx(expected)
 
 
 def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:

@@ -57,14 +57,16 @@ def test_a_history_goes_on_from_its_state(cut: int) -> None:
     add(*after, cut, 14)
     assert after[0].columns()[1] == whole[0].columns()[1]
     assert torch.equal(after[0].columns()[0], whole[0].columns()[0])
-    assert [step for step, _ in after[1].kept] == [step for step, _ in whole[1].kept]
+    assert [step for step, _ in after[1].looks()] == [step for step, _ in whole[1].looks()]
 
 
-def test_of_many_looks_the_first_and_evenly_spaced_ones_stay() -> None:
+def test_of_many_looks_the_first_the_last_and_evenly_spaced_ones_stay() -> None:
     picks = PickHistory()
+    assert picks.looks() == []
     for n in range(11):
         picks.add(n, torch.full((1, 1, 1), n))
-    assert [(step, int(kept)) for step, kept in picks.kept] == [(0, 0), (4, 4), (8, 8)]
+        assert picks.looks()[-1][0] == n
+    assert [(step, int(kept)) for step, kept in picks.looks()] == [(0, 0), (4, 4), (8, 8), (10, 10)]
 
 
 def test_relative_load_is_over_what_could_be_picked() -> None:

@@ -103,7 +103,7 @@ def _fit_all(rank: int, root: str, folder: str) -> dict[str, dict[str, Any]]:
                 "validation": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
                 "holders": trainer.strategy.federation.placement.holders,
                 "brute": (brute.started, brute.local, brute.before.picks_LTK, brute.after.picks_LTK, brute.last),
-                "history": stability._history.kept,
+                "history": stability._history.looks(),
             }
     return found
 
