@@ -18,6 +18,7 @@ from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.topology import Topology
+from fomoe_pl.federation.wire import WireDtype
 from fomoe_pl.metrics import RoutingHealth
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
@@ -38,6 +39,7 @@ class ObservedStrategy(Protocol):
         has_rounds: whether sites agree in rounds; synchronous training has none.
         observers: who looks at the ends of rounds.
         watch_seconds: seconds spent in looking and drawing so far, no part of `sync_seconds`.
+        wire_dtype: dtype of averaged values on the wire.
         placement: who holds what; None if every rank holds all.
     """
 
@@ -49,6 +51,7 @@ class ObservedStrategy(Protocol):
     has_rounds: bool
     observers: list[RoundObserver]
     watch_seconds: float
+    wire_dtype: WireDtype
 
     @property
     def placement(self) -> Placement | None:
@@ -98,6 +101,7 @@ class _Unsynchronized:
     rounds_done = 0
     sync_seconds = 0.0
     watch_seconds = 0.0
+    wire_dtype: WireDtype = "float32"
     has_rounds = False
     placement = None
 
@@ -122,6 +126,12 @@ def observed_strategy(trainer: Trainer) -> ObservedStrategy:
     """Return the trainer's strategy, or a blank one-site stand-in if it is not one of this project's."""
     strategy: object = trainer.strategy
     return strategy if isinstance(strategy, ObservedStrategy) else _Unsynchronized()
+
+
+def measures_sync(strategy: ObservedStrategy) -> bool:
+    """Whether the time of synchronisation is known: data parallelism hides it in the backward pass."""
+    alone = strategy.topology.n_sites == 1 and not isinstance(strategy, _Unsynchronized)
+    return strategy.has_rounds or alone
 
 
 def observe_rounds(trainer: Trainer, observer: RoundObserver) -> None:

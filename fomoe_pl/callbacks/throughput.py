@@ -14,6 +14,7 @@ from fomoe_pl.callbacks.observed import (
     MIB,
     check_interval,
     log,
+    measures_sync,
     observe_rounds,
     observed_module,
     observed_strategy,
@@ -129,12 +130,13 @@ def held_bytes(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
 class ThroughputMonitor(TimedCallback, RoundObserver):
     """Logs site 0's speed over the last window, and its memory.
 
-    - `throughput/local_tokens_per_s`: one site's local steps, synchronisation and watching excluded;
+    - `throughput/local_tokens_per_s`: one site's local steps, synchronisation and watching excluded; missing with data
+      parallelism, which hides its synchronisation in them;
     - `throughput/with_sync_tokens_per_s`: one site, everything between two steps included;
     - `throughput/with_sync_global_tokens_per_s`: the same of all sites, which all wait for each other;
-    - `throughput/nominal_TFLOP_per_s`: local speed times the FLOPs of a token with top-k experts, forward and
-      backward; `throughput/executed_TFLOP_per_s`: times those of the picks that residents executed, measured over the
-      last round, and so missing before the first one ends;
+    - `throughput/nominal_TFLOP_per_s`: speed of the local steps times the FLOPs of a token with top-k experts, forward
+      and backward; `throughput/executed_TFLOP_per_s`: times those of the picks that residents executed, measured over
+      the last round, and so missing before the first one ends;
     - `throughput/mfu_nominal`, `throughput/mfu_executed`: the same over the device's peak, where Lightning knows that;
     - `time/train_s`, `time/watch_s`: since this process started to train, validation and checkpoints excluded;
     - `memory/peak_MiB`: tensors on a GPU, or the process's resident set on a CPU;
@@ -190,10 +192,11 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         if not trainer.is_global_zero:
             return
         _, batch, _ = rest
-        values = {
-            "throughput/local_tokens_per_s": window.local_rate,
+        strategy = observed_strategy(trainer)
+        values = {"throughput/local_tokens_per_s": window.local_rate} if measures_sync(strategy) else {}
+        values |= {
             "throughput/with_sync_tokens_per_s": window.rate,
-            "throughput/with_sync_global_tokens_per_s": window.rate * observed_strategy(trainer).topology.n_sites,
+            "throughput/with_sync_global_tokens_per_s": window.rate * strategy.topology.n_sites,
             "time/train_s": self.trained.seconds,
             "time/watch_s": self.trained.watch_seconds,
         }

@@ -22,6 +22,7 @@ from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.rounds import Federation
+from fomoe_pl.federation.wire import WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
 from fomoe_pl.strategies.restart import join_after_restart
@@ -35,12 +36,14 @@ class SiteStrategy(CheckpointingStrategy):
         round_stats: means over all sites of the last round (fixed keys; empty before the first round).
         has_rounds: whether sites agree in rounds, not in every step.
         observers: who looks at the ends of rounds; the same on all sites, in the same order.
+        wire_dtype: dtype of averaged values on the wire.
         watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
     """
 
     # With Lightning's own handling of signals data-parallel ranks may stop at different steps, and cannot save.
     saves_when_stopped = True
     has_rounds = False
+    wire_dtype: WireDtype = "float32"
     federation: Federation | None = None
 
     def init_site(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,8 +49,8 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.strategy: Any = SimpleNamespace(
             topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={},
-            has_rounds=True, observers=[], watch_seconds=0.0, placement=None, watch_movement=lambda: None,
-            agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
+            has_rounds=True, observers=[], wire_dtype="float32", watch_seconds=0.0, placement=None,
+            watch_movement=lambda: None, agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
         )  # fmt: skip
         self.logger = FakeLogger(str(folder))
         self.trainer: Any = SimpleNamespace(
@@ -210,6 +211,41 @@ def test_communication_by_hand(run: Run, clock: SimpleNamespace) -> None:
     keys |= {f"comm/{name}_MiB" for name in ("training_wire", "all_sites_wire", "ddp_wire", "replica_wire")}
     keys |= {f"comm/{name}" for name in ("of_ddp", "of_replica", "sync_s", "sync_share", "wire_per_token_B")}
     assert set(first) == set(second) == keys | {"comm/bandwidth_MiB_per_s"}
+
+
+def test_replicas_are_counted_in_the_dtype_of_the_wire(run: Run, clock: SimpleNamespace) -> None:
+    sent = {}
+    for dtype in ("float32", "bfloat16"):
+        run.strategy.wire_dtype = dtype
+        callback = CommunicationMonitor()
+        run.start(callback)
+        clock.now += 1
+        run.step(callback, round_end=True)
+        values = run.logger.lines[-1][1]
+        sent[dtype] = values["comm/replica_wire_MiB"] / run.strategy.rounds_done
+        run.strategy.observers.clear()
+    assert sent["bfloat16"] == pytest.approx(sent["float32"] / 2)
+
+
+def test_what_data_parallelism_hides_is_not_called_zero(run: Run, clock: SimpleNamespace) -> None:
+    run.strategy.has_rounds = False
+    communication, throughput, report = CommunicationMonitor(1), ThroughputMonitor(1), RunReport()
+    for callback in (communication, throughput, report):
+        run.start(callback)
+    run.strategy.ledger.all_reduce("dense", 8 * MIB, 4)
+    clock.now += 2
+    for callback in (communication, throughput, report):
+        run.step(callback)
+    tags = {tag for _, values in run.logger.lines for tag in values}
+    assert not [tag for tag in tags if re.search("comm/sync|bandwidth|local", tag)]
+    assert "comm/of_ddp" in tags
+    values = run.logger.lines[0][1]
+    # All of the 2 s, and 12 MiB over 1 Gbit/s.
+    assert values["comm/modelled_s/1Gbps"] == pytest.approx(2 + 12 * MIB * 8 / 1e9)
+    found = report.report(run.trainer, run.module)
+    assert found["sync_seconds"] is None
+    assert found["tokens_per_second"]["local"] is None
+    assert found["tokens_per_second"]["with_sync"] > 0
 
 
 def timed_steps(run: Run, callback: Any, clock: SimpleNamespace) -> None:
