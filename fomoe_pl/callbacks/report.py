@@ -42,7 +42,8 @@ class RunReport(TimedCallback):
     Keys: `strategy` (its class), `method` (in words), `data` (corpus, tokenizer and validated sequences), `sites`,
     `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last `val/...` values, of the global model),
     `validation_before_training` (the same of the initial model; empty without `num_sanity_val_steps`), `round` (the
-    last round's means over all sites), `routing` (its means over the layers, of `RoutingStability`), and of site 0:
+    last round's means over all sites), `routing` (its means over the layers, of `RoutingStability`),
+    `other_views_step` (steps at the validation that measured routing necessity and own views), and of site 0:
     `bytes` (`payload` and `wire` by kind and in total), `train_seconds` (without validation and checkpoints),
     `sync_seconds` and `watch_seconds` of this process, `tokens_per_second` (`local`, `with_sync`), `peak_memory_mib`,
     `resident_parameters`.
@@ -73,6 +74,7 @@ class RunReport(TimedCallback):
     def report(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the report of the run as it stands."""
         strategy, module = observed_strategy(trainer), observed_module(pl_module)
+        stability = stability_of(trainer)
         tokens, measured = module.tokens_seen, measures_sync(strategy)
         validation = {k: finite_or_none(float(v)) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         local = self.trained.local_rate if measured else None
@@ -89,6 +91,7 @@ class RunReport(TimedCallback):
             "validation_before_training": before,
             "round": {name: finite_or_none(value) for name, value in strategy.round_stats.items()},
             "routing": _routing(trainer),
+            "other_views_step": None if stability is None else stability.other_views_step,
             "bytes": {"payload": payload_bytes(strategy.ledger), "wire": wire_bytes(strategy.ledger)},
             "train_seconds": self.trained.seconds,
             "sync_seconds": self.trained.sync_seconds if measured else None,

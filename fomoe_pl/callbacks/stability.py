@@ -85,7 +85,13 @@ class RoutingStability(RoundCallback, RoundObserver):
         probe_sequences: Sequences of the probe; 0 for no probe.
         probe_tokens: Tokens of each of them.
         other_views_every: Every how many validations the text is read twice more, for routing necessity and own views;
-            0 for never. `fomoe validate` always does unless it is 0.
+            0 for never. The last one of a run always does, where `max_steps` tells which it is, and so does
+            `fomoe validate`, unless it is 0.
+
+    Attributes:
+        view: the last round; None before the first.
+        latest: newest value of each tag.
+        other_views_step: optimizer steps at the last validation that read the text twice more; None before.
     """
 
     def __init__(
@@ -110,6 +116,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         self.view: RoundView | None = None
         self.latest: dict[str, float] = {}
         self._looking = True
+        self.other_views_step: int | None = None
         self._validations = 0
         self._started = False
         self._resumed: dict[str, Any] | None = None
@@ -272,14 +279,16 @@ class RoutingStability(RoundCallback, RoundObserver):
         if trainer.sanity_checking or not self.other_views_every:
             return
         self._validations += 1
-        alone = trainer.state.fn == TrainerFn.VALIDATING
-        observed_module(pl_module).with_other_views = alone or self._validations % self.other_views_every == 0
+        last = trainer.state.fn == TrainerFn.VALIDATING or _is_last_validation(trainer)
+        if last or self._validations % self.other_views_every == 0:
+            observed_module(pl_module).with_other_views = True
+            self.other_views_step = trainer.global_step
 
     # -- resuming -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with; every site keeps its own, for its picks are its own."""
-        state: dict[str, Any] = {"validations": self._validations}
+        state: dict[str, Any] = {"validations": self._validations, "other_views_step": self.other_views_step}
         if self._started:
             state |= {
                 "of": self._of(), "health": observed_module(self._module).routing_health.states().cpu(),
@@ -290,7 +299,7 @@ class RoutingStability(RoundCallback, RoundObserver):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`; the most of it when training starts, if the site and the probe are the same then."""
-        self._validations = state_dict["validations"]
+        self._validations, self.other_views_step = state_dict["validations"], state_dict["other_views_step"]
         self._resumed = state_dict if "of" in state_dict else None
 
     def _of(self) -> tuple[Any, ...]:
@@ -312,6 +321,14 @@ def stability_of(trainer: Trainer) -> RoutingStability | None:
     """The trainer's `RoutingStability`, if it has one."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, RoutingStability)), None)
+
+
+def _is_last_validation(trainer: Trainer) -> bool:
+    """Whether training ends before the next one; False where that is not known, or one is asked for by time."""
+    every = trainer.val_check_batch
+    if trainer.max_steps < 1 or every is None or math.isinf(every):
+        return False
+    return trainer.global_step + every / trainer.accumulate_grad_batches > trainer.max_steps
 
 
 def _movement_values(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader
 
@@ -30,6 +30,8 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.sizes import training_flops_per_token
 from fomoe_pl.module import FoMoEModule
+from tests.training import Run as TrainingRun
+from tests.training import fit
 
 MIB = 2**20
 
@@ -402,6 +404,7 @@ def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
         "train_seconds": pytest.approx(9),
         "sync_seconds": pytest.approx(1),
         "watch_seconds": 0,
+        "other_views_step": None,
         "validation_before_training": {"val/bits_per_byte": 8.0, "val/bits_per_byte/empty": None},
         "tokens_per_second": {"local": pytest.approx(400 / 8), "with_sync": pytest.approx(400 / 9)},
         "resident_parameters": 8,
@@ -494,3 +497,29 @@ def test_a_trainer_takes_them_all_and_the_bar_replaces_lightnings(tmp_path: Path
     callbacks = [RoutingStability(), CommunicationMonitor(), ThroughputMonitor(), RunReport(), FoMoEProgressBar()]
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=str(tmp_path), callbacks=list(callbacks))
     assert trainer.progress_bar_callback is callbacks[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"max_steps": 12, "val_check_interval": 2}, [8, 12]),  # the fourth, and the last
+        ({"max_steps": 7, "val_check_interval": 3}, [6]),
+        ({"max_steps": 4, "val_check_interval": 4, "accumulate_grad_batches": 2}, [4]),
+        ({"max_steps": -1, "val_check_interval": 2, "max_epochs": 1, "limit_train_batches": 10}, [8]),  # not known
+    ],
+)
+def test_the_last_validation_measures_other_views(
+    root: str, tmp_path: Path, settings: dict[str, Any], measured: list[int]
+) -> None:
+    class Notes(Callback):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def on_validation_start(self, trainer: Trainer, module: Any) -> None:
+            self.steps += [trainer.global_step] * module.with_other_views
+
+    stability, notes = RoutingStability(other_views_every=4), Notes()
+    trainer = {"limit_val_batches": 1, **settings}
+    fit(TrainingRun(root=root, folder=str(tmp_path), strategy="single", trainer=trainer), 0, 1, [stability, notes])
+    assert notes.steps == measured
+    assert stability.other_views_step == measured[-1]

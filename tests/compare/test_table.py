@@ -69,6 +69,15 @@ def test_routing_has_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
     assert lines[8] == "| ddp |" + " - |" * 9
 
 
+def test_necessity_of_an_earlier_validation_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    validation = {"val/bits_per_byte": 2.3, "val/routing_necessity_nats": 0.1234}
+    for name, step in (("now", 240), ("then", 160)):
+        write(tmp_path / name, 2.3, routing=ROUTING, validation=validation, other_views_step=step)
+    main([str(tmp_path / "now"), str(tmp_path / "then"), "--markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[8] for line in lines[7:9]] == ["0.123", "0.123 @ 160"]
+
+
 def test_table_has_a_row_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     fomoe(["compare", str(write(tmp_path / "fomoe", 2.3456)), str(write(tmp_path / "ddp", 1.9))])
