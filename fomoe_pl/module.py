@@ -91,6 +91,7 @@ class FoMoEModule(L.LightningModule):
         )
         self.model: Transformer | None = None
         self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
+        self.routing_watched = False  # whether a callback reads it; set before training starts
         self.tokens_seen = 0
         self.tokens_of_all_sites = 0
         self.validation_before_training: dict[str, float] = {}  # with `num_sanity_val_steps`
@@ -126,6 +127,8 @@ class FoMoEModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """A run that goes on with another length has another schedule, from its first step on."""
+        for block in self.transformer.layers:
+            block.moe.router.measures_entropy = self.routing_watched
         for configured in self.trainer.lr_scheduler_configs:
             schedule = cast(LambdaLR, configured.scheduler)
             for group, base, factor in zip(
@@ -165,10 +168,14 @@ class FoMoEModule(L.LightningModule):
         self._loss_count = one if self._loss_count is None else self._loss_count + one
         self.tokens_seen += tokens
         self.tokens_of_all_sites += tokens * self._n_sites()
+        bias = self.config.balance == "bias"
+        if not self.routing_watched and not bias:
+            return
         load_LE = torch.stack([s.load_E for s in stats])
-        gate_entropy_L = torch.stack([s.gate_entropy for s in stats])
-        self.routing_health.update(load_LE, gate_entropy_L, stats[0].picks, *self._scored_and_resident(load_LE))
-        if self.config.balance == "bias":
+        if self.routing_watched:
+            gate_entropy_L = torch.stack([s.gate_entropy for s in stats if s.gate_entropy is not None])
+            self.routing_health.update(load_LE, gate_entropy_L, stats[0].picks, *self._scored_and_resident(load_LE))
+        if bias:
             self._loads_LE = load_LE if self._loads_LE is None else self._loads_LE + load_LE
 
     def _scored_and_resident(self, load_LE: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -72,6 +72,7 @@ class ObservedModule(Protocol):
 
     Attributes:
         routing_health: sums of every training step since its last reset.
+        routing_watched: whether these are kept; whoever reads them sets it when training starts.
         tokens_seen: tokens that this site trained on.
         tokens_of_all_sites: tokens that all sites trained on, also those of a checkpoint of other sites.
         validation_before_training: `val/...` of the initial global model; empty if it was not validated.
@@ -82,6 +83,7 @@ class ObservedModule(Protocol):
     """
 
     routing_health: RoutingHealth
+    routing_watched: bool
     tokens_seen: int
     tokens_of_all_sites: int
     validation_before_training: dict[str, float]

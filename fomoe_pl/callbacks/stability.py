@@ -137,6 +137,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         super().on_train_start(trainer, pl_module)
         self._trainer, self._module, self._started = trainer, pl_module, True
         strategy = observed_strategy(trainer)
+        observed_module(pl_module).routing_watched = True
         observe_rounds(trainer, self)
         self._movement: Movement | None = strategy.watch_movement()
         self._probe = None

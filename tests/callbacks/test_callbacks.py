@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from fomoe_pl.callbacks import (
@@ -523,3 +524,22 @@ def test_the_last_validation_measures_other_views(
     fit(TrainingRun(root=root, folder=str(tmp_path), strategy="single", trainer=trainer), 0, 1, [stability, notes])
     assert notes.steps == measured
     assert stability.other_views_step == measured[-1]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_routing_is_only_measured_for_those_who_read_it(root: str, tmp_path: Path, watched: bool) -> None:
+    class Counts(TorchDispatchMode):
+        entropies = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.entropies += "xlogy" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    settings = {"max_steps": 3}
+    callbacks = [RoutingStability(every_n_steps=9, probe_sequences=0)] if watched else []
+    with Counts() as counts:
+        run = TrainingRun(root=root, folder=str(tmp_path), strategy="single", trainer=settings)
+        trainer = fit(run, 0, 1, callbacks)
+    health: Any = trainer.lightning_module.routing_health
+    assert float(health.picks) == watched * 3 * 3 * 16 * 2
+    assert counts.entropies == watched * 3 * 2  # a layer and step
