@@ -61,9 +61,8 @@ def timeline(load_RLE: Tensor, edges: Sequence[int], rounds_each: int = 1) -> Fi
     for axes, layer in zip(panels, shown, strict=True):
         values, look = _shown(load_RLE[:, layer].T, even=True, most=most)
         image = axes.pcolormesh(list(edges), rows, values, **look)
-        axes.invert_yaxis()
         axes.set_title(f"layer {layer}", fontsize=9)
-        axes.set_yticks(_ticks(experts))
+        axes.set(yticks=_ticks(experts), ylim=(rows[-1], rows[0]))
     column = "round" if rounds_each == 1 else f"mean of {rounds_each} rounds"
     figure.supxlabel(f"optimizer steps of a site (a column is a {column}, as wide as its steps)", fontsize=9)
     figure.supylabel("expert", fontsize=9)
@@ -132,10 +131,12 @@ def _panels(n: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]
     columns = min(n, 4)
     rows = math.ceil(n / columns)
     figure = _figure(width * columns + 1.2, height * rows + 0.8)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    panels = list(grid.flat)
+    # Alike, so that only the outer ones need labels: text is most of what a drawing costs.
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for unused in panels[n:]:
         unused.remove()
+    for lowest in panels[max(n - columns, 0) : n]:
+        lowest.tick_params(labelbottom=True)
     return figure, panels[:n]
 
 
