@@ -185,9 +185,10 @@ class Router(nn.Module):
 
 
 def _entropy(shares_TN: Tensor) -> Tensor:
-    entropy = -torch.xlogy(shares_TN, shares_TN).sum(dim=-1).mean()
+    n_tokens, n_scored = shares_TN.shape
     # One scored expert leaves no choice: the entropy is 0, and so is its bound.
-    return entropy / math.log(shares_TN.shape[1]) if shares_TN.shape[1] > 1 else entropy
+    bound = math.log(n_scored) if n_scored > 1 else 1.0
+    return torch.special.entr(shares_TN).sum() / (n_tokens * bound)
 
 
 def lookup(n_experts: int, resident: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -532,7 +532,7 @@ def test_routing_is_only_measured_for_those_who_read_it(root: str, tmp_path: Pat
         entropies = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.entropies += "xlogy" in str(func)
+            self.entropies += "entr" in str(func)
             return func(*args, **(kwargs or {}))
 
     settings = {"max_steps": 3}
