@@ -59,7 +59,8 @@ class FoMoEModule(L.LightningModule):
         seed: seed of the initial weights; with equal seeds all sites and all placements start from the same model.
             None: on the command line that of `seed_everything`, else 0.
         evaluation_window: validation batches that go through each layer together. When experts are gathered from
-            other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory.
+            other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory: one
+            window of hidden states, two where random routing is measured too.
         max_skipped_steps: optimizer steps that all sites together may skip because gradients are not finite; one more
             stops the run.
         compile_blocks: run the blocks as compiled code (torch.compile): faster on a GPU, after some ten seconds of
@@ -94,6 +95,7 @@ class FoMoEModule(L.LightningModule):
         )
         self.model: Transformer | None = None
         self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
+        self.routing_watched = False  # whether a callback reads it; set before training starts
         self.tokens_seen = 0
         self.tokens_of_all_sites = 0
         self.validation_before_training: dict[str, float] = {}  # with `num_sanity_val_steps`
@@ -132,6 +134,8 @@ class FoMoEModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """A run that goes on with another length has another schedule, from its first step on."""
+        for block in self.transformer.layers:
+            block.moe.router.measures_entropy = self.routing_watched
         for configured in self.trainer.lr_scheduler_configs:
             schedule = cast(LambdaLR, configured.scheduler)
             for group, base, factor in zip(
@@ -171,10 +175,14 @@ class FoMoEModule(L.LightningModule):
         self._loss_count = one if self._loss_count is None else self._loss_count + one
         self.tokens_seen += tokens
         self.tokens_of_all_sites += tokens * self._n_sites()
+        bias = self.config.balance == "bias"
+        if not self.routing_watched and not bias:
+            return
         load_LE = torch.stack([s.load_E for s in stats])
-        gate_entropy_L = torch.stack([s.gate_entropy for s in stats])
-        self.routing_health.update(load_LE, gate_entropy_L, stats[0].picks, *self._scored_and_resident(load_LE))
-        if self.config.balance == "bias":
+        if self.routing_watched:
+            gate_entropy_L = torch.stack([s.gate_entropy for s in stats if s.gate_entropy is not None])
+            self.routing_health.update(load_LE, gate_entropy_L, stats[0].picks, *self._scored_and_resident(load_LE))
+        if bias:
             self._loads_LE = load_LE if self._loads_LE is None else self._loads_LE + load_LE
 
     def _scored_and_resident(self, load_LE: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -303,24 +311,33 @@ class FoMoEModule(L.LightningModule):
         skips = others and not model.residency.is_full(self.config)
         with self.trainer.precision_plugin.val_step_context():
             streams = [model.embed(batch["inputs"]) for batch in self._window]
-            random, own = list(streams) if others else [], list(streams) if skips else []
+            # Before other experts are here, and batch by batch: of a site's own view nothing is kept but the losses.
+            own: list[Tensor] = []
+            for x_BSD, batch in zip(streams, self._window, strict=True) if skips else ():
+                own.append(self._losses(self._own_view(x_BSD), batch))
+            random = list(streams) if others else []
             for layer, block in enumerate(model.layers):
-                own = [block(x_BSD)[0] for x_BSD in own]  # before the layer's other experts are here
                 with self.expert_source(layer):
-                    for i, x_BSD in enumerate(streams):  # in place: one window of hidden states, not two
-                        streams[i], stats = block(x_BSD)
+                    for i in range(len(streams)):  # in place: of each view one window of hidden states, not two
+                        streams[i], stats = block(streams[i])
                         counted_BS = self._window[i]["targets"] != IGNORED
                         domain_BS = torch.where(counted_BS, self._window[i]["domain"][:, None], -1)
                         metric.loads.update(layer, block.moe.router.expert_ids(stats.picks_TK), domain_BS.flatten())
                     with block.moe.router.at_random(self._random):
-                        random = [block(x_BSD)[0] for x_BSD in random]
+                        for i in range(len(random)):
+                            random[i] = block(random[i])[0]
             for i, batch in enumerate(self._window):
                 losses_BS = self._losses(streams[i], batch)
                 metric.language.update(losses_BS, batch["targets"], batch["domain"], self._token_bytes_V)
                 if others:
-                    own_BS = self._losses(own[i], batch) if skips else losses_BS
+                    own_BS = own[i] if skips else losses_BS
                     metric.views.update(losses_BS, self._losses(random[i], batch), own_BS, batch["targets"])
         self._window.clear()
+
+    def _own_view(self, x_BSD: Tensor) -> Tensor:
+        for block in self.transformer.layers:
+            x_BSD = block(x_BSD)[0]
+        return x_BSD
 
     def _losses(self, x_BSD: Tensor, batch: Batch) -> Tensor:
         return self.transformer.token_losses(self.transformer.finish(x_BSD), batch["targets"])

@@ -5,6 +5,7 @@ Layout of the folder:
     experts-00003.safetensors     the experts that site 3 writes: `<tensor name>#<expert id>`; each expert once
     momentum-*.safetensors        outer momentum under the same names, where the outer rule has one
     site-00003.pt                 what site 3 needs beside the global model to go on (inner moments, ledger)
+    observers-00003.pt            what site 3's callbacks know of its own routing, if any do
     trainer.pt                    Lightning's own state (loops, schedulers, callbacks) and the position in the data
     manifest.json                 size and SHA-256 of each file; written last: a folder without it is incomplete
 

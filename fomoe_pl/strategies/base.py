@@ -5,9 +5,10 @@ from __future__ import annotations
 import pickle
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,10 @@ from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.rounds import Federation
+from fomoe_pl.federation.wire import WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
 from fomoe_pl.strategies.restart import join_after_restart
-
-T = TypeVar("T")
 
 
 class SiteStrategy(CheckpointingStrategy):
@@ -36,12 +36,14 @@ class SiteStrategy(CheckpointingStrategy):
         round_stats: means over all sites of the last round (fixed keys; empty before the first round).
         has_rounds: whether sites agree in rounds, not in every step.
         observers: who looks at the ends of rounds; the same on all sites, in the same order.
+        wire_dtype: dtype of averaged values on the wire.
         watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
     """
 
     # With Lightning's own handling of signals data-parallel ranks may stop at different steps, and cannot save.
     saves_when_stopped = True
     has_rounds = False
+    wire_dtype: WireDtype = "float32"
     federation: Federation | None = None
 
     def init_site(self) -> None:
@@ -78,28 +80,48 @@ class SiteStrategy(CheckpointingStrategy):
 
     # -- who watches ---------------------------------------------------------------------------------------------
 
-    def ask_observers(self, look: Callable[[RoundObserver], T]) -> list[T]:
-        """Call each observer, in their order, on their own time."""
+    @contextmanager
+    def watched(self, *, wait: bool = True) -> Iterator[None]:
+        """Charge what is done inside to watching.
+
+        Args:
+            wait: for the device, before and after, so that what is queued is charged where it belongs.
+        """
+        if wait:
+            self._wait_for_device()
         start = time.perf_counter()
-        answers = [look(observer) for observer in self.observers]
+        yield
+        if wait:
+            self._wait_for_device()
         self.watch_seconds += time.perf_counter() - start
-        return answers
+
+    def _wait_for_device(self) -> None:
+        if self.root_device.type == "cuda":
+            torch.cuda.synchronize(self.root_device)
+
+    def ask_observers(self, look: Callable[[RoundObserver], Any]) -> None:
+        """Call each observer, in their order, on their own time."""
+        if self.observers:
+            with self.watched():
+                for observer in self.observers:
+                    look(observer)
 
     def share_observations(self) -> None:
-        """Add all that observers count over the sites, in one message."""
+        """Add all that observers count over the sites, in one message, which is sent for them: on their time too."""
         if not self.observers:
             return
-        watched = self.ask_observers(lambda observer: observer.statistics())
-        total = self.sum_over_sites(torch.cat(watched), "control")
-        waiting = iter(total.split([len(part) for part in watched]))
-        self.ask_observers(lambda observer: observer.receive(next(waiting)))
+        with self.watched():
+            counted = [observer.statistics() for observer in self.observers]
+            total = self.sum_over_sites(torch.cat(counted), "control")
+            for observer, part in zip(self.observers, total.split([len(part) for part in counted]), strict=True):
+                observer.receive(part)
 
     def watch_movement(self) -> Movement | None:
         """Have rounds fill a `Movement`; None where there are no rounds."""
         if self.federation is None:
             return None
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
-        self.federation.movement = Movement(config.n_layers, config.n_experts)
+        self.federation.movement = Movement(config.n_layers, config.n_experts, self.watched)
         return self.federation.movement
 
     @property

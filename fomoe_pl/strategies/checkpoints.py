@@ -20,6 +20,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
@@ -41,6 +42,7 @@ class CheckpointingStrategy(Strategy):
         last_saved: the newest complete checkpoint that this run has written or was resumed from.
         saved_at: optimizer steps in the newest checkpoint that this run has written; -1 without one.
         saves_failed: how often a checkpoint could not be written.
+        observers: who looks at the ends of rounds.
     """
 
     ledger: Ledger
@@ -51,6 +53,7 @@ class CheckpointingStrategy(Strategy):
     last_saved: Path | None
     saved_at: int
     saves_failed: int
+    observers: list[RoundObserver]
     _keep_old: bool
     _rng_states: dict[str, Any] | None
 
@@ -175,6 +178,11 @@ class CheckpointingStrategy(Strategy):
                 "losses": cast(Any, self.lightning_module).round_losses(),
             }
             written.append(files.write_state(folder, f"site-{site:05d}", own))
+            # Lightning keeps rank zero's callbacks; those that look into rounds know things of their own site.
+            watchers = {getattr(observer, "state_key", "") for observer in self.observers}
+            kept = {key: state for key, state in checkpoint.get("callbacks", {}).items() if key in watchers}
+            if kept:
+                written.append(files.write_state(folder, f"observers-{site:05d}", kept))
         if self.is_global_zero:
             state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
             written.append(files.write_state(folder, "trainer", state))
@@ -203,6 +211,10 @@ class CheckpointingStrategy(Strategy):
         # Our own file: Lightning's loop and callback states hold more than plain tensors.
         path = files.verify(folder, "trainer.pt")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+        observers = f"observers-{self.topology.site:05d}.pt"
+        if observers in files.read_manifest(folder)["files"]:
+            own = torch.load(files.verify(folder, observers), map_location="cpu", weights_only=False)
+            state["callbacks"] = {**state.get("callbacks", {}), **own}
         return {**state, "state_dict": {}, "optimizer_states": [], "folder": str(folder)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
