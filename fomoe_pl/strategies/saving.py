@@ -42,6 +42,8 @@ class SavingStrategy(Strategy):
         saves: how often saving has begun.
         saves_failed: how often a checkpoint could not be written.
         save_stall: seconds for which training stood still for the last save.
+        write_seconds: from the start of writing to the complete checkpoint, of the newest one (site 0).
+        async_save: whether checkpoints are written while training goes on.
     """
 
     ledger: Ledger
@@ -54,6 +56,8 @@ class SavingStrategy(Strategy):
     saves: int
     saves_failed: int
     save_stall: float
+    write_seconds: float
+    async_save: bool
     _keep_old: bool
     _saving: Writing | None
 
@@ -64,8 +68,8 @@ class SavingStrategy(Strategy):
         """Set the counters; called by the constructors."""
         self.last_saved, self.saved_at = None, -1
         self.saves = self.saves_failed = 0
-        self.save_stall = 0.0
-        self._async_save, self._host_copies = async_save, HostCopies()
+        self.save_stall = self.write_seconds = 0.0
+        self.async_save, self._host_copies = async_save, HostCopies()
         self._keep_old, self._saving = False, None
 
     @property
@@ -149,7 +153,7 @@ class SavingStrategy(Strategy):
     @property
     def _in_background(self) -> bool:
         state = cast(Any, self.lightning_module).trainer.state
-        return self._async_save and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+        return self.async_save and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
     def _begin(self, folder: Path) -> bool:
         try:
@@ -239,6 +243,7 @@ class SavingStrategy(Strategy):
             self._note_failure(saving.folder, saving.steps)
         else:
             self.last_saved, self.saved_at, self._keep_old = saving.folder, saving.steps, False
+            self.write_seconds = saving.seconds
 
     def _note_failure(self, folder: Path, steps: int) -> None:
         self.saves_failed += 1

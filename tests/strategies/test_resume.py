@@ -1,7 +1,6 @@
 """Interrupted and resumed is uninterrupted, bit for bit; on other sites it is the same global model that goes on."""
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +34,7 @@ class Watch(L.Callback):
     """Notes every batch and what a site has at the end; saves after some steps."""
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = path
+        self.path, self.saved = path, 0
         self.batches: list[torch.Tensor] = []
         self.losses: list[float] = []
         self.rounds: list[dict[str, float]] = []
@@ -51,7 +50,8 @@ class Watch(L.Callback):
         self.losses.append(float(outputs["loss"]))
         self.rounds.append(trainer.strategy.round_stats)
         step = trainer.global_step
-        if self.path and step in SAVED_AT and not Path(f"{self.path}-{step}.ckpt").exists():
+        if self.path and step in SAVED_AT and step != self.saved:  # with accumulation a step has several batches
+            self.saved = step
             trainer.save_checkpoint(f"{self.path}-{step}.ckpt")
 
 
