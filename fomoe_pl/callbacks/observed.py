@@ -39,6 +39,7 @@ class ObservedStrategy(Protocol):
         observers: who looks at the ends of rounds.
         watch_seconds: seconds spent in looking and drawing so far, no part of `sync_seconds`.
         placement: who holds what; None if every rank holds all.
+        save_seconds: seconds for which training stood still for saving so far.
     """
 
     topology: Topology
@@ -49,6 +50,7 @@ class ObservedStrategy(Protocol):
     has_rounds: bool
     observers: list[RoundObserver]
     watch_seconds: float
+    save_seconds: float
 
     @property
     def placement(self) -> Placement | None:
@@ -98,6 +100,7 @@ class _Unsynchronized:
     rounds_done = 0
     sync_seconds = 0.0
     watch_seconds = 0.0
+    save_seconds = 0.0
     has_rounds = False
     placement = None
 

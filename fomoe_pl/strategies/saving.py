@@ -39,9 +39,8 @@ class SavingStrategy(Strategy):
         last_saved: the newest complete checkpoint that this run has written or was resumed from, as far as all sites
             know.
         saved_at: optimizer steps in the newest checkpoint that this run has written; -1 without one.
-        saves: how often saving has begun.
         saves_failed: how often a checkpoint could not be written.
-        save_stall: seconds for which training stood still for the last save.
+        save_seconds: seconds for which training stood still for saving so far.
         write_seconds: from the start of writing to the complete checkpoint, of the newest one (site 0).
         async_save: whether checkpoints are written while training goes on.
     """
@@ -53,9 +52,8 @@ class SavingStrategy(Strategy):
     sync_seconds: float
     last_saved: Path | None
     saved_at: int
-    saves: int
     saves_failed: int
-    save_stall: float
+    save_seconds: float
     write_seconds: float
     async_save: bool
     _keep_old: bool
@@ -67,8 +65,8 @@ class SavingStrategy(Strategy):
     def init_saving(self, async_save: bool) -> None:
         """Set the counters; called by the constructors."""
         self.last_saved, self.saved_at = None, -1
-        self.saves = self.saves_failed = 0
-        self.save_stall = self.write_seconds = 0.0
+        self.saves_failed = 0
+        self.save_seconds = self.write_seconds = 0.0
         self.async_save, self._host_copies = async_save, HostCopies()
         self._keep_old, self._saving = False, None
 
@@ -137,7 +135,6 @@ class SavingStrategy(Strategy):
         """
         start = time.perf_counter()
         self.settle_save()
-        self.saves += 1
         folder = Path(filepath)
         begun = self._begin(folder) if self.is_global_zero else True
         # A file name may have a metric in it, of which every site has its own.
@@ -148,7 +145,7 @@ class SavingStrategy(Strategy):
                 self.settle_save()
         else:
             self._note_failure(Path(name), self.optimizer_steps)
-        self.save_stall = time.perf_counter() - start
+        self.save_seconds += time.perf_counter() - start
 
     @property
     def _in_background(self) -> bool:

@@ -49,7 +49,7 @@ class Run:
         self.strategy: Any = SimpleNamespace(
             topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={},
             has_rounds=True, observers=[], watch_seconds=0.0, placement=None, watch_movement=lambda: None,
-            agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
+            agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites", save_seconds=0.0,
         )  # fmt: skip
         self.logger = FakeLogger(str(folder))
         self.trainer: Any = SimpleNamespace(
@@ -274,6 +274,19 @@ def test_watching_is_no_part_of_local_steps(run: Run, clock: SimpleNamespace) ->
     assert values["throughput/with_sync_tokens_per_s"] == pytest.approx(100 / 3)
     assert values["time/watch_s"] == pytest.approx(1)
     assert "throughput/executed_TFLOP_per_s" not in values  # not measured before a round ends
+
+
+def test_the_stall_of_a_save_is_logged_once(run: Run, clock: SimpleNamespace) -> None:
+    callback = ThroughputMonitor(every_n_steps=1)
+    run.strategy.save_seconds = 5.0  # of another fit
+    run.start(callback)
+    for stall in (0.0, 2.0, 0.0):
+        clock.now += 1
+        run.strategy.save_seconds += stall
+        run.step(callback)
+    run.strategy.save_seconds += 3.0
+    callback.on_train_end(run.trainer, run.module)
+    assert [values.get("time/save_stall_s") for _, values in run.logger.lines] == [None, 2.0, None, 3.0]
 
 
 def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
