@@ -101,6 +101,8 @@ def found(root: str, folder: Path) -> list[dict[str, dict[str, Any]]]:
 
 def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
     """Where two nested snapshots differ, bit for bit."""
+    if type(ours) is type(theirs) in (list, tuple):
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
     if isinstance(ours, dict):
         if ours.keys() != theirs.keys():
             return [f"{path}: {sorted(map(str, ours.keys() ^ theirs.keys()))}"]
