@@ -235,6 +235,45 @@ def check_architecture(
         raise ConfigError("ckpt_path", str(folder), rule, "use the model settings that it was trained with")
 
 
+class WeightFiles:
+    """The tensors of a checkpoint by name, read one by one; a file's hash is compared when it is first read.
+
+    Args:
+        folder: checkpoint folder.
+        prefix: of the files that are read, `MOMENTUM` for outer momentum.
+
+    Raises:
+        ConfigError: if the folder is no complete checkpoint.
+    """
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._where: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        for name in self.manifest["files"]:
+            if name.endswith(".safetensors") and name.startswith((f"{prefix}dense", f"{prefix}experts")):
+                with safe_open(folder / name, framework="pt") as file:
+                    self._where |= dict.fromkeys(file.keys(), name)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._where
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, or `<name>#<expert>` one expert's row.
+
+        Raises:
+            ConfigError: if there is none, or its file is damaged.
+        """
+        if key not in self._where:
+            raise ConfigError("ckpt_path", str(self.folder), f"has no tensor {key!r}", "give a complete checkpoint")
+        name = self._where[key]
+        if name not in self._handles:
+            self._handles[name] = safe_open(verify(self.folder, self.manifest, name), framework="pt")
+        tensor: Tensor = self._handles[name].get_tensor(key)
+        return tensor
+
+
 def read_weights(
     folder: Path,
     names: list[str],
@@ -259,30 +298,14 @@ def read_weights(
     Raises:
         ConfigError: if a tensor is missing, or a file that has one of them is damaged.
     """
-    manifest = read_manifest(folder)
-    where: dict[str, Path] = {}
-    for name in manifest["files"]:
-        if name.endswith(".safetensors") and name.startswith((f"{prefix}dense", f"{prefix}experts")):
-            with safe_open(folder / name, framework="pt") as file:
-                where |= dict.fromkeys(file.keys(), folder / name)
-    handles: dict[Path, Any] = {}
-
-    def read(key: str) -> Tensor:
-        if key not in where:
-            raise ConfigError("ckpt_path", str(folder), f"has no tensor {key!r}", "give a complete checkpoint")
-        path = where[key]
-        if path not in handles:
-            handles[path] = safe_open(verify(folder, manifest, path.name), framework="pt")
-        tensor: Tensor = handles[path].get_tensor(key)
-        return tensor
-
+    files = WeightFiles(folder, prefix)
     weights = {}
     for name in names:
         layer = expert_layer.get(name)
         wanted = range(n_experts) if layer is None else residents[layer]
-        if name in where:
-            tensor = read(name)
+        if name in files:
+            tensor = files.read(name)
             weights[name] = tensor if layer is None else tensor[list(wanted)]
         else:
-            weights[name] = torch.stack([read(f"{name}#{expert}") for expert in wanted])
+            weights[name] = torch.stack([files.read(f"{name}#{expert}") for expert in wanted])
     return weights
