@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -14,8 +13,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import read_manifest, read_weights
-from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.metrics import RoutingHealth, ValidationMetrics
 from fomoe_pl.metrics.language import IGNORED
 from fomoe_pl.metrics.validation import OWN_VIEW_GAP
@@ -28,26 +25,6 @@ from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, inner_schedule,
 from fomoe_pl.strategies.checks import check_skipped
 
 Batch = dict[str, Tensor]
-
-
-def load_global_model(checkpoint: str | Path) -> Transformer:
-    """The global model of a checkpoint, whole, in float32 on the CPU.
-
-    Args:
-        checkpoint: folder that `fomoe fit` has written.
-
-    Raises:
-        ConfigError: if it is no complete checkpoint.
-    """
-    folder = Path(checkpoint)
-    config = ModelConfig(**read_manifest(folder)["architecture"])
-    model = Transformer(config, device=torch.device("meta")).to_empty(device="cpu")
-    layout = ParameterLayout.of(model, model.expert_tensors())
-    residents = model.residency.experts
-    layout.fill(read_weights(folder, list(layout.tensors), layout.expert_layer, residents, config.n_experts))
-    for block, ids in zip(model.layers, residents, strict=True):
-        block.moe.router.set_resident(ids)  # lookups are no weights, and are not in the checkpoint
-    return model.eval()
 
 
 class FoMoEModule(L.LightningModule):

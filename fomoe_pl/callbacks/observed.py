@@ -41,6 +41,7 @@ class ObservedStrategy(Protocol):
         watch_seconds: seconds spent in looking and drawing so far, no part of `sync_seconds`.
         wire_dtype: dtype of averaged values on the wire.
         placement: who holds what; None if every rank holds all.
+        save_seconds: seconds for which training stood still for saving so far.
     """
 
     topology: Topology
@@ -52,6 +53,7 @@ class ObservedStrategy(Protocol):
     observers: list[RoundObserver]
     watch_seconds: float
     wire_dtype: WireDtype
+    save_seconds: float
 
     @property
     def placement(self) -> Placement | None:
@@ -104,6 +106,7 @@ class _Unsynchronized:
     sync_seconds = 0.0
     watch_seconds = 0.0
     wire_dtype: WireDtype = "float32"
+    save_seconds = 0.0
     has_rounds = False
     placement = None
 

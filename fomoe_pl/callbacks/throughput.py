@@ -139,6 +139,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
       the last round, and so missing before the first one ends;
     - `throughput/mfu_nominal`, `throughput/mfu_executed`: the same over the device's peak, where Lightning knows that;
     - `time/train_s`, `time/watch_s`: since this process started to train, validation and checkpoints excluded;
+    - `time/save_stall_s`: for which training stood still for a save, once after each;
     - `memory/peak_MiB`: tensors on a GPU, or the process's resident set on a CPU;
     - `memory/<part>_MiB`: parameters, gradients, moments, anchors (with outer momentum), and on a GPU
       `activations_and_rest`, what the peak has beyond them.
@@ -154,11 +155,13 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         self._before = Interval()
         self._picks: float | None = None
         self._counted, self._resets = (0.0, 0.0), 0
+        self._save_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the first window."""
         super().on_train_start(trainer, pl_module)
         self._step, self._before = trainer.global_step, self.trained
+        self._save_seconds = observed_strategy(trainer).save_seconds
         self._module = observed_module(pl_module)
         config, residency = self._module.config, self._module.transformer.residency
         skips = residency.routing == "ghost" and not residency.is_full(config)
@@ -201,6 +204,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
             "time/train_s": self.trained.seconds,
             "time/watch_s": self.trained.watch_seconds,
         }
+        values |= self._stall(trainer)
         values |= self._flops(window, batch["inputs"].shape[1])
         peak, held = peak_memory(pl_module.device), held_bytes(trainer, pl_module)
         values["memory/peak_MiB"] = peak
@@ -208,6 +212,16 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         if pl_module.device.type == "cuda":
             values["memory/activations_and_rest_MiB"] = peak - sum(held.values()) / MIB
         log(trainer, values)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A save after the last window."""
+        values = self._stall(trainer)
+        if values and trainer.is_global_zero:
+            log(trainer, values)
+
+    def _stall(self, trainer: Trainer) -> dict[str, float]:
+        before, self._save_seconds = self._save_seconds, observed_strategy(trainer).save_seconds
+        return {"time/save_stall_s": self._save_seconds - before} if self._save_seconds > before else {}
 
     def _flops(self, window: Interval, sequence_length: int) -> dict[str, float]:
         config = self._module.config

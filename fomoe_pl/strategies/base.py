@@ -46,17 +46,14 @@ class SiteStrategy(CheckpointingStrategy):
     wire_dtype: WireDtype = "float32"
     federation: Federation | None = None
 
-    def init_site(self) -> None:
+    def init_site(self, async_save: bool) -> None:
         """Set the counters; called by the constructors."""
+        self.init_saving(async_save)
         self.ledger = Ledger()
         self.rounds_done = 0
         self.redraws = 0
         self.optimizer_steps = 0
         self.sync_seconds = 0.0
-        self.last_saved = None
-        self.saved_at = -1
-        self.saves_failed = 0
-        self._keep_old = False
         self._rng_states = None
         self._signal: int | None = None
         self.round_stats: dict[str, float] = {}
@@ -172,13 +169,18 @@ class SiteStrategy(CheckpointingStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Save where a signal ends the run, and tell what to go on from."""
-        if isinstance(exception, SIGTERMException) and self.saves_when_stopped:
+        stopped = isinstance(exception, SIGTERMException)
+        if stopped and self.saves_when_stopped:
             self._save_stopped()
+        elif not isinstance(exception, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
+            self.leave_save()
+        if stopped and self.saves_when_stopped:
             exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
         elif isinstance(exception, SiteLostError):
             exception.checkpoint = str(self.last_saved) if self.last_saved else None
 
     def _save_stopped(self) -> None:
+        self.settle_save()
         trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
         if self.saved_at != self.optimizer_steps:
             callback = trainer.checkpoint_callback

@@ -54,6 +54,7 @@ class Run:
             topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={},
             has_rounds=True, observers=[], wire_dtype="float32", watch_seconds=0.0, placement=None,
             watch_movement=lambda: None, agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
+            save_seconds=0.0,
         )  # fmt: skip
         self.logger = FakeLogger(str(folder))
         self.trainer: Any = SimpleNamespace(
@@ -366,6 +367,19 @@ def test_executed_picks_are_those_of_the_round(run: Run, clock: Any, read: bool)
     config = run.module.config
     expected = [training_flops_per_token(config, 5, executed_picks=2 * share) * 100 / 1e12 for share in (1 / 4, 3 / 4)]
     assert executed == pytest.approx(expected)
+
+
+def test_the_stall_of_a_save_is_logged_once(run: Run, clock: SimpleNamespace) -> None:
+    callback = ThroughputMonitor(every_n_steps=1)
+    run.strategy.save_seconds = 5.0  # of another fit
+    run.start(callback)
+    for stall in (0.0, 2.0, 0.0):
+        clock.now += 1
+        run.strategy.save_seconds += stall
+        run.step(callback)
+    run.strategy.save_seconds += 3.0
+    callback.on_train_end(run.trainer, run.module)
+    assert [values.get("time/save_stall_s") for _, values in run.logger.lines] == [None, 2.0, None, 3.0]
 
 
 def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
