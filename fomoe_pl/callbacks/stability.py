@@ -280,7 +280,7 @@ class RoutingStability(RoundCallback, RoundObserver):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`; the most of it when training starts, if the site and the probe are the same then."""
-        self._validations, self.other_views_step = state_dict["validations"], state_dict["other_views_step"]
+        self._validations, self.other_views_step = state_dict["validations"], state_dict.get("other_views_step")
         self._resumed = state_dict if "of" in state_dict else None
 
     def _of(self) -> tuple[Any, ...]:
