@@ -76,7 +76,7 @@ class RoutingStability(RoundCallback, RoundObserver):
 
     def __init__(
         self,
-        every_n_rounds: int = 4,
+        every_n_rounds: int = 16,
         every_n_steps: int = 10,
         probe_sequences: int = 8,
         probe_tokens: int = 64,
