@@ -16,7 +16,7 @@ def routing_values(health: RoutingHealth) -> dict[str, float]:
 
     The layers' numbers have two digits or more, so that they sort.
     """
-    values = {}
+    values: dict[str, float] = {}
     for statistic, value_L in health.by_layer().items():
         values |= _named(f"routing/{statistic}", value_L, float(value_L.mean()))
     return values
