@@ -182,7 +182,7 @@ def test_it_is_drawn_at_growing_distances_and_at_the_end(root: str, tmp_path: Pa
     run = Run(root=root, folder=str(folder), strategy="single", trainer={"max_steps": 11, "logger": logger})
     fit(run, 0, 1, [RoutingStability(1, 1), RunPictures(2, 1)], path if start else None)
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    # After each round, which is a step here, that is named; a checkpoint is of a run that was drawn when it ended, at 5.
+    # Rounds are steps here. The run before the checkpoint was drawn when it ended, at 5.
     assert [event.step + 1 for event in events.Images("pictures/load")] == ([8, 11] if start else [2, 4, 6, 9, 11])
 
 
