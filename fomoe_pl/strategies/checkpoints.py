@@ -34,7 +34,7 @@ class CheckpointingStrategy(SavingStrategy):
         """Read Lightning's state; weights are read by `load_model_state_dict`, only those of this site."""
         folder = Path(checkpoint_path)
         # Our own file: Lightning's loop and callback states hold more than plain tensors.
-        path = files.verify(folder, files.read_manifest(folder), "trainer.pt")
+        path = files.verify(folder, "trainer.pt")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
         return {**state, "state_dict": {}, "optimizer_states": [], "folder": str(folder)}
 
@@ -72,7 +72,7 @@ class CheckpointingStrategy(SavingStrategy):
         # goes on from another's.
         own_files = [name for name in manifest["files"] if name.startswith("site-")]
         site = self.topology.site % len(own_files) if self.writes_checkpoint() else 0
-        path = files.verify(folder, manifest, files.site_name(site))
+        path = files.verify(folder, files.site_name(site), manifest)
         own = torch.load(path, map_location="cpu", weights_only=False)
         changed = differences(manifest["identity"], self.identity(self.topology.n_sites))
         if not changed:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
 from fomoe_pl.federation import checkpoint as files
@@ -56,6 +56,7 @@ class SavingStrategy(Strategy):
     save_seconds: float
     write_seconds: float
     async_save: bool
+    _training: bool
     _keep_old: bool
     _saving: Writing | None
 
@@ -68,7 +69,7 @@ class SavingStrategy(Strategy):
         self.saves_failed = 0
         self.save_seconds = self.write_seconds = 0.0
         self.async_save, self._host_copies = async_save, HostCopies()
-        self._keep_old, self._saving = False, None
+        self._training, self._keep_old, self._saving = False, False, None
 
     @property
     def topology(self) -> Topology:
@@ -149,8 +150,8 @@ class SavingStrategy(Strategy):
 
     @property
     def _in_background(self) -> bool:
-        state = cast(Any, self.lightning_module).trainer.state
-        return self.async_save and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+        running = cast(Any, self.lightning_module).trainer.state.status == TrainerStatus.RUNNING
+        return self.async_save and self._training and running
 
     def _begin(self, folder: Path) -> bool:
         try:
@@ -274,9 +275,15 @@ class SavingStrategy(Strategy):
         if saving is not None and not saving.concluded and saving.wait_alone(PATIENCE_SECONDS):
             self.last_saved, self.saved_at = saving.folder, saving.steps
 
+    def on_train_start(self) -> None:
+        """From now on there is something that can go on while a checkpoint is written."""
+        super().on_train_start()
+        self._training = True
+
     def on_train_end(self) -> None:
         """A run ends when its last checkpoint is complete."""
         super().on_train_end()
+        self._training = False
         self.settle_save()
 
     def remove_checkpoint(self, filepath: Any) -> None:
