@@ -7,6 +7,7 @@ completes the checkpoint once it finds the seals of all: sites have one file sys
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 import threading
 import time
@@ -113,9 +114,11 @@ class Writing:
         Args:
             contents: file name -> content; empty on a rank that writes none.
         """
-        if contents:
-            self._attempt(lambda: self._write_files(contents))
-        self._written.set()
+        try:
+            if contents:
+                self._attempt(lambda: self._write_files(contents))
+        finally:
+            self._written.set()
 
     def start(self, contents: Mapping[str, Any], copies: HostCopies) -> None:
         """Copy the contents, then write and complete in a thread."""
@@ -123,9 +126,7 @@ class Writing:
         self._attempt(lambda: copied.update(copies.copy(contents)))  # host memory may be short
 
         def run() -> None:
-            if not self.failed:
-                self.write(copied)
-            self._written.set()
+            self.write({} if self.failed else copied)
             self._complete()
 
         # A daemon: a run that is ended by force does not wait for its disk.
@@ -138,10 +139,16 @@ class Writing:
         except CANNOT_WRITE as error:
             self.failed = True
             if not self._given_up.is_set():
-                told = f"site {self._site} cannot write {self.folder}: {error}"
-                print(f"fomoe: {told}", file=sys.stderr, flush=True)
+                self._tell(error)
         except BaseException as error:
             self.failed, self._error = True, error  # raised where training looks, not here
+
+    def _tell(self, error: BaseException) -> None:
+        with suppress(OSError):  # the disk may be the one that messages go to, too
+            # A torch file that meets a full disk says that it is somewhere else than it thought.
+            free = shutil.disk_usage(self.folder.parent).free / 1e6
+            told = f"site {self._site} cannot write {self.folder}: {error} ({free:,.0f} MB are free there)"
+            print(f"fomoe: {told}", file=sys.stderr, flush=True)
 
     def _write_files(self, contents: Mapping[str, Any]) -> None:
         for name, content in contents.items():
