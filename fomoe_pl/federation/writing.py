@@ -7,6 +7,7 @@ completes the checkpoint once it finds the seals of all: sites have one file sys
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import sys
 import threading
@@ -25,6 +26,7 @@ from fomoe_pl.federation import checkpoint as files
 
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # full or read-only disk, as each of the writers tells it
 _POLL_SECONDS = 0.02
+_VISIBLE_SECONDS = 120.0  # in which site 0 must see what others have written: network file systems take their time
 
 
 class HostCopies:
@@ -104,6 +106,7 @@ class Writing:
         self._thread: threading.Thread | None = None
         self._given_up, self._lock = threading.Event(), threading.Lock()
         self._written = threading.Event()
+        self._deadline = math.inf
         self._afterwards: list[Callable[[], None]] = []
         self._error: BaseException | None = None
         self._start = time.perf_counter()
@@ -162,7 +165,10 @@ class Writing:
             self._attempt(self._finish)
 
     def _finish(self) -> None:
-        while files.n_sealed(self.folder) < self._n_writers:
+        while (sealed := files.n_sealed(self.folder)) < self._n_writers:
+            if time.monotonic() > self._deadline:
+                told = f"it has the files of {sealed} of {self._n_writers} sites; do all write into one file system?"
+                raise FileNotFoundError(told)
             if self._given_up.wait(_POLL_SECONDS):
                 return
         assert self._manifest is not None
@@ -192,6 +198,7 @@ class Writing:
 
     def wait_complete(self) -> None:
         """Wait on site 0 until the checkpoint is complete or cannot be completed; all sites must have written."""
+        self._deadline = time.monotonic() + _VISIBLE_SECONDS
         if self._thread is None:
             self._complete()
         else:

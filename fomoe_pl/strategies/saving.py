@@ -122,6 +122,9 @@ class SavingStrategy(Strategy):
         """What this rank needs beside the global model to resume."""
         return {"ledger": self.ledger.state_dict(), "sync_seconds": self.sync_seconds}
 
+    def check_before_saving(self) -> None:
+        """Raise where what would be saved is not what all sites have; every rank calls it."""
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Nothing: weights go into the folder's own files, expert by expert."""
         return {}
@@ -135,6 +138,7 @@ class SavingStrategy(Strategy):
         return. Where a disk is full or may not be written, all ranks go on training, and older checkpoints stay.
         """
         start = time.perf_counter()
+        self.check_before_saving()
         self.settle_save()
         folder = Path(filepath)
         begun = self._begin(folder) if self.is_global_zero else True
