@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import models
 import torch
 import torch.distributed as dist
+import yaml
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fomoe_pl.costs.memory import GIB, Load, Precision, RankMemory, rank_memory
@@ -33,6 +34,7 @@ from fomoe_pl.costs.sites import Site
 from fomoe_pl.costs.time import calibration, step_seconds, step_work
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import place
+from fomoe_pl.model import init
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.residency import Residency
@@ -41,6 +43,7 @@ from fomoe_pl.module import Batch, FoMoEModule
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
 from fomoe_pl.strategies import FederatedStrategy
 
+ROOT = Path(__file__).parents[1]
 K, ROUNDS = 2, 2
 
 
@@ -74,7 +77,8 @@ class Case:
 
     def config(self) -> ModelConfig:
         """The architecture."""
-        return models.architecture(self.model, **self.architecture)
+        path = ROOT / "configs/model" / f"{self.model}.yaml"
+        return ModelConfig(**yaml.safe_load(path.read_text())["model"]["architecture"] | self.architecture)
 
     def load(self) -> Load:
         """What the system model is told."""
@@ -83,6 +87,11 @@ class Case:
             outer_momentum=self.outer == "nesterov", wire_on_device=not self.host_wire,
             val_batch_size=self.batch_size, evaluation_window=self.evaluation_window,
         )  # fmt: skip
+
+
+def quick_draw(target: Tensor, rule: init.Rule, generator: torch.Generator) -> None:
+    """Initial values drawn where they live: which they are does not matter here, and it is a hundred times faster."""
+    target.normal_(rule.init_mean, rule.init_std)
 
 
 class RandomTokens(Dataset[Batch]):
@@ -312,11 +321,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     cases = [Case(**json.loads(text)) for text in options.case]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with models.drawn_on_device():
-        if options.what == "memory":
-            run_memory(cases, options.output)
-        else:
-            run_step(cases, options.output, options.accelerator)
+    init._draw = quick_draw
+    if options.what == "memory":
+        run_memory(cases, options.output)
+    else:
+        run_step(cases, options.output, options.accelerator)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, cast, get_args
 
 import models
@@ -25,7 +24,7 @@ from fomoe_pl.model.config import ExpertBackend, ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.router import RoutingStats
-from fomoe_pl.model.transformer import Block, Transformer
+from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, skip_step_if
 
 CLIP_NORM = 1.0
@@ -132,27 +131,33 @@ class Contestant:
         return 1 - sum(int(s.live) for s in stats) / sum(s.picks for s in stats) if stats else None
 
 
-class AttentionBlock(Block):
-    """A block without its mixture of experts, to see what of a step is the experts'."""
+class NoExperts(nn.Module):
+    """In the place of a mixture of experts: adds nothing to the residual stream, and has no statistics."""
 
-    def forward(self, x_BSD: Tensor) -> Any:
-        """Return the residual stream (B,S,D) after attention; there are no statistics."""
-        attended_BSD = self.attention_out_norm(self.attention(self.attention_norm(x_BSD)))
-        return x_BSD + self.multiplier * attended_BSD, None
+    class Router:
+        """What a block asks of its router before it runs."""
+
+        is_random = False
+
+    router = Router()
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, None]:
+        """Return zeros (B,S,D), without gradient."""
+        return torch.zeros_like(x_BSD), None
 
 
 def without_experts(model: Transformer) -> None:
-    """Take router, experts and their norms out of every block."""
+    """Take router, experts and their norms out of every block, to see what of a step is theirs."""
     for block in model.layers:
-        del block.moe, block.moe_norm, block.moe_out_norm
-        block.__class__ = AttentionBlock
+        block.moe = cast(Any, NoExperts())
+        block.moe_norm = block.moe_out_norm = cast(Any, nn.Identity())
 
 
 def missing(build: Ours) -> str | None:
     """Why this build cannot be here, or None if it can."""
     if build.backend not in get_args(ExpertBackend):
         return f"this version has no expert_backend {build.backend}"
-    if build.compiled and find_spec("fomoe_pl.model.compiled") is None:
+    if build.compiled and not hasattr(Transformer, "compile_blocks"):
         return "this version cannot compile blocks"
     return None
 
@@ -198,7 +203,7 @@ def build_ours(
     if not fraction:
         without_experts(model)
     if build.compiled:
-        import_module("fomoe_pl.model.compiled").compile_blocks(model)
+        cast(Any, model).compile_blocks()
     optimizer = inner_optimizer(model, OptimizerConfig(lr=LEARNING_RATE, warmup_steps=0))
 
     def losses(inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, list[RoutingStats]]:
