@@ -211,7 +211,7 @@ def build_ours(
         loss = model.loss(hidden_BSD, targets_BS)
         return (loss + auxiliary_loss(stats, config, residency).total, stats) if fraction else (loss, [])
 
-    return Contestant(model, optimizer, losses, device, autocast=autocast, zero_late=True,
+    return Contestant(model, optimizer, losses, device, autocast=autocast, zero_late=False,
                       resident=len(residency.experts[0]) if fraction else 0)  # fmt: skip
 
 

@@ -74,15 +74,18 @@ class Attention(nn.Module):
             self.q_norm = Norm(self.head_size if per_head else q_size, config, device=device, dtype=dtype)
             self.k_norm = Norm(self.head_size if per_head else kv_size, config, device=device, dtype=dtype)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Attend causally; (B,S,D) to (B,S,D)."""
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return this attention's rotary tables for sequences of that length."""
+        return rotary_tables(length, self.head_size, self.theta, device)
+
+    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+        """Attend causally; (B,S,D) to (B,S,D). The tables are those of `rotary`: a compiled block cannot cache them."""
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHSC, k_BGSC, v_BGSC = (t.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for t in (q, k, v))
         if self.qk_norm == "head":
             q_BHSC, k_BGSC = self.q_norm(q_BHSC), self.k_norm(k_BGSC)
-        cos_SC, sin_SC = rotary_tables(x_BSD.shape[1], self.head_size, self.theta, x_BSD.device)
         # Under autocast a norm may give float32, but the fused attention kernels want one dtype.
         q_BHSC = rotate(q_BHSC, cos_SC, sin_SC).to(v.dtype)
         k_BGSC = rotate(k_BGSC, cos_SC, sin_SC).to(v.dtype)

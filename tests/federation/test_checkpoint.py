@@ -12,7 +12,8 @@ from fomoe_pl.federation import checkpoint
 
 def write(folder: Path, value: float) -> None:
     checkpoint.begin(folder)
-    checkpoint.seal(folder, 0, [checkpoint.write_dense(folder, {"x": torch.tensor(value)})])
+    checkpoint.write(folder, checkpoint.dense_name(), {"x": torch.tensor(value)})
+    checkpoint.seal(folder, 0, [checkpoint.dense_name()])
     checkpoint.finish(folder, {"value": value, "optimizer_steps": int(value)})
 
 
@@ -33,7 +34,7 @@ def test_a_writer_that_stops_before_the_manifest_leaves_the_old_one(tmp_path: Pa
     folder = tmp_path / "last.ckpt"
     write(folder, 1.0)
     checkpoint.begin(folder)
-    checkpoint.write_dense(folder, {"x": torch.tensor(2.0)})
+    checkpoint.write(folder, checkpoint.dense_name(), {"x": torch.tensor(2.0)})
     assert value(folder) == 1
     write(folder, 3.0)
     assert value(folder) == 3
