@@ -167,14 +167,6 @@ def test_without_experts_blocks_are_attention_alone() -> None:
         contestants.residency_of(case.config, Fraction(1, 3))
 
 
-def test_a_build_that_is_not_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    contestants = load("model_contestants")
-    assert contestants.missing(contestants.Ours("loop", compiled=False)) is None
-    assert "no expert_backend abacus" in contestants.missing(contestants.Ours("abacus", compiled=False))
-    monkeypatch.delattr(contestants.Transformer, "compile_blocks", raising=False)
-    assert "cannot compile" in contestants.missing(contestants.Ours("loop", compiled=True))
-
-
 def test_a_site_trains_with_its_own_values_for_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     site, contestants = load("model_site"), load("model_contestants")
     case, batches = tiny()
@@ -197,6 +189,10 @@ def test_a_site_trains_with_its_own_values_for_its_peers(monkeypatch: pytest.Mon
     assert replicas[0].predicted_bytes > max(row.predicted_bytes, replicas[1].predicted_bytes)
     assert site.site_target([row, *replicas]).startswith("met")
     assert site.site_target([row, replicas[0], row]).startswith("MISSED")
+    monkeypatch.setattr(site, "build_ours", None)  # something else that fails
+    broken = site.measure(case.config, CPU, build, site.RANKS[1], batches)
+    assert "TypeError" in broken.note
+    assert site.site_target([row, broken, replicas[1]]).startswith("MISSED")
     assert len(row.cells()) == len(load("model_rows").SITE_COLUMNS)
 
 

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib import import_module
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import models
 import torch
@@ -44,7 +44,7 @@ class Ours:
         compiled: whether its blocks are compiled.
     """
 
-    backend: str
+    backend: ExpertBackend
     compiled: bool
 
 
@@ -99,7 +99,7 @@ class Contestant:
         self.model, self.optimizer, self.losses, self.device = model, optimizer, losses, device
         self.autocast, self.zero_late, self.resident, self.note = autocast, zero_late, resident, note
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.last: tuple[Tensor, list[RoutingStats]] | None = None
+        self.last: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
@@ -115,9 +115,8 @@ class Contestant:
         self.optimizer.step()
         if not self.zero_late:
             self.optimizer.zero_grad()
-        # Without the graph, and without the tokens' picks: they would count as memory of the step.
-        counts = [s._replace(picks_TK=s.live, gates_TK=s.live, importance_E=s.live, z=s.live) for s in stats]
-        self.last = loss.detach(), counts
+        # Without the graph and the tokens' picks: what is kept counts as memory of the step.
+        self.last = loss.detach(), [(layer.live, layer.picks) for layer in stats]
 
     def loss(self) -> float:
         """What the last step minimised, nats a token with the router's losses; waits for the device."""
@@ -127,8 +126,8 @@ class Contestant:
     def ghost_fraction(self) -> float | None:
         """Share of the last step's picks that were of absent experts; None without experts; waits for the device."""
         assert self.last is not None, "no step has been taken"
-        stats = self.last[1]
-        return 1 - sum(int(s.live) for s in stats) / sum(s.picks for s in stats) if stats else None
+        counts = self.last[1]
+        return 1 - sum(int(live) for live, _ in counts) / sum(picks for _, picks in counts) if counts else None
 
 
 class NoExperts(nn.Module):
@@ -151,15 +150,6 @@ def without_experts(model: Transformer) -> None:
     for block in model.layers:
         block.moe = cast(Any, NoExperts())
         block.moe_norm = block.moe_out_norm = cast(Any, nn.Identity())
-
-
-def missing(build: Ours) -> str | None:
-    """Why this build cannot be here, or None if it can."""
-    if build.backend not in get_args(ExpertBackend):
-        return f"this version has no expert_backend {build.backend}"
-    if build.compiled and not hasattr(Transformer, "compile_blocks"):
-        return "this version cannot compile blocks"
-    return None
 
 
 def residency_of(config: ModelConfig, fraction: Fraction) -> Residency:
@@ -190,12 +180,9 @@ def build_ours(
         autocast: whether matrix products are in bfloat16.
 
     Raises:
-        ConfigError: for a fraction that cannot be, or a build that is not here.
+        ConfigError: for a fraction that cannot be.
     """
-    lack = missing(build)
-    if lack is not None:
-        raise ConfigError("variants", build.backend, lack, "choose others")
-    config = replace(config, expert_backend=cast(ExpertBackend, build.backend))
+    config = replace(config, expert_backend=build.backend)
     residency = residency_of(config, fraction or Fraction(1, config.n_experts))
     torch.manual_seed(0)
     with models.drawn_on_device():
@@ -203,7 +190,7 @@ def build_ours(
     if not fraction:
         without_experts(model)
     if build.compiled:
-        cast(Any, model).compile_blocks()
+        model.compile_blocks()
     optimizer = inner_optimizer(model, OptimizerConfig(lr=LEARNING_RATE, warmup_steps=0))
 
     def losses(inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, list[RoutingStats]]:
