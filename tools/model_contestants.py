@@ -1,7 +1,7 @@
 """What `bench_model.py` times: our model in several builds and Hugging Face's OLMoE, each with its training step.
 
 A step is the whole of it: two copies to the device, forward pass, cross entropy and the router's loss, backward pass,
-clipping of the gradient's norm, fused AdamW, after which gradients are dropped. On a GPU matrix products are in bfloat16
+clipping of the gradient's norm, fused AdamW, dropping gradients. On a GPU matrix products are in bfloat16
 by autocast and parameters, gradients and moments in float32, for all but `hf_bf16_*`. On a CPU all is in float32, as in
 the quickstart.
 """
