@@ -30,8 +30,8 @@ class RunPictures(RoundCallback):
     loggers get nothing: their curves are whole without it. Pictures need matplotlib (`pip install "fomoe-pl[plots]"`).
 
     Args:
-        draw_every: Rounds between two drawings; there is a last one when training ends. A drawing takes about two
-            seconds, in which the other sites wait. One that fails is told of in a warning, and the run goes on.
+        draw_every: Rounds between two drawings; there is a last one when training ends. A drawing takes about a
+            second, in which the other sites wait. One that fails is told of in a warning, and the run goes on.
         every_n_steps: Steps that count as a round in synchronous training.
     """
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from fomoe_pl.callbacks.history import PickHistory
 from fomoe_pl.callbacks.observed import RoundCallback, log, observe_rounds, observed_module, observed_strategy
 from fomoe_pl.callbacks.probe import Look, Probe
+from fomoe_pl.callbacks.tags import by_layer, movement_values, routing_values
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.movement import AGREED, MEAN, OWN, OWN_NORM, Movement
+from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.packing import pack_counts, unpack_counts
 from fomoe_pl.metrics import RoutingHealth
-from fomoe_pl.metrics.drift import mean_cosine, relative_drift
 from fomoe_pl.metrics.probe import pick_overlap, picked_by, site_agreement
 
 QUANTILES = (0.1, 0.5, 0.9)
@@ -40,26 +40,6 @@ class RoundView:
     values: dict[str, float]
     drift_LE: Tensor | None = None
     gates_LTK: Tensor | None = None
-
-
-def routing_values(health: RoutingHealth) -> dict[str, float]:
-    """Return `routing/<statistic>/mean` and `routing/<statistic>/layer_<ii>`; statistics as in `RoutingHealth`.
-
-    The layers' numbers have two digits or more, so that they sort.
-    """
-    values = {}
-    for key, value in health.compute().items():
-        statistic, _, layer = key.partition("/layer_")
-        name = f"layer_{int(layer):02d}" if layer else "mean"
-        values[f"routing/{statistic}/{name}"] = float(value)
-    return values
-
-
-def by_layer(name: str, value_L: Tensor) -> dict[str, float]:
-    """Return `<name>/mean` and `<name>/layer_<ii>`, without what is undefined (NaN)."""
-    values = {f"{name}/mean": float(value_L.nanmean())}
-    values |= {f"{name}/layer_{layer:02d}": float(value) for layer, value in enumerate(value_L)}
-    return {key: value for key, value in values.items() if not math.isnan(value)}
 
 
 class RoutingStability(RoundCallback, RoundObserver):
@@ -209,7 +189,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         view = self.view = RoundView(health, routing_values(health), self._drift_LE, self._gates_LTK)
         sites, holders_LE = parts["sites"], parts["holders_LE"]
         if "expert_LE" in parts:
-            self._drift_LE = view.drift_LE = _movement_values(
+            self._drift_LE = view.drift_LE = movement_values(
                 view.values, parts["dense"], parts["expert_LE"], sites, holders_LE
             )
         if "picked" in parts and self._after is not None:
@@ -300,7 +280,7 @@ class RoutingStability(RoundCallback, RoundObserver):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`; the most of it when training starts, if the site and the probe are the same then."""
-        self._validations, self.other_views_step = state_dict["validations"], state_dict["other_views_step"]
+        self._validations, self.other_views_step = state_dict["validations"], state_dict.get("other_views_step")
         self._resumed = state_dict if "of" in state_dict else None
 
     def _of(self) -> tuple[Any, ...]:
@@ -330,21 +310,3 @@ def _is_last_validation(trainer: Trainer) -> bool:
     if trainer.max_steps < 1 or every is None or math.isinf(every):
         return False
     return trainer.global_step + every / trainer.accumulate_grad_batches > trainer.max_steps
-
-
-def _movement_values(
-    values: dict[str, float], dense: Tensor, expert_LE4: Tensor, sites: Tensor, holders_LE: Tensor
-) -> Tensor:
-    """Add drift and pseudo-gradients to `values`; return the drift of each expert."""
-    own_LE, mean_LE, agreed_LE = expert_LE4[..., OWN], expert_LE4[..., MEAN] / holders_LE, expert_LE4[..., AGREED]
-    drift_LE = relative_drift(own_LE, mean_LE, agreed_LE / holders_LE, holders_LE)
-    values |= by_layer("routing/drift", drift_LE.nanmean(dim=1))
-    cosine_LE = mean_cosine(own_LE, mean_LE, expert_LE4[..., OWN_NORM], holders_LE)
-    values |= by_layer("routing/drift_cosine", cosine_LE.nanmean(dim=1))
-    values |= by_layer("pseudo_gradient/expert_norm", mean_LE.sqrt().mean(dim=1))
-    own, mean = dense[OWN], dense[MEAN] / sites[0]
-    values["pseudo_gradient/dense_norm"] = float(mean.sqrt())
-    if sites > 1:
-        values["pseudo_gradient/dense_drift"] = float(relative_drift(own, mean, dense[AGREED] / sites[0], sites[0]))
-        values["pseudo_gradient/dense_cosine"] = float(mean_cosine(own, mean, dense[OWN_NORM], sites[0]))
-    return drift_LE
