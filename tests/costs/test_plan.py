@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -213,7 +214,7 @@ def test_three_sites_get_an_answer_in_seconds(
     assert told.splitlines()[0].startswith("fomoe-54m: yes, in ")
     assert "fomoe-1.8b: yes, in " in told
     assert "fomoe-13.3b: no" in told
-    assert "desk needs 36.27 GiB a device" in (tmp_path / "all.json").read_text()
+    assert re.search(r"desk needs [\d.]+ GiB a device, usable are 22.08 of 24", (tmp_path / "all.json").read_text())
     assert "15% of the peak" in told  # the assumption behind all hours
     everything = json.loads((tmp_path / "all.json").read_text())
     hours = {(p["model"], p["layout"], p["overlap"]): p["hours"] for p in everything["plans"]}
