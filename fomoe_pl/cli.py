@@ -176,15 +176,16 @@ class FoMoECLI(LightningCLI):
             n_processes = 1
         if self.subcommand == "fit":
             check_training(trainer, federated=isinstance(strategy, FederatedStrategy))
+        path = self.config[self.subcommand].ckpt_path
+        if path is not None and self.subcommand == "fit":
+            path = resolve(_checkpoint_folder(trainer), path)
+            self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
+        data.goes_on = path is not None
         data.check(n_processes)
         if data.vocab_size != module.config.vocab_size:
             raise ConfigError("model.architecture.vocab_size", module.config.vocab_size,
                               f"must equal the vocabulary of the data in {data.root} ({data.vocab_size})",
                               f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
-        path = self.config[self.subcommand].ckpt_path
-        if path is not None and self.subcommand == "fit":
-            path = resolve(_checkpoint_folder(trainer), path)
-            self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
         if path is not None:
             check_weights(path, module.config)
 

@@ -165,11 +165,12 @@ def verify(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(folder: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:
     """The checkpoint in a folder that is furthest in training, and what is wrong with those that cannot be used.
 
     Args:
         folder: where checkpoints lie; it need not exist.
+        hashes: compare the hashes of all its files too, and take an older one where they differ.
 
     Returns:
         Path of the newest complete checkpoint (None without one), messages about incomplete ones.
@@ -183,7 +184,15 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             wrong.append(str(error))
         else:
             found.append((manifest["optimizer_steps"], (path / MANIFEST).stat().st_mtime, path))
-    return (max(found)[2] if found else None), wrong
+    for *_, path in sorted(found, reverse=True):
+        try:
+            for name in read_manifest(path)["files"] if hashes else ():
+                verify(path, name)
+        except ConfigError as error:
+            wrong.append(str(error))
+        else:
+            return path, wrong
+    return None, wrong
 
 
 def check_architecture(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.loss import sites_watched
+from fomoe_pl.federation.loss import listen, sites_watched, stop_listening
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
@@ -71,6 +71,7 @@ class SiteStrategy(CheckpointingStrategy):
         backend = self._get_process_group_backend()  # type: ignore[attr-defined]
         join_after_restart(backend, self._timeout, None if device.type == "cpu" else device)  # type: ignore[attr-defined]
         super().setup_distributed()  # type: ignore[misc]
+        listen(self.topology)
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from: this site's own unless gradients are shared."""
@@ -149,6 +150,15 @@ class SiteStrategy(CheckpointingStrategy):
             exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
         elif isinstance(exception, SiteLostError):
             exception.checkpoint = str(self.last_saved) if self.last_saved else None
+
+    def teardown(self) -> None:
+        """Drop every group: without it gloo aborts at exit now and then."""
+        stop_listening()  # else it would answer for a rank that is leaving
+        if self.federation is not None:
+            self.federation.wire.close()
+        super().teardown()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def _save_stopped(self) -> None:
         trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fomoe_pl.federation.checkpoint import read_manifest
 from fomoe_pl.federation.ledger import Kind
+from fomoe_pl.federation.loss import raise_if_lost
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import Placement, PlacementKind, all_arcs, check_placement, place
 from fomoe_pl.federation.rounds import Federation, InnerMoments
@@ -205,6 +206,7 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """One local step; the K-th ends the round. Counted here because accumulation calls it once a step."""
+        raise_if_lost(self.topology)
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.optimizer_steps += 1
         if self.schedule.is_round_end(self.optimizer_steps, self._last_step):
@@ -337,11 +339,3 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         """As for all strategies; then end the processes that this one started: they would train on alone."""
         super().on_exception(exception)
         end_children(self.launcher)
-
-    def teardown(self) -> None:
-        """Drop every group: without it gloo aborts at exit now and then."""
-        if self.federation is not None:
-            self.federation.wire.close()
-        super().teardown()
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -1,0 +1,90 @@
+"""Who is gone: all that are left say the same, whoever was talking to the lost site."""
+
+import json
+import multiprocessing as mp
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fomoe_pl.errors import SiteLostError
+from fomoe_pl.federation.loss import listen, raise_if_lost, sites_watched, stop_listening
+from fomoe_pl.federation.topology import Topology
+
+SITES, PATIENCE = 4, 2.0
+
+
+def _site(rank: int, lost: int, folder: str, port: int) -> None:
+    if port:
+        store: Any = dist.TCPStore("127.0.0.1", port, SITES, is_master=rank == 0)
+    else:
+        store = dist.FileStore(f"{folder}/store", SITES)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=SITES)
+    pairs = {sites: dist.new_group(list(sites)) for sites in ((0, 1), (2, 3))}
+    topology = Topology(SITES, 1, rank)
+    listen(topology)
+    dist.barrier()
+    if rank == lost:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        # Its neighbour talks to the lost one, a second waits for a third that is there, and does not come.
+        if rank == lost ^ 1 or rank == (lost + 2) % SITES:
+            with sites_watched(topology, PATIENCE):
+                dist.all_reduce(torch.ones(1), group=next(g for sites, g in pairs.items() if rank in sites))
+        else:
+            for _ in range(100):
+                time.sleep(0.1)
+                raise_if_lost(topology)
+        raise AssertionError("nothing broke")
+    except SiteLostError as error:
+        found = {"sites": error.sites, "speaks": error.speaks, "seconds": time.monotonic() - start}
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    stop_listening()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("lost", "kept_by_0"), [(1, False), (2, True), (0, True)])
+def test_all_that_are_left_name_the_lost_site(tmp_path: Path, lost: int, kept_by_0: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1] if kept_by_0 else 0
+    context = mp.get_context("forkserver")
+    processes = [context.Process(target=_site, args=(rank, lost, str(tmp_path), port)) for rank in range(SITES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        process.kill()
+    assert [process.exitcode for process in processes] == [-9 if rank == lost else 0 for rank in range(SITES)]
+    found = {rank: json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(SITES) if rank != lost}
+    assert {tuple(one["sites"]) for one in found.values()} == {(lost,)}
+    assert [rank for rank, one in found.items() if one["speaks"]] == [min(found)]
+    assert max(one["seconds"] for one in found.values()) < 2 * PATIENCE + 1
+
+
+def _quiet(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    for _ in range(2):  # a second run in the same process listens too
+        listen(Topology(2, 1, rank))
+        dist.barrier()
+        raise_if_lost(Topology(2, 1, rank))
+        stop_listening()
+    dist.destroy_process_group()
+
+
+def test_a_run_without_losses_ends_its_thread(tmp_path: Path) -> None:
+    context = mp.get_context("forkserver")
+    processes = [context.Process(target=_quiet, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
