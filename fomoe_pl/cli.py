@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -18,9 +19,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from fomoe_pl.callbacks.curves import CurvesOnFullDisk
 from fomoe_pl.costs import plan_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, SiteLostError, config_error_in
+from fomoe_pl.files import ForgivingStream
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy, SiteStrategy
 from fomoe_pl.strategies.checkpoints import resolve
@@ -152,6 +155,7 @@ class FoMoECLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything that can be seen from here."""
         self._check()
+        self.trainer.callbacks.insert(0, CurvesOnFullDisk())
 
     def before_validate(self) -> None:
         """Check everything that can be seen from here."""
@@ -240,7 +244,8 @@ def main(args: list[str] | None = None) -> None:
         if words[:1] == ["plan"]:  # needs no trainer
             plan_command.main(words[1:])
             return
-        FoMoECLI(args=args)
+        with redirect_stdout(ForgivingStream.of(sys.stdout)), redirect_stderr(ForgivingStream.of(sys.stderr)):
+            FoMoECLI(args=args)
     except SIGTERMException as stopped:
         checkpoint, number = stopped.args or (None, signal.SIGTERM)
         if _speaks():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fomoe_pl.federation.checkpoint import newest, read_manifest
 from tests.test_cli import CHECKPOINT, environment, report, run, small
@@ -96,10 +98,42 @@ def test_a_killed_site_is_named_and_the_newest_checkpoint_goes_on(root: str, tmp
     assert report(tmp_path)["steps"] == steps + 2
 
 
+def test_a_full_disk_ends_nothing(root: str, tmp_path: Path) -> None:
+    """No file can be longer than 8 KiB: not a checkpoint, not the curves, not what the run prints."""
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    command = [sys.executable, "-m", "fomoe_pl", "fit", *small(root, tmp_path), "--trainer.max_steps", "60"]
+    with (tmp_path / "printed.txt").open("w") as printed:
+        code = subprocess.run(command, cwd=tmp_path, env=environment(), stdout=printed, stderr=printed, timeout=110,
+                              preexec_fn=small_disk, check=False).returncode  # fmt: skip
+    told = (tmp_path / "printed.txt").read_text()
+    assert code == 0, told
+    assert report(tmp_path)["steps"] == 60
+    assert len(told) == 8192, "the rest is lost, and with it no step"
+    assert "fomoe: NO CHECKPOINT after step 2" in told
+    assert told.count("fomoe: curves have a gap") == 1
+    events = EventAccumulator(str(tmp_path / "runs/run"))
+    events.Reload()
+    assert events.Scalars("train/loss"), "what was written before can be read"
+
+
 def test_auto_starts_from_scratch_where_there_is_nothing(root: str, tmp_path: Path) -> None:
     output = run(["fit", *small(root, tmp_path), "--ckpt_path", "auto"], tmp_path)
     assert "no checkpoint in runs/run/checkpoints yet" in output
     assert report(tmp_path)["steps"] == 4
+
+
+def test_auto_starts_from_scratch_where_the_first_save_was_interrupted(root: str, tmp_path: Path) -> None:
+    interrupted = tmp_path / f"{CHECKPOINT}.partial"
+    interrupted.mkdir(parents=True)
+    output = run(["fit", *small(root, tmp_path), "--ckpt_path", "auto"], tmp_path)
+    assert "last.ckpt.partial': is no complete checkpoint" in output
+    assert report(tmp_path)["steps"] == 4
+    (tmp_path / CHECKPOINT / "manifest.json").unlink()
+    with pytest.raises(AssertionError, match="no checkpoint in runs/run/checkpoints is complete"):
+        run(["fit", *small(root, tmp_path), "--ckpt_path", "auto"], tmp_path)
 
 
 def test_torchrun_restarts_from_the_last_round(root: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import lzma
 import multiprocessing as mp
+import os
 import platform
 import random
 import shutil
@@ -203,13 +204,15 @@ def page(campaign: Campaign, command: str, minutes: float) -> str:
     named = [fault["named"] for fault in found.faults if fault.get("in_training") and "named" in fault]
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             check=False).stdout.strip()  # fmt: skip
+    settings = (f"{campaign.sites} sites; runs of {campaign.steps} steps, saved after every round of {K}, the last two "
+                f"checkpoints kept; `check_agreement`; {minutes:.0f} minutes, {campaign.parallel} runs at a time")  # fmt: skip
     lost = f"{statistics.median(alone):.0f} (median), {max(alone)} (most)" if alone else "-"
     return f"""# Chaos, CPU, {time.strftime("%Y-%m-%d", time.gmtime())}
 Question: does a run that is killed, signalled, or let down by its disks and data always come back, at what price?
 
 | | |
 | --- | --- |
-| faults | {len(kinds)}: {kills} kills, {others} of disks and data, {len(kinds) - kills - others} signals and flipped bits |
+| faults | {len(kinds)}: {kills} kills, {others} of disks and data, {len(kinds) - kills - others} others |
 | runs completed | {ended} of {len(found.runs)}, {sum(run["torchrun"] for run in found.runs)} of them under torchrun |
 | steps lost to a fault | {lost}; a round has {K} |
 | corrupted checkpoints | {found.counts["corrupted"]} |
@@ -223,9 +226,9 @@ Question: does a run that is killed, signalled, or let down by its disks and dat
 | --- | --- |
 | commit | {commit} |
 | command | `{command}` |
-| hardware | {platform.processor() or platform.machine()}, {len(__import__("os").sched_getaffinity(0))} cores |
+| hardware | {platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores |
 | versions | Python {platform.python_version()}, torch {torch.__version__}, Lightning {lightning.__version__} |
-| settings that matter | {campaign.sites} sites; runs of {campaign.steps} steps, saved after every round of {K}, the last two checkpoints kept; `check_agreement`; {minutes:.0f} minutes, {campaign.parallel} runs at a time |
+| settings that matter | {settings} |
 
 """
 
@@ -252,7 +255,8 @@ def main(
     """
     folder, started = Path(output), time.time()
     folder.mkdir(parents=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell in the background ignores the second
+        signal.signal(number, signal.default_int_handler)
     campaign = Campaign(folder, seed, sites, faults, parallel, quiet, None if root is None else Path(root))
     try:
         campaign.go(kills, others, torchrun, minutes)

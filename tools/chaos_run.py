@@ -156,12 +156,22 @@ def damage_file(draw: random.Random, path: Path, how: str) -> None:
 
 def damage_checkpoint(draw: random.Random, folder: Path, how: str) -> Path | None:
     """Damage the newest checkpoint, if there is another before it."""
-    path, _ = newest(folder)
-    if path is None or sum((p / MANIFEST).is_file() for p in folder.glob("*.ckpt")) < 2:
+    path, _ = newest(folder, hashes=True)
+    if path is None or len([one for one in folder.glob("*.ckpt") if is_intact(one)]) < 2:
         return None
     name = MANIFEST if how.endswith("manifest") else draw.choice(sorted(read_manifest(path)["files"]))
     damage_file(draw, path / name, how)
     return path
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a checkpoint is complete and undamaged."""
+    try:
+        for name in read_manifest(folder)["files"]:
+            verify(folder, name)
+    except ConfigError:
+        return False
+    return True
 
 
 def written_at(folder: Path) -> int:
@@ -230,7 +240,7 @@ class Run:
             "--trainer.devices", str(self.sites), "--trainer.max_steps", str(self.steps),
             "--trainer.default_root_dir", str(self.folder), "--data.root", str(root), "--ckpt_path", "auto",
             f"{strategy}.local_steps", str(K), f"{strategy}.check_agreement", "true",
-            f"{strategy}.timeout_seconds", str(self.quiet),
+            f"{strategy}.timeout_seconds", str(self.quiet / 3),
         ]  # fmt: skip
 
     def plan(self, attempt: int, site: int, faults: list[dict[str, Any]]) -> dict[str, Any]:
@@ -347,8 +357,9 @@ class Run:
             self.found.bad(self.number, f"a flipped bit was not found: {why}", "divergences")
         if ending == "SIGKILL":
             fault["named"] = output.count(f"fomoe: site {fault['site']} is gone") == 1
-        expected = {"SIGTERM": 143, "SIGINT": 130}.get(ending)
-        if expected and fault["in_training"] and {*codes} - {0, expected}:
+        # Sites that were sent no signal end as after a SIGTERM.
+        expected = {"SIGTERM": {0, 143}, "SIGINT": {0, 130, 143}}.get(ending)
+        if expected and fault["in_training"] and {*codes} - expected:
             self.found.bad(self.number, f"not the exit codes of a signal: {why}")
         self.look_at_disk(number)
 
@@ -376,12 +387,8 @@ class Run:
         """No complete checkpoint may be a damaged one."""
         for folder in sorted(self.checkpoints.glob("*.ckpt*")):
             known = self.damaged_checkpoints.get(str(folder), 0) == written_at(folder)
-            if (folder / MANIFEST).is_file() and not known:
-                try:
-                    for name in read_manifest(folder)["files"]:
-                        verify(folder, name)
-                except ConfigError as error:
-                    self.found.bad(self.number, f"attempt {number} has left a damaged checkpoint: {error}", "corrupted")
+            if (folder / MANIFEST).is_file() and not known and not is_intact(folder):
+                self.found.bad(self.number, f"attempt {number} has left a damaged checkpoint: {folder}", "corrupted")
 
     def is_whole(self) -> bool:
         """Whether the run has all its steps and tokens."""
@@ -401,7 +408,7 @@ class Run:
         return any("cannot be read (1 of" in path.read_text() for path in self.folder.glob("output-*.txt"))
 
     def final(self) -> dict[str, Any]:
-        """What must be the same, bit for bit, as in the run that nothing befell: hashes of all weights, inner moments."""
+        """What must be, bit for bit, that of the run that nothing befell: hashes of all weights, inner moments."""
         path, _ = newest(self.checkpoints)
         assert path is not None
         files = read_manifest(path)["files"]

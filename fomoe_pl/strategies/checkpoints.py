@@ -293,7 +293,8 @@ def resolve(folder: Path, path: str) -> str | None:
     found, wrong = files.newest(folder, hashes=True)
     for message in wrong:
         rank_zero_info(f"not used: {message}")
-    if found is None and wrong:
+    # What the very first save was interrupted in is nothing to go on from, and no loss either.
+    if found is None and any(not name.name.endswith(".partial") for name in folder.glob("*.ckpt*")):
         raise ConfigError("ckpt_path", path, f"no checkpoint in {folder} is complete", "; ".join(wrong))
     rank_zero_info(f"going on from {found}" if found else f"no checkpoint in {folder} yet: starting from scratch")
     return str(found) if found else None

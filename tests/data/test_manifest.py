@@ -49,7 +49,7 @@ def test_a_run_that_goes_on_does_without_training_shards(copy: Path, caplog: pyt
     assert [message for message in ("train-sea-00003.tar is missing", "train-sky-00001.tar has 0 bytes")
             if message not in caplog.text] == []  # fmt: skip
     (copy / "val-sky-00000.tar").unlink()
-    with pytest.raises(ConfigError, match="val-sky-00000.tar is missing"):
+    with pytest.raises(ConfigError, match=r"val-sky-00000\.tar is missing"):
         load_manifest(copy, training=False)
 
 
