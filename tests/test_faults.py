@@ -5,6 +5,7 @@ import re
 import resource
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -148,3 +149,37 @@ def test_torchrun_restarts_from_the_last_round(root: str, tmp_path: Path) -> Non
     assert process.returncode == 0, errors
     found = report(tmp_path)
     assert (found["steps"], found["tokens"]["global"]) == (steps, steps * 2 * 2 * 16)
+
+
+def descendants(pid: int) -> list[int]:
+    found = children(pid)
+    return found + [below for child in found for below in descendants(child)]
+
+
+def test_a_machine_less_and_the_run_goes_on_to_the_planned_tokens(root: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    steps = 120
+    # Seconds after which a machine that says nothing is gone, and in which further ones may still join.
+    waits = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2"
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "2"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", waits]
+    command = ["-m", "fomoe_pl", "fit", *small(root, tmp_path), "--ckpt_path", "auto", "--trainer.devices", "1"]
+    command += ["--trainer.num_nodes", "2", "--trainer.strategy.init_args.min_sites", "1"]
+    command += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(10 * steps)]
+    with started([*launcher, *command], tmp_path) as first:
+        time.sleep(2)  # the first keeps the store
+        with started([*launcher, *command], tmp_path) as second:
+            trains(tmp_path)
+            for pid in (*descendants(second.pid), second.pid):
+                os.kill(pid, signal.SIGKILL)
+            errors = first.communicate(timeout=200)[1]
+    assert first.returncode == 0, errors
+    found = report(tmp_path)
+    saved, _ = newest((tmp_path / CHECKPOINT).parent)
+    assert found["sites"] == 1
+    assert found["tokens"]["global"] == steps * 2 * 2 * 16
+    assert steps < found["steps"] < 2 * steps
+    assert saved is not None
+    assert read_manifest(saved)["optimizer_steps"] == found["steps"]

@@ -23,6 +23,7 @@ from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
+from fomoe_pl.strategies.elastic import Pace
 from fomoe_pl.strategies.restart import join_after_restart
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class SiteStrategy(CheckpointingStrategy):
         round_stats: means over all sites of the last round (fixed keys; empty before the first round).
         has_rounds: whether sites agree in rounds, not in every step.
         observers: who looks at the ends of rounds; the same on all sites, in the same order.
+        pace: of a run that may have fewer sites than planned.
         watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
     """
 
@@ -43,6 +45,7 @@ class SiteStrategy(CheckpointingStrategy):
     saves_when_stopped = True
     has_rounds = False
     federation: Federation | None = None
+    pace: Pace | None = None
 
     def init_site(self) -> None:
         """Set the counters; called by the constructors."""
@@ -146,7 +149,7 @@ class SiteStrategy(CheckpointingStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Save where a signal ends the run, and tell what to go on from."""
         if isinstance(exception, SIGTERMException) and self.saves_when_stopped:
-            self._save_stopped()
+            self._save_last("stopped")
             exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
         elif isinstance(exception, SiteLostError):
             exception.checkpoint = str(self.last_saved) if self.last_saved else None
@@ -160,9 +163,16 @@ class SiteStrategy(CheckpointingStrategy):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _save_stopped(self) -> None:
+    def on_train_end(self) -> None:
+        """Save what a run of another length than planned would end without: its steps are no multiple of anything."""
+        super().on_train_end()
+        changed = self.pace is not None and self.pace.last_step != self.pace.planned
+        if changed and self.lightning_module.trainer.checkpoint_callback is not None:  # type: ignore[union-attr]
+            self._save_last("ended")
+
+    def _save_last(self, name: str) -> None:
         trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
         if self.saved_at != self.optimizer_steps:
             callback = trainer.checkpoint_callback
             folder = callback.dirpath if callback is not None else Path(trainer.default_root_dir, "checkpoints")
-            trainer.save_checkpoint(Path(folder, "stopped.ckpt"))
+            trainer.save_checkpoint(Path(folder, f"{name}.ckpt"))

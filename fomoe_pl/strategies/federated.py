@@ -30,6 +30,7 @@ from fomoe_pl.federation.wire import Wire, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
 from fomoe_pl.strategies.checks import check_processes, check_settings, check_skipped
+from fomoe_pl.strategies.elastic import check_min_sites
 from fomoe_pl.strategies.evaluation import GlobalValidation
 from fomoe_pl.strategies.signals import end_children, observe_children_every, replace_signal_handling
 from fomoe_pl.strategies.statistics import SiteReport, share
@@ -59,6 +60,7 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         check_agreement: compare a hash of each dense tensor of all sites, and of each expert of its holders, after
             every round (always done before saving).
         timeout_seconds: after which a collective that does not complete raises.
+        min_sites: fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
         **kwargs: as for Lightning's `DDPStrategy`.
 
     Raises:
@@ -84,6 +86,7 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         share_device: bool = False,
         check_agreement: bool = False,
         timeout_seconds: float = 1800.0,
+        min_sites: int | None = None,
         **kwargs: Any,
     ) -> None:
         check_settings(
@@ -103,6 +106,7 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
         self.init_site()
         self._sites, self._overlap = sites, overlap
+        self.min_sites = min_sites
         self.routing, self.placement_kind = routing, placement
         self.reshuffle_rounds, self.placement_seed = reshuffle_rounds, placement_seed
         self.outer, self.inner_moments = outer, inner_moments
@@ -119,8 +123,10 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         return Topology(self.world_size, 1, self.global_rank)
 
     def overlap(self, n_sites: int) -> int:
-        """Sites that hold each expert."""
-        return n_sites if self._overlap is None else self._overlap
+        """Sites that hold each expert; all, where there are no longer as many."""
+        if self._overlap is None or (self.min_sites is not None and self._overlap > n_sites):
+            return n_sites
+        return self._overlap
 
     def check(self, config: ModelConfig, n_processes: int, num_nodes: int = 1) -> None:
         """Check the settings against the model and the processes of all machines, before any is started.
@@ -128,7 +134,11 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         Raises:
             ConfigError: naming the setting, the rule and what would be valid.
         """
-        n_sites = check_processes(self._sites, n_processes, num_nodes, share_device=self.share_device)
+        sites = self._sites
+        if self.min_sites is not None and self.pace is not None:
+            check_min_sites(self.min_sites, self.pace, num_nodes, self._overlap, config.n_experts)
+            sites = None if sites == self.pace.planned_sites else sites
+        n_sites = check_processes(sites, n_processes, num_nodes, share_device=self.share_device)
         check_placement(config.n_experts, n_sites, self.overlap(n_sites))
 
     def placed(self, config: ModelConfig, redraws: int) -> Placement:
