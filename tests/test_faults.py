@@ -67,6 +67,28 @@ def test_ctrl_c_saves_and_the_printed_line_goes_on(root: str, tmp_path: Path) ->
     assert report(tmp_path)["tokens"]["global"] == (steps + 4) * 2 * 2 * 16
 
 
+def test_a_signal_stops_all_sites_in_the_middle_of_a_round_if_asked_to(root: str, tmp_path: Path) -> None:
+    endless = ["--trainer.strategy.init_args.local_steps", "1000000", "--trainer.strategy.init_args.stop_at", "step"]
+    command = [*small(root, tmp_path), *LONG, *endless]
+    with started(["-m", "fomoe_pl", "fit", *command], tmp_path) as process:
+        trains(tmp_path)
+        os.kill(children(process.pid)[0], signal.SIGTERM)  # to the second site alone
+        started_at = time.monotonic()
+        errors = process.communicate(timeout=60)[1]
+        seconds = time.monotonic() - started_at
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert seconds < 20  # most of it the interpreters, on a busy machine
+    saved, _ = newest((tmp_path / CHECKPOINT).parent)
+    assert saved is not None
+    manifest = read_manifest(saved)
+    assert manifest["rounds"] == 0
+    steps = manifest["optimizer_steps"]
+    assert f"--ckpt_path {saved.relative_to(tmp_path)}" in errors
+    run(["fit", *command, "--ckpt_path", "auto", "--trainer.max_steps", str(steps + 1)], tmp_path)
+    assert report(tmp_path)["steps"] == steps + 1
+    assert report(tmp_path)["tokens"]["global"] == (steps + 1) * 2 * 2 * 16
+
+
 def test_ctrl_c_saves_one_process_too(root: str, tmp_path: Path) -> None:
     alone = [*small(root, tmp_path), "--trainer.strategy", "single_site", "--trainer.devices", "1"]
     with started(["-m", "fomoe_pl", "fit", *alone, *LONG], tmp_path) as process:

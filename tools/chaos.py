@@ -204,8 +204,10 @@ def page(campaign: Campaign, command: str, minutes: float) -> str:
     named = [fault["named"] for fault in found.faults if fault.get("in_training") and "named" in fault]
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             check=False).stdout.strip()  # fmt: skip
-    settings = (f"{campaign.sites} sites; runs of {campaign.steps} steps, saved after every round of {K}, the last two "
-                f"checkpoints kept; `check_agreement`; {minutes:.0f} minutes, {campaign.parallel} runs at a time")  # fmt: skip
+    settings = (
+        f"{campaign.sites} sites; runs of {campaign.steps} steps, saved after every round of {K}, the last two "
+        f"checkpoints kept; `check_agreement`; {minutes:.0f} minutes, {campaign.parallel} runs at a time"
+    )
     lost = f"{statistics.median(alone):.0f} (median), {max(alone)} (most)" if alone else "-"
     return f"""# Chaos, CPU, {time.strftime("%Y-%m-%d", time.gmtime())}
 Question: does a run that is killed, signalled, or let down by its disks and data always come back, at what price?

@@ -241,6 +241,7 @@ class Run:
             "--trainer.default_root_dir", str(self.folder), "--data.root", str(root), "--ckpt_path", "auto",
             f"{strategy}.local_steps", str(K), f"{strategy}.check_agreement", "true",
             f"{strategy}.timeout_seconds", str(self.quiet / 3),
+            f"{strategy}.stop_at", "step" if self.number % 2 else "round",
         ]  # fmt: skip
 
     def plan(self, attempt: int, site: int, faults: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Only ranks that were talking to the lost site find their connection broken. Others may wait in a collective whose
 members are all there, or be in the middle of their local steps: a thread of each rank listens, so that they answer
-too. It waits for one key in the store through which the processes met, and sends nothing until a connection breaks.
+too. It waits for one key in the store through which the processes met, and sends nothing until a connection breaks, or
+until a rank that was sent a signal asks all to stop before their round ends.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from fomoe_pl.federation.topology import Topology
 PATIENCE = 10.0  # seconds in which the others answer, once a connection has broken
 _BROKEN = re.compile(r"gloo|nccl|connection|timed out|timeout|broken pipe|socket", re.IGNORECASE)
 _FOR_LONG = timedelta(days=1)
-_CALLED, _THERE, _CONCLUSION = "fomoe/called/", "fomoe/there/", "fomoe/conclusion"
-_OVER = "over"  # in the place of a call: the rank has nothing to listen for any more
+_CALLED, _THERE, _CONCLUSION, _STOP = "fomoe/called/", "fomoe/there/", "fomoe/conclusion", "fomoe/stop/"
+_ROLL_CALL, _PLEASE_STOP, _OVER = b"roll call", b"please stop", b"over"  # what a rank is called for; the last by itself
 
 
 class Conclusion(NamedTuple):
@@ -46,45 +47,76 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 class Listener:
-    """Answers for this rank when others ask who is there, whatever its main thread is doing.
+    """Answers for this rank when others ask, whatever its main thread is doing.
 
     Args:
         topology: this rank's place.
         store: the store through which the processes met; a connection of its own to it is made.
 
     Attributes:
-        conclusion: what the ranks agree on once somebody has asked; None before.
+        conclusion: what the ranks agree on once somebody has asked who is there; None before.
     """
 
     def __init__(self, topology: Topology, store: dist.Store) -> None:
         self.topology = topology
         self.conclusion: Conclusion | None = None
         self._store, self._own, self._over = store, store.clone(), False
+        self._lock, self._asked_to_stop, self._next_stop = threading.Lock(), False, 0
         self._thread = threading.Thread(target=self._listen, name="fomoe-listener", daemon=True)
         self._thread.start()
 
     def _listen(self) -> None:
-        call, rank = f"{_CALLED}{self.topology.rank}", self.topology.rank
         try:
-            while not self._own.check([call]):
-                with suppress(dist.DistStoreError):  # a day is over
-                    self._own.wait([call], _FOR_LONG)
-            if self._own.get(call) == _OVER.encode():
-                return
-            self._own.set(f"{_THERE}{rank}", "1")
-            self._own.wait([_CONCLUSION], timedelta(seconds=6 * PATIENCE))
-            self.conclusion = Conclusion(*json.loads(self._own.get(_CONCLUSION)))
+            called = self._next_call(b"")
+            if called == _PLEASE_STOP:
+                with self._lock:
+                    self._asked_to_stop = True
+                    self._own.set(f"{_STOP}{self.topology.rank}", str(self._next_stop))
+                called = self._next_call(_PLEASE_STOP)
+            if called == _ROLL_CALL:
+                self._own.set(f"{_THERE}{self.topology.rank}", "1")
+                self._own.wait([_CONCLUSION], timedelta(seconds=6 * PATIENCE))
+                self.conclusion = Conclusion(*json.loads(self._own.get(_CONCLUSION)))
         except dist.DistStoreError:  # those that asked did not come to a conclusion
             return
         except RuntimeError:
             if not self._over:
                 self.conclusion = _keeper_is_gone(self.topology)
 
+    def _next_call(self, before: bytes) -> bytes:
+        """Wait until this rank is called for something else."""
+        call = f"{_CALLED}{self.topology.rank}"
+        while not self._own.check([call]):
+            with suppress(dist.DistStoreError):  # a day is over
+                self._own.wait([call], _FOR_LONG)
+        while (called := self._own.get(call)) == before:
+            time.sleep(0.2)  # a run that was asked to stop has not long to go
+        return bytes(called)
+
+    def ask_to_stop(self) -> None:
+        """Ask all ranks to stop after the same local step, the first that none of them has passed."""
+        for rank in range(self.topology.world_size):
+            self._store.compare_set(f"{_CALLED}{rank}", "", _PLEASE_STOP.decode())
+
+    def stops_after(self, step: int) -> bool:
+        """Whether all ranks stop after this local step; each asks after each of its steps, before it goes on.
+
+        Raises:
+            RuntimeError: if a rank does not answer.
+        """
+        with self._lock:
+            if not self._asked_to_stop:
+                self._next_stop = step + 1
+                return False
+        keys = [f"{_STOP}{rank}" for rank in range(self.topology.world_size)]
+        self._store.wait(keys, timedelta(seconds=PATIENCE))
+        return step >= max(int(self._store.get(key)) for key in keys)
+
     def stop(self) -> None:
         """End the thread; the last thing before the connections are closed."""
         self._over = True
         with suppress(RuntimeError):  # the store may be gone
-            self._store.set(f"{_CALLED}{self.topology.rank}", _OVER)
+            self._store.set(f"{_CALLED}{self.topology.rank}", _OVER.decode())
         self._thread.join(PATIENCE)
 
 
@@ -105,6 +137,11 @@ def stop_listening() -> None:
     if _listener is not None:
         _listener.stop()
     _listener = None
+
+
+def listener() -> Listener | None:
+    """This rank's listener; None in a process without others."""
+    return _listener
 
 
 def raise_if_lost(topology: Topology) -> None:
@@ -155,7 +192,7 @@ def roll_call(topology: Topology, patience: float) -> Conclusion:
     try:
         store = dist.distributed_c10d._get_default_store()
         for rank in sorted(ranks):
-            store.compare_set(f"{_CALLED}{rank}", "", "1")
+            store.set(f"{_CALLED}{rank}", _ROLL_CALL.decode())
         store.set(f"{_THERE}{topology.rank}", "1")
         end = time.monotonic() + patience
         silent = ranks - {topology.rank}

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -34,9 +33,10 @@ from fomoe_pl.strategies.elastic import check_min_sites
 from fomoe_pl.strategies.evaluation import GlobalValidation
 from fomoe_pl.strategies.signals import end_children, observe_children_every, replace_signal_handling
 from fomoe_pl.strategies.statistics import SiteReport, share
+from fomoe_pl.strategies.stopping import StopAt, StopsTogether
 
 
-class FederatedStrategy(GlobalValidation, DDPStrategy):
+class FederatedStrategy(StopsTogether, GlobalValidation, DDPStrategy):
     """Periodic averaging between sites, each holding some of the experts (FoMoE, arXiv 2606.19025).
 
     Between rounds nothing crosses sites. After K optimizer steps the dense parameters are averaged over all sites,
@@ -61,6 +61,7 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
             every round (always done before saving).
         timeout_seconds: after which a collective that does not complete raises.
         min_sites: fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
+        stop_at: where a signal ends the run: after its `round`, or after the next local `step` of all sites.
         **kwargs: as for Lightning's `DDPStrategy`.
 
     Raises:
@@ -87,6 +88,7 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         check_agreement: bool = False,
         timeout_seconds: float = 1800.0,
         min_sites: int | None = None,
+        stop_at: StopAt = "round",
         **kwargs: Any,
     ) -> None:
         check_settings(
@@ -106,14 +108,13 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
         self.init_site()
         self._sites, self._overlap = sites, overlap
-        self.min_sites = min_sites
+        self.min_sites, self.stop_at = min_sites, stop_at
         self.routing, self.placement_kind = routing, placement
         self.reshuffle_rounds, self.placement_seed = reshuffle_rounds, placement_seed
         self.outer, self.inner_moments = outer, inner_moments
         self.wire_dtype, self.bucket_mib, self.check_agreement = wire_dtype, bucket_mib, check_agreement
         self.share_device = share_device
         self._skipped_of_sites: list[int] = []
-        self._stopping = False
 
     # -- who holds what -------------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
-            replace_signal_handling(trainer, self._note_signal)
+            replace_signal_handling(trainer, self.note_signal)
         self._last_step = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         n = self.topology.n_sites
@@ -207,10 +208,6 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
             f"{n} sites, each expert on {self.overlap(n)} ({self.placement_kind}), {self.routing} routing, "
             f"rounds of {self.schedule} local steps, outer rule {self.outer}, moments: {self.inner_moments}"
         )
-
-    def _note_signal(self, number: int) -> None:
-        self._signal = number  # not Lightning's own flag, which would end this site in mid-round
-        end_children(self.launcher)
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
@@ -262,13 +259,8 @@ class FederatedStrategy(GlobalValidation, DDPStrategy):
             sites = ", ".join(map(str, sorted(shared.left_out)))
             told = f"round {self.rounds_done + 1} is without site {sites}: its gradients or values are not finite"
             print(f"fomoe: {told}", file=sys.stderr, flush=True)
-        self.round_stats, self._stopping = shared.numbers, shared.stop
+        self.round_stats, self.stopping = shared.numbers, shared.stop
         return shared.left_out
-
-    def stop_if_asked(self) -> None:
-        """End all sites after a round in which one was sent a signal; callbacks have seen the batch."""
-        if self._stopping:
-            raise SIGTERMException
 
     # -- control traffic, counted ---------------------------------------------------------------------------------
 

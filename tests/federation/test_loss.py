@@ -14,10 +14,22 @@ import torch
 import torch.distributed as dist
 
 from fomoe_pl.errors import SiteLostError
-from fomoe_pl.federation.loss import listen, raise_if_lost, sites_watched, stop_listening
+from fomoe_pl.federation.loss import listen, listener, raise_if_lost, sites_watched, stop_listening
 from fomoe_pl.federation.topology import Topology
 
 SITES, PATIENCE = 4, 2.0
+
+
+def run_all(site: Any, n: int, *args: Any, killed: int | None = None) -> None:
+    """Run a function on some processes, of which one may kill itself."""
+    context = mp.get_context("forkserver")
+    processes = [context.Process(target=site, args=(rank, *args)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        process.kill()
+    assert [process.exitcode for process in processes] == [-9 if rank == killed else 0 for rank in range(n)]
 
 
 def _site(rank: int, lost: int, folder: str, port: int) -> None:
@@ -55,14 +67,7 @@ def test_all_that_are_left_name_the_lost_site(tmp_path: Path, lost: int, kept_by
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1] if kept_by_0 else 0
-    context = mp.get_context("forkserver")
-    processes = [context.Process(target=_site, args=(rank, lost, str(tmp_path), port)) for rank in range(SITES)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
-        process.kill()
-    assert [process.exitcode for process in processes] == [-9 if rank == lost else 0 for rank in range(SITES)]
+    run_all(_site, SITES, lost, str(tmp_path), port, killed=lost)
     found = {rank: json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(SITES) if rank != lost}
     assert {tuple(one["sites"]) for one in found.values()} == {(lost,)}
     assert [rank for rank, one in found.items() if one["speaks"]] == [min(found)]
@@ -80,11 +85,31 @@ def _quiet(rank: int, folder: str) -> None:
 
 
 def test_a_run_without_losses_ends_its_thread(tmp_path: Path) -> None:
-    context = mp.get_context("forkserver")
-    processes = [context.Process(target=_quiet, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_all(_quiet, 2, str(tmp_path))
+
+
+def _paced(rank: int, asks: int, folder: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 3), rank=rank, world_size=3)
+    listen(Topology(3, 1, rank))
+    listens = listener()
+    assert listens is not None
+    step = 0
+    while True:
+        step += 1
+        time.sleep((0.01, 0.04, 0.1)[rank])
+        if step % 5 == 0:  # a round's end: those that are ahead wait here for the others
+            dist.all_reduce(torch.ones(1))
+        if rank == 1 and step == asks:
+            listens.ask_to_stop()
+        if listens.stops_after(step):
+            break
+    Path(folder, f"{rank}.json").write_text(json.dumps(step))
+    stop_listening()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("asks", [1, 3, 4, 5, 8])
+def test_all_stop_after_the_same_step(tmp_path: Path, asks: int) -> None:
+    run_all(_paced, 3, asks, str(tmp_path))
+    [step] = {json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)}
+    assert asks <= step <= (asks + 4) // 5 * 5 + 1, "no later than the round's end, or the step after it"
