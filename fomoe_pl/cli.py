@@ -161,7 +161,7 @@ class FoMoECLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything that can be seen from here."""
         self._check()
-        self.trainer.callbacks.insert(0, CurvesOnFullDisk())
+        cast(Any, self.trainer).callbacks.insert(0, CurvesOnFullDisk())
 
     def before_validate(self) -> None:
         """Check everything that can be seen from here."""

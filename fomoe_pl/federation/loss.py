@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -24,7 +25,7 @@ from fomoe_pl.federation.topology import Topology
 
 PATIENCE = 10.0  # seconds in which the others answer, once a connection has broken
 _BROKEN = re.compile(r"gloo|nccl|connection|timed out|timeout|broken pipe|socket", re.IGNORECASE)
-_FOR_LONG = timedelta(days=1)
+_FOR_LONG = timedelta(days=20)  # in milliseconds it has to fit 32 bits
 _CALLED, _THERE, _CONCLUSION, _STOP = "fomoe/called/", "fomoe/there/", "fomoe/conclusion", "fomoe/stop/"
 _ROLL_CALL, _PLEASE_STOP, _OVER = b"roll call", b"please stop", b"over"  # what a rank is called for; the last by itself
 
@@ -60,34 +61,42 @@ class Listener:
     def __init__(self, topology: Topology, store: dist.Store) -> None:
         self.topology = topology
         self.conclusion: Conclusion | None = None
-        self._store, self._own, self._over = store, store.clone(), False
+        self._store, self._own, self._over = store, store.clone(), False  # type: ignore[attr-defined]
         self._lock, self._asked_to_stop, self._next_stop = threading.Lock(), False, 0
         self._thread = threading.Thread(target=self._listen, name="fomoe-listener", daemon=True)
         self._thread.start()
 
     def _listen(self) -> None:
-        try:
-            called = self._next_call(b"")
-            if called == _PLEASE_STOP:
-                with self._lock:
-                    self._asked_to_stop = True
-                    self._own.set(f"{_STOP}{self.topology.rank}", str(self._next_stop))
-                called = self._next_call(_PLEASE_STOP)
-            if called == _ROLL_CALL:
-                self._own.set(f"{_THERE}{self.topology.rank}", "1")
-                self._own.wait([_CONCLUSION], timedelta(seconds=6 * PATIENCE))
-                self.conclusion = Conclusion(*json.loads(self._own.get(_CONCLUSION)))
-        except dist.DistStoreError:  # those that asked did not come to a conclusion
-            return
-        except RuntimeError:
-            if not self._over:
-                self.conclusion = _keeper_is_gone(self.topology)
+        while not self._over:
+            try:
+                self._answer()
+                return
+            except dist.DistStoreError:  # those that asked did not come to a conclusion
+                return
+            except RuntimeError:
+                if not self._over and not _answers(self._store):
+                    self.conclusion = _keeper_is_gone(self.topology)
+                    return
+            time.sleep(1)
+            self._own = self._store.clone()  # type: ignore[attr-defined]  # something on the way cut an idle connection
+
+    def _answer(self) -> None:
+        called = self._next_call(b"")
+        if called == _PLEASE_STOP:
+            with self._lock:
+                self._asked_to_stop = True
+                self._own.set(f"{_STOP}{self.topology.rank}", str(self._next_stop))
+            called = self._next_call(_PLEASE_STOP)
+        if called == _ROLL_CALL:
+            self._own.set(f"{_THERE}{self.topology.rank}", "1")
+            self._own.wait([_CONCLUSION], timedelta(seconds=6 * PATIENCE))
+            self.conclusion = Conclusion(*json.loads(self._own.get(_CONCLUSION)))
 
     def _next_call(self, before: bytes) -> bytes:
         """Wait until this rank is called for something else."""
         call = f"{_CALLED}{self.topology.rank}"
         while not self._own.check([call]):
-            with suppress(dist.DistStoreError):  # a day is over
+            with suppress(dist.DistStoreError):  # a long time is over
                 self._own.wait([call], _FOR_LONG)
         while (called := self._own.get(call)) == before:
             time.sleep(0.2)  # a run that was asked to stop has not long to go
@@ -206,6 +215,17 @@ def roll_call(topology: Topology, patience: float) -> Conclusion:
         return agreed
     except RuntimeError:
         return _keeper_is_gone(topology)
+
+
+def _answers(store: Any) -> bool:
+    """Whether the process that keeps the store takes connections."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    try:
+        socket.create_connection((store.host, store.port), timeout=PATIENCE / 2).close()
+    except (AttributeError, OSError):  # a store in a file, or nobody
+        return False
+    return True
 
 
 def _keeper_is_gone(topology: Topology) -> Conclusion:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fomoe_pl.errors import SiteLostError
+from fomoe_pl.federation import loss
 from fomoe_pl.federation.loss import listen, listener, raise_if_lost, sites_watched, stop_listening
 from fomoe_pl.federation.topology import Topology
 
@@ -113,3 +114,31 @@ def test_all_stop_after_the_same_step(tmp_path: Path, asks: int) -> None:
     run_all(_paced, 3, asks, str(tmp_path))
     [step] = {json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)}
     assert asks <= step <= (asks + 4) // 5 * 5 + 1, "no later than the round's end, or the step after it"
+
+
+def test_a_cut_connection_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    listens = loss.Listener(Topology(2, 1, 1), dist.PrefixStore("run", store))
+    first = listens._own
+
+    def cut(self: loss.Listener, before: bytes) -> bytes:
+        monkeypatch.undo()
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(loss.Listener, "_next_call", cut)
+    listens.ask_to_stop()  # wakes it up; the next call fails
+    for _ in range(100):
+        time.sleep(0.05)
+        if listens._own is not first:
+            break
+    assert listens._own is not first
+    assert listens.conclusion is None
+    store.set("run/fomoe/called/1", "roll call")
+    for _ in range(100):
+        time.sleep(0.05)
+        if store.check(["run/fomoe/there/1"]):
+            break
+    assert store.check(["run/fomoe/there/1"])
+    store.set("run/fomoe/conclusion", "[[0], 1]")
+    listens._thread.join(10)
+    assert listens.conclusion == ([0], 1)
