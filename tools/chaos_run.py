@@ -159,7 +159,7 @@ def damage_checkpoint(draw: random.Random, folder: Path, how: str) -> Path | Non
     path, _ = newest(folder, hashes=True)
     if path is None or len([one for one in folder.glob("*.ckpt") if is_intact(one)]) < 2:
         return None
-    name = MANIFEST if how.endswith("manifest") else draw.choice(sorted(read_manifest(path)["files"]))
+    name = MANIFEST if how.endswith("manifest") else draw.choice([MANIFEST, *sorted(read_manifest(path)["files"])])
     damage_file(draw, path / name, how)
     return path
 

@@ -6,7 +6,7 @@ Layout of the folder:
     momentum-*.safetensors        outer momentum under the same names, where the outer rule has one
     site-00003.pt                 what site 3 needs beside the global model to go on (inner moments, ledger)
     trainer.pt                    Lightning's own state (loops, schedulers, callbacks) and the position in the data
-    manifest.json                 size and SHA-256 of each file; written last: a folder without it is incomplete
+    manifest.json                 size and SHA-256 of each file, and its own; written last: a folder without it is incomplete
 
 Files are written into `<folder>.partial`, which is renamed when every site is done. A folder that it replaces is kept
 as `<folder>.old` until then, so that at each moment one of the three is complete.
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 MOMENTUM = "momentum-"  # before the names of the files of outer momentum
 _SEALS = "sealed-*.json"
@@ -100,7 +100,7 @@ def finish(folder: Path, manifest: dict[str, Any]) -> None:
         files |= json.loads(path.read_text())
     path = partial(folder) / MANIFEST
     with path.with_suffix(".tmp").open("w") as file:
-        json.dump({"format": FORMAT, **manifest, "files": files}, file, indent=1, sort_keys=True)
+        json.dump(_signed({"format": FORMAT, **manifest, "files": files}), file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
     for seal_path in seals:
@@ -112,6 +112,12 @@ def finish(folder: Path, manifest: dict[str, Any]) -> None:
         folder.rename(replaced(folder))
     partial(folder).rename(folder)
     shutil.rmtree(replaced(folder), ignore_errors=True)  # what stays goes with the next checkpoint
+
+
+def _signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with its own SHA-256: no file's hash is to be trusted in one that was changed."""
+    plain = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**plain, "sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def give_up(folder: Path) -> None:
@@ -141,6 +147,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         rule = f"has format {version}, this version reads {FORMAT}"
         raise ConfigError("ckpt_path", str(folder), rule, "use the version that wrote it")
+    if manifest != _signed(manifest):
+        raise ConfigError("ckpt_path", str(folder), f"is damaged: {path} does not have its own hash", hint)
     for name, about in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         if size != about["bytes"]:

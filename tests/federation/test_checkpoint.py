@@ -66,6 +66,8 @@ def damage(folder: Path, how: str) -> None:
         weights.unlink()
     elif how == "no manifest":
         manifest.unlink()
+    elif how == "another manifest":
+        manifest.write_text(manifest.read_text().replace('"optimizer_steps": 2', '"optimizer_steps": 3'))
     else:
         manifest.write_text(manifest.read_text()[:-20])
 
@@ -79,7 +81,8 @@ def flip(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "told"),
     [("cut", "dense.safetensors has 67 bytes, not 68"), ("gone", "dense.safetensors is missing"),
-     ("no manifest", "has no manifest.json"), ("half a manifest", "is no manifest")],
+     ("no manifest", "has no manifest.json"), ("half a manifest", "is no manifest"),
+     ("another manifest", "manifest.json does not have its own hash")],
 )  # fmt: skip
 def test_a_damaged_folder_is_named_and_the_one_before_is_found(tmp_path: Path, how: str, told: str) -> None:
     for number in (1.0, 2.0):
