@@ -19,7 +19,7 @@ def test_runs_come_back_from_a_dozen_faults(root: str, tmp_path: Path) -> None:
     # Two sites each, and few strategies: the long campaign has all.
     worlds = (run.World("fomoe_overlap1", "vanished"), run.World("fomoe_random", None, ((1, 5),)), run.World("diloco"))
     campaign = chaos.Campaign(tmp_path / "chaos", SEED, 2, 4, 3, 60.0, Path(root), worlds)
-    found = campaign.go(kills=6, others=3, torchrun=0, minutes=2)
+    found = campaign.go(kills=6, others=3, torchrun=0, minutes=4)
     assert found.problems == []
     assert found.counts == {"hangs": 0, "corrupted": 0, "divergences": 0}
     assert all(made["ended"] for made in found.runs)
