@@ -6,7 +6,7 @@ Layout of the folder:
     momentum-*.safetensors        outer momentum under the same names, where the outer rule has one
     site-00003.pt                 what site 3 needs beside the global model to go on (inner moments, ledger)
     trainer.pt                    Lightning's own state (loops, schedulers, callbacks) and the position in the data
-    manifest.json                 SHA-256 of each file and its own, sizes; written last: without it a folder is incomplete
+    manifest.json                 hashes of all files and its own, sizes; written last: a folder without is incomplete
 
 Files are written into `<folder>.partial`, which is renamed when every site is done. A folder that it replaces is kept
 as `<folder>.old` until then, so that at each moment one of the three is complete.
