@@ -174,6 +174,12 @@ def middle_and_most(values: list[float], digits: int = 0) -> str:
     return f"{statistics.median(values):.{digits}f} / {max(values):.{digits}f}"
 
 
+def processor() -> str:
+    """Name of this machine's processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def table(found: Found) -> str:
     """Faults by kind and moment."""
     lines = [
@@ -204,13 +210,16 @@ def page(campaign: Campaign, command: str, minutes: float) -> str:
     named = [fault["named"] for fault in found.faults if fault.get("in_training") and "named" in fault]
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             check=False).stdout.strip()  # fmt: skip
+    what = f"{len(found.problems)} problems" if found.problems else "nothing that must not be"
+    answer = f"{ended} of {len(found.runs)} runs came to their end; {what} was found."
     settings = (
         f"{campaign.sites} sites; runs of {campaign.steps} steps, saved after every round of {K}, the last two "
         f"checkpoints kept; `check_agreement`; {minutes:.0f} minutes, {campaign.parallel} runs at a time"
     )
     lost = f"{statistics.median(alone):.0f} (median), {max(alone)} (most)" if alone else "-"
     return f"""# Chaos, CPU, {time.strftime("%Y-%m-%d", time.gmtime())}
-Question: does a run that is killed, signalled, or let down by its disks and data always come back, at what price?
+Question: does a run that is killed, signalled, or let down by its disks and data always come back, and at what price?
+Answer: {answer}
 
 | | |
 | --- | --- |
@@ -228,10 +237,15 @@ Question: does a run that is killed, signalled, or let down by its disks and dat
 | --- | --- |
 | commit | {commit} |
 | command | `{command}` |
-| hardware | {platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores |
+| hardware | {processor()}, {len(os.sched_getaffinity(0))} cores |
 | versions | Python {platform.python_version()}, torch {torch.__version__}, Lightning {lightning.__version__} |
 | settings that matter | {settings} |
 
+- Steps lost are those of single faults; the rows of disks and of checkpoints at rest count what they cost together with
+  the fault that ended the run, up to a round each.
+- "Resuming" is before all sites have met: the others wait for the one that is gone until `timeout_seconds`
+  ({campaign.quiet / 3:.0f}).
+- Restarts are without the seconds of Python's imports, but for runs under torchrun.
 """
 
 
