@@ -24,7 +24,7 @@ from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
 from fomoe_pl.strategies.elastic import Pace
-from fomoe_pl.strategies.restart import join_after_restart
+from fomoe_pl.strategies.meeting import meet
 
 T = TypeVar("T")
 
@@ -69,10 +69,14 @@ class SiteStrategy(CheckpointingStrategy):
         return f"{type(self).__name__}, {self.topology.n_sites} sites"
 
     def setup_distributed(self) -> None:
-        """Join the other processes, also those of a restarted run."""
-        device: torch.device = self.root_device
-        backend = self._get_process_group_backend()  # type: ignore[attr-defined]
-        join_after_restart(backend, self._timeout, None if device.type == "cpu" else device)  # type: ignore[attr-defined]
+        """Meet the other processes, also those of a restarted run."""
+        own: Any = self
+        own.set_world_ranks()
+        environment, device = own.cluster_environment, own.root_device
+        meet(
+            self.topology, environment.main_address, environment.main_port, own._get_process_group_backend(),
+            own._timeout, None if device.type == "cpu" else device,
+        )  # fmt: skip
         super().setup_distributed()  # type: ignore[misc]
         listen(self.topology)
 
@@ -152,7 +156,9 @@ class SiteStrategy(CheckpointingStrategy):
             self._save_last("stopped")
             exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
         elif isinstance(exception, SiteLostError):
-            exception.checkpoint = str(self.last_saved) if self.last_saved else None
+            given = self.lightning_module.trainer.ckpt_path  # type: ignore[union-attr]
+            found = self.last_saved or given  # nothing has been loaded yet where not all have met
+            exception.checkpoint = str(found) if found else None
 
     def teardown(self) -> None:
         """Drop every group: without it gloo aborts at exit now and then."""
