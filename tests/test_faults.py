@@ -184,7 +184,7 @@ def test_a_machine_less_and_the_run_goes_on_to_the_planned_tokens(root: str, tmp
         port = free.getsockname()[1]
     steps = 120
     # Seconds after which a machine that says nothing is gone, and in which further ones may still join.
-    waits = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2"
+    waits = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=15"
     launcher = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "2"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", waits]
     command = ["-m", "fomoe_pl", "fit", *small(root, tmp_path), "--ckpt_path", "auto", "--trainer.devices", "1"]

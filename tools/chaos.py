@@ -244,14 +244,14 @@ Answer: {answer}
 - Steps lost are those of single faults; the rows of disks and of checkpoints at rest count what they cost together with
   the fault that ended the run, up to a round each.
 - "Resuming" is before all sites have met: the others wait for the one that is gone until `timeout_seconds`
-  ({campaign.quiet / 3:.0f}).
+  ({campaign.quiet / 4:.0f}).
 - Restarts are without the seconds of Python's imports, but for runs under torchrun.
 """
 
 
 def main(
     output: str, kills: int = 100, others: int = 20, torchrun: int = 2, seed: int = 0, sites: int = 4, faults: int = 12,
-    parallel: int = 3, quiet: float = 90.0, minutes: float = 120.0, root: str | None = None, keep: bool = False,
+    parallel: int = 3, quiet: float = 120.0, minutes: float = 120.0, root: str | None = None, keep: bool = False,
 ) -> int:  # fmt: skip
     """Inject faults until there were enough.
 
