@@ -5,7 +5,8 @@
 Every second round of one site is watched, and of these every second one is looked at. A round's last step, with what
 follows it, is timed apart from the steps before it. So a round of K steps costs (K - 1) times what a step between
 rounds costs more, and once what the end costs more; looks count as often as RoutingStability takes them by default.
-Short rounds give many pairs in little time. Drawing is less frequent than rounds: it is timed alone, with all pictures.
+Short rounds give many pairs in little time. Drawing is less frequent than rounds, and gets rarer: it is timed alone,
+with all pictures, and counts as often as RunPictures draws by default in a run of so many rounds, its end included.
 The corpus gives text to train on and the probe; its vocabulary may be smaller than the model's.
 """
 
@@ -30,6 +31,7 @@ from fomoe_pl.callbacks import (
     RunReport,
     ThroughputMonitor,
 )
+from fomoe_pl.callbacks.pictures import next_drawing
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
@@ -38,6 +40,7 @@ from fomoe_pl.strategies import FederatedStrategy
 
 WARMUP_ROUNDS = 4  # one of each kind, and two alone
 DRAWINGS = 3
+LOOK_EVERY = 4  # rounds; of these two are watched, and the first of them is looked at
 
 
 @dataclass
@@ -100,7 +103,7 @@ class Switch(L.Callback):
             rounds = self.rounds["alone" if not self._on else "looked" if looked else "watched"]
             rounds.steps.append(self._steps)
             rounds.ends.append(now - self._start)
-        if done % 4 == 0 and done > WARMUP_ROUNDS and now - self._began > self.limit:
+        if done % LOOK_EVERY == 0 and done > WARMUP_ROUNDS and now - self._began > self.limit:
             trainer.should_stop = True
         self._turn(trainer, pl_module)
         self._start = self._now()
@@ -138,17 +141,25 @@ class Switch(L.Callback):
 def seconds_to_draw(pictures: RunPictures, trainer: L.Trainer, module: Any, domains: int) -> float:
     """Seconds of a drawing with every picture that a run of several sites and domains has; median of a few."""
     layers, experts = module.config.n_layers, module.config.n_experts
-    module.domain_load_LNE = torch.rand(layers, domains, experts)
     assert pictures._stability is not None
     view = pictures._stability.view
     assert view is not None
     view.drift_LE = torch.rand(layers, experts)
     taken = []
     for _ in range(DRAWINGS):
+        module.domain_load_LNE = torch.rand(layers, domains, experts)  # as after a validation
         start = time.perf_counter()
         pictures._draw(trainer, module, view)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
+
+
+def drawings(rounds: int, draw_every: int) -> int:
+    """How often a run of so many rounds is drawn, the last time when it ends."""
+    drawn_after, times = 0, 0
+    while drawn_after < rounds:
+        drawn_after, times = next_drawing(drawn_after, draw_every), times + 1
+    return times
 
 
 def bench(
@@ -158,9 +169,10 @@ def bench(
     accelerator: Literal["gpu", "cpu"] = "gpu",
     batch_size: int = 16,
     sequence_length: int = 2048,
-    local_steps: int = 8,
+    local_steps: int = 6,
     reported_steps: int = 32,
-    seconds: float = 55.0,
+    reported_rounds: int = 1000,
+    seconds: float = 24.0,
 ) -> dict[str, float]:
     """Measure, print and write `bench_watching.md`.
 
@@ -173,7 +185,8 @@ def bench(
         sequence_length: Tokens of a sequence S.
         local_steps: Steps of a round that is timed, at least 2.
         reported_steps: Steps K of the round whose cost is reported.
-        seconds: Of training, about.
+        reported_rounds: Rounds of the run over which drawings are spread.
+        seconds: Of training, about; the whole takes twice as long.
 
     Returns:
         Shares of a round's time: `watching`, `drawing`, `total`.
@@ -185,6 +198,7 @@ def bench(
         stability, CommunicationMonitor(), ThroughputMonitor(), FoMoEProgressBar(), RunReport(), pictures
     ]  # fmt: skip
     draw_every, pictures.draw_every = pictures.draw_every, 10**9  # not in the rounds that are timed
+    look_every, stability.every_n_rounds = stability.every_n_rounds, LOOK_EVERY
     pictures._find_stability = lambda trainer: stability  # type: ignore[method-assign]  # it is not the trainer's
     switch = Switch(callbacks, seconds)
     trainer = L.Trainer(
@@ -198,7 +212,7 @@ def bench(
     trainer.fit(FoMoEModule(architecture), corpus)
     drawing = seconds_to_draw(pictures, trainer, trainer.lightning_module, len(corpus.domains))
 
-    rounds, share = switch.rounds, 1 / stability.every_n_rounds
+    rounds, share = switch.rounds, 1 / look_every
     step = statistics.median(rounds["alone"].steps) / (local_steps - 1)
     end = statistics.median(rounds["alone"].ends)
     more_steps = _more(rounds["watched"].steps + rounds["looked"].steps, rounds["alone"].steps) / (local_steps - 1)
@@ -206,16 +220,17 @@ def bench(
     alone = (reported_steps - 1) * step + end
     at_end = share * more_end["looked"] + (1 - share) * more_end["watched"]
     watching = ((reported_steps - 1) * more_steps + at_end) / alone
-    drawn = drawing / draw_every / alone
+    times = drawings(reported_rounds, draw_every)
+    drawn = drawing * times / reported_rounds / alone
     rows = [
         ("a step between rounds, alone", step, ""),
         ("the same, watched: more", more_steps, f"{more_steps / step:+.2%} of a step"),
         ("a round's last step and its end, alone", end, ""),
         ("the same, watched: more", more_end["watched"], ""),
-        (f"the same, looked at (every {stability.every_n_rounds}th by default): more", more_end["looked"], ""),
+        (f"the same, looked at (every {look_every}th by default): more", more_end["looked"], ""),
         (f"a round of {reported_steps} steps, alone", alone, ""),
         ("watching it: more", watching * alone, f"**{watching:+.2%}** of it"),
-        (f"a drawing (every {draw_every}th round by default)", drawing, f"**{drawn:+.2%}** of the rounds"),
+        (f"a drawing ({times} in {reported_rounds} rounds by default)", drawing, f"**{drawn:+.2%}** of the rounds"),
         ("all together", (watching + drawn) * alone, f"**{watching + drawn:+.2%}** of a round"),
     ]
     device = torch.cuda.get_device_name() if accelerator == "gpu" else "CPU"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PANELS = 12
+MOST_TICKS = 16
 EVEN = "load / mean load (1 = even)"
 MOST_EVEN = 4.0
 """Where the reds end that stand for more than even: one early outlier would else leave all the rest pale."""
@@ -38,7 +39,8 @@ def heat_map(values_LE: Tensor, title: str, unit: str, *, even: bool = False, mo
     layers, experts = values_LE.shape
     figure, [axes] = _panels(1, width=max(3.4, 0.3 * experts), height=max(1.6, 0.26 * layers))
     image = _image(axes, values_LE, even=even, most=most)
-    axes.set(title=title, xlabel="expert", ylabel="layer")
+    axes.set_title(title, y=1)
+    axes.set(xlabel="expert", ylabel="layer")
     _whole_ticks(axes, experts, layers)
     _colour_bar(figure, image, unit, values_LE)
     return figure
@@ -60,9 +62,9 @@ def timeline(load_RLE: Tensor, edges: Sequence[int], rounds_each: int = 1) -> Fi
     for axes, layer in zip(panels, shown, strict=True):
         values, look = _shown(load_RLE[:, layer].T, even=True, most=most)
         image = axes.pcolormesh(list(edges), rows, values, **look)
-        axes.set_title(f"layer {layer}", fontsize=9)
-        axes.set(yticks=_ticks(experts), ylim=(rows[-1], rows[0]))
+        axes.set_title(f"layer {layer}", fontsize=9, y=1)
         axes.tick_params(labelsize=8)
+    panels[0].set(yticks=_ticks(experts, MOST_TICKS // 2), ylim=(rows[-1], rows[0]))
     column = "round" if rounds_each == 1 else f"mean of {rounds_each} rounds"
     figure.supxlabel(f"optimizer steps of a site (a column is a {column}, as wide as its steps)", fontsize=9)
     figure.supylabel("expert", fontsize=9)
@@ -80,9 +82,12 @@ def domain_maps(load_LNE: Tensor, domains: Sequence[str]) -> Figure:
     most = _even_limit(share_LNE)
     for axes, layer in zip(panels, shown, strict=True):
         image = _image(axes, share_LNE[layer], even=True, most=most)
-        axes.set_title(f"layer {layer}", fontsize=9)
-        _whole_ticks(axes, share_LNE.shape[2], len(domains))
-        axes.set_yticks(range(len(domains)), domains, fontsize=7)
+        axes.set_title(f"layer {layer}", fontsize=9, y=1)
+        axes.tick_params(labelsize=8)
+    panels[0].set_xticks(_ticks(share_LNE.shape[2], MOST_TICKS // 2))
+    panels[0].set_yticks(range(len(domains)), domains)
+    for leftmost in panels[::4]:
+        leftmost.tick_params(axis="y", labelsize=7)
     figure.supxlabel("expert", fontsize=9)
     figure.suptitle("Picks of each domain's text, global model", fontsize=11)
     _colour_bar(figure, image, "picks / even share (1 = even)", share_LNE)
@@ -103,7 +108,7 @@ def placement_map(placement: Placement) -> Figure:
             for site in sites:
                 grid[site, expert] = torch.tensor(colours(site % 10)[:3])
         axes.imshow(grid.numpy(), aspect="auto", interpolation="nearest")
-        axes.set_title(f"layer {layer}", fontsize=9)
+        axes.set_title(f"layer {layer}", fontsize=9, y=1)
         _whole_ticks(axes, len(holders[layer]), placement.n_sites)
         axes.set_xticks([x - 0.5 for x in range(1, len(holders[layer]))], minor=True)
         axes.set_yticks([y - 0.5 for y in range(1, placement.n_sites)], minor=True)
@@ -137,7 +142,8 @@ def _panels(n: int, *, width: float, height: float, left: float = 0.7) -> tuple[
     rows = math.ceil(n / columns)
     between = 0.25, 0.5
     whole = left + columns * (width + between[0]) + 1.1, 0.6 + rows * (height + between[1]) + 0.25
-    # Not matplotlib's own layouts: they measure every text, which takes longer than all the rest.
+    # Not matplotlib's own layouts: they measure every text, which takes longer than all the rest. For the same reason
+    # titles are told their place (y).
     figure = Figure(figsize=whole, dpi=110)
     figure.subplots_adjust(
         left=left / whole[0], right=1 - 1.35 / whole[0], bottom=0.65 / whole[1], top=1 - 0.7 / whole[1],
@@ -187,8 +193,9 @@ def _colour_bar(figure: Figure, image: Any, label: str, values: Tensor) -> None:
     figure.colorbar(image, cax=axes, label=label, extend="max" if beyond else "neither")
 
 
-def _ticks(n: int) -> list[int]:
-    return list(range(0, n, max(1, math.ceil(n / 16))))
+def _ticks(n: int, most: int = MOST_TICKS) -> list[int]:
+    # Alike panels share theirs, so they are set for one; and fewer: a tick in each panel takes longer than its image.
+    return list(range(0, n, max(1, math.ceil(n / most))))
 
 
 def _whole_ticks(axes: Axes, n_x: int, n_y: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ from fomoe_pl.callbacks.stability import RoundView, RoutingStability, stability_
 from fomoe_pl.errors import ConfigError
 
 
+def next_drawing(drawn_after: int, draw_every: int) -> int:
+    """Return the round after which to draw next: half as many rounds again as at the last drawing, or more.
+
+    So the time for drawing grows with the logarithm of the run's length, and its share vanishes.
+
+    Args:
+        drawn_after: Rounds at the last drawing, 0 before the first.
+        draw_every: Fewest rounds between two drawings.
+    """
+    return drawn_after + max(draw_every, math.ceil(drawn_after / 2))
+
+
 class RunPictures(RoundCallback):
     """Writes, into each TensorBoard logger of rank zero, what curves do not show.
 
@@ -30,8 +43,9 @@ class RunPictures(RoundCallback):
     loggers get nothing: their curves are whole without it. Pictures need matplotlib (`pip install "fomoe-pl[plots]"`).
 
     Args:
-        draw_every: Rounds between two drawings; there is a last one when training ends. A drawing takes about a
-            second, in which the other sites wait. One that fails is told of in a warning, and the run goes on.
+        draw_every: Fewest rounds between two drawings, which become rarer: each comes after at least half as many
+            rounds again as the one before it. There is a last one when training ends. A drawing takes about a second,
+            in which the other sites wait. One that fails is told of in a warning, and the run goes on.
         every_n_steps: Steps that count as a round in synchronous training.
     """
 
@@ -41,18 +55,20 @@ class RunPictures(RoundCallback):
             raise ConfigError("trainer.callbacks.RunPictures.draw_every", draw_every,
                               "must be at least 1 round", "64 is the default")  # fmt: skip
         self.draw_every = draw_every
-        self._ends = 0
+        self._ends = self._drawn_after = 0
         self._loads = LoadHistory()
         self._resumed: dict[str, Any] | None = None
         self._failed = False
+        self._drawn_domains: Tensor | None = None
         self._stability: RoutingStability | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is known before the first step."""
         super().on_train_start(trainer, pl_module)
-        self._ends, self._loads, self._failed = 0, LoadHistory(trainer.global_step), False
+        self._ends, self._drawn_after, self._failed = 0, 0, False
+        self._loads = LoadHistory(trainer.global_step)
         if self._resumed is not None:
-            self._ends = self._resumed["ends"]
+            self._ends, self._drawn_after = self._resumed["ends"], self._resumed.get("drawn_after", 0)
             self._loads.load_state_dict(self._resumed["loads"])
             self._resumed = None
         self._stability = self._find_stability(trainer)
@@ -84,7 +100,7 @@ class RunPictures(RoundCallback):
             return
         health = view.health
         self._loads.add(trainer.global_step, health.load_LE.cpu(), health.scored_LE.cpu() > 0)
-        if self._ends % self.draw_every == 0:
+        if self._ends >= next_drawing(self._drawn_after, self.draw_every):
             self._draw(trainer, pl_module, view)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,7 +108,7 @@ class RunPictures(RoundCallback):
         if not trainer.is_global_zero:
             return
         view = None if self._stability is None else self._stability.view
-        if view is not None and self._ends % self.draw_every:
+        if view is not None and self._ends > self._drawn_after:
             with watching(trainer):
                 self._draw(trainer, pl_module, view)
         values = board.final_values(trainer, view)
@@ -104,21 +120,23 @@ class RunPictures(RoundCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The loads so far, which a resumed run goes on with."""
-        return {"ends": self._ends, "loads": self._loads.state_dict()}
+        return {"ends": self._ends, "drawn_after": self._drawn_after, "loads": self._loads.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict` when training starts."""
         self._resumed = state_dict
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, view: RoundView) -> None:
-        step = trainer.global_step - 1
+        step, self._drawn_after = trainer.global_step - 1, self._ends
         try:
-            for writer, _ in _writers(trainer):
-                if self._draws:
-                    for name, figure in self._figures(trainer, pl_module, view).items():
-                        writer.add_figure(f"pictures/{name}", figure, step)
+            writers = _writers(trainer)
+            drawn = self._figures(trainer, pl_module, view) if self._draws and writers else {}
+            for writer, _ in writers:
+                for name, figure in drawn.items():
+                    writer.add_figure(f"pictures/{name}", figure, step)
                 if view.gates_LTK is not None:
                     _add_histograms(writer, view.gates_LTK, step)
+            self._drawn_domains = observed_module(pl_module).domain_load_LNE
         except Exception as error:
             # Only rank zero draws: if it stopped here, the other sites would wait for it in the next round.
             if not self._failed:
@@ -143,7 +161,7 @@ class RunPictures(RoundCallback):
                 view.drift_LE, "Drift among holders before averaging", "distance / norm of the expert"
             )
         domain_load_LNE = observed_module(pl_module).domain_load_LNE
-        if domain_load_LNE is not None:
+        if domain_load_LNE is not None and domain_load_LNE is not self._drawn_domains:  # another validation's
             domains = trainer.datamodule.domains  # type: ignore[attr-defined]
             drawn["domains"] = figures.domain_maps(domain_load_LNE, domains)
         return drawn

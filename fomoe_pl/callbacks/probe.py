@@ -57,16 +57,18 @@ class Probe:
 
     @torch.no_grad()
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Look:
-        """Let this site's model, as it is now, read the text. On a GPU this waits for it."""
+        """Let this site's model, as it is now, read the text. On a GPU this waits for it, once."""
         model = observed_module(pl_module).transformer
         with trainer.precision_plugin.forward_context():
             hidden_BSD, stats = model(self._batch["inputs"])
             losses_BS = model.token_losses(hidden_BSD, self._batch["targets"])
         routers = [block.moe.router for block in model.layers]
         picks_LTK = torch.stack([r.expert_ids(s.picks_TK) for r, s in zip(routers, stats, strict=True)])
-        return Look(
-            picks_LTK.cpu(),
-            torch.stack([s.gates_TK for s in stats]).cpu(),
-            torch.stack([row_similarity(r.weight.detach()) for r in routers]).cpu(),
-            (losses_BS.double().sum() / (self._batch["targets"] >= 0).sum()).cpu(),
-        )
+        gates_LTK = torch.stack([s.gates_TK for s in stats])
+        similarity_L = row_similarity(torch.stack([r.weight for r in routers]))
+        loss = losses_BS.double().sum() / (self._batch["targets"] >= 0).sum()
+        parts = [picks_LTK, gates_LTK, similarity_L, loss]
+        # In one transfer; float64 holds them all exactly.
+        flat = torch.cat([part.double().flatten() for part in parts]).cpu()
+        picks, gates, similarity_L, loss = flat.split([part.numel() for part in parts])
+        return Look(picks.long().view(picks_LTK.shape), gates.float().view(gates_LTK.shape), similarity_L, loss[0])

@@ -76,7 +76,7 @@ class RoutingStability(RoundCallback, RoundObserver):
 
     def __init__(
         self,
-        every_n_rounds: int = 4,
+        every_n_rounds: int = 16,
         every_n_steps: int = 10,
         probe_sequences: int = 8,
         probe_tokens: int = 64,
@@ -152,9 +152,9 @@ class RoutingStability(RoundCallback, RoundObserver):
     def _parts(self) -> dict[str, Tensor]:
         module, strategy = observed_module(self._module), observed_strategy(self._trainer)
         residency = module.transformer.residency
-        resident_LE = torch.zeros(module.config.n_layers, module.config.n_experts, dtype=torch.float64)
-        for layer, ids in enumerate(residency.experts):
-            resident_LE[layer, list(ids)] = 1
+        experts = range(module.config.n_experts)
+        held = [[expert in ids for expert in experts] for ids in map(set, residency.experts)]
+        resident_LE = torch.tensor(held, dtype=torch.float64)
         parts = {
             "sites": torch.ones(1, dtype=torch.float64),
             "health": module.routing_health.states().cpu(),
@@ -236,8 +236,9 @@ class RoutingStability(RoundCallback, RoundObserver):
             values |= by_layer("routing/churn", churn_L)
         values |= by_layer("routing/row_similarity", similarity_L)
         values["routing/probe_loss_nats"] = float(loss)
-        for q in QUANTILES:
-            values |= by_layer(f"routing/gate_q{q * 100:.0f}", look.gates_LTK.flatten(1).quantile(q, dim=1))
+        quantiles = torch.tensor(QUANTILES, dtype=look.gates_LTK.dtype)
+        for q, value_L in zip(QUANTILES, look.gates_LTK.flatten(1).quantile(quantiles, dim=1), strict=True):
+            values |= by_layer(f"routing/gate_q{q * 100:.0f}", value_L)
         self._gates_LTK = self.view.gates_LTK = look.gates_LTK
         self._last_picks = look.picks_LTK
         if self._trainer.is_global_zero:

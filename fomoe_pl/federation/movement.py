@@ -1,5 +1,6 @@
 """How far a round moved what: norms of pseudo-gradients, dense and of each expert, on this site."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,10 +11,15 @@ Watched = Callable[..., AbstractContextManager[None]]
 OWN, MEAN, AGREED, OWN_NORM = range(4)
 
 
+PENDING_BYTES = 64 * 2**20
+"""Most bytes of tensors whose norms are still to be taken: they stay in memory until then."""
+
+
 class Movement:
     """Squares of the norms of this site's pseudo-gradients, of their means, and of the values they started from.
 
-    Norms stay on their device until `sums` reads them all at once: a read for each would make the host wait for each.
+    Norms are taken of many tensors at once, because each operation costs more than such a norm, and stay on their
+    device until `sums` reads them all at once: a read for each would make the host wait for each.
 
     Args:
         n_layers: Layers L.
@@ -29,23 +35,45 @@ class Movement:
         self.active = True
         self.watched: Watched = watched or (lambda **_: nullcontext())
         self._shape = (n_layers, n_experts, 4)
-        self._noted: list[tuple[int, int | None, Sequence[int], Tensor]] = []
+        self._places: list[int] = []
+        self._norms: list[Tensor] = []
+        self._pending: list[Tensor] = []
+        self._pending_bytes = 0
 
     def start(self) -> None:
         """Forget the last round."""
-        self._noted.clear()
+        self._places.clear()
+        self._norms.clear()
+        self._pending.clear()
+        self._pending_bytes = 0
 
     def add(self, which: int, layer: int | None, experts: Sequence[int], values: Tensor) -> None:
-        """Note a tensor.
+        """Note a tensor, which must not change before `settle` is called, or `sums`.
 
         Args:
             which: `OWN`, `MEAN` or `AGREED`.
             layer: of the experts; None for a dense tensor.
-            experts: whose rows they are, one after the other.
+            experts: whose rows they are, one after the other; of a single one also its row alone.
             values: float32.
         """
-        rows = values.reshape(1 if layer is None else len(experts), -1)
-        self._noted.append((which, layer, experts, torch.linalg.vector_norm(rows, dim=1)))
+        if layer is None:
+            self._places.append(which)
+            self._pending.append(values)
+        else:
+            n_experts = self._shape[1]
+            # Behind the four of what is dense.
+            self._places += [4 * (1 + layer * n_experts + expert) + which for expert in experts]
+            self._pending += [values] if len(experts) == 1 else values.unbind()
+        self._pending_bytes += values.nbytes
+        if self._pending_bytes >= PENDING_BYTES:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take the norms of what was noted since the last time."""
+        if self._pending:
+            self._norms += torch._foreach_norm(self._pending)
+        self._pending.clear()
+        self._pending_bytes = 0
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Squares summed over tensors: of what is dense (4,), and of each expert (L,E,4), zero for those not here.
@@ -54,14 +82,10 @@ class Movement:
 
         float64, on the CPU.
         """
-        dense, expert_LE4 = torch.zeros(4, dtype=torch.float64), torch.zeros(self._shape, dtype=torch.float64)
-        norms = torch.cat([norms for *_, norms in self._noted]).cpu().double().square()
-        sizes = [len(norms) for *_, norms in self._noted]
-        for (which, layer, experts, _), squares in zip(self._noted, norms.split(sizes), strict=True):
-            if layer is None:
-                dense[which] += squares[0]
-            else:
-                expert_LE4[layer, list(experts), which] += squares
-        for sums in (dense, expert_LE4):
-            sums[..., OWN_NORM] = sums[..., OWN].sqrt()
-        return dense, expert_LE4
+        self.settle()
+        sums = torch.zeros(4 + math.prod(self._shape), dtype=torch.float64)
+        squares = torch.stack(self._norms).cpu().double().square()
+        sums.index_add_(0, torch.tensor(self._places), squares)
+        quadruples = sums.view(-1, 4)
+        quadruples[:, OWN_NORM] = quadruples[:, OWN].sqrt()
+        return quadruples[0], quadruples[1:].view(self._shape)

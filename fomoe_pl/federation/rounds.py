@@ -146,6 +146,7 @@ class Federation:
             layer, experts = self._experts_of(name)
             movement.add(OWN, layer, experts, self._change(Piece(name, None)))
             movement.add(AGREED, layer, experts, self.anchors[name])
+        movement.settle()  # before the anchors change
 
     def _experts_of(self, name: str) -> tuple[int | None, Sequence[int]]:
         """Layer and experts of a tensor's rows; None for a dense one."""

@@ -49,16 +49,16 @@ def site_agreement(sites_LTE: Tensor, scorers_LE: Tensor) -> Tensor:
     return agreeing_L / possible_L
 
 
-def row_similarity(weight_ND: Tensor) -> Tensor:
+def row_similarity(weight_LND: Tensor) -> Tensor:
     """Mean cosine between two different rows of a router: near 1, experts are told apart by little.
 
     Args:
-        weight_ND: Router rows of N experts.
+        weight_LND: Router rows of N experts.
 
     Returns:
-        float64 (). NaN for a single row.
+        float64 (L,). NaN for a single row.
     """
-    unit_ND = torch.nn.functional.normalize(weight_ND.double(), dim=1)
-    n = len(weight_ND)
-    pairs = unit_ND.sum(dim=0).square().sum() - unit_ND.square().sum()
-    return pairs / (n * (n - 1)) if n > 1 else torch.full_like(pairs, torch.nan)
+    unit_LND = torch.nn.functional.normalize(weight_LND.double(), dim=2)
+    n = weight_LND.shape[1]
+    pairs_L = unit_LND.sum(dim=1).square().sum(dim=1) - unit_LND.square().sum(dim=(1, 2))
+    return pairs_L / (n * (n - 1)) if n > 1 else torch.full_like(pairs_L, torch.nan)

@@ -165,8 +165,8 @@ class RoutingHealth(FlatSumMetric):
         load_LE = self.load_LE.cpu()
         return 1 - self.live_LE.cpu() / load_LE
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return ``<statistic>`` (mean of the layers) and ``<statistic>/layer_<i>``, 0-dim float64 tensors on the CPU.
+    def by_layer(self) -> dict[str, Tensor]:
+        """Return each statistic, float64 (L,) on the CPU.
 
         Statistics: ``load_entropy``, ``load_cv``, ``max_violation``, ``starved_experts`` (a number of experts, of the
         mean layer), each also with ``live_``; ``gate_entropy``; ``ghost_fraction`` and ``ghost_excess``, which is the
@@ -185,6 +185,14 @@ class RoutingHealth(FlatSumMetric):
         for prefix, counted_LE, could_LE in (("", load_LE, scored_LE > 0), ("live_", live_LE, resident_LE > 0)):
             for function in (load_entropy, load_cv, max_violation, starved_experts):
                 statistics[prefix + function.__name__] = function(counted_LE, could_LE)
+        return statistics
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``<statistic>`` (mean of the layers) and ``<statistic>/layer_<i>``, 0-dim float64 tensors on the CPU.
+
+        Statistics as in `by_layer`.
+        """
+        statistics = self.by_layer()
         values = {name: value_L.mean() for name, value_L in statistics.items()}
         for name, value_L in statistics.items():
             values |= {f"{name}/layer_{layer}": value for layer, value in enumerate(value_L)}

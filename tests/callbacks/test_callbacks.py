@@ -116,7 +116,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_routing_of_all_sites_is_logged_at_round_ends_and_reset(run: Run) -> None:
-    callback = RoutingStability(every_n_steps=1, probe_sequences=0)
+    callback = RoutingStability(every_n_rounds=4, every_n_steps=1, probe_sequences=0)
     run.start(callback)
     # Layer 0 even, layer 1 all to one expert; of 8 picks 6 and 2 are live.
     load_LE = torch.tensor([[2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0]])

@@ -15,6 +15,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from fomoe_pl.callbacks import RoutingStability, RunPictures, RunReport, board, figures
+from fomoe_pl.callbacks.pictures import next_drawing
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.placement import place
 from tests.training import Run, fit
@@ -152,6 +153,48 @@ def test_a_diverged_run_is_drawn_to_its_end(root: str, tmp_path: Path) -> None:
     assert events.Images("pictures/load")[-1].step == 3
     assert events.Tags()["histograms"] == []
     assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 4
+
+
+def drawn_after(rounds: int, draw_every: int) -> list[int]:
+    found = [next_drawing(0, draw_every)]
+    while found[-1] <= rounds:
+        found.append(next_drawing(found[-1], draw_every))
+    return found[:-1]
+
+
+def test_drawings_become_rarer_with_the_length_of_the_run() -> None:
+    assert drawn_after(1000, 64) == [64, 128, 192, 288, 432, 648, 972]
+    assert drawn_after(10, 1) == [1, 2, 3, 5, 8]
+    for rounds in (10**4, 10**5):
+        assert len(drawn_after(10 * rounds, 64)) - len(drawn_after(rounds, 64)) in (5, 6)  # log 10 / log 1.5
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_it_is_drawn_at_growing_distances_and_at_the_end(root: str, tmp_path: Path, start: int) -> None:
+    """Also where the run was interrupted between two drawings. Nobody validates, so there are no domains to draw."""
+    folder, path = tmp_path / "run", str(tmp_path / "saved.ckpt")
+    saved = {"max_steps": start, "logger": False}
+    if start:
+        pictures = RunPictures(2, 1)
+        run = Run(root=root, folder=str(tmp_path), strategy="single", trainer=saved)
+        fit(run, 0, 1, [RoutingStability(1, 1), pictures]).save_checkpoint(path)
+    logger = TensorBoardLogger(folder, name="", version="")
+    run = Run(root=root, folder=str(folder), strategy="single", trainer={"max_steps": 11, "logger": logger})
+    fit(run, 0, 1, [RoutingStability(1, 1), RunPictures(2, 1)], path if start else None)
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    # Rounds are steps here. The run before the checkpoint was drawn when it ended, at 5.
+    assert [event.step + 1 for event in events.Images("pictures/load")] == ([8, 11] if start else [2, 4, 6, 9, 11])
+
+
+def test_domain_maps_are_drawn_once_a_validation(root: str, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    settings = {"max_steps": 8, "val_check_interval": 3, "limit_val_batches": 1, "logger": logger}
+    fit(Run(root=root, folder=str(tmp_path), strategy="single", trainer=settings), 0, 1,
+        [RoutingStability(1, 1), RunPictures(1, 1)])  # fmt: skip
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert [event.step + 1 for event in events.Images("pictures/load")] == [1, 2, 3, 5, 8]
+    # Validated after 3 and 6 steps, when the rounds' own drawings were over.
+    assert [event.step + 1 for event in events.Images("pictures/domains")] == [5, 8]
 
 
 def test_a_drawing_that_fails_does_not_end_the_run(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,15 +51,15 @@ def test_all_sites_alike_agree() -> None:
 
 
 def test_row_similarity_by_brute_force() -> None:
-    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cosines = [
-        torch.nn.functional.cosine_similarity(weight[i], weight[j], dim=0)
+        torch.nn.functional.cosine_similarity(weights[:, i], weights[:, j], dim=1)
         for i, j in itertools.permutations(range(5), 2)
     ]
-    torch.testing.assert_close(row_similarity(weight), torch.stack(cosines).mean())
-    assert row_similarity(torch.ones(4, 3)).item() == pytest.approx(1)
-    assert row_similarity(torch.eye(4)).item() == pytest.approx(0)
-    assert row_similarity(torch.ones(1, 3)).isnan()
+    torch.testing.assert_close(row_similarity(weights), torch.stack(cosines).mean(dim=0))
+    assert row_similarity(torch.ones(1, 4, 3)).tolist() == pytest.approx([1])
+    assert row_similarity(torch.eye(4)[None]).tolist() == pytest.approx([0])
+    assert row_similarity(torch.ones(2, 1, 3)).isnan().all()
 
 
 @pytest.mark.parametrize("sites", [1, 2, 4, 9, 1000])
