@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +56,9 @@ def test_a_run_writes_consistent_tables(tmp_path: Path) -> None:
     # The reference has a block for each block of the others, and those before they came.
     assert len(reference["seconds"]) == 3 * 6
     assert reference["ratios"] == []
-    assert all(len(row["seconds"]) == len(row["ratios"]) == 3 for row in rows.values())
+    for k, row in enumerate(rows.values(), start=1):
+        neighbours = reference["seconds"][3 * k : 3 * k + 3]
+        assert row["ratios"] == [own / theirs for own, theirs in zip(neighbours, row["seconds"], strict=True)]
     assert (
         reference["flops"]
         == reference["nominal_flops"]
@@ -113,6 +116,8 @@ def test_targets_of_model_r() -> None:
         "speed-up at 1/4 resident, f = 0.500": (1.5, 1.44, True),
         "speed-up at 1/4 not below that with more experts": (1.5, 1.2, True),
     }  # fmt: skip
+    large = [replace(row, peak_bytes=21 * 2**30) for row in made_rows("olmoe-1.3b", ours_1=1.0)]
+    assert verdicts(large)["memory, all resident (GiB)"] == (21.0, 20.0, False)
     worse = verdicts(made_rows("olmoe-1.3b", **{**speeds, "hf_compiled_1": 0.7, "ours_2": 1.1, "ours_4": 1.05}))
     assert [met for _, _, met in worse.values()] == [True, False, True, False, True, False, False]
 
@@ -162,14 +167,6 @@ def test_without_experts_blocks_are_attention_alone() -> None:
         contestants.residency_of(case.config, Fraction(1, 3))
 
 
-def test_a_build_that_is_not_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    contestants = load("model_contestants")
-    assert contestants.missing(contestants.Ours("loop", compiled=False)) is None
-    assert "no expert_backend abacus" in contestants.missing(contestants.Ours("abacus", compiled=False))
-    monkeypatch.setattr(contestants, "find_spec", lambda name: None)
-    assert "cannot compile" in contestants.missing(contestants.Ours("loop", compiled=True))
-
-
 def test_a_site_trains_with_its_own_values_for_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     site, contestants = load("model_site"), load("model_contestants")
     case, batches = tiny()
@@ -192,6 +189,10 @@ def test_a_site_trains_with_its_own_values_for_its_peers(monkeypatch: pytest.Mon
     assert replicas[0].predicted_bytes > max(row.predicted_bytes, replicas[1].predicted_bytes)
     assert site.site_target([row, *replicas]).startswith("met")
     assert site.site_target([row, replicas[0], row]).startswith("MISSED")
+    monkeypatch.setattr(site, "build_ours", None)  # something else that fails
+    broken = site.measure(case.config, CPU, build, site.RANKS[1], batches)
+    assert "TypeError" in broken.note
+    assert site.site_target([row, broken, replicas[1]]).startswith("MISSED")
     assert len(row.cells()) == len(load("model_rows").SITE_COLUMNS)
 
 
@@ -202,3 +203,20 @@ def test_the_mirror_gives_back_what_it_gets() -> None:
     wire.average("dense", wire.everyone, [2, 1], mine.__getitem__, means.__setitem__)
     assert [means[i].tolist() for i in range(2)] == [[1.0, 2.0], [5.0]]
     assert wire.ledger.payload("dense") == 12
+
+
+def test_memory_and_late_compilation_are_each_contestants_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    match, rows = load("model_match"), load("model_rows")
+    graphs = iter([5, 7])
+    monkeypatch.setattr(match, "_graphs", lambda: next(graphs))
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 900)
+    taken: list[Any] = []
+    timer = match.Timer(["a", "b"], torch.device("cuda", 0), steps=3, block_seconds=0.0, warmup=1)
+    row = rows.Row(case="c", variant="v")
+    seconds = timer.block(SimpleNamespace(step=taken.append), row, 3, held_by_other=250)
+    assert taken == ["a", "b", "a"]
+    assert row.peak_bytes == 650
+    assert row.compiled_late == 2
+    assert row.seconds == [seconds]

@@ -75,11 +75,7 @@ def test_steps_are_timed_and_the_first_case_calibrates(tmp_path: Path, capsys: p
     check = tool("check_costs")
     output = tmp_path / "step.json"
     other = CASE % ', "architecture": {"n_layers": 1}'
-    kept = check.init._draw
-    try:
-        check.main(["step", "--case", CASE % "", CASE % ', "overlap": 1', other, "--output", str(output)])
-    finally:
-        check.init._draw = kept
+    check.main(["step", "--case", CASE % "", CASE % ', "overlap": 1', other, "--output", str(output)])
     first, second, third = json.loads(output.read_text())
     assert first["predicted"] == pytest.approx(first["median"])
     assert second["resident"] == 4

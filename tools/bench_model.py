@@ -28,7 +28,7 @@ import model_site
 import models
 import torch
 import torch._dynamo
-from model_contestants import VARIANTS, Ours, missing
+from model_contestants import VARIANTS, Ours
 from model_match import Case, Match, Timer, device_of, matrix_peak, random_batches
 from model_rows import Row, SiteRow
 
@@ -176,8 +176,8 @@ def run_site(options: Namespace, report: Report) -> None:
     length = options.sequence_length or 2048
     case = Case(models.architecture(SITE_CASE), options.batch_size or SITE_BATCH, length)
     device = device_of(options.device)
-    builds = [VARIANTS[v] for v in REFERENCES if v in options.variants]
-    build = next((b for b in builds if isinstance(b, Ours) and missing(b) is None), Ours("grouped", compiled=False))
+    build = VARIANTS[next(v for v in REFERENCES if v in options.variants)]
+    assert isinstance(build, Ours)
     for rank in model_site.RANKS:
         report.add(model_site.measure(case.config, device, build, rank, random_batches(case, device)))
 

@@ -23,15 +23,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import models
 import torch
-from memory_sites import Case, RandomTokens, be_a_site, end_sites_with_this_process, measured, quick_draw
+from memory_sites import Case, RandomTokens, be_a_site, end_sites_with_this_process, measured
 
 from fomoe_pl.costs.memory import GIB
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.costs.time import calibration, step_seconds, step_work
 from fomoe_pl.federation.placement import place
 from fomoe_pl.files import write_whole
-from fomoe_pl.model import init
 from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
@@ -75,7 +75,8 @@ def time_steps(case: Case, device: torch.device, *, warmup: int = 3, blocks: int
     config = case.config()
     placement = place("fixed", n_layers=config.n_layers, n_experts=config.n_experts, n_sites=case.sites,
                       overlap=case.overlap or case.sites)  # fmt: skip
-    model = Transformer(config, Residency("ghost", placement.residents(0)), device=device)
+    with models.drawn_on_device():
+        model = Transformer(config, Residency("ghost", placement.residents(0)), device=device)
     optimizer = inner_optimizer(model, OptimizerConfig())
     batch = {name: t.to(device) for name, t in RandomTokens(config, case, 1)[0].items()}
 
@@ -106,7 +107,6 @@ def run_step(cases: list[Case], output: Path, accelerator: str) -> None:
     site = Site(accelerator=accelerator)
     factors: dict[str, float] = {}
     results = []
-    init._draw = quick_draw
     for case in cases:
         name = f"{case.model} {case.architecture}"
         work = step_work(case.config(), case.load(), n_resident=case.resident())

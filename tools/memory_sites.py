@@ -21,20 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import models
 import torch
 import torch.distributed as dist
-import yaml
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fomoe_pl.costs.memory import Load, Precision, RankMemory, rank_memory
 from fomoe_pl.federation.outer import OuterRule
-from fomoe_pl.model import init
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import Batch, FoMoEModule
 from fomoe_pl.strategies import FederatedStrategy
 
-ROOT = Path(__file__).parents[1]
 K, ROUNDS = 2, 2
 ROW, NEXT = "ROW ", "NEXT"
 """What lines of a site's output begin with: a result; a case has ended, or the sites have met."""
@@ -70,8 +67,7 @@ class Case:
 
     def config(self) -> ModelConfig:
         """The architecture."""
-        path = ROOT / "configs/model" / f"{self.model}.yaml"
-        return ModelConfig(**yaml.safe_load(path.read_text())["model"]["architecture"] | self.architecture)
+        return models.architecture(self.model, **self.architecture)
 
     def load(self) -> Load:
         """What the system model is told."""
@@ -84,11 +80,6 @@ class Case:
     def resident(self) -> int:
         """Experts of each layer that a site holds."""
         return self.config().n_experts * (self.overlap or self.sites) // self.sites
-
-
-def quick_draw(target: Tensor, rule: init.Rule, generator: torch.Generator) -> None:
-    """Initial values drawn where they live: which they are does not matter here, and it is a hundred times faster."""
-    target.normal_(rule.init_mean, rule.init_std)
 
 
 class RandomTokens(Dataset[Batch]):
@@ -224,7 +215,6 @@ def be_a_site(cases: list[Case]) -> None:
     device = torch.device("cuda", 0 if shared else rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    init._draw = quick_draw
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     dist.init_process_group("nccl" if cuda and not shared else "gloo")
@@ -232,7 +222,8 @@ def be_a_site(cases: list[Case]) -> None:
     for case in cases:
         if rank == 0:
             print(NEXT, flush=True)
-        result = train_case(case, device)
+        with models.drawn_on_device():
+            result = train_case(case, device)
         gathered: list[Any] = [None] * case.sites
         dist.all_gather_object(gathered, result, group=names)
         if rank == 0:

@@ -12,8 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import models
 import torch
@@ -25,7 +24,7 @@ from fomoe_pl.model.config import ExpertBackend, ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.router import RoutingStats
-from fomoe_pl.model.transformer import Block, Transformer
+from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, skip_step_if
 
 CLIP_NORM = 1.0
@@ -45,7 +44,7 @@ class Ours:
         compiled: whether its blocks are compiled.
     """
 
-    backend: str
+    backend: ExpertBackend
     compiled: bool
 
 
@@ -100,7 +99,7 @@ class Contestant:
         self.model, self.optimizer, self.losses, self.device = model, optimizer, losses, device
         self.autocast, self.zero_late, self.resident, self.note = autocast, zero_late, resident, note
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.last: tuple[Tensor, list[RoutingStats]] | None = None
+        self.last: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
@@ -116,9 +115,8 @@ class Contestant:
         self.optimizer.step()
         if not self.zero_late:
             self.optimizer.zero_grad()
-        # Without the graph, and without the tokens' picks: they would count as memory of the step.
-        counts = [s._replace(picks_TK=s.live, gates_TK=s.live, importance_E=s.live, z=s.live) for s in stats]
-        self.last = loss.detach(), counts
+        # Without the graph and the tokens' picks: what is kept counts as memory of the step.
+        self.last = loss.detach(), [(layer.live, layer.picks) for layer in stats]
 
     def loss(self) -> float:
         """What the last step minimised, nats a token with the router's losses; waits for the device."""
@@ -128,33 +126,30 @@ class Contestant:
     def ghost_fraction(self) -> float | None:
         """Share of the last step's picks that were of absent experts; None without experts; waits for the device."""
         assert self.last is not None, "no step has been taken"
-        stats = self.last[1]
-        return 1 - sum(int(s.live) for s in stats) / sum(s.picks for s in stats) if stats else None
+        counts = self.last[1]
+        return 1 - sum(int(live) for live, _ in counts) / sum(picks for _, picks in counts) if counts else None
 
 
-class AttentionBlock(Block):
-    """A block without its mixture of experts, to see what of a step is the experts'."""
+class NoExperts(nn.Module):
+    """In the place of a mixture of experts: adds nothing to the residual stream, and has no statistics."""
 
-    def forward(self, x_BSD: Tensor) -> Any:
-        """Return the residual stream (B,S,D) after attention; there are no statistics."""
-        attended_BSD = self.attention_out_norm(self.attention(self.attention_norm(x_BSD)))
-        return x_BSD + self.multiplier * attended_BSD, None
+    class Router:
+        """What a block asks of its router before it runs."""
+
+        is_random = False
+
+    router = Router()
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, None]:
+        """Return zeros (B,S,D), without gradient."""
+        return torch.zeros_like(x_BSD), None
 
 
 def without_experts(model: Transformer) -> None:
-    """Take router, experts and their norms out of every block."""
+    """Take router, experts and their norms out of every block, to see what of a step is theirs."""
     for block in model.layers:
-        del block.moe, block.moe_norm, block.moe_out_norm
-        block.__class__ = AttentionBlock
-
-
-def missing(build: Ours) -> str | None:
-    """Why this build cannot be here, or None if it can."""
-    if build.backend not in get_args(ExpertBackend):
-        return f"this version has no expert_backend {build.backend}"
-    if build.compiled and find_spec("fomoe_pl.model.compiled") is None:
-        return "this version cannot compile blocks"
-    return None
+        block.moe = cast(Any, NoExperts())
+        block.moe_norm = block.moe_out_norm = cast(Any, nn.Identity())
 
 
 def residency_of(config: ModelConfig, fraction: Fraction) -> Residency:
@@ -185,12 +180,9 @@ def build_ours(
         autocast: whether matrix products are in bfloat16.
 
     Raises:
-        ConfigError: for a fraction that cannot be, or a build that is not here.
+        ConfigError: for a fraction that cannot be.
     """
-    lack = missing(build)
-    if lack is not None:
-        raise ConfigError("variants", build.backend, lack, "choose others")
-    config = replace(config, expert_backend=cast(ExpertBackend, build.backend))
+    config = replace(config, expert_backend=build.backend)
     residency = residency_of(config, fraction or Fraction(1, config.n_experts))
     torch.manual_seed(0)
     with models.drawn_on_device():
@@ -198,7 +190,7 @@ def build_ours(
     if not fraction:
         without_experts(model)
     if build.compiled:
-        import_module("fomoe_pl.model.compiled").compile_blocks(model)
+        model.compile_blocks()
     optimizer = inner_optimizer(model, OptimizerConfig(lr=LEARNING_RATE, warmup_steps=0))
 
     def losses(inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, list[RoutingStats]]:

@@ -160,7 +160,7 @@ class Match:
             try:
                 self._measure(row, fraction)
             except Exception as error:  # other versions, too little memory: the row says why, the others still run
-                row.seconds.clear()
+                row.seconds, row.ratios = [], []
                 row.note = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".replace("|", "/")
         # Only now: an exception keeps the frames, and so the tensors, of what failed.
         gc.collect()

@@ -132,7 +132,8 @@ class SiteRow:
         peak_bytes: measured; None if it did not run.
         tokens_per_second: of local steps, median.
         round_seconds: of an outer step with its copies, median.
-        losses: of the first and the last step.
+        losses: of the last steps of the first and the last round.
+        out_of_memory: whether that is why it did not train.
         note: what stood in for what, or the error.
     """
 
@@ -142,6 +143,7 @@ class SiteRow:
     tokens_per_second: float | None = None
     round_seconds: float | None = None
     losses: list[float] = field(default_factory=list)
+    out_of_memory: bool = False
     note: str = ""
 
     def cells(self) -> list[str]:

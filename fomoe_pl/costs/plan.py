@@ -134,14 +134,15 @@ class Planner:
     def _resident(self, choice: Choice) -> int:
         return self.config.n_experts * choice.overlap // choice.sites
 
-    def _asked(self, choice: Choice, batch: int, checkpointing: bool) -> tuple[ModelConfig, Load]:
-        """What a device works on with micro-batches of this size."""
-        request = self.request
+    def _asked(self, choice: Choice, division: tuple[int, int], checkpointing: bool) -> tuple[ModelConfig, Load]:
+        """What a device works on with micro-batches of this size, and of this number."""
+        request, (batch, accumulate) = self.request, division
         load = Load(
             precision=request.precision, batch_size=batch, sequence_length=request.sequence_length,
             method="ddp" if choice.method == "ddp" else "rounds", outer_momentum=choice.method == "diloco",
             wire_dtype=choice.wire_dtype, bucket_bytes=request.bucket_mib * 2**20, val_batch_size=batch,
             evaluation_window=min(request.evaluation_window, self._validation_batches(choice, batch)),
+            accumulate=accumulate,
         )  # fmt: skip
         return replace(self.config, activation_checkpointing=checkpointing), load
 
@@ -152,8 +153,8 @@ class Planner:
         """Validation sequences of a site."""
         return -(-self.request.val_sequences // choice.sites)
 
-    def _memory(self, choice: Choice, batch: int, checkpointing: bool) -> tuple[RankMemory, ...]:
-        config, load = self._asked(choice, batch, checkpointing)
+    def _memory(self, choice: Choice, division: tuple[int, int], checkpointing: bool) -> tuple[RankMemory, ...]:
+        config, load = self._asked(choice, division, checkpointing)
 
         @cache
         def on_one_of(devices: int) -> RankMemory:
@@ -178,12 +179,13 @@ class Planner:
         for checkpointing in (False, True):
 
             def fits(way: tuple[int, int], checkpointing: bool = checkpointing) -> bool:
-                return not self._overflow(self._memory(choice, way[0], checkpointing))
+                return not self._overflow(self._memory(choice, way, checkpointing))
 
-            first = bisect_left(ways, x=True, key=fits)  # smaller batches take less
+            # Smaller batches take less, but the first one keeps no gradients between micro-batches.
+            first = 0 if fits(ways[0]) else bisect_left(ways, x=True, lo=1, key=fits)
             if first < len(ways):
                 return self._cost(choice, ways[first], checkpointing)
-        return Misfit(choice, self._memory(choice, 1, checkpointing=True))
+        return Misfit(choice, self._memory(choice, ways[-1], checkpointing=True))
 
     # -- what does not fit ----------------------------------------------------------------------------------------
 
@@ -240,7 +242,7 @@ class Planner:
 
     def _cost(self, choice: Choice, division: tuple[int, int], checkpointing: bool) -> Plan:
         request, batch = self.request, division[0]
-        config, load = self._asked(choice, batch, checkpointing)
+        config, load = self._asked(choice, division, checkpointing)
         work = step_work(config, load, n_resident=self._resident(choice), routing=choice.routing)
         accumulate = [division[1]] * len(request.sites)
         global_batch = choice.sites * batch * division[1]
@@ -275,7 +277,7 @@ class Planner:
         return Plan(
             choice=choice, batch_size=batch, accumulate=max(accumulate), checkpointing=checkpointing,
             global_batch=global_batch, length=length, tokens=length.steps * global_batch * request.sequence_length,
-            memory=self._memory(choice, batch, checkpointing), sent_per_round=sent,
+            memory=self._memory(choice, division, checkpointing), sent_per_round=sent,
             sent_per_validation=sent_validating,
             sent_in_all=-(-length.steps // k) * sent + length.validations * sent_validating,
             checkpoint=checkpoint_bytes(

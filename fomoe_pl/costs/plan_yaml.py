@@ -39,10 +39,8 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
     """
     c = plan.choice
     devices, nodes = processes(plan, request)
-    strategy: Any = "ddp_counted"
-    if c.sites == 1:
-        strategy = "single_site"
-    elif c.method != "ddp":
+    strategy: Any = "ddp_counted" if c.sites > 1 else "single_site"
+    if c.method != "ddp":
         nesterov = c.method == "diloco"
         strategy = {
             "class_path": "fomoe_pl.strategies.FederatedStrategy",

@@ -178,18 +178,18 @@ def is_complete(folder: Path, optimizer_steps: int) -> bool:
         return False
 
 
-def verify(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
+def verify(folder: Path, name: str, manifest: Mapping[str, Any] | None = None) -> Path:
     """The path of one of the folder's files, once its hash has been compared with the manifest's.
 
     Args:
         folder: checkpoint folder.
-        manifest: the folder's own.
         name: of the file.
+        manifest: the folder's own, where it has been read already.
 
     Raises:
         ConfigError: if the file is not the one that was written.
     """
-    about = manifest["files"].get(name)
+    about = (manifest or read_manifest(folder))["files"].get(name)
     if about is None:
         raise ConfigError("ckpt_path", str(folder), f"has no {name}", "use another checkpoint")
     with (folder / name).open("rb") as file:
@@ -275,7 +275,7 @@ class WeightFiles:
             raise ConfigError("ckpt_path", str(self.folder), f"has no tensor {key!r}", "give a complete checkpoint")
         name = self._where[key]
         if name not in self._handles:
-            self._handles[name] = safe_open(verify(self.folder, self.manifest, name), framework="pt")
+            self._handles[name] = safe_open(verify(self.folder, name, self.manifest), framework="pt")
         tensor: Tensor = self._handles[name].get_tensor(key)
         return tensor
 

@@ -7,6 +7,8 @@ completes the checkpoint once it finds the seals of all: sites have one file sys
 from __future__ import annotations
 
 import copy
+import math
+import shutil
 import sys
 import threading
 import time
@@ -24,6 +26,7 @@ from fomoe_pl.federation import checkpoint as files
 
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # full or read-only disk, as each of the writers tells it
 _POLL_SECONDS = 0.02
+_VISIBLE_SECONDS = 120.0  # in which site 0 must see what others have written: network file systems take their time
 
 
 class HostCopies:
@@ -103,6 +106,7 @@ class Writing:
         self._thread: threading.Thread | None = None
         self._given_up, self._lock = threading.Event(), threading.Lock()
         self._written = threading.Event()
+        self._deadline = math.inf
         self._afterwards: list[Callable[[], None]] = []
         self._error: BaseException | None = None
         self._start = time.perf_counter()
@@ -113,9 +117,11 @@ class Writing:
         Args:
             contents: file name -> content; empty on a rank that writes none.
         """
-        if contents:
-            self._attempt(lambda: self._write_files(contents))
-        self._written.set()
+        try:
+            if contents:
+                self._attempt(lambda: self._write_files(contents))
+        finally:
+            self._written.set()
 
     def start(self, contents: Mapping[str, Any], copies: HostCopies) -> None:
         """Copy the contents, then write and complete in a thread."""
@@ -123,9 +129,7 @@ class Writing:
         self._attempt(lambda: copied.update(copies.copy(contents)))  # host memory may be short
 
         def run() -> None:
-            if not self.failed:
-                self.write(copied)
-            self._written.set()
+            self.write({} if self.failed else copied)
             self._complete()
 
         # A daemon: a run that is ended by force does not wait for its disk.
@@ -138,10 +142,16 @@ class Writing:
         except CANNOT_WRITE as error:
             self.failed = True
             if not self._given_up.is_set():
-                told = f"site {self._site} cannot write {self.folder}: {error}"
-                print(f"fomoe: {told}", file=sys.stderr, flush=True)
+                self._tell(error)
         except BaseException as error:
             self.failed, self._error = True, error  # raised where training looks, not here
+
+    def _tell(self, error: BaseException) -> None:
+        with suppress(OSError):  # the disk may be the one that messages go to, too
+            # A torch file that meets a full disk says that it is somewhere else than it thought.
+            free = shutil.disk_usage(self.folder.parent).free / 1e6
+            told = f"site {self._site} cannot write {self.folder}: {error} ({free:,.0f} MB are free there)"
+            print(f"fomoe: {told}", file=sys.stderr, flush=True)
 
     def _write_files(self, contents: Mapping[str, Any]) -> None:
         for name, content in contents.items():
@@ -155,7 +165,10 @@ class Writing:
             self._attempt(self._finish)
 
     def _finish(self) -> None:
-        while files.n_sealed(self.folder) < self._n_writers:
+        while (sealed := files.n_sealed(self.folder)) < self._n_writers:
+            if time.monotonic() > self._deadline:
+                told = f"it has the files of {sealed} of {self._n_writers} sites; do all write into one file system?"
+                raise FileNotFoundError(told)
             if self._given_up.wait(_POLL_SECONDS):
                 return
         assert self._manifest is not None
@@ -185,6 +198,7 @@ class Writing:
 
     def wait_complete(self) -> None:
         """Wait on site 0 until the checkpoint is complete or cannot be completed; all sites must have written."""
+        self._deadline = time.monotonic() + _VISIBLE_SECONDS
         if self._thread is None:
             self._complete()
         else:

@@ -17,8 +17,9 @@ from fomoe_pl.model.parts import Linear, Norm
 def rotary_tables(length: int, channels: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the rotary embedding (RoFormer, arXiv 2104.09864), float32, each (length, channels).
 
-    Channel c turns with channel c + channels/2. Plain cached tensors rather than buffers: a module's ``.to(bfloat16)``
-    would round buffers, and positions above 256 do not survive that.
+    Channel c turns with channel c + channels/2; the sine of the first half of the channels has its sign turned, as
+    `rotate` wants it. Plain cached tensors rather than buffers: a module's ``.to(bfloat16)`` would round buffers, and
+    positions above 256 do not survive that.
 
     Args:
         length: Number of positions S.
@@ -31,15 +32,20 @@ def rotary_tables(length: int, channels: int, theta: float, device: torch.device
         exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
         positions = torch.arange(length, dtype=torch.float32, device=device)
         angles = torch.outer(positions, theta**-exponents)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-    """Turn each pair of channels by its position's angle, in float32; same shape, same dtype."""
+    """Turn each pair of channels by its position's angle, in float32; same shape, same dtype.
+
+    Args:
+        x_BHSC: Queries or keys.
+        cos_SC: From `rotary_tables`.
+        sin_SC: Likewise, with its signs.
+    """
     x = x_BHSC.float()
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos_SC + torch.cat((-second, first), dim=-1) * sin_SC).to(x_BHSC.dtype)
+    return (x * cos_SC + x.roll(x.shape[-1] // 2, dims=-1) * sin_SC).to(x_BHSC.dtype)
 
 
 class Attention(nn.Module):

@@ -34,11 +34,10 @@ class CheckpointingStrategy(SavingStrategy):
         """Read Lightning's state; weights are read by `load_model_state_dict`, only those of this site."""
         folder = Path(checkpoint_path)
         # Our own files: Lightning's loop and callback states hold more than plain tensors.
-        manifest, observers = files.read_manifest(folder), files.observers_name(self.topology.site)
-        path = files.verify(folder, manifest, "trainer.pt")
+        path, observers = files.verify(folder, "trainer.pt"), files.observers_name(self.topology.site)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-        if observers in manifest["files"]:
-            own = torch.load(files.verify(folder, manifest, observers), map_location="cpu", weights_only=False)
+        if observers in files.read_manifest(folder)["files"]:
+            own = torch.load(files.verify(folder, observers), map_location="cpu", weights_only=False)
             state["callbacks"] = {**state.get("callbacks", {}), **own}
         return {**state, "state_dict": {}, "optimizer_states": [], "folder": str(folder)}
 
@@ -76,7 +75,7 @@ class CheckpointingStrategy(SavingStrategy):
         # goes on from another's.
         own_files = [name for name in manifest["files"] if name.startswith("site-")]
         site = self.topology.site % len(own_files) if self.writes_checkpoint() else 0
-        path = files.verify(folder, manifest, files.site_name(site))
+        path = files.verify(folder, files.site_name(site), manifest)
         own = torch.load(path, map_location="cpu", weights_only=False)
         changed = differences(manifest["identity"], self.identity(self.topology.n_sites))
         if not changed:

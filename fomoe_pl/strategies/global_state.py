@@ -56,10 +56,9 @@ class GlobalState(SiteStrategy):
         """Anchors must exist before they can be restored."""
         return True
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Compare what all sites must have alike, then write."""
+    def check_before_saving(self) -> None:
+        """Compare what all sites must have alike."""
         cast(Federation, self.federation).check_agreement()
-        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read Lightning's state and take the placement of the checkpoint's round."""

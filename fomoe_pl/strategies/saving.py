@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
 from fomoe_pl.federation import checkpoint as files
@@ -59,6 +59,7 @@ class SavingStrategy(Strategy):
     write_seconds: float
     async_save: bool
     observers: list[RoundObserver]
+    _training: bool
     _keep_old: bool
     _saving: Writing | None
 
@@ -71,7 +72,7 @@ class SavingStrategy(Strategy):
         self.saves_failed = 0
         self.save_seconds = self.write_seconds = 0.0
         self.async_save, self._host_copies = async_save, HostCopies()
-        self._keep_old, self._saving = False, None
+        self._training, self._keep_old, self._saving = False, False, None
 
     @property
     def topology(self) -> Topology:
@@ -124,6 +125,9 @@ class SavingStrategy(Strategy):
         """What this rank needs beside the global model to resume."""
         return {"ledger": self.ledger.state_dict(), "sync_seconds": self.sync_seconds}
 
+    def check_before_saving(self) -> None:
+        """Raise where what would be saved is not what all sites have; every rank calls it."""
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Nothing: weights go into the folder's own files, expert by expert."""
         return {}
@@ -137,6 +141,7 @@ class SavingStrategy(Strategy):
         return. Where a disk is full or may not be written, all ranks go on training, and older checkpoints stay.
         """
         start = time.perf_counter()
+        self.check_before_saving()
         self.settle_save()
         folder = Path(filepath)
         begun = self._begin(folder) if self.is_global_zero else True
@@ -152,8 +157,8 @@ class SavingStrategy(Strategy):
 
     @property
     def _in_background(self) -> bool:
-        state = cast(Any, self.lightning_module).trainer.state
-        return self.async_save and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+        running = cast(Any, self.lightning_module).trainer.state.status == TrainerStatus.RUNNING
+        return self.async_save and self._training and running
 
     def _begin(self, folder: Path) -> bool:
         try:
@@ -282,9 +287,15 @@ class SavingStrategy(Strategy):
         if saving is not None and not saving.concluded and saving.wait_alone(PATIENCE_SECONDS):
             self.last_saved, self.saved_at = saving.folder, saving.steps
 
+    def on_train_start(self) -> None:
+        """From now on there is something that can go on while a checkpoint is written."""
+        super().on_train_start()
+        self._training = True
+
     def on_train_end(self) -> None:
         """A run ends when its last checkpoint is complete."""
         super().on_train_end()
+        self._training = False
         self.settle_save()
 
     def remove_checkpoint(self, filepath: Any) -> None:

@@ -105,6 +105,17 @@ def test_devices_of_the_told_size_do() -> None:
     assert planned(sites=[dict(site, memory_gib=told) for site in SITES], methods=["ddp"])[0]
 
 
+def test_the_reason_is_that_of_the_smallest_setting() -> None:
+    """Partitioned routing has fewer router rows, whatever the order in which it is asked for."""
+    config = plan_command.read_model(str(ROOT / "configs/model/fomoe-1.8b.yaml"))
+
+    def reasons(*routings: str) -> list[str]:
+        asked = request(routings=list(routings), overlaps=[1], methods=["local_adamw"])
+        return [refusal.reason for refusal in Planner("large", config, asked).results[1]]
+
+    assert reasons("ghost", "partitioned") == reasons("partitioned") != reasons("ghost")
+
+
 def test_what_was_not_tried_has_a_reason() -> None:
     for changes, told in (
         ({"methods": ["ddp"], "overlaps": [1]}, "needs the overlap 4"),
@@ -257,7 +268,8 @@ def test_the_written_file_trains(tmp_path: Path, root: str) -> None:
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "one process": {"sites": SITES[:1]},
+    "one process": {"sites": SITES[:1], "methods": ["ddp"]},
+    "rounds of one process": {"sites": SITES[:1], "methods": ["diloco"]},
     "data parallel": {"methods": ["ddp"]},
     "ghosts": {"methods": ["diloco"], "overlaps": [1]},
     "routed among residents, less than a round": {

@@ -110,3 +110,19 @@ def test_a_flipped_bit_in_a_file_is_found(tmp_path: Path) -> None:
     (folder / "dense.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match="the hash of dense"):
         checkpoint.read_weights(folder, **wanted)
+
+
+def test_the_manifest_is_read_once_however_many_files_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, names = tmp_path / "last.ckpt", [checkpoint.dense_name(), *map(checkpoint.experts_name, range(3))]
+    checkpoint.begin(folder)
+    for i, name in enumerate(names):
+        checkpoint.write(folder, name, {f"x#{i - 1}" if i else "y": torch.tensor(float(i))})
+    checkpoint.seal(folder, 0, names)
+    checkpoint.finish(folder, {"optimizer_steps": 1})
+    reads, read = [], checkpoint.read_manifest
+    monkeypatch.setattr(checkpoint, "read_manifest", lambda path: reads.append(path) or read(path))
+    weights = checkpoint.read_weights(folder, ["x", "y"], {"x": 0}, ((2, 0, 1),), n_experts=3)
+    assert {name: tensor.tolist() for name, tensor in weights.items()} == {"x": [3, 1, 2], "y": 0}
+    assert reads == [folder]

@@ -125,6 +125,19 @@ def test_what_cannot_be_written_ends_quietly_and_nothing_is_removed(
     other.raise_unexpected()  # nothing: the disk is to blame
 
 
+def test_sites_without_a_common_file_system_are_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fomoe_pl.federation.writing._VISIBLE_SECONDS", 0.1)
+    zero = writing(folder, 0)
+    zero.start(contents(0), HostCopies())
+    zero.wait_written()
+    zero.wait_complete()  # site 1 says that it has written, elsewhere
+    assert zero.failed
+    assert not zero.complete
+    assert "the files of 1 of 2 sites" in capsys.readouterr().err
+
+
 def test_what_is_no_fault_of_the_disk_is_raised_where_training_looks(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.checkpoint import read_manifest
+from fomoe_pl.federation.rounds import Federation
 from tests.distributed import run_distributed
 from tests.strategies.observers import EachStep, Traffic
 from tests.strategies.test_checkpoint import differences
@@ -156,18 +157,23 @@ class SaveTwice(L.Callback):
             raise self.error
 
 
-WRITING = 0.5  # seconds of each save on site 1
+WRITING, COMPARING = 1.0, 0.1  # seconds of each save on site 1, and of the comparison of sites before it
 
 
 def _twice(rank: int, root: str, folder: str, error: BaseException | None) -> Any:
-    seal = files.seal
+    seal, compare = files.seal, Federation.check_agreement
 
     def slow(*args: Any) -> None:
         time.sleep(WRITING * rank)
         seal(*args)
 
+    def slowly_compared(federation: Federation) -> None:
+        time.sleep(COMPARING)
+        compare(federation)
+
     with launched_as(rank, SITES, folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "seal", slow)
+        patch.setattr(Federation, "check_agreement", slowly_compared)
         twice, run = SaveTwice(folder, error), make_run(root, folder, "federated", 4)
         trainer = make_trainer(run, rank, SITES, [twice])
         try:
@@ -182,7 +188,7 @@ def test_a_save_waits_for_the_one_before_and_a_run_for_its_last(
     root: str, tmp_path: Path, error: BaseException | None
 ) -> None:
     for stalls, last, at_end, args in run_distributed(_twice, SITES, root, str(tmp_path), error):
-        assert stalls[0] < WRITING / 2
+        assert COMPARING < stalls[0] < WRITING / 2
         assert stalls[1] > WRITING / 2
         assert last == ["", "a.ckpt"]
         assert at_end == tmp_path / "b.ckpt"
