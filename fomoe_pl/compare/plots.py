@@ -51,6 +51,7 @@ def quality(runs: Sequence[Run]) -> Figure | None:
             if x is not None and len(x):
                 axes.plot(x * unit, curve.values, marker="o", markersize=3, label=_label(run), color=f"C{i}")
         axes.set(xlabel=label, ylabel=BITS)
+        axes.locator_params(axis="x", nbins=6)  # long numbers would run into each other
         axes.grid(alpha=0.3)
     _legend(figure, panels[: len(tags)])
     return figure
