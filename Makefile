@@ -74,6 +74,9 @@ $(VENV)/.stamp-install: $(VENV)/.stamp-torch pyproject.toml
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-install
 	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[test,data,plots]"
+# torch's CPU builds come without triton; its interpreter runs our kernels on a CPU.
+	$(BIN)/python -c 'import triton' 2>/dev/null || [ "$$(uname -s)" != Linux ] || \
+	  $(BIN)/pip install --quiet $(PIP_ARGS) --no-deps "triton>=3.9"
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-install

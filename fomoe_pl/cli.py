@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk
 from fomoe_pl.costs import plan_command
 from fomoe_pl.data.module import FoMoEData
-from fomoe_pl.errors import ConfigError, SiteLostError, config_error_in
+from fomoe_pl.errors import ConfigError, OneMessage, SiteLostError, config_message, fail, speaks
 from fomoe_pl.files import ForgivingStream
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy, SiteStrategy
@@ -31,7 +30,6 @@ from fomoe_pl.strategies.checkpoints import resolve
 from fomoe_pl.strategies.checks import check_launched, check_training, check_weights
 from fomoe_pl.strategies.elastic import Pace, nodes_left, tokens_in
 
-EXIT_CONFIG = 2
 EXIT_LOST = 1
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -48,34 +46,8 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
     return "💡" not in record.getMessage()
 
 
-class Parser(LightningArgumentParser):
-    """A parser whose errors are one message, without a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and end."""
-        fail(_config_message(ex) or message)
-
-
-def _config_message(error: BaseException | None) -> str | None:
-    """The message of the ConfigError that an exception comes from, if any."""
-    found = config_error_in(error)
-    if found is not None:
-        return str(found)
-    # Where a setting may be one of several types, jsonargparse keeps of what a constructor raised only the text.
-    quoted = re.search(r"^\s*- ((?:trainer|model|data)\.\S+ = .*)$", str(error), re.MULTILINE)
-    return quoted[1] if quoted else None
-
-
-def _speaks() -> bool:
-    """Whether this is the first rank, or no launcher's at all."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
-
-
-def fail(message: str) -> NoReturn:
-    """End with one message."""
-    if _speaks():
-        print(f"fomoe: {message}", file=sys.stderr)
-    raise SystemExit(EXIT_CONFIG)
+class Parser(OneMessage, LightningArgumentParser):
+    """A parser whose errors are one message."""
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -254,11 +226,6 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     if not words:
         args = ["--help"]
-    elif words[0] == "compare":
-        from fomoe_pl import compare  # TensorBoard's reader takes its time, and training needs none
-
-        compare.main(words[1:])
-        return
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
@@ -266,11 +233,16 @@ def main(args: list[str] | None = None) -> None:
         if words[:1] == ["plan"]:  # needs no trainer
             plan_command.main(words[1:])
             return
+        if words[:1] == ["compare"]:
+            from fomoe_pl import compare  # TensorBoard's reader takes its time, and training needs none
+
+            compare.main(words[1:])
+            return
         with redirect_stdout(ForgivingStream.of(sys.stdout)), redirect_stderr(ForgivingStream.of(sys.stderr)):
             FoMoECLI(args=args)
     except SIGTERMException as stopped:
         checkpoint, number = stopped.args or (None, signal.SIGTERM)
-        if _speaks():
+        if speaks():
             print(f"fomoe: stopped by a signal; {_way_on(checkpoint, args)}", file=sys.stderr)
         raise SystemExit(128 + number) from None
     except SiteLostError as lost:
@@ -278,7 +250,7 @@ def main(args: list[str] | None = None) -> None:
             print(f"fomoe: {lost}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_LOST) from None
     except Exception as error:
-        told = _config_message(error)
+        told = config_message(error)
         if told is None and isinstance(error, (MisconfigurationException, ModuleNotFoundError)):
             told = str(error)  # Lightning's words for what is not there
         if told is None:

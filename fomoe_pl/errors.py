@@ -1,4 +1,13 @@
-"""The one error for settings a user can correct."""
+"""The one error for settings a user can correct, and the one way in which commands tell it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import NoReturn
+
+EXIT_CONFIG = 2
 
 
 class ConfigError(ValueError):
@@ -53,3 +62,33 @@ def config_error_in(error: BaseException | None) -> ConfigError | None:
     while error is not None and not isinstance(error, ConfigError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def config_message(error: BaseException | None) -> str | None:
+    """The message of the ConfigError that an exception comes from, if any."""
+    found = config_error_in(error)
+    if found is not None:
+        return str(found)
+    # Where a setting may be one of several types, jsonargparse keeps of what a constructor raised only the text.
+    quoted = re.search(r"^\s*- ((?:trainer|model|data|sites)\.\S+ = .*)$", str(error), re.MULTILINE)
+    return quoted[1] if quoted else None
+
+
+def speaks() -> bool:
+    """Whether this is the first rank, or no launcher's at all."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def fail(message: str) -> NoReturn:
+    """End with one message."""
+    if speaks():
+        print(f"fomoe: {message}", file=sys.stderr)
+    raise SystemExit(EXIT_CONFIG)
+
+
+class OneMessage:
+    """For a command line's parser, first among its bases: errors are one message, without a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and end."""
+        fail(config_message(ex) or " ".join(message.split()))

@@ -4,6 +4,8 @@ import errno
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from fomoe_pl.errors import ConfigError
+
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -42,6 +44,20 @@ class ForgivingStream:
     def __getattr__(self, name: str) -> Any:
         """All else is the stream's."""
         return getattr(self._stream, name)
+
+
+def prepare(key: str, path: Path) -> None:
+    """Make a file's folder, before the work is done that goes into it.
+
+    Raises:
+        ConfigError: if it cannot be made, or the path is a folder itself.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(key, str(path), f"its folder cannot be made: {error.strerror}", "name another file") from None
+    if path.is_dir():
+        raise ConfigError(key, str(path), "is a folder", "name a file in it")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -14,8 +13,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import read_manifest, read_weights
-from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.metrics import RoutingHealth, ValidationMetrics
 from fomoe_pl.metrics.language import IGNORED
 from fomoe_pl.metrics.validation import OWN_VIEW_GAP
@@ -30,26 +27,6 @@ from fomoe_pl.strategies.checks import check_skipped
 Batch = dict[str, Tensor]
 
 
-def load_global_model(checkpoint: str | Path) -> Transformer:
-    """The global model of a checkpoint, whole, in float32 on the CPU.
-
-    Args:
-        checkpoint: folder that `fomoe fit` has written.
-
-    Raises:
-        ConfigError: if it is no complete checkpoint.
-    """
-    folder = Path(checkpoint)
-    config = ModelConfig(**read_manifest(folder)["architecture"])
-    model = Transformer(config, device=torch.device("meta")).to_empty(device="cpu")
-    layout = ParameterLayout.of(model, model.expert_tensors())
-    residents = model.residency.experts
-    layout.fill(read_weights(folder, list(layout.tensors), layout.expert_layer, residents, config.n_experts))
-    for block, ids in zip(model.layers, residents, strict=True):
-        block.moe.router.set_resident(ids)  # lookups are no weights, and are not in the checkpoint
-    return model.eval()
-
-
 class FoMoEModule(L.LightningModule):
     """A mixture-of-experts language model in training.
 
@@ -59,9 +36,12 @@ class FoMoEModule(L.LightningModule):
         seed: seed of the initial weights; with equal seeds all sites and all placements start from the same model.
             None: on the command line that of `seed_everything`, else 0.
         evaluation_window: validation batches that go through each layer together. When experts are gathered from
-            other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory.
+            other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory: one
+            window of hidden states, two where random routing is measured too.
         max_skipped_steps: optimizer steps that all sites together may skip because gradients are not finite; one more
             stops the run.
+        compile_blocks: run the blocks as compiled code (torch.compile): faster on a GPU, after some ten seconds of
+            compilation in the first step.
     """
 
     def __init__(
@@ -71,6 +51,7 @@ class FoMoEModule(L.LightningModule):
         seed: int | None = None,
         evaluation_window: int = 64,
         max_skipped_steps: int = 100,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
         if max_skipped_steps < 0:
@@ -84,12 +65,14 @@ class FoMoEModule(L.LightningModule):
         self.config = architecture
         self.optimizer_config = optimizer
         self.seed = seed or 0
+        self.compile_blocks = compile_blocks
         self.evaluation_window = evaluation_window
         self.save_hyperparameters(
             {"architecture": asdict(architecture), "optimizer": asdict(optimizer), "seed": self.seed}
         )
         self.model: Transformer | None = None
         self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
+        self.routing_watched = False  # whether a callback reads it; set before training starts
         self.tokens_seen = 0
         self.tokens_of_all_sites = 0
         self.validation_before_training: dict[str, float] = {}  # with `num_sanity_val_steps`
@@ -101,6 +84,7 @@ class FoMoEModule(L.LightningModule):
         self._loss_sum: Tensor | None = None
         self._loss_count: Tensor | None = None
         self._skipped: Tensor | None = None
+        self._grad_norm: Tensor | None = None
         self._steps_counted = 0
         self._loads_LE: Tensor | None = None
         self._masks_of: Residency | None = None
@@ -122,9 +106,13 @@ class FoMoEModule(L.LightningModule):
             strategy: Any = self.trainer.strategy
             residency = strategy.residency(self.config) if hasattr(strategy, "residency") else None
             self.model = Transformer(self.config, residency, seed=self.seed)
+            if self.compile_blocks:
+                self.model.compile_blocks()
 
     def on_train_start(self) -> None:
         """A run that goes on with another length has another schedule, from its first step on."""
+        for block in self.transformer.layers:
+            block.moe.router.measures_entropy = self.routing_watched
         for configured in self.trainer.lr_scheduler_configs:
             schedule = cast(LambdaLR, configured.scheduler)
             for group, base, factor in zip(
@@ -164,10 +152,14 @@ class FoMoEModule(L.LightningModule):
         self._loss_count = one if self._loss_count is None else self._loss_count + one
         self.tokens_seen += tokens
         self.tokens_of_all_sites += tokens * self._n_sites()
+        bias = self.config.balance == "bias"
+        if not self.routing_watched and not bias:
+            return
         load_LE = torch.stack([s.load_E for s in stats])
-        gate_entropy_L = torch.stack([s.gate_entropy for s in stats])
-        self.routing_health.update(load_LE, gate_entropy_L, stats[0].picks, *self._scored_and_resident(load_LE))
-        if self.config.balance == "bias":
+        if self.routing_watched:
+            gate_entropy_L = torch.stack([s.gate_entropy for s in stats if s.gate_entropy is not None])
+            self.routing_health.update(load_LE, gate_entropy_L, stats[0].picks, *self._scored_and_resident(load_LE))
+        if bias:
             self._loads_LE = load_LE if self._loads_LE is None else self._loads_LE + load_LE
 
     def _scored_and_resident(self, load_LE: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -208,8 +200,9 @@ class FoMoEModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A step without finite gradients is skipped; gradient norm, learning rate, the balance bias's own step."""
-        grads = [p.grad for p in self.transformer.parameters() if p.grad is not None]
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
+        self._grad_norm = norm
         bad = ~norm.isfinite()
         self._skipped = bad.long() if self._skipped is None else self._skipped + bad
         self._steps_counted += 1
@@ -224,6 +217,19 @@ class FoMoEModule(L.LightningModule):
             loads_LE = strategy.reduce_loads(self._loads_LE) if hasattr(strategy, "reduce_loads") else self._loads_LE
             self.transformer.update_balance_bias(list(loads_LE * ~bad))  # equal loads move nothing
             self._loads_LE = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that is there already: finding it reads all gradients."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, cast(Tensor, self._grad_norm))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Token counts, named for what they count; the place where a run ends that was told to stop."""
@@ -282,24 +288,33 @@ class FoMoEModule(L.LightningModule):
         skips = others and not model.residency.is_full(self.config)
         with self.trainer.precision_plugin.val_step_context():
             streams = [model.embed(batch["inputs"]) for batch in self._window]
-            random, own = list(streams) if others else [], list(streams) if skips else []
+            # Before other experts are here, and batch by batch: of a site's own view nothing is kept but the losses.
+            own: list[Tensor] = []
+            for x_BSD, batch in zip(streams, self._window, strict=True) if skips else ():
+                own.append(self._losses(self._own_view(x_BSD), batch))
+            random = list(streams) if others else []
             for layer, block in enumerate(model.layers):
-                own = [block(x_BSD)[0] for x_BSD in own]  # before the layer's other experts are here
                 with self.expert_source(layer):
-                    for i, x_BSD in enumerate(streams):  # in place: one window of hidden states, not two
-                        streams[i], stats = block(x_BSD)
+                    for i in range(len(streams)):  # in place: of each view one window of hidden states, not two
+                        streams[i], stats = block(streams[i])
                         counted_BS = self._window[i]["targets"] != IGNORED
                         domain_BS = torch.where(counted_BS, self._window[i]["domain"][:, None], -1)
                         metric.loads.update(layer, block.moe.router.expert_ids(stats.picks_TK), domain_BS.flatten())
                     with block.moe.router.at_random(self._random):
-                        random = [block(x_BSD)[0] for x_BSD in random]
+                        for i in range(len(random)):
+                            random[i] = block(random[i])[0]
             for i, batch in enumerate(self._window):
                 losses_BS = self._losses(streams[i], batch)
                 metric.language.update(losses_BS, batch["targets"], batch["domain"], self._token_bytes_V)
                 if others:
-                    own_BS = self._losses(own[i], batch) if skips else losses_BS
+                    own_BS = own[i] if skips else losses_BS
                     metric.views.update(losses_BS, self._losses(random[i], batch), own_BS, batch["targets"])
         self._window.clear()
+
+    def _own_view(self, x_BSD: Tensor) -> Tensor:
+        for block in self.transformer.layers:
+            x_BSD = block(x_BSD)[0]
+        return x_BSD
 
     def _losses(self, x_BSD: Tensor, batch: Batch) -> Tensor:
         return self.transformer.token_losses(self.transformer.finish(x_BSD), batch["targets"])

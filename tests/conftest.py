@@ -1,8 +1,13 @@
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its interpreter runs the kernels on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fomoe_pl.data import Manifest
 from fomoe_pl.data.prepare import prepare

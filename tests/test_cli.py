@@ -21,8 +21,8 @@ from fomoe_pl import cli
 from fomoe_pl.cli import FoMoECLI
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.data.validation import ValidationSequences
-from fomoe_pl.module import load_global_model
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy
+from fomoe_pl.strategies.loading import load_global_model
 from tests.training import ROOT, STRATEGIES
 
 QUICKSTART = ["-c", str(ROOT / "configs/quickstart.yaml")]

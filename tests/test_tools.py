@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -121,13 +122,33 @@ def test_losses_are_compared_rank_by_rank() -> None:
 
 def test_bench_watching_times_rounds_by_kind(root: str, tmp_path: Path) -> None:
     architecture = ["vocab_size=257", "d_model=16", "n_layers=2", "n_heads=2", "n_experts=4", "top_k=2", "d_expert=8"]
-    command = [sys.executable, str(ROOT / "tools/bench_watching.py"), "--data", root, "--output", str(tmp_path)]
-    command += ["--accelerator", "cpu", "--batch_size", "2", "--sequence_length", "16", "--local_steps", "2"]
-    command += ["--pairs", "4", *(f"--model.architecture.{setting}" for setting in architecture)]
+    command = [sys.executable, str(ROOT / "tools/bench_watching.py"), "--output", str(tmp_path), "--accelerator", "cpu"]
+    command += ["--data", root, "--batch_size", "2", "--sequence_length", "16", "--local_steps", "2"]
+    command += ["--seconds", "0", *(f"--model.architecture.{setting}" for setting in architecture)]
+    # A process of its own: it joins and leaves a process group.
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "bench_watching.json").read_text())
-    assert {kind: len(times) for kind, times in results["seconds_of_rounds"].items()} == {
-        "alone": 4, "watched": 2, "looked": 2
-    }  # fmt: skip
-    assert results["drawing_seconds"] > 0
+    text = (tmp_path / "bench_watching.md").read_text()
+    assert text in done.stdout
+    assert "2 alone, 1 watched, 1 looked" in text  # one cycle of four, after the warm-up
+    shares = dict(re.findall(r"\| (watching it: more|a drawing|all together).*?([+-][\d.]+)%", text))
+    total = float(shares["watching it: more"]) + float(shares["a drawing"])
+    assert float(shares["all together"]) == pytest.approx(total, abs=0.02)
+    assert float(shares["a drawing"]) > 0
+
+
+def test_bench_saving_measures_both_ways_and_resumes(root: str, tmp_path: Path) -> None:
+    architecture = ["vocab_size=257", "d_model=16", "n_layers=2", "n_heads=2", "n_experts=4", "top_k=2", "d_expert=8"]
+    command = [sys.executable, str(ROOT / "tools/bench_saving.py"), "--data", root, "--output", str(tmp_path)]
+    command += ["--accelerator", "cpu", "--sites", "2", "--overlap", "1", "--batch_size", "2", "--local_steps", "2"]
+    command += ["--sequence_length", "16", "--pairs", "2", *(f"--model.architecture.{s}" for s in architecture)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "bench_saving.json").read_text())
+    assert {kind: len(found["stall"]) for kind, found in results["saving"].items()} == {"async": 2, "sync": 2}
+    assert len(results["saving"]["async"]["seconds_of_writing"]) == 2
+    # Float32 and headers; the outer momentum is as large.
+    assert 4 < results["disk"]["weights"] / results["parameters"] < 8
+    assert results["disk"]["outer momentum"] == pytest.approx(results["disk"]["weights"], rel=0.01)
+    assert 0 < results["starting"]["of this, reading the checkpoint"] < max(results["starting"].values())
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["bench_saving.json", "bench_saving.md"]

@@ -129,6 +129,7 @@ def single(run: Run) -> Run:
 def launched_as(rank: int, world_size: int, folder: str) -> Iterator[None]:
     """Stand in for a launcher: the environment of one rank, and no process group until a Trainer's is made."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world_size)}
+    dist.barrier()  # or a rank that is ahead closes its connections while others are still making theirs
     dist.destroy_process_group()
     yield
     store = dist.FileStore(str(Path(folder, "store-end")), world_size)

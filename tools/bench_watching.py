@@ -1,18 +1,19 @@
-"""What watching costs: blocks of training steps with all callbacks, and blocks with none, in turns in one process.
+"""What watching costs: rounds with all callbacks, and rounds with none, in turns in one process.
 
 `python tools/bench_watching.py -c configs/model/fomoe-153m.yaml --data runs/data/sample --output runs/bench_watching`
 
-A block is a whole round of one site, so that what happens at rounds is in it. Every second round is watched, and of
-these every second one is looked at; the cost at the defaults counts looks as often as RoutingStability takes them.
-The corpus gives text to train on and the probe; its vocabulary may be smaller than the model's. Drawing happens less
-often than a round: it is timed alone.
+Every second round of one site is watched, and of these every second one is looked at. A round's last step, with what
+follows it, is timed apart from the steps before it. So a round of K steps costs (K - 1) times what a step between
+rounds costs more, and once what the end costs more; looks count as often as RoutingStability takes them by default.
+Short rounds give many pairs in little time. Drawing is less frequent than rounds: it is timed alone, with all pictures.
+The corpus gives text to train on and the probe; its vocabulary may be smaller than the model's.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +31,21 @@ from fomoe_pl.callbacks import (
     ThroughputMonitor,
 )
 from fomoe_pl.data import FoMoEData
-from fomoe_pl.federation.observer import RoundObserver
+from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import FederatedStrategy
 
-WARMUP_ROUNDS = 2
+WARMUP_ROUNDS = 4  # one of each kind, and two alone
+DRAWINGS = 3
+
+
+@dataclass
+class Rounds:
+    """Seconds of the rounds of one kind: of the steps between rounds together, and of the last step with the end."""
+
+    steps: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
 
 
 class Switch(L.Callback):
@@ -43,14 +53,14 @@ class Switch(L.Callback):
 
     Args:
         callbacks: Those whose cost is asked for.
+        seconds: After which training ends, once the four rounds of a cycle are complete.
     """
 
-    def __init__(self, callbacks: list[L.Callback]) -> None:
-        self.callbacks = callbacks
-        self.seconds: dict[str, list[float]] = {"alone": [], "watched": [], "looked": []}
+    def __init__(self, callbacks: list[L.Callback], seconds: float) -> None:
+        self.callbacks, self.limit = callbacks, seconds
+        self.rounds = {kind: Rounds() for kind in ("alone", "watched", "looked")}
         self._on = True
-        self._start = 0.0
-        self._hidden: tuple[list[RoundObserver], Any] = ([], None)
+        self._hidden: tuple[Any, ...] = ([], None, False)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """As theirs."""
@@ -58,10 +68,10 @@ class Switch(L.Callback):
             callback.setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As theirs; all of them watch the first rounds."""
+        """As theirs; they watch the first round."""
         for callback in self.callbacks:
             callback.on_train_start(trainer, pl_module)
-        self._start = self._now()
+        self._began = self._start = self._now()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """As theirs."""
@@ -69,37 +79,76 @@ class Switch(L.Callback):
             callback.on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:
-        """Theirs, in their rounds."""
+        """Theirs, in their rounds; before the last step the clock is read."""
+        local_steps = self._local_steps(trainer)
+        if trainer.global_step % local_steps == local_steps - 1:
+            now = self._now()
+            self._steps, self._start = now - self._start, now
         for callback in self.callbacks if self._on else []:
             callback.on_train_batch_start(trainer, pl_module, *rest)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:
         """Theirs, in their rounds; at the end of a round it is the other's turn."""
-        strategy: Any = trainer.strategy
         for callback in self.callbacks if self._on else []:
             callback.on_train_batch_end(trainer, pl_module, *rest)
-        if trainer.global_step % strategy.schedule.segments[0][1] == 0:
-            now = self._now()
-            if strategy.rounds_done > WARMUP_ROUNDS:
-                looked = any(isinstance(c, RoutingStability) and c._looking for c in self.callbacks)
-                kind = "alone" if not self._on else "looked" if looked else "watched"
-                self.seconds[kind].append(now - self._start)
-            self._on = not self._on
-            shown = (strategy.observers, strategy.federation.movement)
-            strategy.observers, strategy.federation.movement = self._hidden
-            self._hidden = shown
-            self._start = self._now()
+        if trainer.global_step % self._local_steps(trainer):
+            return
+        now = self._now()
+        done: int = trainer.strategy.rounds_done  # type: ignore[attr-defined]
+        if done > WARMUP_ROUNDS:
+            looked = any(isinstance(c, RoutingStability) and c._looking for c in self.callbacks)
+            rounds = self.rounds["alone" if not self._on else "looked" if looked else "watched"]
+            rounds.steps.append(self._steps)
+            rounds.ends.append(now - self._start)
+        if done % 4 == 0 and done > WARMUP_ROUNDS and now - self._began > self.limit:
+            trainer.should_stop = True
+        self._turn(trainer, pl_module)
+        self._start = self._now()
+
+    def _turn(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Take observers, movements and the measuring of routing away, or put them back."""
+        strategy: Any = trainer.strategy
+        self._on = not self._on
+        shown = strategy.observers, strategy.federation.movement, pl_module.routing_watched
+        strategy.observers, strategy.federation.movement, pl_module.routing_watched = self._hidden
+        for block in pl_module.transformer.layers:
+            block.moe.router.measures_entropy = pl_module.routing_watched
+        self._hidden = shown
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As theirs."""
+        """As theirs, whose rounds the last ones were or not."""
+        if not self._on:
+            self._turn(trainer, pl_module)
         for callback in self.callbacks:
             callback.on_train_end(trainer, pl_module)
+
+    @staticmethod
+    def _local_steps(trainer: L.Trainer) -> int:
+        strategy: Any = trainer.strategy
+        steps: int = strategy.schedule.segments[0][1]
+        return steps
 
     @staticmethod
     def _now() -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def seconds_to_draw(pictures: RunPictures, trainer: L.Trainer, module: Any, domains: int) -> float:
+    """Seconds of a drawing with every picture that a run of several sites and domains has; median of a few."""
+    layers, experts = module.config.n_layers, module.config.n_experts
+    module.domain_load_LNE = torch.rand(layers, domains, experts)
+    assert pictures._stability is not None
+    view = pictures._stability.view
+    assert view is not None
+    view.drift_LE = torch.rand(layers, experts)
+    taken = []
+    for _ in range(DRAWINGS):
+        start = time.perf_counter()
+        pictures._draw(trainer, module, view)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
 
 
 def bench(
@@ -109,20 +158,25 @@ def bench(
     accelerator: Literal["gpu", "cpu"] = "gpu",
     batch_size: int = 16,
     sequence_length: int = 2048,
-    local_steps: int = 32,
-    pairs: int = 6,
-) -> dict[str, Any]:
-    """Measure, print and write `bench_watching.json`.
+    local_steps: int = 8,
+    reported_steps: int = 32,
+    seconds: float = 55.0,
+) -> dict[str, float]:
+    """Measure, print and write `bench_watching.md`.
 
     Args:
         architecture: The model.
         data: Folder of a prepared corpus.
-        output: Folder for results and curves.
+        output: Folder for the result and curves.
         accelerator: gpu or cpu.
         batch_size: Sequences of a step B.
         sequence_length: Tokens of a sequence S.
-        local_steps: Steps of a round K, and so of a block.
-        pairs: Rounds that are watched, and as many that are not.
+        local_steps: Steps of a round that is timed, at least 2.
+        reported_steps: Steps K of the round whose cost is reported.
+        seconds: Of training, about.
+
+    Returns:
+        Shares of a round's time: `watching`, `drawing`, `total`.
     """
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,48 +184,72 @@ def bench(
     callbacks: list[L.Callback] = [
         stability, CommunicationMonitor(), ThroughputMonitor(), FoMoEProgressBar(), RunReport(), pictures
     ]  # fmt: skip
-    switch = Switch(callbacks)
+    draw_every, pictures.draw_every = pictures.draw_every, 10**9  # not in the rounds that are timed
+    pictures._find_stability = lambda trainer: stability  # type: ignore[method-assign]  # it is not the trainer's
+    switch = Switch(callbacks, seconds)
     trainer = L.Trainer(
         accelerator=accelerator, devices=1, strategy=FederatedStrategy(sites=1, local_steps=local_steps),
-        precision="bf16-mixed", gradient_clip_val=1.0, max_steps=local_steps * (WARMUP_ROUNDS + 2 * pairs),
-        max_epochs=-1, limit_val_batches=0, log_every_n_steps=10, enable_checkpointing=False,
-        enable_model_summary=False, enable_progress_bar=False, default_root_dir=folder,
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False), callbacks=[switch],
+        precision="bf16-mixed", gradient_clip_val=1.0, max_steps=10**6, max_epochs=-1, limit_val_batches=0,
+        log_every_n_steps=10, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        default_root_dir=folder, callbacks=[switch],
+        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
     )  # fmt: skip
     corpus = FoMoEData(data, sequence_length, batch_size)
     trainer.fit(FoMoEModule(architecture), corpus)
-    pictures._stability, pictures._ends = stability, pictures.draw_every - 1
-    start = time.perf_counter()
-    pictures.on_round_end(trainer, trainer.lightning_module)
-    drawing = time.perf_counter() - start
-    alone, watched, looked = (statistics.median(switch.seconds[kind]) for kind in ("alone", "watched", "looked"))
-    share = 1 / stability.every_n_rounds
-    cost = share * looked + (1 - share) * watched - alone
-    of_a_drawing = drawing / pictures.draw_every
-    results = {
-        "device": torch.cuda.get_device_name() if accelerator == "gpu" else "cpu",
-        "torch": torch.__version__,
-        "settings": {"batch_size": batch_size, "sequence_length": sequence_length, "local_steps": local_steps},
-        "seconds_of_rounds": switch.seconds,
-        "cost_of_watching": cost / alone,
-        "drawing_seconds": drawing,
-        "cost_of_drawing": of_a_drawing / alone,
-    }
-    (folder / "bench_watching.json").write_text(json.dumps(results, indent=2) + "\n")
-    spread = [f"{kind} {min(of):.3f} to {max(of):.3f}" for kind, of in switch.seconds.items()]
-    print(
-        f"a round {alone:.3f} s alone, {watched:.3f} s watched, {looked:.3f} s looked at ({', '.join(spread)}); "
-        f"at the defaults watching costs {cost / alone:+.2%} and drawing {of_a_drawing / alone:+.2%} "
-        f"({drawing:.2f} s each)"
-    )
-    return results
+    drawing = seconds_to_draw(pictures, trainer, trainer.lightning_module, len(corpus.domains))
+
+    rounds, share = switch.rounds, 1 / stability.every_n_rounds
+    step = statistics.median(rounds["alone"].steps) / (local_steps - 1)
+    end = statistics.median(rounds["alone"].ends)
+    more_steps = _more(rounds["watched"].steps + rounds["looked"].steps, rounds["alone"].steps) / (local_steps - 1)
+    more_end = {kind: _more(rounds[kind].ends, rounds["alone"].ends) for kind in ("watched", "looked")}
+    alone = (reported_steps - 1) * step + end
+    at_end = share * more_end["looked"] + (1 - share) * more_end["watched"]
+    watching = ((reported_steps - 1) * more_steps + at_end) / alone
+    drawn = drawing / draw_every / alone
+    rows = [
+        ("a step between rounds, alone", step, ""),
+        ("the same, watched: more", more_steps, f"{more_steps / step:+.2%} of a step"),
+        ("a round's last step and its end, alone", end, ""),
+        ("the same, watched: more", more_end["watched"], ""),
+        (f"the same, looked at (every {stability.every_n_rounds}th by default): more", more_end["looked"], ""),
+        (f"a round of {reported_steps} steps, alone", alone, ""),
+        ("watching it: more", watching * alone, f"**{watching:+.2%}** of it"),
+        (f"a drawing (every {draw_every}th round by default)", drawing, f"**{drawn:+.2%}** of the rounds"),
+        ("all together", (watching + drawn) * alone, f"**{watching + drawn:+.2%}** of a round"),
+    ]
+    device = torch.cuda.get_device_name() if accelerator == "gpu" else "CPU"
+    numbers = ", ".join(f"{len(of.ends)} {kind}" for kind, of in rounds.items())
+    text = "\n".join([
+        "# Cost of watching",
+        f"{device}, torch {torch.__version__}, {sum(p.numel() for p in trainer.lightning_module.parameters()):,} "
+        f"parameters, {batch_size} x {sequence_length} tokens a step; rounds of {local_steps} steps were timed, in "
+        f"turns: {numbers}. Medians.",
+        "",
+        "| | seconds | share |", "|---|---:|---|", *(f"| {name} | {value:.4f} | {of} |" for name, value, of in rows),
+        "",
+        *(f"{kind}: steps {_listed(of.steps)}; end {_listed(of.ends)}\n" for kind, of in rounds.items()),
+    ])  # fmt: skip
+    write_whole(folder / "bench_watching.md", text)
+    print(text)
+    return {"watching": watching, "drawing": drawn, "total": watching + drawn}
+
+
+def _more(with_it: list[float], without: list[float]) -> float:
+    return statistics.median(with_it) - statistics.median(without)
+
+
+def _listed(values: list[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and measure."""
-    _, architecture, settings = command_line.read(
+    parser, architecture, settings = command_line.read(
         "Training steps with all callbacks against steps with none, in turns.", bench, arguments
     )
+    if settings["local_steps"] < 2:
+        parser.error(f"local_steps = {settings['local_steps']} must be at least 2: one before a round's last")
     bench(architecture, **settings)
 
 

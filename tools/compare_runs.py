@@ -1,6 +1,8 @@
 """`python tools/compare_runs.py RUN_DIR...`: the same as `fomoe compare`."""
 
-from fomoe_pl.compare import main
+import sys
+
+from fomoe_pl.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["compare", *sys.argv[1:]])

@@ -115,7 +115,7 @@ def write(output: Path, page: Path) -> None:
     figures.figure_9(output / "figure_9.svg")
     figures.figure_10(output / "figure_10.svg")
     figures.plot_scale(rows, "DeepSeek-V3-like", 8, output / "scale_deepseek.svg")
-    figures.plot_front(plan_all(example())[1], pareto, output / "three_sites.svg")
+    figures.plot_front(plan_all(example())[0], pareto, output / "three_sites.svg")
     text = page.read_text()
     text = insert(text, "table-1", table_1())
     text = insert(text, "fits", smallest_federations(rows))

@@ -1,34 +1,35 @@
 """Rounds over real shaped links: the system model's bytes and seconds against interface counters and a clock.
 
-`sudo python tools/shaped_links.py --rates 50 200 1000 --output runs/shaped_links.json`
+`sudo python tools/shaped_links.py --rates 50 200 1000 --latencies 20 60 --output runs/shaped_links.json`
 
 Needs root, `ip` and `tc`. Every site is a process in a network namespace of its own, joined by a virtual Ethernet pair
 to a bridge in one more namespace; `tc tbf` limits both directions of every link. Nothing of the machine's own network
 is touched, and the namespaces are removed at the end, also after a failure. In them runs what `fomoe fit` runs between
 local steps: a `Federation` on gloo. Rounds start together; each site reads its interface's counters around them.
-A run without limit comes first: it gives the seconds a byte that are not the link's, with which the others are
-predicted.
+Rounds without limit take turns with limited ones: they give the seconds a byte that are not the link's, with which the
+limited ones are predicted. With `--latencies` a program carries the frames, each some milliseconds later; a small
+average then counts how many latencies follow each other. A result is printed and added to `--output` when it is there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from namespaces import INTERFACE, NO_LIMIT, call, finish_checksums, latency, limit_commands, namespace, network
 
 from fomoe_pl.costs.network import Links, framed
 from fomoe_pl.costs.rounds import Collective, count, round_collectives
@@ -41,85 +42,19 @@ from fomoe_pl.federation.placement import all_arcs, place
 from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.wire import Wire
+from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 
-PREFIX = f"fomoe{os.getpid()}-"  # of the tool's process, so that two of them do not meet
-HUB, INTERFACE, PORT = f"{PREFIX}hub", "eth0", 29577
-NO_LIMIT = 1e9  # Mbit/s, where a number is needed
+PORT = 29577
+NOT_A_LIMIT = 1e9  # Mbit/s, where a number is needed
+PROBE_BYTES, PROBES = 1024, 5
+BLOCKS = 3
+"""A limit and its calibration take turns, so that what else the machine does meets both."""
 ARCHITECTURE = ModelConfig(
     vocab_size=2048, d_model=256, n_layers=4, n_heads=4, n_experts=8, top_k=2, d_expert=128, base_width=256
 )
-
-
-def namespace(site: int) -> str:
-    """Name of a site's namespace."""
-    return f"{PREFIX}{site}"
-
-
-def call(*words: str) -> str:
-    """Run a command; its errors end the tool."""
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def build_commands(n_sites: int, mtu: int) -> list[list[str]]:
-    """Commands that make the namespaces, the bridge and the links."""
-    bridge = f"ip -n {HUB} link"
-    lines = [f"ip netns add {HUB}", f"{bridge} add br0 type bridge", f"{bridge} set br0 up"]
-    for site in range(n_sites):
-        ns = namespace(site)
-        lines += [
-            f"ip netns add {ns}",
-            f"ip -n {ns} link set lo up",
-            f"ip -n {ns} link add {INTERFACE} type veth peer name port{site} netns {HUB}",
-            # Frames as a real network has them: else counters and limits would see 64 KiB at once with one header.
-            f"ip -n {ns} link set {INTERFACE} gso_max_segs 1 mtu {mtu}",
-            f"ip -n {ns} addr add 10.77.0.{site + 1}/24 dev {INTERFACE}",
-            f"ip -n {ns} link set {INTERFACE} up",
-            f"{bridge} set port{site} mtu {mtu} master br0",
-            f"{bridge} set port{site} up",
-        ]
-    return [line.split() for line in lines]
-
-
-def limit_commands(n_sites: int, rate_mbit: float) -> list[list[str]]:
-    """Commands that limit every link in both directions; a rate of 0 takes the limits away."""
-    lines = []
-    for site in range(n_sites):
-        for ns, device in ((namespace(site), INTERFACE), (HUB, f"port{site}")):
-            if rate_mbit:
-                # A bucket of 2 ms at the rate, and no less than two jumbo frames; a queue of 50 ms.
-                burst = max(int(rate_mbit * 1e6 / 8 * 0.002), 20_000)
-                lines.append(f"tc -n {ns} qdisc replace dev {device} root tbf rate {rate_mbit}mbit burst {burst} "
-                             "latency 50ms")  # fmt: skip
-            else:
-                lines.append(f"tc -n {ns} qdisc replace dev {device} root pfifo limit 1000")
-    return [line.split() for line in lines]
-
-
-@contextmanager
-def network(n_sites: int, mtu: int) -> Iterator[None]:
-    """Namespaces for as long as the context lasts."""
-    remove()
-    try:
-        for command in build_commands(n_sites, mtu):
-            call(*command)
-        yield
-    finally:
-        remove()
-
-
-def remove() -> None:
-    """Remove what this process has made, and what one that was killed has left."""
-    for line in call("ip", "netns", "list").splitlines():
-        name = line.split()[0]
-        made = re.fullmatch(r"fomoe(\d+)-(hub|\d+)", name)
-        if made and (name.startswith(PREFIX) or not Path("/proc", made[1]).exists()):
-            call("ip", "netns", "del", name)
 
 
 def counters() -> dict[str, int]:
@@ -127,6 +62,16 @@ def counters() -> dict[str, int]:
     folder = Path("/sys/class/net") / INTERFACE / "statistics"
     names = ("tx_bytes", "rx_bytes", "tx_packets", "rx_packets")
     return {name: int((folder / name).read_text()) for name in names}
+
+
+Readings = list[list[dict[str, float]]]
+"""By site, and by round."""
+
+
+class Work(Protocol):
+    """Runs so many rounds, or what else is asked for, on all sites."""
+
+    def __call__(self, n: int, what: str = "round") -> Readings: ...  # noqa: D102
 
 
 class TimedWire(Wire):
@@ -144,6 +89,11 @@ def work(settings: dict[str, Any]) -> None:
     """A site: for each line that comes in so many rounds of a real Federation, and a line of readings out."""
     rank, n_sites, overlap = settings["rank"], settings["n_sites"], settings["overlap"]
     torch.set_num_threads(1)
+    with suppress(PermissionError):
+        os.nice(-5)
+    finish_checksums(INTERFACE)
+    if not settings["slow_start"]:
+        Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").write_text("0")  # of this namespace
     dist.init_process_group("gloo", init_method=f"tcp://10.77.0.1:{PORT}", rank=rank, world_size=n_sites)
     placement = place("fixed", n_layers=ARCHITECTURE.n_layers, n_experts=ARCHITECTURE.n_experts, n_sites=n_sites,
                       overlap=overlap)  # fmt: skip
@@ -159,9 +109,20 @@ def work(settings: dict[str, Any]) -> None:
     federation.synchronize(optimizer)  # opens connections
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps([one_round(federation, wire, optimizer) for _ in range(int(line))]), flush=True)
+        what, n = line.split()
+        readings = [probe() if what == "probe" else one_round(federation, wire, optimizer) for _ in range(int(n))]
+        print(json.dumps(readings), flush=True)
     wire.close()
     dist.destroy_process_group()
+
+
+def probe() -> dict[str, float]:
+    """Seconds of a small average over all sites."""
+    values = torch.ones(PROBE_BYTES // 4)
+    dist.barrier()
+    start = time.perf_counter()
+    dist.all_reduce(values)
+    return {"seconds": time.perf_counter() - start}
 
 
 def one_round(federation: Federation, wire: TimedWire, optimizer: RowAdamW) -> dict[str, float]:
@@ -170,20 +131,21 @@ def one_round(federation: Federation, wire: TimedWire, optimizer: RowAdamW) -> d
     dist.barrier()
     before, sent, start, inside = counters(), wire.ledger.total_wire, time.perf_counter(), wire.seconds
     federation.synchronize(optimizer)
-    own = time.perf_counter() - start - (wire.seconds - inside)
-    dist.barrier()
     seconds = time.perf_counter() - start
+    own = seconds - (wire.seconds - inside)
+    dist.barrier()  # the slowest site's seconds count; counters are read when all are done
     read = {name: value - before[name] for name, value in counters().items()}
     return {"seconds": seconds, "outside_collectives": own, "ledger": wire.ledger.total_wire - sent, **read}
 
 
 @contextmanager
-def sites_at_work(n_sites: int, overlap: int, moments: str) -> Iterator[Callable[[int], list[list[dict[str, float]]]]]:
+def sites_at_work(options: Namespace, overlap: int) -> Iterator[Work]:
     """Start the sites in their namespaces; gives a function that runs so many rounds and returns readings by site."""
     environment = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     processes: list[subprocess.Popen[str]] = []
-    for rank in range(n_sites):
-        settings = {"rank": rank, "n_sites": n_sites, "overlap": overlap, "moments": moments}
+    for rank in range(options.sites):
+        settings = {"rank": rank, "n_sites": options.sites, "overlap": overlap, "moments": options.moments,
+                    "slow_start": options.slow_start}  # fmt: skip
         command = ["ip", "netns", "exec", namespace(rank), sys.executable, __file__, "--worker", json.dumps(settings)]
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True))
@@ -195,10 +157,10 @@ def sites_at_work(n_sites: int, overlap: int, moments: str) -> Iterator[Callable
             raise RuntimeError("a site failed; its message is above")
         return line
 
-    def rounds(n: int) -> list[list[dict[str, float]]]:
+    def rounds(n: int, what: str = "round") -> Readings:
         for process in processes:
             assert process.stdin is not None
-            process.stdin.write(f"{n}\n")
+            process.stdin.write(f"{what} {n}\n")
             process.stdin.flush()
         return [json.loads(line_of(process)) for process in processes]
 
@@ -224,19 +186,17 @@ def summarize(readings: list[list[dict[str, float]]], calls: list[Collective], l
     seconds = [max(site[i]["seconds"] for site in readings) for i in rounds]
 
     def total(name: str) -> float:
-        return statistics.median(sum(site[i][name] for site in readings) for i in rounds)
+        return median(sum(site[i][name] for site in readings) for i in rounds)
 
     ledgers = [Ledger() for _ in readings]
     for site, ledger in enumerate(ledgers):
         count(ledger, calls, site)
     wire = sum(ledger.total_wire for ledger in ledgers)
     return {
-        "seconds": statistics.median(seconds),
+        "seconds": median(seconds),
         "fastest": min(seconds),
         "slowest": max(seconds),
-        "outside_collectives": statistics.median(
-            max(site[i]["outside_collectives"] for site in readings) for i in rounds
-        ),
+        "outside_collectives": median(max(site[i]["outside_collectives"] for site in readings) for i in rounds),
         "predicted_seconds": links.round_seconds(calls),
         "ledger_bytes": total("ledger"),
         "predicted_bytes": wire,
@@ -257,44 +217,76 @@ def calibrated(measured: dict[str, float], calls: list[Collective], links: Links
     )
 
 
-def link_of(rate_mbit: float) -> Site:
+def link_of(rate_mbit: float, latency_ms: float = 0.0) -> Site:
     """A site of which nothing counts but its link."""
-    return Site(tflops=1, memory_gib=1, memory_gbps=1, bandwidth_mbit=rate_mbit, latency_ms=0)
+    return Site(tflops=1, memory_gib=1, memory_gbps=1, bandwidth_mbit=rate_mbit, latency_ms=latency_ms)
 
 
-def measure(rates: list[float], n_sites: int, overlaps: list[int], moments: str, rounds: int, mtu: int) -> list[Any]:
-    """All rates and overlaps, each overlap first without limit, which calibrates the rest."""
-    results = []
+def in_turns(run: Work, rounds: int, set_limit: Callable[[bool], None]) -> tuple[Readings, Readings]:
+    """Readings without the limit and with it, in blocks that take turns, a round before each left out."""
+    both: tuple[Readings, Readings] = ([], [])
+    for _ in range(BLOCKS):
+        for limited, kept in enumerate(both):
+            set_limit(bool(limited))
+            run(1)
+            found = run(-(-rounds // BLOCKS))
+            kept[:] = [old + new for old, new in zip(kept, found, strict=True)] if kept else found
+    return both
+
+
+def measure(options: Namespace) -> Iterator[dict[str, Any]]:
+    """All limits, then all latencies, of each overlap; each with the rounds without limit that calibrate it."""
+    n_sites, mtu, moments = options.sites, options.mtu, options.moments
+    settings = [(rate, 0.0) for rate in options.rates] + [(options.latency_rate, ms) for ms in options.latencies]
     with network(n_sites, mtu):
-        for overlap in overlaps:
-            calls = round_collectives(ARCHITECTURE, n_sites=n_sites, overlap=overlap, inner_moments=moments)  # type: ignore[arg-type]
-            with sites_at_work(n_sites, overlap, moments) as run:
-                links = Links.between([link_of(NO_LIMIT)] * n_sites, mtu=mtu)
-                for rate in [0.0, *rates]:
-                    for command in limit_commands(n_sites, rate):
-                        call(*command)
-                    if rate:
-                        links = replace(links, places=(link_of(rate),) * n_sites)
-                    run(1)
-                    readings = run(rounds)
-                    result = summarize(readings, calls, links)
-                    if not rate:
-                        links = calibrated(result, calls, links)
-                    results.append({
-                        "rate_mbit": rate, "sites": n_sites, "overlap": overlap, "moments": moments, "mtu": mtu,
-                        "copy_seconds_per_byte": links.copy_seconds_per_byte,
-                        "transport_seconds_per_byte": links.transport_seconds_per_byte, **result, "readings": readings,
-                    })  # fmt: skip
-                    print(row(results[-1]), flush=True)
-    return results
+        for overlap in options.overlap:
+            calls = round_collectives(ARCHITECTURE, n_sites=n_sites, overlap=overlap, inner_moments=moments)
+            with sites_at_work(options, overlap) as run:
+                for rate, ms in settings:
+
+                    def set_limit(limited: bool, rate: float = rate) -> None:
+                        for command in limit_commands(n_sites, rate if limited else NO_LIMIT):
+                            call(*command)
+
+                    free = Links.between([link_of(NOT_A_LIMIT)] * n_sites, mtu=mtu)
+                    shaped = (link_of(rate, ms),) * n_sites
+                    common = {"rate_mbit": rate, "latency_ms": ms, "sites": n_sites, "overlap": overlap,
+                              "moments": moments, "mtu": mtu, "slow_start": options.slow_start}  # fmt: skip
+                    if ms:
+                        # Frames go through the program without latency too: its own time is no link's.
+                        set_limit(True)
+                        with latency(n_sites, 0.0):
+                            run(1)
+                            before = run(-(-options.rounds // 2))
+                        with latency(n_sites, ms):
+                            run(1)
+                            readings = run(options.rounds)
+                            waited = median(max(site[i]["seconds"] for site in found) for found in
+                                            [run(PROBES, "probe")] for i in range(PROBES))  # fmt: skip
+                        common["latencies"] = waited / (ms / 1e3)
+                        common["predicted_latencies"] = 4 * (n_sites - 1)
+                    else:
+                        before, readings = in_turns(run, options.rounds, set_limit)
+                    calibration = summarize(before, calls, free)
+                    links = replace(calibrated(calibration, calls, free), places=shaped)
+                    yield {**common, "copy_seconds_per_byte": links.copy_seconds_per_byte,
+                           "transport_seconds_per_byte": links.transport_seconds_per_byte, "free": calibration,
+                           **summarize(readings, calls, links), "readings": readings}  # fmt: skip
 
 
 def row(r: dict[str, Any]) -> str:
     """A result in a line."""
-    rate = f"{r['rate_mbit']:g} Mbit/s" if r["rate_mbit"] else "no limit (calibration)"
+    latency_ = f" and {r['latency_ms']:g} ms" if r["latency_ms"] else ""
+    waited = (
+        f"a small average takes {r['latencies']:.1f} latencies, predicted {r['predicted_latencies']}; "
+        if latency_
+        else ""
+    )
     return (
-        f"{rate}, overlap {r['overlap']}: {r['seconds']:.3f} s ({r['fastest']:.3f}..{r['slowest']:.3f}), "
-        f"predicted {r['predicted_seconds']:.3f} ({r['predicted_seconds'] / r['seconds']:.3f}); "
+        f"{r['rate_mbit']:g} Mbit/s{latency_}, overlap {r['overlap']}: {r['seconds']:.3f} s "
+        f"({r['fastest']:.3f}..{r['slowest']:.3f}), {'without latency' if latency_ else 'without limit'} "
+        f"{r['free']['seconds']:.3f}, predicted {r['predicted_seconds']:.3f} "
+        f"({r['predicted_seconds'] / r['seconds']:.3f}); {waited}"
         f"ledger {r['ledger_bytes']:,.0f} B, predicted {r['predicted_bytes']:,.0f}; interface {r['sent_bytes']:,.0f}, "
         f"with frames {r['framed_bytes']:,.0f} ({r['framed_bytes'] / r['sent_bytes']:.4f})"
     )
@@ -304,10 +296,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the command line and measure."""
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rates", type=float, nargs="+", default=[50, 200, 1000], help="limits, Mbit/s")
+    parser.add_argument("--latencies", type=float, nargs="*", default=[20, 60], help="one way, milliseconds")
+    parser.add_argument("--latency_rate", type=float, default=200, help="limit that goes with them, Mbit/s")
+    parser.add_argument("--slow_start", action="store_true",
+                        help="connections begin slowly again after idle time, as is Linux's default")  # fmt: skip
     parser.add_argument("--sites", type=int, default=4, help="number of sites")
     parser.add_argument("--overlap", type=int, nargs="+", default=[2, 4], help="sites that hold each expert")
     parser.add_argument("--moments", choices=["keep", "average"], default="average", help="what a round averages")
-    parser.add_argument("--rounds", type=int, default=9, help="measured rounds of each")
+    parser.add_argument("--rounds", type=int, default=6, help="measured rounds of each")
     parser.add_argument("--mtu", type=int, default=9000, help="largest packet, bytes; 1500 costs six times the work")
     parser.add_argument("--output", type=Path, default=Path("runs/shaped_links.json"), help="where results go")
     parser.add_argument("--worker", help="what the tool calls itself with")
@@ -315,14 +311,17 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         work(json.loads(options.worker))
         return
-    if any(not rate > 0 for rate in options.rates):
-        parser.error("--rates: a limit is above 0 Mbit/s")
+    if any(not value > 0 for value in (*options.rates, *options.latencies, options.latency_rate)):
+        parser.error("--rates, --latencies: a limit is above 0 Mbit/s, a latency above 0 ms")
     missing = [program for program in ("ip", "tc") if shutil.which(program) is None]
     if missing or os.geteuid() != 0:
         parser.error(f"needs root and ip and tc (package iproute2); missing: {', '.join(missing) or 'root'}")
-    results = measure(options.rates, options.sites, options.overlap, options.moments, options.rounds, options.mtu)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    results = []
+    for result in measure(options):
+        results.append(result)
+        write_whole(options.output, json.dumps(results, indent=1) + "\n")
+        print(row(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from fomoe_pl.callbacks.observed import MIB, RoundCallback, log, observe_rounds, observed_module, observed_strategy
+from fomoe_pl.callbacks.observed import (
+    MIB,
+    RoundCallback,
+    log,
+    measures_sync,
+    observe_rounds,
+    observed_module,
+    observed_strategy,
+)
 from fomoe_pl.callbacks.throughput import TimedCallback
 from fomoe_pl.costs.bytes import ITEMSIZE
 from fomoe_pl.costs.counterfactual import ddp_step_bytes, replica_round_bytes
@@ -43,15 +51,18 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
     - `comm/wire_per_token_B`: wire bytes of all kinds over this site's tokens, both since this process started to
       train (FoMoE, arXiv 2606.19025, cost model: bytes a site over the tokens of its local batches);
     - `comm/ddp_wire_MiB`, `comm/replica_wire_MiB`: what the same steps would have sent with data parallelism, and the
-      same rounds with full-replica DiLoCo (`fomoe_pl.costs.counterfactual`); `comm/of_ddp`, `comm/of_replica`: the
-      training bytes over these;
+      same rounds with full-replica DiLoCo (`fomoe_pl.costs.counterfactual`), gradients in the parameters' dtype and
+      replicas in the run's `wire_dtype`; `comm/of_ddp`, `comm/of_replica`: the training bytes over these;
     - `comm/sync_s`: since the start of the run; `comm/sync_share`: its part of the training time of this process;
     - `comm/bandwidth_MiB_per_s`: training bytes of the last round over its synchronisation time;
     - `comm/modelled_s/<link>`: local time plus this process's training bytes over links of 0.1, 1 and 10 Gbit/s,
       without latency;
-    - `round/<name>`: the strategy's means over all sites, after a round.
 
-    `<kind>` is each of the ledger's kinds and `total`.
+    Data parallelism overlaps its synchronisation with the backward pass, and nobody measures it: there the three about
+    its time are missing, and local time is all of the training time.
+
+    `round/<name>` are the strategy's means over all sites, after a round. `<kind>` is each of the ledger's kinds and
+    `total`.
 
     Args:
         every_n_steps: Interval in synchronous training, in optimizer steps.
@@ -76,7 +87,7 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
         dtype = str(next(pl_module.parameters()).dtype).removeprefix("torch.")
         n = strategy.topology.n_sites
         self._ddp_step = ddp_step_bytes(module.config, n, dtype) if dtype in ITEMSIZE else 0  # type: ignore[arg-type]
-        self._replica_round = replica_round_bytes(module.config, n)
+        self._replica_round = replica_round_bytes(module.config, n, strategy.wire_dtype)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Time, then rounds."""
@@ -109,7 +120,11 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
         tokens = observed_module(pl_module).tokens_seen - self._tokens_at_start
         values["comm/wire_per_token_B"] = (wire["total"] - self._wire_at_start["total"]) / tokens
         values |= self._compared(training_bytes(wire), trainer.global_step, strategy.rounds_done)
-        values |= self._times(wire, strategy.sync_seconds)
+        if measures_sync(strategy):
+            values |= self._sync(wire, strategy.sync_seconds)
+        sent = training_bytes(wire) - training_bytes(self._wire_at_start)
+        for link in LINKS:
+            values[f"comm/modelled_s/{link:g}Gbps"] = self.trained.local_seconds + 8 * sent / (link * 1e9)
         values |= {f"round/{name}": value for name, value in strategy.round_stats.items()}
         log(trainer, values)
         self._wire, self._sync_seconds = wire, strategy.sync_seconds
@@ -121,14 +136,9 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
                 values |= {f"comm/{name}_wire_MiB": n / MIB, f"comm/of_{name}": sent / n}
         return values
 
-    def _times(self, wire: dict[str, int], sync_seconds: float) -> dict[str, float]:
-        values = {
-            "comm/sync_s": sync_seconds, "comm/sync_share": self.trained.sync_seconds / self.trained.seconds,
-        }  # fmt: skip
+    def _sync(self, wire: dict[str, int], sync_seconds: float) -> dict[str, float]:
+        values = {"comm/sync_s": sync_seconds, "comm/sync_share": self.trained.sync_seconds / self.trained.seconds}
         if sync_seconds > self._sync_seconds:
             in_round = training_bytes(wire) - training_bytes(self._wire)
             values["comm/bandwidth_MiB_per_s"] = in_round / MIB / (sync_seconds - self._sync_seconds)
-        sent = training_bytes(wire) - training_bytes(self._wire_at_start)
-        for link in LINKS:
-            values[f"comm/modelled_s/{link:g}Gbps"] = self.trained.local_seconds + 8 * sent / (link * 1e9)
         return values

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MOST_PANELS = 12
 EVEN = "load / mean load (1 = even)"
+MOST_EVEN = 4.0
+"""Where the reds end that stand for more than even: one early outlier would else leave all the rest pale."""
 MISSING = "0.8"  # grey, for what is undefined
 
 
@@ -34,34 +36,38 @@ def heat_map(values_LE: Tensor, title: str, unit: str, *, even: bool = False, mo
         most: Upper end of the colours; None is the largest value.
     """
     layers, experts = values_LE.shape
-    figure = _figure(max(5.0, 1.8 + 0.3 * experts), max(2.6, 1.3 + 0.26 * layers))
-    axes = figure.subplots()
+    figure, [axes] = _panels(1, width=max(3.4, 0.3 * experts), height=max(1.6, 0.26 * layers))
     image = _image(axes, values_LE, even=even, most=most)
     axes.set(title=title, xlabel="expert", ylabel="layer")
     _whole_ticks(axes, experts, layers)
-    figure.colorbar(image, ax=axes, label=unit)
+    _colour_bar(figure, image, unit, values_LE)
     return figure
 
 
-def timeline(load_RLE: Tensor, steps: Sequence[int]) -> Figure:
+def timeline(load_RLE: Tensor, edges: Sequence[int], rounds_each: int = 1) -> Figure:
     """Each layer's loads over the run: steps by expert, a panel for each layer (at most 12 of them).
 
     Args:
-        load_RLE: Loads over their mean.
-        steps: Optimizer steps at which they were taken.
+        load_RLE: Loads over their mean, a column of the picture each.
+        edges: Optimizer steps between which they were taken, one more than columns.
+        rounds_each: Rounds of which a column is the mean.
     """
     shown = shown_layers(load_RLE.shape[1])
-    figure, panels = _panels(len(shown), width=3.4, height=2.3)
+    figure, panels = _panels(len(shown), width=3.1, height=1.9)
+    experts = load_RLE.shape[2]
     most = _even_limit(load_RLE)
+    rows = [expert - 0.5 for expert in range(experts + 1)]
     for axes, layer in zip(panels, shown, strict=True):
-        edges = (steps[0], steps[-1] + (steps[-1] == steps[0]), load_RLE.shape[2] - 0.5, -0.5)
-        image = _image(axes, load_RLE[:, layer].T, even=True, most=most, extent=edges)
+        values, look = _shown(load_RLE[:, layer].T, even=True, most=most)
+        image = axes.pcolormesh(list(edges), rows, values, **look)
         axes.set_title(f"layer {layer}", fontsize=9)
-        axes.set_yticks(_ticks(load_RLE.shape[2]))
-    figure.supxlabel("optimizer step of a site", fontsize=9)
+        axes.set(yticks=_ticks(experts), ylim=(rows[-1], rows[0]))
+        axes.tick_params(labelsize=8)
+    column = "round" if rounds_each == 1 else f"mean of {rounds_each} rounds"
+    figure.supxlabel(f"optimizer steps of a site (a column is a {column}, as wide as its steps)", fontsize=9)
     figure.supylabel("expert", fontsize=9)
     figure.suptitle("Load of each expert over the run", fontsize=11)
-    figure.colorbar(image, ax=panels, label=EVEN)
+    _colour_bar(figure, image, EVEN, load_RLE)
     return figure
 
 
@@ -69,7 +75,8 @@ def domain_maps(load_LNE: Tensor, domains: Sequence[str]) -> Figure:
     """Which experts each domain's text goes to in the global model, a panel for each layer (at most 12 of them)."""
     share_LNE = load_LNE / load_LNE.sum(dim=2, keepdim=True) * load_LNE.shape[2]
     shown = shown_layers(len(load_LNE))
-    figure, panels = _panels(len(shown), width=3.4, height=0.9 + 0.2 * len(domains))
+    left = 0.4 + 0.07 * max(len(domain) for domain in domains)
+    figure, panels = _panels(len(shown), width=3.1, height=0.5 + 0.2 * len(domains), left=left)
     most = _even_limit(share_LNE)
     for axes, layer in zip(panels, shown, strict=True):
         image = _image(axes, share_LNE[layer], even=True, most=most)
@@ -78,7 +85,7 @@ def domain_maps(load_LNE: Tensor, domains: Sequence[str]) -> Figure:
         axes.set_yticks(range(len(domains)), domains, fontsize=7)
     figure.supxlabel("expert", fontsize=9)
     figure.suptitle("Picks of each domain's text, global model", fontsize=11)
-    figure.colorbar(image, ax=panels, label="picks / even share (1 = even)")
+    _colour_bar(figure, image, "picks / even share (1 = even)", share_LNE)
     return figure
 
 
@@ -88,7 +95,7 @@ def placement_map(placement: Placement) -> Figure:
 
     holders = placement.holders
     shown = shown_layers(len(holders))
-    figure, panels = _panels(len(shown), width=3.4, height=0.9 + 0.2 * placement.n_sites)
+    figure, panels = _panels(len(shown), width=3.1, height=0.5 + 0.2 * placement.n_sites)
     colours = mpl.colormaps["tab10"]
     for axes, layer in zip(panels, shown, strict=True):
         grid = torch.ones(placement.n_sites, len(holders[layer]), 3)
@@ -115,41 +122,69 @@ def shown_layers(n_layers: int) -> list[int]:
     return [round(i * (n_layers - 1) / (MOST_PANELS - 1)) for i in range(MOST_PANELS)]
 
 
-def _figure(width: float, height: float) -> Figure:
+def _panels(n: int, *, width: float, height: float, left: float = 0.7) -> tuple[Figure, list[Axes]]:
+    """A figure of alike panels, four in a row, with room at the right for a colour bar.
+
+    Args:
+        n: Panels.
+        width: Of a panel, inches.
+        height: Of a panel, inches.
+        left: Room for the labels of the rows, inches.
+    """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", dpi=110)
-
-
-def _panels(n: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
     columns = min(n, 4)
     rows = math.ceil(n / columns)
-    figure = _figure(width * columns + 1.2, height * rows + 0.8)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    panels = list(grid.flat)
+    between = 0.25, 0.5
+    whole = left + columns * (width + between[0]) + 1.1, 0.6 + rows * (height + between[1]) + 0.25
+    # Not matplotlib's own layouts: they measure every text, which takes longer than all the rest.
+    figure = Figure(figsize=whole, dpi=110)
+    figure.subplots_adjust(
+        left=left / whole[0], right=1 - 1.35 / whole[0], bottom=0.65 / whole[1], top=1 - 0.7 / whole[1],
+        wspace=between[0] / width, hspace=between[1] / height,
+    )  # fmt: skip
+    # Alike, so that only the outer ones need labels: text is most of what a drawing costs.
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for unused in panels[n:]:
         unused.remove()
+    for lowest in panels[max(n - columns, 0) : n]:
+        lowest.tick_params(labelbottom=True)
     return figure, panels[:n]
 
 
-def _image(axes: Axes, values: Tensor, *, even: bool, most: float | None = None, extent: Any = None) -> Any:
+def _image(axes: Axes, values: Tensor, *, even: bool, most: float | None = None) -> Any:
+    shown, look = _shown(values, even=even, most=most)
+    return axes.imshow(shown, aspect="auto", interpolation="nearest", **look)
+
+
+def _shown(values: Tensor, *, even: bool, most: float | None) -> tuple[Any, dict[str, Any]]:
+    """Values as matplotlib takes them, and the colours for them."""
     import matplotlib as mpl
     from matplotlib.colors import TwoSlopeNorm
 
-    colours = mpl.colormaps["RdBu_r" if even else "viridis"].with_extremes(bad=MISSING)
-    shown = values.double()
-    finite = shown[shown.isfinite()]
-    top = most if most is not None else float(finite.max()) if len(finite) else 1.0
-    scale: dict[str, Any] = {"vmin": 0.0, "vmax": top or 1.0}
+    look: dict[str, Any] = {"cmap": mpl.colormaps["RdBu_r" if even else "viridis"].with_extremes(bad=MISSING)}
+    finite = values[values.isfinite()].double()
     if even:
-        scale = {"norm": TwoSlopeNorm(1.0, 0.0, most or _even_limit(values))}
-    masked = torch.where(shown.isfinite(), shown, torch.nan).numpy()
-    return axes.imshow(masked, aspect="auto", interpolation="nearest", cmap=colours, extent=extent, **scale)
+        look["norm"] = TwoSlopeNorm(1.0, 0.0, most or _even_limit(values))
+    else:
+        top = most if most is not None else float(finite.max()) if len(finite) else 1.0
+        look |= {"vmin": 0.0, "vmax": top or 1.0}
+    return torch.where(values.isfinite(), values.double(), torch.nan).numpy(), look
 
 
 def _even_limit(values: Tensor) -> float:
     finite = values[values.isfinite()]
-    return max(2.0, float(finite.max())) if len(finite) else 2.0
+    return min(max(2.0, float(finite.max())), MOST_EVEN) if len(finite) else 2.0
+
+
+def _colour_bar(figure: Figure, image: Any, label: str, values: Tensor) -> None:
+    """Of all panels; with an arrow where some of the values are beyond it."""
+    room, (width, height) = figure.subplotpars, figure.get_size_inches()
+    beyond = bool((values[values.isfinite()] > image.norm.vmax).any())
+    axes = figure.add_axes(
+        (room.right + 0.2 / width, room.bottom, 0.15 / width, min(room.top - room.bottom, 5 / height))
+    )
+    figure.colorbar(image, cax=axes, label=label, extend="max" if beyond else "neither")
 
 
 def _ticks(n: int) -> list[int]:

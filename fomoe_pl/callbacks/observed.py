@@ -18,6 +18,7 @@ from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.topology import Topology
+from fomoe_pl.federation.wire import WireDtype
 from fomoe_pl.metrics import RoutingHealth
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
@@ -38,7 +39,9 @@ class ObservedStrategy(Protocol):
         has_rounds: whether sites agree in rounds; synchronous training has none.
         observers: who looks at the ends of rounds.
         watch_seconds: seconds spent in looking and drawing so far, no part of `sync_seconds`.
+        wire_dtype: dtype of averaged values on the wire.
         placement: who holds what; None if every rank holds all.
+        save_seconds: seconds for which training stood still for saving so far.
     """
 
     topology: Topology
@@ -49,6 +52,8 @@ class ObservedStrategy(Protocol):
     has_rounds: bool
     observers: list[RoundObserver]
     watch_seconds: float
+    wire_dtype: WireDtype
+    save_seconds: float
 
     @property
     def placement(self) -> Placement | None:
@@ -69,6 +74,7 @@ class ObservedModule(Protocol):
 
     Attributes:
         routing_health: sums of every training step since its last reset.
+        routing_watched: whether these are kept; whoever reads them sets it when training starts.
         tokens_seen: tokens that this site trained on.
         tokens_of_all_sites: tokens that all sites trained on, also those of a checkpoint of other sites.
         validation_before_training: `val/...` of the initial global model; empty if it was not validated.
@@ -79,6 +85,7 @@ class ObservedModule(Protocol):
     """
 
     routing_health: RoutingHealth
+    routing_watched: bool
     tokens_seen: int
     tokens_of_all_sites: int
     validation_before_training: dict[str, float]
@@ -98,6 +105,8 @@ class _Unsynchronized:
     rounds_done = 0
     sync_seconds = 0.0
     watch_seconds = 0.0
+    wire_dtype: WireDtype = "float32"
+    save_seconds = 0.0
     has_rounds = False
     placement = None
 
@@ -122,6 +131,12 @@ def observed_strategy(trainer: Trainer) -> ObservedStrategy:
     """Return the trainer's strategy, or a blank one-site stand-in if it is not one of this project's."""
     strategy: object = trainer.strategy
     return strategy if isinstance(strategy, ObservedStrategy) else _Unsynchronized()
+
+
+def measures_sync(strategy: ObservedStrategy) -> bool:
+    """Whether the time of synchronisation is known: data parallelism hides it in the backward pass."""
+    alone = strategy.topology.n_sites == 1 and not isinstance(strategy, _Unsynchronized)
+    return strategy.has_rounds or alone
 
 
 def observe_rounds(trainer: Trainer, observer: RoundObserver) -> None:
@@ -200,7 +215,9 @@ class RoundCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Tell whether a round ended with this batch."""
         strategy = observed_strategy(trainer)
-        due = not strategy.has_rounds and trainer.global_step - self._step >= self.every_n_steps
+        # Counted from the run's start: a resumed run logs at the same steps. A step may have several micro-batches.
+        new = trainer.global_step != self._step
+        due = not strategy.has_rounds and new and trainer.global_step % self.every_n_steps == 0
         if due or strategy.rounds_done != self._rounds:
             self._rounds, self._step = strategy.rounds_done, trainer.global_step
             with watching(trainer):

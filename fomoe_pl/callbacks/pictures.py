@@ -6,19 +6,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from fomoe_pl.callbacks import board, figures
+from fomoe_pl.callbacks.history import LoadHistory, relative_load
 from fomoe_pl.callbacks.observed import RoundCallback, observed_module, observed_strategy, watching
 from fomoe_pl.callbacks.stability import RoundView, RoutingStability, stability_of
 from fomoe_pl.errors import ConfigError
-
-TIMELINE = 256
-"""Loads that are kept for the timeline; of a longer run every second, fourth ... round."""
 
 
 class RunPictures(RoundCallback):
@@ -33,8 +30,8 @@ class RunPictures(RoundCallback):
     loggers get nothing: their curves are whole without it. Pictures need matplotlib (`pip install "fomoe-pl[plots]"`).
 
     Args:
-        draw_every: Rounds between two drawings; there is a last one when training ends. A drawing takes about two
-            seconds, in which the other sites wait. One that fails is told of in a warning, and the run goes on.
+        draw_every: Rounds between two drawings; there is a last one when training ends. A drawing takes about a
+            second, in which the other sites wait. One that fails is told of in a warning, and the run goes on.
         every_n_steps: Steps that count as a round in synchronous training.
     """
 
@@ -45,16 +42,19 @@ class RunPictures(RoundCallback):
                               "must be at least 1 round", "64 is the default")  # fmt: skip
         self.draw_every = draw_every
         self._ends = 0
-        self._loads: list[tuple[int, Tensor]] = []
-        self._stride = 1
+        self._loads = LoadHistory()
+        self._resumed: dict[str, Any] | None = None
         self._failed = False
         self._stability: RoutingStability | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is known before the first step."""
         super().on_train_start(trainer, pl_module)
-        self._ends, self._stride, self._failed = 0, 1, False
-        self._loads.clear()
+        self._ends, self._loads, self._failed = 0, LoadHistory(trainer.global_step), False
+        if self._resumed is not None:
+            self._ends = self._resumed["ends"]
+            self._loads.load_state_dict(self._resumed["loads"])
+            self._resumed = None
         self._stability = self._find_stability(trainer)
         self._draws = find_spec("matplotlib") is not None
         if not self._draws:
@@ -82,14 +82,8 @@ class RunPictures(RoundCallback):
         view = None if self._stability is None else self._stability.view
         if not trainer.is_global_zero or view is None:
             return
-        load_LE = view.health.load_LE.cpu()
-        if self._ends % self._stride == 0:
-            # Over the experts that could be picked: in partitioned routing of one site alone, its residents.
-            scored_LE = view.health.scored_LE.cpu() > 0
-            mean_L1 = load_LE.sum(dim=1, keepdim=True) / scored_LE.sum(dim=1, keepdim=True)
-            self._loads.append((trainer.global_step, torch.where(scored_LE, load_LE / mean_L1, torch.nan)))
-        if len(self._loads) > TIMELINE:
-            self._loads, self._stride = self._loads[1::2], 2 * self._stride
+        health = view.health
+        self._loads.add(trainer.global_step, health.load_LE.cpu(), health.scored_LE.cpu() > 0)
         if self._ends % self.draw_every == 0:
             self._draw(trainer, pl_module, view)
 
@@ -108,6 +102,14 @@ class RunPictures(RoundCallback):
                 logger.experiment.add_text("run/summary", board.summary(trainer, values), trainer.global_step - 1)
                 logger.log_hyperparams(settings, metrics=values, step=trainer.global_step - 1)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The loads so far, which a resumed run goes on with."""
+        return {"ends": self._ends, "loads": self._loads.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict` when training starts."""
+        self._resumed = state_dict
+
     def _draw(self, trainer: Trainer, pl_module: LightningModule, view: RoundView) -> None:
         step = trainer.global_step - 1
         try:
@@ -125,10 +127,11 @@ class RunPictures(RoundCallback):
             self._failed = True
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule, view: RoundView) -> dict[str, Any]:
-        steps, loads = zip(*self._loads, strict=True)
+        loads_RLE, edges = self._loads.columns()
+        load_LE = relative_load(view.health.load_LE.cpu(), view.health.scored_LE.cpu() > 0)
         drawn = {
-            "load": figures.heat_map(self._loads[-1][1], "Load of the last round", figures.EVEN, even=True),
-            "timeline": figures.timeline(torch.stack(loads), steps),
+            "load": figures.heat_map(load_LE, "Load of the last round", figures.EVEN, even=True),
+            "timeline": figures.timeline(loads_RLE, edges, self._loads.rounds_each),
         }
         ghosts_LE = view.health.ghost_share()
         if ghosts_LE.nansum() > 0:

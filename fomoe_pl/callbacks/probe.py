@@ -50,6 +50,11 @@ class Probe:
                               "use fomoe_pl.data.FoMoEData, or set it to 0")  # fmt: skip
         self._batch = {k: t.to(pl_module.device) for k, t in cast(Any, data).probe(n_sequences, n_tokens).items()}
 
+    def text(self) -> list[list[int]]:
+        """Its tokens."""
+        tokens: list[list[int]] = self._batch["inputs"].tolist()
+        return tokens
+
     @torch.no_grad()
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Look:
         """Let this site's model, as it is now, read the text. On a GPU this waits for it."""

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from fomoe_pl.callbacks.communication import payload_bytes, wire_bytes
-from fomoe_pl.callbacks.observed import observed_module, observed_strategy, peak_memory
+from fomoe_pl.callbacks.observed import measures_sync, observed_module, observed_strategy, peak_memory
 from fomoe_pl.callbacks.stability import stability_of
 from fomoe_pl.callbacks.throughput import TimedCallback
 from fomoe_pl.files import write_whole
@@ -42,11 +42,12 @@ class RunReport(TimedCallback):
     Keys: `strategy` (its class), `method` (in words), `data` (corpus, tokenizer and validated sequences), `sites`,
     `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last `val/...` values, of the global model),
     `validation_before_training` (the same of the initial model; empty without `num_sanity_val_steps`), `round` (the
-    last round's means over all sites), `routing` (its means over the layers, of `RoutingStability`), and of site 0:
+    last round's means over all sites), `routing` (its means over the layers, of `RoutingStability`),
+    `other_views_step` (steps at the validation that measured routing necessity and own views), and of site 0:
     `bytes` (`payload` and `wire` by kind and in total), `train_seconds` (without validation and checkpoints),
     `sync_seconds` and `watch_seconds` of this process, `tokens_per_second` (`local`, `with_sync`), `peak_memory_mib`,
     `resident_parameters`.
-    Undefined numbers are null.
+    Undefined numbers are null, and so is what data parallelism hides: its seconds of synchronisation, local speed.
 
     Args:
         folder: Where to write; None is the logger's folder, or the trainer's root folder without a logger.
@@ -73,8 +74,10 @@ class RunReport(TimedCallback):
     def report(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the report of the run as it stands."""
         strategy, module = observed_strategy(trainer), observed_module(pl_module)
-        tokens = module.tokens_seen
+        stability = stability_of(trainer)
+        tokens, measured = module.tokens_seen, measures_sync(strategy)
         validation = {k: finite_or_none(float(v)) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        local = self.trained.local_rate if measured else None
         before = {k: finite_or_none(v) for k, v in module.validation_before_training.items()}
         return {
             "strategy": type(trainer.strategy).__name__,
@@ -88,11 +91,12 @@ class RunReport(TimedCallback):
             "validation_before_training": before,
             "round": {name: finite_or_none(value) for name, value in strategy.round_stats.items()},
             "routing": _routing(trainer),
+            "other_views_step": None if stability is None else stability.other_views_step,
             "bytes": {"payload": payload_bytes(strategy.ledger), "wire": wire_bytes(strategy.ledger)},
             "train_seconds": self.trained.seconds,
-            "sync_seconds": self.trained.sync_seconds,
+            "sync_seconds": self.trained.sync_seconds if measured else None,
             "watch_seconds": self.trained.watch_seconds,
-            "tokens_per_second": {"local": self.trained.local_rate, "with_sync": self.trained.rate},
+            "tokens_per_second": {"local": local, "with_sync": self.trained.rate},
             "peak_memory_mib": peak_memory(pl_module.device),
             "resident_parameters": sum(p.numel() for p in pl_module.parameters()),
         }

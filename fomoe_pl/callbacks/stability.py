@@ -11,19 +11,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from fomoe_pl.callbacks.history import PickHistory
 from fomoe_pl.callbacks.observed import RoundCallback, log, observe_rounds, observed_module, observed_strategy
 from fomoe_pl.callbacks.probe import Look, Probe
+from fomoe_pl.callbacks.tags import by_layer, movement_values, routing_values
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.movement import AGREED, MEAN, OWN, OWN_NORM, Movement
+from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.packing import pack_counts, unpack_counts
 from fomoe_pl.metrics import RoutingHealth
-from fomoe_pl.metrics.drift import mean_cosine, relative_drift
 from fomoe_pl.metrics.probe import pick_overlap, picked_by, site_agreement
 
 QUANTILES = (0.1, 0.5, 0.9)
-HISTORY = 512
-"""Looks that are kept for the saturation; of a longer run every second, fourth ... one."""
 
 
 @dataclass
@@ -41,26 +40,6 @@ class RoundView:
     values: dict[str, float]
     drift_LE: Tensor | None = None
     gates_LTK: Tensor | None = None
-
-
-def routing_values(health: RoutingHealth) -> dict[str, float]:
-    """Return `routing/<statistic>/mean` and `routing/<statistic>/layer_<ii>`; statistics as in `RoutingHealth`.
-
-    The layers' numbers have two digits or more, so that they sort.
-    """
-    values = {}
-    for key, value in health.compute().items():
-        statistic, _, layer = key.partition("/layer_")
-        name = f"layer_{int(layer):02d}" if layer else "mean"
-        values[f"routing/{statistic}/{name}"] = float(value)
-    return values
-
-
-def by_layer(name: str, value_L: Tensor) -> dict[str, float]:
-    """Return `<name>/mean` and `<name>/layer_<ii>`, without what is undefined (NaN)."""
-    values = {f"{name}/mean": float(value_L.nanmean())}
-    values |= {f"{name}/layer_{layer:02d}": float(value) for layer, value in enumerate(value_L)}
-    return {key: value for key, value in values.items() if not math.isnan(value)}
 
 
 class RoutingStability(RoundCallback, RoundObserver):
@@ -86,7 +65,13 @@ class RoutingStability(RoundCallback, RoundObserver):
         probe_sequences: Sequences of the probe; 0 for no probe.
         probe_tokens: Tokens of each of them.
         other_views_every: Every how many validations the text is read twice more, for routing necessity and own views;
-            0 for never. `fomoe validate` always does unless it is 0.
+            0 for never. The last one of a run always does, where `max_steps` tells which it is, and so does
+            `fomoe validate`, unless it is 0.
+
+    Attributes:
+        view: the last round; None before the first.
+        latest: newest value of each tag.
+        other_views_step: optimizer steps at the last validation that read the text twice more; None before.
     """
 
     def __init__(
@@ -111,17 +96,28 @@ class RoutingStability(RoundCallback, RoundObserver):
         self.view: RoundView | None = None
         self.latest: dict[str, float] = {}
         self._looking = True
+        self.other_views_step: int | None = None
         self._validations = 0
-        self._history: list[tuple[int, Tensor]] = []
-        self._stride, self._looks = 1, 0
+        self._started = False
+        self._resumed: dict[str, Any] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Stand where a run starts."""
+        self._history = PickHistory()
+        self._last_picks: Tensor | None = None
+        self._drift_LE: Tensor | None = None
+        self._gates_LTK: Tensor | None = None
+        self.latest.clear()
 
     # -- training -------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fetch the probe, and stand where rounds end."""
         super().on_train_start(trainer, pl_module)
-        self._trainer, self._module = trainer, pl_module
+        self._trainer, self._module, self._started = trainer, pl_module, True
         strategy = observed_strategy(trainer)
+        observed_module(pl_module).routing_watched = True
         observe_rounds(trainer, self)
         self._movement: Movement | None = strategy.watch_movement()
         self._probe = None
@@ -129,10 +125,10 @@ class RoutingStability(RoundCallback, RoundObserver):
             self._probe = Probe(trainer, pl_module, self.probe_sequences, self.probe_tokens)
         self._before: Look | None = None
         self._after: Look | None = None
-        self._last_picks: Tensor | None = None
-        self._history.clear()
-        self.latest.clear()
-        self._stride, self._looks = 1, 0
+        self._forget()
+        if self._resumed is not None and self._of() == self._resumed["of"]:
+            self._go_on(self._resumed)
+        self._resumed = None
 
     def before_synchronization(self) -> None:
         """Look at what this site has come to on its own, if it is the round for it."""
@@ -190,13 +186,12 @@ class RoutingStability(RoundCallback, RoundObserver):
         health = RoutingHealth(module.config.n_layers, module.config.n_experts)
         health.load_states(parts["health"])
         module.routing_health.reset()
-        before = self.view
-        view = self.view = RoundView(health, routing_values(health))
-        if before is not None:
-            view.drift_LE, view.gates_LTK = before.drift_LE, before.gates_LTK
+        view = self.view = RoundView(health, routing_values(health), self._drift_LE, self._gates_LTK)
         sites, holders_LE = parts["sites"], parts["holders_LE"]
         if "expert_LE" in parts:
-            view.drift_LE = _movement_values(view.values, parts["dense"], parts["expert_LE"], sites, holders_LE)
+            self._drift_LE = view.drift_LE = movement_values(
+                view.values, parts["dense"], parts["expert_LE"], sites, holders_LE
+            )
         if "picked" in parts and self._after is not None:
             picks_LTK = self._after.picks_LTK
             shape = (*picks_LTK.shape[:2], module.config.n_experts)
@@ -243,18 +238,11 @@ class RoutingStability(RoundCallback, RoundObserver):
         values["routing/probe_loss_nats"] = float(loss)
         for q in QUANTILES:
             values |= by_layer(f"routing/gate_q{q * 100:.0f}", look.gates_LTK.flatten(1).quantile(q, dim=1))
-        self.view.gates_LTK = look.gates_LTK
+        self._gates_LTK = self.view.gates_LTK = look.gates_LTK
         self._last_picks = look.picks_LTK
         if self._trainer.is_global_zero:
-            self._keep_for_saturation(look.picks_LTK)
-
-    def _keep_for_saturation(self, picks_LTK: Tensor) -> None:
-        if self._looks % self._stride == 0:
             # Inside a round Lightning has not counted its last step yet.
-            self._history.append((self._steps_taken(), picks_LTK.to(torch.int16)))
-        self._looks += 1
-        if len(self._history) > HISTORY:
-            self._history, self._stride = self._history[::2], 2 * self._stride
+            self._history.add(self._steps_taken(), look.picks_LTK)
 
     def _steps_taken(self) -> int:
         return int(getattr(self._trainer.strategy, "optimizer_steps", self._trainer.global_step))
@@ -262,7 +250,7 @@ class RoutingStability(RoundCallback, RoundObserver):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, at their own steps, how much of the last look's picks each earlier one had already."""
         if self._last_picks is not None:
-            for step, picks_LTK in self._history:
+            for step, picks_LTK in self._history.looks():
                 log(trainer, by_layer("routing/saturation", pick_overlap(picks_LTK.long(), self._last_picks)), step)
 
     # -- validation -----------------------------------------------------------------------------------------------
@@ -272,16 +260,42 @@ class RoutingStability(RoundCallback, RoundObserver):
         if trainer.sanity_checking or not self.other_views_every:
             return
         self._validations += 1
-        alone = trainer.state.fn == TrainerFn.VALIDATING
-        observed_module(pl_module).with_other_views = alone or self._validations % self.other_views_every == 0
+        last = trainer.state.fn == TrainerFn.VALIDATING or _is_last_validation(trainer)
+        if last or self._validations % self.other_views_every == 0:
+            observed_module(pl_module).with_other_views = True
+            self.other_views_step = trainer.global_step
+
+    # -- resuming -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of validations, which a resumed run goes on counting."""
-        return {"validations": self._validations}
+        """What a resumed run goes on with; every site keeps its own, for its picks are its own."""
+        state: dict[str, Any] = {"validations": self._validations, "other_views_step": self.other_views_step}
+        if self._started:
+            state |= {
+                "of": self._of(), "health": observed_module(self._module).routing_health.states().cpu(),
+                "history": self._history.state_dict(), "last_picks": self._last_picks, "drift_LE": self._drift_LE,
+                "gates_LTK": self._gates_LTK, "latest": dict(self.latest),
+            }  # fmt: skip
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self._validations = state_dict["validations"]
+        """Restore `state_dict`; the most of it when training starts, if the site and the probe are the same then."""
+        self._validations, self.other_views_step = state_dict["validations"], state_dict.get("other_views_step")
+        self._resumed = state_dict if "of" in state_dict else None
+
+    def _of(self) -> tuple[Any, ...]:
+        """What picks depend on beside the weights: the sites, this one's experts, and the probe's text."""
+        residency = observed_module(self._module).transformer.residency
+        n_sites = observed_strategy(self._trainer).topology.n_sites
+        return n_sites, residency.routing, residency.experts, None if self._probe is None else self._probe.text()
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        health = observed_module(self._module).routing_health
+        health.load_states(state["health"].to(health.load_LE.device))
+        self._history.load_state_dict(state["history"])
+        self._last_picks, self._drift_LE = state["last_picks"], state["drift_LE"]
+        self._gates_LTK = state["gates_LTK"]
+        self.latest |= state["latest"]
 
 
 def stability_of(trainer: Trainer) -> RoutingStability | None:
@@ -290,19 +304,9 @@ def stability_of(trainer: Trainer) -> RoutingStability | None:
     return next((callback for callback in callbacks if isinstance(callback, RoutingStability)), None)
 
 
-def _movement_values(
-    values: dict[str, float], dense: Tensor, expert_LE4: Tensor, sites: Tensor, holders_LE: Tensor
-) -> Tensor:
-    """Add drift and pseudo-gradients to `values`; return the drift of each expert."""
-    own_LE, mean_LE, agreed_LE = expert_LE4[..., OWN], expert_LE4[..., MEAN] / holders_LE, expert_LE4[..., AGREED]
-    drift_LE = relative_drift(own_LE, mean_LE, agreed_LE / holders_LE, holders_LE)
-    values |= by_layer("routing/drift", drift_LE.nanmean(dim=1))
-    cosine_LE = mean_cosine(own_LE, mean_LE, expert_LE4[..., OWN_NORM], holders_LE)
-    values |= by_layer("routing/drift_cosine", cosine_LE.nanmean(dim=1))
-    values |= by_layer("pseudo_gradient/expert_norm", mean_LE.sqrt().mean(dim=1))
-    own, mean = dense[OWN], dense[MEAN] / sites[0]
-    values["pseudo_gradient/dense_norm"] = float(mean.sqrt())
-    if sites > 1:
-        values["pseudo_gradient/dense_drift"] = float(relative_drift(own, mean, dense[AGREED] / sites[0], sites[0]))
-        values["pseudo_gradient/dense_cosine"] = float(mean_cosine(own, mean, dense[OWN_NORM], sites[0]))
-    return drift_LE
+def _is_last_validation(trainer: Trainer) -> bool:
+    """Whether training ends before the next one; False where that is not known, or one is asked for by time."""
+    every = trainer.val_check_batch
+    if trainer.max_steps < 1 or every is None or math.isinf(every):
+        return False
+    return trainer.global_step + every / trainer.accumulate_grad_batches > trainer.max_steps

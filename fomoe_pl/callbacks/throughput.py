@@ -14,6 +14,7 @@ from fomoe_pl.callbacks.observed import (
     MIB,
     check_interval,
     log,
+    measures_sync,
     observe_rounds,
     observed_module,
     observed_strategy,
@@ -78,12 +79,17 @@ class TimedCallback(Callback):
         self._reading = self._read(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time since the last batch does not count."""
-        self._interrupted = True
+        """From here on time does not count."""
+        self._interrupt(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Time since the last batch does not count."""
-        self._interrupted = True
+        """From here on time does not count."""
+        self._interrupt(trainer, pl_module)
+
+    def _interrupt(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._interrupted:  # callbacks behind this one may have looked and drawn since the batch ended
+            self._add(trainer, pl_module)
+            self._interrupted = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Take the time up again after an interruption."""
@@ -91,7 +97,13 @@ class TimedCallback(Callback):
             self._reading, self._interrupted = self._read(trainer, pl_module), False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Add this batch."""
+        """Add this batch, unless a callback before this one has saved: it is added up to there then."""
+        if self._interrupted:
+            self._reading, self._interrupted = self._read(trainer, pl_module), False
+        else:
+            self._add(trainer, pl_module)
+
+    def _add(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reading = self._read(trainer, pl_module)
         self.trained += reading - self._reading
         self._reading = reading
@@ -109,7 +121,7 @@ def held_bytes(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
     return {
         "parameters": sum(p.nbytes for p in parameters),
-        "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        "gradients": sum(p.nbytes for p in parameters if p.requires_grad),  # which are there in the backward pass
         "moments": sum(t.nbytes for state in states for t in state.values() if isinstance(t, torch.Tensor)),
         "anchors": observed_strategy(trainer).agreed_bytes(),
     }
@@ -118,14 +130,16 @@ def held_bytes(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
 class ThroughputMonitor(TimedCallback, RoundObserver):
     """Logs site 0's speed over the last window, and its memory.
 
-    - `throughput/local_tokens_per_s`: one site's local steps, synchronisation and watching excluded;
+    - `throughput/local_tokens_per_s`: one site's local steps, synchronisation and watching excluded; missing with data
+      parallelism, which hides its synchronisation in them;
     - `throughput/with_sync_tokens_per_s`: one site, everything between two steps included;
     - `throughput/with_sync_global_tokens_per_s`: the same of all sites, which all wait for each other;
-    - `throughput/nominal_TFLOP_per_s`: local speed times the FLOPs of a token with top-k experts, forward and
-      backward; `throughput/executed_TFLOP_per_s`: times those of the picks that residents executed, measured over the
-      last round, and so missing before the first one ends;
+    - `throughput/nominal_TFLOP_per_s`: speed of the local steps times the FLOPs of a token with top-k experts, forward
+      and backward; `throughput/executed_TFLOP_per_s`: times those of the picks that residents executed, measured over
+      the last round, and so missing before the first one ends;
     - `throughput/mfu_nominal`, `throughput/mfu_executed`: the same over the device's peak, where Lightning knows that;
     - `time/train_s`, `time/watch_s`: since this process started to train, validation and checkpoints excluded;
+    - `time/save_stall_s`: for which training stood still for a save, once after each;
     - `memory/peak_MiB`: tensors on a GPU, or the process's resident set on a CPU;
     - `memory/<part>_MiB`: parameters, gradients, moments, anchors (with outer momentum), and on a GPU
       `activations_and_rest`, what the peak has beyond them.
@@ -140,16 +154,21 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         self._step = 0
         self._before = Interval()
         self._picks: float | None = None
+        self._counted, self._resets = (0.0, 0.0), 0
+        self._save_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the first window."""
         super().on_train_start(trainer, pl_module)
         self._step, self._before = trainer.global_step, self.trained
+        self._save_seconds = observed_strategy(trainer).save_seconds
         self._module = observed_module(pl_module)
         config, residency = self._module.config, self._module.transformer.residency
         skips = residency.routing == "ghost" and not residency.is_full(config)
+        self._counted, self._resets = (0.0, 0.0), self._module.routing_health.resets
         self._picks = None if skips else float(min(config.top_k, residency.n_scored(0, config)))
         if skips:
+            self._module.routing_watched = True
             observe_rounds(trainer, self)
         bf16 = str(trainer.precision).startswith("bf16")
         self._peak_flops = None
@@ -157,10 +176,15 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
             self._peak_flops = get_available_flops(pl_module.device, torch.bfloat16 if bf16 else torch.float32)
 
     def after_synchronization(self) -> None:
-        """Note how many of a token's picks were executed, before the counts start again."""
+        """Note how many of a token's picks were executed in the round, before the counts start again."""
         health = self._module.routing_health
-        share = health.live_LE.sum() / (health.picks * len(health.live_LE))
-        self._picks = float(share) * self._module.config.top_k
+        live, picks = health.executed()
+        # They start again only if somebody else reads them.
+        live_before, picks_before = self._counted if health.resets == self._resets else (0.0, 0.0)
+        if picks > picks_before:
+            share = (live - live_before) / (picks - picks_before) / self._module.config.n_layers
+            self._picks = share * self._module.config.top_k
+        self._counted, self._resets = (live, picks), health.resets
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         """Log at the end of a window."""
@@ -172,13 +196,15 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         if not trainer.is_global_zero:
             return
         _, batch, _ = rest
-        values = {
-            "throughput/local_tokens_per_s": window.local_rate,
+        strategy = observed_strategy(trainer)
+        values = {"throughput/local_tokens_per_s": window.local_rate} if measures_sync(strategy) else {}
+        values |= {
             "throughput/with_sync_tokens_per_s": window.rate,
-            "throughput/with_sync_global_tokens_per_s": window.rate * observed_strategy(trainer).topology.n_sites,
+            "throughput/with_sync_global_tokens_per_s": window.rate * strategy.topology.n_sites,
             "time/train_s": self.trained.seconds,
             "time/watch_s": self.trained.watch_seconds,
         }
+        values |= self._stall(trainer)
         values |= self._flops(window, batch["inputs"].shape[1])
         peak, held = peak_memory(pl_module.device), held_bytes(trainer, pl_module)
         values["memory/peak_MiB"] = peak
@@ -186,6 +212,16 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         if pl_module.device.type == "cuda":
             values["memory/activations_and_rest_MiB"] = peak - sum(held.values()) / MIB
         log(trainer, values)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A save after the last window."""
+        values = self._stall(trainer)
+        if values and trainer.is_global_zero:
+            log(trainer, values)
+
+    def _stall(self, trainer: Trainer) -> dict[str, float]:
+        before, self._save_seconds = self._save_seconds, observed_strategy(trainer).save_seconds
+        return {"time/save_stall_s": self._save_seconds - before} if self._save_seconds > before else {}
 
     def _flops(self, window: Interval, sequence_length: int) -> dict[str, float]:
         config = self._module.config

@@ -10,12 +10,17 @@ from pathlib import Path
 from fomoe_pl.compare.page import write_page
 from fomoe_pl.compare.runs import check_comparable, read_runs
 from fomoe_pl.compare.table import failures, markdown, print_table, tables, write_csv
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, OneMessage
+from fomoe_pl.files import prepare
+
+
+class Parser(OneMessage, argparse.ArgumentParser):
+    """A parser whose errors are one message."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line; print tables, write what was asked for, check the limit."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fomoe compare",
         description="Runs side by side: quality, bytes, speed, memory, health of the routing.",
     )
@@ -26,17 +31,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--any_data", action="store_true", help="compare runs of different corpora or tokenizers too")
     parser.add_argument("--max_bits_per_byte", type=float, metavar="X", help="exit with 1 if a run is not below X")
     options = parser.parse_args(arguments)
-    try:
-        if options.html is not None and find_spec("matplotlib") is None:
-            raise ConfigError("html", str(options.html), "needs matplotlib", 'pip install "fomoe-pl[plots]"')
-        for key, path in (("csv", options.csv), ("html", options.html)):
-            _prepare(key, path)
-        runs = read_runs(options.runs)
-        if not options.any_data:
-            check_comparable(runs)
-    except ConfigError as error:
-        print(f"fomoe: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if options.html is not None and find_spec("matplotlib") is None:
+        raise ConfigError("html", str(options.html), "needs matplotlib", 'pip install "fomoe-pl[plots]"')
+    for key, path in (("csv", options.csv), ("html", options.html)):
+        if path is not None:
+            prepare(key, path)
+    runs = read_runs(options.runs)
+    if not options.any_data:
+        check_comparable(runs)
     for headings, rows in tables(runs):
         if options.markdown:
             print(markdown(headings, rows) + "\n")
@@ -48,15 +50,3 @@ def main(arguments: list[str] | None = None) -> None:
         write_page(runs, options.html)
     if options.max_bits_per_byte is not None and (failed := failures(runs, options.max_bits_per_byte)):
         sys.exit("error: " + "\n".join(failed))
-
-
-def _prepare(key: str, path: Path | None) -> None:
-    """Make a file's folder, before the work is done that goes into it."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(key, str(path), f"its folder cannot be made: {error.strerror}", "name another file") from None
-    if path.is_dir():
-        raise ConfigError(key, str(path), "is a folder", "name a file in it")

@@ -26,7 +26,7 @@ ROUTING = {
     "routing/load_entropy/mean": "load entropy (1 = even)",
     "routing/starved_experts/mean": "starved experts of a layer",
     "routing/ghost_excess/mean": "ghost fraction beyond even routing",
-    "routing/churn/mean": "picks changed since the last round",
+    "routing/churn/mean": "share of picks changed since the last look",
     "routing/saturation/mean": "share of the last picks",
     "routing/site_agreement/mean": "agreement of sites before averaging",
     "routing/drift/mean": "relative drift of holders",

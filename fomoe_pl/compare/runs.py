@@ -19,7 +19,7 @@ from fomoe_pl.errors import ConfigError
 QUALITY = "val/bits_per_byte"
 NEEDED: dict[str, Any] = {
     "sites": int, "steps": int, "resident_parameters": int, "peak_memory_mib": (int, float), "validation": dict,
-    "tokens_per_second.local": (int, float), "tokens_per_second.with_sync": (int, float),
+    "tokens_per_second.local": (int, float, type(None)), "tokens_per_second.with_sync": (int, float),
     **{f"bytes.wire.{kind}": int for kind in ("total", *NOT_TRAINING)},
 }  # fmt: skip
 """Keys of a report without which there is no row, and what they are."""

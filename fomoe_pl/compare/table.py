@@ -26,11 +26,13 @@ class Column(NamedTuple):
         heading: short words: a terminal of 80 columns holds them broken between words, and no number is cut.
         value: reads it from a report; None where the run has none.
         form: how it is printed.
+        at: steps at which it was measured, if that was not the end of the run.
     """
 
     heading: str
     value: Callable[[dict[str, Any]], float | None]
     form: str
+    at: Callable[[dict[str, Any]], int | None] = lambda report: None
 
 
 def _routing(name: str) -> Callable[[dict[str, Any]], float | None]:
@@ -42,7 +44,7 @@ def _beside(report: dict[str, Any]) -> float:
 
 
 # Quality is that of the global model. Sent, speed and memory are site 0's: what left it (wire bytes) for training, and
-# apart from it for evaluation and checkpoints; "local" speed excludes synchronisation.
+# apart from it for evaluation and checkpoints; "local" speed excludes synchronisation, and is not known of DDP.
 MAIN = (
     Column("sites", lambda r: r["sites"], ",d"),
     Column("steps", lambda r: r["steps"], ",d"),
@@ -54,7 +56,14 @@ MAIN = (
     Column("resident params", lambda r: r["resident_parameters"], ",d"),
     Column("peak MiB", lambda r: r["peak_memory_mib"], ",.0f"),
 )
-# Of the last round, mean of the layers; necessity of the last validation that measured it.
+
+
+def _earlier(report: dict[str, Any]) -> int | None:
+    step: int | None = report.get("other_views_step")
+    return None if step == report["steps"] else step
+
+
+# Of the last round, mean of the layers; necessity of the last validation that measured it: `@ 240` if at step 240.
 ROUTING = (
     Column("load entropy", _routing("load_entropy"), ".3f"),
     Column("MaxVio", _routing("max_violation"), ".2f"),
@@ -63,15 +72,21 @@ ROUTING = (
     Column("churn", _routing("churn"), ".3f"),
     Column("sites agree", _routing("site_agreement"), ".3f"),
     Column("drift", _routing("drift"), ".4f"),
-    Column("necessity nats", lambda r: r["validation"].get("val/routing_necessity_nats"), ".3f"),
+    Column("necessity nats", lambda r: r["validation"].get("val/routing_necessity_nats"), ".3f", _earlier),
     Column("domain bits", lambda r: r["validation"].get("val/domain_information_bits"), ".3f"),
 )
 
 
 def row(run: Run, columns: Sequence[Column]) -> list[str]:
     """One run's cells, its name first; `-` for what it has not."""
-    values = [(column, column.value(run.report)) for column in columns]
-    return [run.name, *("-" if value is None else format(value, column.form) for column, value in values)]
+    return [run.name, *(_cell(column, run.report) for column in columns)]
+
+
+def _cell(column: Column, report: dict[str, Any]) -> str:
+    value, at = column.value(report), column.at(report)
+    if value is None:
+        return "-"
+    return format(value, column.form) + ("" if at is None else f" @ {at}")
 
 
 def tables(runs: Sequence[Run]) -> list[tuple[list[str], list[list[str]]]]:

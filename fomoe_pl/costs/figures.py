@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_pl.costs import paper
+from fomoe_pl.costs.choices import Plan
 from fomoe_pl.costs.memory import GIB
 from fomoe_pl.costs.network import Links
-from fomoe_pl.costs.plan import Plan
 from fomoe_pl.costs.scale import Row
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError

@@ -1,8 +1,8 @@
 """Device memory of one rank by part, from the configuration alone: what this code allocates, not an ideal.
 
 The paper counts 18 bytes a parameter (FoMoE, arXiv 2606.19025, cost model). Here every tensor is counted that lives at
-one of the moments that can be the peak: the end of the forward pass, where the last step's gradients still live beside
-the activations and the loss's buffers; the backward pass; the round's averaging; the validation of the global model.
+one of the moments that can be the peak: the end of the forward pass, where activations and the loss's buffers live, and
+with accumulation gradients; the backward pass; the round's averaging; the validation of the global model.
 
 Letters: T tokens of a batch, D width, V vocabulary, W the vocabulary rounded up, N scored experts, K picks of a token,
 I input width of an expert, F expert width, H heads, C rows of a chunk of logits.
@@ -10,7 +10,7 @@ I input width of an expert, F expert width, H heads, C rows of a chunk of logits
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from fomoe_pl.costs.rounds import ADAMW_MOMENTS, ITEMSIZE
@@ -37,20 +37,26 @@ class Types:
         stream: residual stream and the inputs of norms.
         compute: matrix products.
         casts: copies of one input that the query, key and value projections keep for the backward pass.
+        kernels: the loss, and experts unless configured otherwise, run in our kernels, as on a GPU.
     """
 
     parameter: int
     stream: int
     compute: int
     casts: int
+    kernels: bool = True
 
     @classmethod
-    def of(cls, precision: Precision) -> Types:
+    def of(cls, precision: Precision, kernels: bool = True) -> Types:
         """Types of a Trainer's precision."""
         if precision == "bf16-mixed":
-            return cls(parameter=4, stream=4, compute=2, casts=3)  # autocast casts the input of each product anew
+            return cls(4, 4, 2, casts=3, kernels=kernels)  # autocast casts the input of each product anew
         itemsize = 4 if precision == "32-true" else 2
-        return cls(itemsize, itemsize, itemsize, 1)
+        return cls(itemsize, itemsize, itemsize, casts=1, kernels=kernels)
+
+    def experts_in_kernels(self, config: ModelConfig) -> bool:
+        """Whether experts run in our kernels."""
+        return self.kernels and config.expert_backend in ("auto", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,8 @@ class Load:
         bucket_bytes: size of one wire buffer.
         val_batch_size: sequences of a validation batch; 0 for no validation.
         evaluation_window: validation batches that go through a layer together, at most the validation's.
+        kernels: on a GPU for which triton is there; else torch's own operations run.
+        accumulate: micro-batches of a step.
     """
 
     precision: Precision = "bf16-mixed"
@@ -80,6 +88,8 @@ class Load:
     bucket_bytes: int = 64 * MIB
     val_batch_size: int = 0
     evaluation_window: int = 64
+    kernels: bool = True
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         """Refuse empty batches.
@@ -87,7 +97,7 @@ class Load:
         Raises:
             ConfigError: for a size below 1.
         """
-        for name in ("batch_size", "sequence_length", "bucket_bytes", "evaluation_window"):
+        for name in ("batch_size", "sequence_length", "bucket_bytes", "evaluation_window", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be at least 1", "give a positive number")
         if self.val_batch_size < 0:
@@ -105,7 +115,8 @@ class RankMemory:
 
     Attributes:
         weights: parameters.
-        gradients: their gradients, which live from one backward pass to the next; with DDP its copies too.
+        gradients: their gradients, in the backward pass, and until the last micro-batch of a step; and DDP's copies.
+        gradients_kept: what of that is there in a forward pass and in a round.
         moments: AdamW's two moments.
         anchors: the last agreed values, float32.
         outer_momentum: of the outer rule, float32.
@@ -119,6 +130,7 @@ class RankMemory:
 
     weights: int
     gradients: int
+    gradients_kept: int
     moments: int
     anchors: int
     outer_momentum: int
@@ -137,7 +149,7 @@ class RankMemory:
     @property
     def moments_of_peak(self) -> dict[str, int]:
         """Bytes at each moment that can be the peak."""
-        held = self.lasting + self.gradients
+        held = self.lasting + self.gradients_kept
         return {
             "end of the forward pass": held + self.activations + self.logits,
             "backward pass": self.lasting + self.backward,
@@ -150,18 +162,18 @@ class RankMemory:
         """The largest of them: what ``torch.cuda.max_memory_allocated`` shows."""
         return max(self.moments_of_peak.values())
 
-    def largest(self) -> tuple[str, int]:
-        """Name and bytes of the largest part at the peak."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "backward"}
+    def at_peak(self) -> tuple[str, dict[str, int]]:
+        """The moment of the peak, and what is held then by part, the largest part first."""
         moment = max(self.moments_of_peak, key=self.moments_of_peak.__getitem__)
-        for name, other in (("wire", "averaging"), ("validation", "global validation")):
-            if moment != other:
-                parts.pop(name)
-        if moment in ("averaging", "global validation"):
-            parts.pop("activations")
-            parts.pop("logits")
-        name = max(parts, key=parts.__getitem__)
-        return name, parts[name]
+        of_moment = {
+            "end of the forward pass": ("gradients_kept", "activations", "logits"),
+            "backward pass": ("backward",),
+            "averaging": ("gradients_kept", "wire"),
+            "global validation": ("gradients_kept", "validation"),
+        }[moment]
+        names = ("weights", "moments", "anchors", "outer_momentum", "library", *of_moment)
+        parts = {name.removesuffix("_kept"): getattr(self, name) for name in names}
+        return moment, dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
 def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> int:
@@ -186,8 +198,12 @@ def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> 
     attention = types.casts * c * d + 2 * c * (q + kv) + 4 * config.n_heads
     router = 4 * d + 2 * 4 * n_scored + 4 + (4 if config.gate == "sigmoid" else 0)
     router += 4 * k + 4 if config.normalize_gates else 0
-    picks = k * (3 * 8 + 1 + 4 + c)  # which expert, two orders, alive or not, gate twice
-    experts = k * c * (d + i + f * (3 if swiglu else 2))
+    if types.experts_in_kernels(config):
+        picks = k * (8 + 2 * 4 + 4)  # which expert, two orders, gate
+        experts = c * (k * i + (d if c < 4 else 0))  # in float32 their input is the router's
+    else:
+        picks = k * (3 * 8 + 1 + 4 + c)  # which expert, two orders, alive or not, gate twice
+        experts = k * c * (d + i + f * (3 if swiglu else 2))
     shared = 0
     if config.n_shared_experts:
         # In float32 their input is the router's.
@@ -212,18 +228,13 @@ def activation_bytes(config: ModelConfig, types: Types, tokens: int, n_resident:
 
 
 def chunk_bytes(config: ModelConfig, types: Types, tokens: int) -> tuple[int, int]:
-    """Bytes of the chunks of logits when a chunk's log-probabilities are made, and when its gradient is used."""
+    """Bytes of a chunk of logits when its gradient is made, and of the gradient."""
     width = -(-config.vocab_size // 8) * 8
-    rows = min(tokens, max(1, config.loss_chunk_bytes // (4 * width)))
-    cells, c = rows * width, types.compute
-    rounded = c < 4  # then logits are turned to float32 first, and the gradient is a copy
-    gradient = c * cells if rounded else 0
-    made = (c + 4 + (4 if rounded else 0)) * cells
-    if (
-        tokens > rows
-    ):  # the last chunk's log-probabilities, or its gradient in their place, live until they are replaced
-        made += 4 * cells + gradient
-    return made, (c + 4) * cells + gradient
+    cells, c = min(tokens, max(1, config.loss_chunk_bytes // (4 * width))) * width, types.compute
+    if types.kernels:
+        return c * cells, c * cells  # the gradient takes the logits' place
+    # Logits, in float32 if they are not yet, and their log-probabilities, which become the gradient.
+    return (c + 4 + (4 if c < 4 else 0)) * cells, c * cells
 
 
 def loss_bytes(config: ModelConfig, types: Types, tokens: int) -> int:
@@ -234,7 +245,8 @@ def loss_bytes(config: ModelConfig, types: Types, tokens: int) -> int:
     hidden = tokens * d * (types.stream + (c if c != types.stream else 0))
     gradients = 4 * width * d + tokens * d * types.stream
     made, used = chunk_bytes(config, types, tokens)
-    return matrix + hidden + gradients + max(made, used + c * width * d)
+    product = 0 if types.kernels and c < 4 else c * width * d  # added to the gradient while it is made, or after
+    return matrix + hidden + gradients + max(made, used + product)
 
 
 def _wire_bytes(load: Load, largest_piece: int, resident_elements: int) -> int:
@@ -261,13 +273,19 @@ def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident:
     elif load.wire_on_device:
         layer += 2 * away * one * types.parameter
     cached = c * resident_counts(config, n_resident, "ghost").attention if c != types.parameter else 0
-    through = tokens * (3 * r * d + 3 * c * k * d + k * c * (config.expert_in_width + config.d_expert))
+    if types.experts_in_kernels(config):
+        of_picks = k * c * (config.expert_in_width + config.d_expert + d)
+    else:
+        of_picks = k * c * (3 * d + config.expert_in_width + config.d_expert)
+    through = tokens * (3 * r * d + of_picks)
     width = -(-config.vocab_size // 8) * 8
     logits = chunk_bytes(config, types, tokens)[0] + c * width * d + tokens * d * (r + c)
     return streams + cached + max(layer + through, logits)
 
 
-def rank_memory(config: ModelConfig, load: Load, *, n_resident: int, routing: Routing = "ghost") -> RankMemory:
+def rank_memory(
+    config: ModelConfig, load: Load, *, n_resident: int, routing: Routing = "ghost", shards: int = 1
+) -> RankMemory:
     """Memory of a rank that holds ``n_resident`` experts of every layer, in training with AdamW.
 
     Args:
@@ -275,43 +293,55 @@ def rank_memory(config: ModelConfig, load: Load, *, n_resident: int, routing: Ro
         load: precision, batch and what else is held.
         n_resident: resident experts R of each layer, 1..E.
         routing: with partitioned routing router rows go with their experts.
+        shards: devices of a site over which its weights, gradients, moments, anchors and outer momentum are spread;
+            what a device gathers of the others' parts is not counted.
 
     Raises:
-        ConfigError: if ``n_resident`` is no number of experts of a layer.
+        ConfigError: if ``n_resident`` is no number of experts of a layer, or there is no shard.
     """
+    if shards < 1:
+        raise ConfigError("shards", shards, "must be at least 1", "1 is a site of one device")
     if not 1 <= n_resident <= config.n_experts:
         raise ConfigError("n_resident", n_resident, "must be a number of experts of a layer",
                           f"give 1 to {config.n_experts}")  # fmt: skip
-    types = Types.of(load.precision)
+    types = Types.of(load.precision, load.kernels)
     n_scored = config.n_experts if routing == "ghost" else n_resident
-    parameters = resident_counts(config, n_resident, routing).total
+    parameters = -(-resident_counts(config, n_resident, routing).total // shards)
     output = config.vocab_size * config.d_model
     federated, buckets = (
         load.method == "rounds",
         DDP_COPIES * types.parameter * parameters if load.method == "ddp" else 0,
     )
+    gradients = types.parameter * parameters
     activations = activation_bytes(config, types, load.tokens, n_resident, n_scored)
     # Gradients come while activations go. First the output matrix's is made, of its float32 sum; then the last layer,
     # recomputed if it is checkpointed, has gradients of its picks and of the stream in flight.
     stream = load.tokens * config.d_model * types.stream
     picks = load.tokens * min(config.top_k, n_scored) * types.compute
+    i, f, d = config.expert_in_width, config.d_expert, config.d_model
+    # Rows of picks: in our kernels the gradient inside the activation, and what is made anew or goes to the tokens.
+    rows = picks * ((i + max(f, d)) if types.experts_in_kernels(config) else (3 * d + f))
     if config.activation_checkpointing:
         again = load.tokens * layer_activation_bytes(config, types, n_scored)
-        in_flight = 2 * stream + again + 2 * picks * config.d_model
+        in_flight = 2 * stream + again + (rows if types.experts_in_kernels(config) else 2 * picks * d)
     else:
-        in_flight = 2 * stream + picks * (3 * config.d_model + config.d_expert)
-    first = activations + output * (4 + types.parameter) + 2 * stream
-    last_layer = activations + output * types.parameter + in_flight
+        in_flight = 2 * stream + rows
+    kept = gradients if load.accumulate > 1 else 0
+    first = kept + activations + output * (4 + types.parameter) + 2 * stream
+    of_experts = types.parameter * n_resident * expert_parameters(config)  # the last layer's, made before its tokens'
+    last_layer = kept + activations + output * types.parameter + of_experts + in_flight
     ends = types.parameter * (parameters + output) + in_flight
     return RankMemory(
         weights=types.parameter * parameters,
-        gradients=types.parameter * parameters + buckets,
+        gradients=gradients + buckets,
+        # Freed after the step, with accumulation after the last micro-batch's.
+        gradients_kept=kept + buckets,
         moments=ADAMW_MOMENTS * types.parameter * parameters,
         anchors=4 * parameters if federated else 0,
         outer_momentum=4 * parameters if federated and load.outer_momentum else 0,
         activations=activations,
         logits=loss_bytes(config, types, load.tokens),
-        wire=_wire_bytes(load, output, parameters) if federated else 0,
+        wire=_wire_bytes(load, -(-output // shards), parameters) if federated else 0,
         validation=_validation_bytes(config, load, types, n_resident, routing),
         library=LIBRARY_BYTES,
         backward=max(first, last_layer, ends) + buckets,

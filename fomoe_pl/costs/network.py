@@ -13,6 +13,10 @@ from fomoe_pl.errors import ConfigError
 FRAME_HEADER, PACKET_HEADERS = 14, 52
 """Bytes of an Ethernet header as interfaces count it, and of IPv4's and TCP's with time stamps."""
 SEGMENTS_PER_ACKNOWLEDGEMENT = 2
+LARGEST_SEGMENT = 2**20
+"""Bytes of the pieces in which gloo's ring sends a buffer; of two it sends the second before the first is there."""
+LATENCIES_OF_A_SEGMENT = 2
+"""The receiver says that it is ready, then the segment comes."""
 
 
 def framed(payload: float, *, received: float = 0.0, mtu: int = 1500) -> float:
@@ -45,7 +49,8 @@ class Links:
             step), from one measured run.
         transport_seconds_per_byte: what the host's transport takes for it while the link sends: the slower of the two
             counts. From the same run.
-        bucket_bytes: size of one buffer; each pays the latency.
+        round_overhead_seconds: what every round takes beside: control messages, waiting for the slowest. Measured.
+        bucket_bytes: size of one buffer; they follow each other.
         mtu: largest packet of the links, bytes.
     """
 
@@ -53,6 +58,7 @@ class Links:
     place_of: tuple[int, ...]
     copy_seconds_per_byte: float = 0.0
     transport_seconds_per_byte: float = 0.0
+    round_overhead_seconds: float = 0.0
     bucket_bytes: int = 64 * 2**20
     mtu: int = 1500
 
@@ -62,11 +68,13 @@ class Links:
         Raises:
             ConfigError: for negative costs, buckets without bytes, or places that do not exist.
         """
-        for name in ("copy_seconds_per_byte", "transport_seconds_per_byte"):
-            if getattr(self, name) < 0:
-                raise ConfigError(name, getattr(self, name), "must not be negative", "give 0, or what was measured")
+        for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "round_overhead_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(name, getattr(self, name), "must be a number of seconds, not negative",
+                                  "give 0, or what was measured")  # fmt: skip
         if self.bucket_bytes < 1:
             raise ConfigError("bucket_bytes", self.bucket_bytes, "must be at least 1", "64 MiB is the default")
+        framed(0.0, mtu=self.mtu)
         if not self.place_of or not all(0 <= place < len(self.places) for place in self.place_of):
             raise ConfigError("place_of", self.place_of, "must name a place for each site",
                               f"use 0 to {len(self.places) - 1}")  # fmt: skip
@@ -79,23 +87,36 @@ class Links:
     def seconds(self, call: Collective) -> float:
         """Seconds of one ring all-reduce, if nothing else uses the links.
 
-        Each of g sites sends 2(g-1)/g of the payload, in 2(g-1) messages that wait for each other. The ring goes
-        through the sites in order, so that it leaves each place once; the slowest link is the ring's.
+        Each of g sites sends 2(g-1)/g of the payload. The ring goes through the sites in order, so that it leaves each
+        place once; the slowest link is the ring's. Buffers follow each other.
         """
         g = len(call.sites)
         if g < 2:
             return 0.0
-        sent = 2 * (g - 1) / g * call.payload
-        here = {self.place_of[site] for site in call.sites}
-        places = [self.places[i] for i in here]
-        copies, transport = sent * self.copy_seconds_per_byte, sent * self.transport_seconds_per_byte
-        bits = framed(sent, received=sent, mtu=self.mtu) * 8
+        whole, rest = divmod(call.payload, self.bucket_bytes)
+        places = [self.places[i] for i in sorted({self.place_of[site] for site in call.sites})]
+        copies = 2 * (g - 1) / g * call.payload * self.copy_seconds_per_byte
+        ring = whole * self._ring_seconds(self.bucket_bytes, g, places)
+        return copies + ring + (self._ring_seconds(rest, g, places) if rest else 0.0)
+
+    def _ring_seconds(self, payload: int, g: int, places: Sequence[Site]) -> float:
+        """Seconds of a ring with one buffer, as gloo runs it; `tools/shaped_links.py --latencies` measures it.
+
+        The buffer is cut into segments, at least two for each site. Both halves of the ring send (g-1)/g of them to the
+        next site, two at a time: a pair takes as long as the link needs for it, or as its first segment needs to get
+        there. So 4(g-1) latencies are the least.
+        """
+        per_site = max(2, -(-payload // (LARGEST_SEGMENT * g)))
+        segment = payload / (g * per_site)
+        transport = segment * self.transport_seconds_per_byte
+        bits = framed(segment, received=segment, mtu=self.mtu) * 8
         if len(places) == 1:
-            return copies + max(transport, bits / (places[0].inner_bandwidth_mbit * 1e6))
-        slowest = min(place.bandwidth_mbit for place in places)
-        wait = max(place.latency_ms for place in places) / 1e3
-        buckets = max(1, math.ceil(call.payload / self.bucket_bytes))
-        return copies + max(transport, bits / (slowest * 1e6)) + buckets * 2 * (g - 1) * wait
+            rate, wait = places[0].inner_bandwidth_mbit, 0.0
+        else:
+            rate = min(place.bandwidth_mbit for place in places)
+            wait = max(place.latency_ms for place in places) / 1e3
+        sending = max(transport, bits / (rate * 1e6))
+        return (g - 1) * per_site * max(2 * sending, LATENCIES_OF_A_SEGMENT * wait + sending)
 
     def round_seconds(self, calls: Sequence[Collective]) -> float:
         """Seconds of a round's collectives, each site calling its own in the given order and waiting for its partners.
@@ -113,10 +134,34 @@ class Links:
                 free_site[site] = end
             for i in crossed:
                 free_link[i] = end
-        return max(free_site)
+        return max(free_site) + self.round_overhead_seconds
+
+    def leaving(self, sent: float) -> list[float]:
+        """Bytes that leave each place if every site sends so many, to all other sites alike."""
+        m = len(self.place_of)
+        here = [self.place_of.count(i) for i in range(len(self.places))]
+        return [n * sent * (m - n) / (m - 1) if m > 1 else 0.0 for n in here]
+
+    def exchange_seconds(self, sent: float, messages: int) -> float:
+        """Seconds in which every site sends so many bytes to the others, in exchanges that wait for each other.
+
+        Args:
+            sent: bytes of a site, in all.
+            messages: number of exchanges.
+        """
+        out = self.leaving(sent)
+        if not sent or not any(out):
+            return 0.0
+        seconds = max(
+            max(framed(left, received=left, mtu=self.mtu) * 8 / (place.bandwidth_mbit * 1e6),
+                left * self.transport_seconds_per_byte)
+            for left, place in zip(out, self.places, strict=True)
+        )  # fmt: skip
+        wait = LATENCIES_OF_A_SEGMENT * max(place.latency_ms for place in self.places) / 1e3
+        return seconds + sent * self.copy_seconds_per_byte + messages * wait
 
     def sent_by_place(self, calls: Sequence[Collective]) -> list[float]:
-        """Payload bytes that leave each place in the given collectives."""
+        """Bytes that leave each place in the given collectives: what rings send, without frames."""
         sent = [0.0] * len(self.places)
         for call in calls:
             here = {self.place_of[site] for site in call.sites}

@@ -4,120 +4,44 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Literal
 
+from fomoe_pl.costs.choices import Choice, Plan, Refusal, RunLength, divisions
 from fomoe_pl.costs.memory import GIB, Load, RankMemory, rank_memory
-from fomoe_pl.costs.network import Links
-from fomoe_pl.costs.quality import Measurement, penalty
-from fomoe_pl.costs.request import RUNS_TODAY, Layout, Method, PlanRequest
+from fomoe_pl.costs.quality import measured_quality
+from fomoe_pl.costs.request import Layout, Method, PlanRequest
 from fomoe_pl.costs.rounds import (
+    ITEMSIZE,
     Collective,
     checkpoint_bytes,
+    control_collectives,
     ddp_collectives,
     evaluation_bytes,
     round_collectives,
 )
-from fomoe_pl.costs.time import run_seconds, step_seconds, step_work
+from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work
 from fomoe_pl.federation.placement import valid_overlaps
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Routing
 
 MOST_ROUNDING = 0.05
 """Share by which a step may be larger than asked, so that all sites have the same batch."""
-MORE_FOR_LARGER_BATCHES = 0.02
-"""Share of it that may be spent on larger micro-batches."""
-
-
-def divisions(sequences: int) -> list[tuple[int, int]]:
-    """(micro-batch, number of them) for a site's sequences of a step, or a little more; largest batch first."""
-    found: dict[int, int] = {}
-    for accumulate in range(1, sequences + 1):
-        batch = -(-sequences // accumulate)
-        if batch * accumulate <= sequences * (1 + MORE_FOR_LARGER_BATCHES):
-            found.setdefault(batch, accumulate)
-    return list(found.items())
+PARTS_TOLD = 3
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A setting, before it is known whether it fits."""
-
-    model: str
-    layout: Layout
-    sites: int
-    overlap: int
-    method: Method
-    routing: Routing
-    wire_dtype: Literal["float32", "bfloat16"]
-    local_steps: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A setting that fits, and what it takes.
-
-    Attributes:
-        choice: the setting.
-        batch_size: sequences of a micro-batch of one device.
-        accumulate: micro-batches of a local step.
-        checkpointing: whether activations are recomputed.
-        global_batch: sequences of a step, all sites together: what was asked, or a little more.
-        steps: optimizer steps; the last round may be shorter than the others.
-        tokens: of the run.
-        memory: of a rank of each place, by part; equal but for sharding.
-        held_bytes: peak of a device of each place.
-        sent_per_round: payload bytes that leave the busiest place in a round.
-        sent_per_validation: mean payload bytes that a site sends for a validation of the global model in one window.
-        checkpoint: bytes on disk of the global model, and of each site's own file.
-        step_seconds: of the slowest site.
-        round_seconds: of a round's synchronisation.
-        hours: of the run.
-        price: of all places for so long; None if a price is missing.
-        quality: a measurement, 0.0 for the reference itself, or None: not measured.
-    """
+class Misfit:
+    """A setting that does not fit with the smallest batch, and its memory on a device of each place."""
 
     choice: Choice
-    batch_size: int
-    accumulate: int
-    checkpointing: bool
-    global_batch: int
-    steps: int
-    tokens: int
-    memory: RankMemory
-    held_bytes: tuple[float, ...]
-    sent_per_round: float
-    sent_per_validation: float
-    checkpoint: dict[str, int]
-    step_seconds: float
-    round_seconds: float
-    hours: float
-    price: float | None
-    quality: Measurement | float | None
+    memory: tuple[RankMemory, ...]
 
     @property
-    def why_not_today(self) -> str | None:
-        """Why `fomoe fit` cannot run it today; None if it can."""
-        return RUNS_TODAY[self.choice.layout]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A setting that does not fit.
-
-    Attributes:
-        model: file of the model.
-        layout: how devices are used.
-        overlaps: sites that hold each expert.
-        reason: which memory overflows where, or what does not divide.
-    """
-
-    model: str
-    layout: Layout
-    overlaps: tuple[int, ...]
-    reason: str
+    def least(self) -> int:
+        """Peak of the fullest device."""
+        return max(memory.peak for memory in self.memory)
 
 
 class Planner:
@@ -131,7 +55,8 @@ class Planner:
 
     def __init__(self, name: str, config: ModelConfig, request: PlanRequest) -> None:
         self.name, self.config, self.request = name, config, request
-        self._averages = lru_cache(maxsize=None)(self._averages_of)
+        self._averages = cache(self._averages_of)
+        self.param_dtype: Literal["float32", "bfloat16"] = "bfloat16" if request.precision == "bf16-true" else "float32"
 
     @cached_property
     def results(self) -> tuple[list[Plan], list[Refusal]]:
@@ -141,68 +66,110 @@ class Planner:
         for layout in self.request.layouts:
             if layout != "one" and "one" in self.request.layouts and all(s.devices == 1 for s in self.request.sites):
                 continue  # the same as `one`
-            m = len(self.request.place_of(layout))
-            overlaps = [o for o in self.request.overlaps or range(1, m + 1) if o <= m]
-            valid = [o for o in valid_overlaps(self.config.n_experts, m) if o in overlaps]
-            odd = [o for o in overlaps if o not in valid]
-            if odd:
-                told = f"{self.config.n_experts} experts × overlap must be divisible by {m} sites"
-                refusals.append(Refusal(self.name, layout, tuple(odd), told))
-            asked = self.request.global_batch
-            least = m * -(-asked // m)
-            if least > asked * (1 + MOST_ROUNDING):
-                told = (f"a step of {asked} sequences cannot be shared equally by {m} sites: {least} at least; "
-                        f"nearest that can: {' or '.join(str(n) for n in (least - m, least) if n)}")  # fmt: skip
-                refusals.append(Refusal(self.name, layout, tuple(valid), told))
-                continue
-            for overlap in valid:
-                found = [self._plan(choice) for choice in self._choices(layout, m, overlap)]
-                plans += [plan for plan in found if isinstance(plan, Plan)]
-                unfit = [plan for plan in found if isinstance(plan, Refusal)]
-                if unfit and len(unfit) == len(found):
-                    refusals.append(unfit[0])
+            found, refused = self._of_layout(layout)
+            plans += found
+            refusals += refused
         return sorted(plans, key=lambda plan: plan.hours), refusals
 
-    def _choices(self, layout: Layout, m: int, overlap: int) -> Iterator[Choice]:
-        for method in self.request.methods:
-            for wire_dtype in self.request.wire_dtypes:
-                if method == "ddp":
-                    if overlap == m and wire_dtype == "float32" and layout != "sharded":
-                        yield Choice(self.name, layout, m, overlap, method, "ghost", wire_dtype, 1)
-                    continue
-                for routing in self.request.routings:
-                    for k in self.request.local_steps:
-                        yield Choice(self.name, layout, m, overlap, method, routing, wire_dtype, k)
+    def _of_layout(self, layout: Layout) -> tuple[list[Plan], list[Refusal]]:
+        methods = tuple(self.request.methods)
+        m = len(self.request.place_of(layout))
+        overlaps = [o for o in self.request.overlaps or range(1, m + 1) if o <= m]
+        if not overlaps:
+            told = f"{m} sites: an overlap is 1 to {m}"
+            return [], [Refusal(self.name, layout, methods, tuple(self.request.overlaps or ()), told)]
+        valid = [o for o in valid_overlaps(self.config.n_experts, m) if o in overlaps]
+        refusals: list[Refusal] = []
+        if odd := tuple(o for o in overlaps if o not in valid):
+            told = f"{self.config.n_experts} experts × overlap must be divisible by {m} sites"
+            refusals.append(Refusal(self.name, layout, methods, odd, told))
+        asked = self.request.global_batch
+        least = m * -(-asked // m)
+        if least > asked * (1 + MOST_ROUNDING):
+            told = (f"a step of {asked} sequences cannot be shared equally by {m} sites: {least} at least; "
+                    f"nearest that can: {' or '.join(str(n) for n in (least - m, least) if n)}")  # fmt: skip
+            return [], [*refusals, Refusal(self.name, layout, methods, tuple(valid), told)]
+        plans: list[Plan] = []
+        misfits: dict[Method, list[Misfit]] = {}
+        for method in methods if valid else ():
+            if untried := self._untried(method, layout, m, valid):
+                refusals.append(Refusal(self.name, layout, (method,), (m,), untried))
+                continue
+            for overlap in valid:
+                found = [self._plan(choice) for choice in self._choices(layout, m, overlap, method)]
+                fitting = [plan for plan in found if isinstance(plan, Plan)]
+                plans += fitting
+                if found and not fitting:
+                    unfit = [misfit for misfit in found if isinstance(misfit, Misfit)]
+                    misfits.setdefault(method, []).append(min(unfit, key=lambda misfit: misfit.least))
+        return plans, refusals + self._refusals(layout, misfits)
+
+    @staticmethod
+    def _untried(method: Method, layout: Layout, m: int, overlaps: Sequence[int]) -> str | None:
+        """Why nothing of a method is tried."""
+        if method == "ddp" and layout == "sharded":
+            return "data parallelism between sites that share their model is not modelled"
+        if method == "ddp" and m not in overlaps:
+            return f"data parallelism is of full replicas: it needs the overlap {m}"
+        return None
+
+    def _choices(self, layout: Layout, m: int, overlap: int, method: Method) -> Iterator[Choice]:
+        if method == "ddp":
+            if overlap == m:  # gradients travel in their own dtype
+                yield Choice(self.name, layout, m, overlap, method, "ghost", self.param_dtype, 1)
+            return
+        for wire_dtype in self.request.wire_dtypes:
+            for routing in self.request.routings:
+                for k in self.request.local_steps:
+                    yield Choice(self.name, layout, m, overlap, method, routing, wire_dtype, k)
 
     def _averages_of(self, choice: Choice) -> list[Collective]:
         if choice.method == "ddp":
-            return ddp_collectives(self.config, choice.sites)
+            return ddp_collectives(self.config, choice.sites, ITEMSIZE[self.param_dtype])
         return round_collectives(
             self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
             wire_dtype=choice.wire_dtype, inner_moments="average" if choice.method == "local_adamw" else "keep",
         )  # fmt: skip
 
-    def _memory(self, choice: Choice, batch: int, checkpointing: bool) -> RankMemory:
+    def _resident(self, choice: Choice) -> int:
+        return self.config.n_experts * choice.overlap // choice.sites
+
+    def _asked(self, choice: Choice, division: tuple[int, int], checkpointing: bool) -> tuple[ModelConfig, Load]:
+        """What a device works on with micro-batches of this size, and of this number."""
+        request, (batch, accumulate) = self.request, division
         load = Load(
-            precision=self.request.precision, batch_size=batch, sequence_length=self.request.sequence_length,
+            precision=request.precision, batch_size=batch, sequence_length=request.sequence_length,
             method="ddp" if choice.method == "ddp" else "rounds", outer_momentum=choice.method == "diloco",
-            wire_dtype=choice.wire_dtype, val_batch_size=batch, evaluation_window=self.request.evaluation_window,
+            wire_dtype=choice.wire_dtype, bucket_bytes=request.bucket_mib * 2**20, val_batch_size=batch,
+            evaluation_window=min(request.evaluation_window, self._validation_batches(choice, batch)),
+            accumulate=accumulate,
         )  # fmt: skip
-        config = replace(self.config, activation_checkpointing=checkpointing)
-        resident = self.config.n_experts * choice.overlap // choice.sites
-        return rank_memory(config, load, n_resident=resident, routing=choice.routing)
+        return replace(self.config, activation_checkpointing=checkpointing), load
 
-    def _held(self, memory: RankMemory, choice: Choice) -> tuple[float, ...]:
-        """Peak of a device of each place. Sharding spreads what lasts and the gradients over a site's devices."""
-        shared = memory.lasting - memory.library + memory.gradients
-        devices = [site.devices if choice.layout == "sharded" else 1 for site in self.request.sites]
-        return tuple(memory.peak - shared + shared / n for n in devices)
+    def _validation_batches(self, choice: Choice, batch: int) -> int:
+        return -(-self._own_validation(choice) // batch)
 
-    def _overflow(self, held: tuple[float, ...]) -> list[int]:
-        room = 1 - self.request.headroom
-        return [i for i, site in enumerate(self.request.sites) if held[i] > room * site.memory_bytes]
+    def _own_validation(self, choice: Choice) -> int:
+        """Validation sequences of a site."""
+        return -(-self.request.val_sequences // choice.sites)
 
-    def _plan(self, choice: Choice) -> Plan | Refusal:
+    def _memory(self, choice: Choice, division: tuple[int, int], checkpointing: bool) -> tuple[RankMemory, ...]:
+        config, load = self._asked(choice, division, checkpointing)
+
+        @cache
+        def on_one_of(devices: int) -> RankMemory:
+            return rank_memory(config, load, n_resident=self._resident(choice), routing=choice.routing, shards=devices)
+
+        sharded = choice.layout == "sharded"
+        return tuple(on_one_of(site.devices if sharded else 1) for site in self.request.sites)
+
+    def _usable(self, place: int) -> float:
+        return (1 - self.request.headroom) * self.request.sites[place].memory_bytes
+
+    def _overflow(self, memory: Sequence[RankMemory]) -> list[int]:
+        return [i for i, own in enumerate(memory) if own.peak > self._usable(i)]
+
+    def _plan(self, choice: Choice) -> Plan | Misfit:
         request = self.request
         local = -(-request.global_batch // choice.sites)
         if choice.layout == "sharded":
@@ -212,70 +179,115 @@ class Planner:
         for checkpointing in (False, True):
 
             def fits(way: tuple[int, int], checkpointing: bool = checkpointing) -> bool:
-                return not self._overflow(self._held(self._memory(choice, way[0], checkpointing), choice))
+                return not self._overflow(self._memory(choice, way, checkpointing))
 
-            first = bisect_left(ways, x=True, key=fits)  # smaller batches take less
+            # Smaller batches take less, but the first one keeps no gradients between micro-batches.
+            first = 0 if fits(ways[0]) else bisect_left(ways, x=True, lo=1, key=fits)
             if first < len(ways):
-                memory = self._memory(choice, ways[first][0], checkpointing)
-                return self._cost(choice, ways[first], checkpointing, memory, self._held(memory, choice))
-        return self._refuse(choice, self._memory(choice, 1, checkpointing=True))
+                return self._cost(choice, ways[first], checkpointing)
+        return Misfit(choice, self._memory(choice, ways[-1], checkpointing=True))
 
-    def _refuse(self, choice: Choice, memory: RankMemory) -> Refusal:
-        held = self._held(memory, choice)
-        part, size = memory.largest()
-        where = "; ".join(
-            f"{site.name}: {held[i] / GIB:.1f} GiB on a device of {site.memory_gib:g}"
-            for i, site in enumerate(self.request.sites)
-            if i in self._overflow(held)
+    # -- what does not fit ----------------------------------------------------------------------------------------
+
+    def _refusals(self, layout: Layout, misfits: dict[Method, list[Misfit]]) -> list[Refusal]:
+        """One for all methods that do not fit with the same overlaps; its reason is that of the smallest setting."""
+        groups: dict[tuple[int, ...], list[Method]] = {}
+        for method, found in misfits.items():
+            groups.setdefault(tuple(misfit.choice.overlap for misfit in found), []).append(method)
+        return [
+            Refusal(
+                self.name, layout, tuple(methods), overlaps,
+                self._why(min((misfits[method][0] for method in methods), key=lambda misfit: misfit.least)),
+            )
+            for overlaps, methods in groups.items()
+        ]  # fmt: skip
+
+    def _why(self, misfit: Misfit) -> str:
+        choice, over = misfit.choice, self._overflow(misfit.memory)
+        needed = "; ".join(
+            f"{self.request.sites[i].name} needs {misfit.memory[i].peak / GIB:.2f} GiB a device, usable are "
+            f"{self._usable(i) / GIB:.2f} of {self.request.sites[i].memory_gib:g}"
+            for i in over
         )
-        moment = max(memory.moments_of_peak, key=memory.moments_of_peak.__getitem__)
-        reason = (f"{where}, with one sequence a batch and activation checkpointing; peak at the {moment}, "
-                  f"largest part {part} {size / GIB:.1f} GiB")  # fmt: skip
-        return Refusal(self.name, choice.layout, (choice.overlap,), reason)
+        moment, parts = misfit.memory[over[0]].at_peak()
+        largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in list(parts.items())[:PARTS_TOLD])
+        fitting = max(misfit.memory[i].peak for i in over) / (1 - self.request.headroom) / GIB
+        return (
+            f"the smallest (overlap {choice.overlap}, {choice.method}, one sequence a batch, checkpointed): {needed}. "
+            f"Peak at the {moment}: {largest} GiB. Devices of {math.ceil(10 * fitting) / 10:g} GiB would do"
+            f"{self._without(choice, over)}"
+        )
 
-    def _cost(
-        self,
-        choice: Choice,
-        division: tuple[int, int],
-        checkpointing: bool,
-        memory: RankMemory,
-        held: tuple[float, ...],
-    ) -> Plan:
+    def _without(self, choice: Choice, over: Sequence[int]) -> str:
+        """Whether this method fits the other sites alone."""
+        rest = [site for i, site in enumerate(self.request.sites) if i not in over]
+        if not rest or len(rest) == len(self.request.sites):
+            return ""
+        alone = replace(self.request, sites=rest, layouts=[choice.layout], methods=[choice.method], overlaps=None,
+                        wire_dtypes=[choice.wire_dtype])  # fmt: skip
+        if not any(isinstance(found, Plan) for found in Planner(self.name, self.config, alone).first_of_each_overlap):
+            return ""
+        names = " and ".join(self.request.sites[i].name for i in over)
+        return f"; without {names} it fits"
+
+    @property
+    def first_of_each_overlap(self) -> Iterator[Plan | Misfit]:
+        """A plan, or none, of each overlap of the first layout and method."""
+        layout, method = self.request.layouts[0], self.request.methods[0]
+        m = len(self.request.place_of(layout))
+        for overlap in valid_overlaps(self.config.n_experts, m):
+            yield from (self._plan(choice) for choice in list(self._choices(layout, m, overlap, method))[:1])
+
+    # -- what fits ------------------------------------------------------------------------------------------------
+
+    def _cost(self, choice: Choice, division: tuple[int, int], checkpointing: bool) -> Plan:
         request, batch = self.request, division[0]
-        config = replace(self.config, activation_checkpointing=checkpointing)
-        resident = self.config.n_experts * choice.overlap // choice.sites
-        load = Load(precision=request.precision, batch_size=batch, sequence_length=request.sequence_length)
-        work = step_work(config, load, n_resident=resident, routing=choice.routing)
+        config, load = self._asked(choice, division, checkpointing)
+        work = step_work(config, load, n_resident=self._resident(choice), routing=choice.routing)
         accumulate = [division[1]] * len(request.sites)
         global_batch = choice.sites * batch * division[1]
+        shards = [1] * len(request.sites)
         if choice.layout == "sharded":
             # The site with the fewest devices has the most micro-batches to go through.
             local = -(-request.global_batch // choice.sites)
             accumulate = [-(-local // (site.devices * batch)) for site in request.sites]
             global_batch = choice.sites * local
+            shards = [site.devices for site in request.sites]
         seconds = max(n * step_seconds(work, site) for n, site in zip(accumulate, request.sites, strict=True))
         k = choice.local_steps
-        steps = math.ceil(request.tokens / (global_batch * request.sequence_length))
-        links = Links(tuple(request.sites), request.place_of(choice.layout))
+        asked = math.ceil(request.tokens / (global_batch * request.sequence_length))
+        length = RunLength.of(asked, k, request.validations)
+        links = request.links(choice.layout)
         calls = self._averages(replace(choice, local_steps=1))
-        round_seconds = links.round_seconds(calls)
-        hours = (
-            run_seconds(steps=steps, local_steps=k, seconds_per_step=seconds, seconds_per_round=round_seconds) / 3600
-        )
+        control = [] if choice.method == "ddp" else control_collectives(choice.sites)
+        round_seconds, sent = links.round_seconds([*calls, *control]), max(links.sent_by_place(calls), default=0.0)
+        windows = -(-self._validation_batches(choice, batch) // request.evaluation_window)
+        gathered = 0.0 if choice.method == "ddp" else evaluation_bytes(
+            self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
+            param_dtype=self.param_dtype, windows=windows,
+        )  # fmt: skip
+        validation = max(
+            step_seconds(validation_work(config, load, sequences=-(-self._own_validation(choice) // n)), site)
+            for site, n in zip(request.sites, shards, strict=True)
+        ) + links.exchange_seconds(gathered, messages=windows * self.config.n_layers)
+        sent_validating = max(links.leaving(gathered), default=0.0)
+        run = run_seconds(steps=length.steps, local_steps=k, seconds_per_step=seconds, seconds_per_round=round_seconds)
+        hours = (run + length.validations * validation) / 3600
         prices = [site.price_per_hour for site in request.sites]
         return Plan(
             choice=choice, batch_size=batch, accumulate=max(accumulate), checkpointing=checkpointing,
-            global_batch=global_batch, steps=steps, tokens=steps * global_batch * request.sequence_length,
-            memory=memory, held_bytes=held, sent_per_round=max(links.sent_by_place(calls), default=0.0),
-            sent_per_validation=evaluation_bytes(
-                self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
-                param_dtype="bfloat16" if request.precision == "bf16-true" else "float32",
-            ),
+            global_batch=global_batch, length=length, tokens=length.steps * global_batch * request.sequence_length,
+            memory=self._memory(choice, division, checkpointing), sent_per_round=sent,
+            sent_per_validation=sent_validating,
+            sent_in_all=-(-length.steps // k) * sent + length.validations * sent_validating,
             checkpoint=checkpoint_bytes(
-                self.config, n_sites=choice.sites, overlap=choice.overlap, momentum=choice.method == "diloco"
+                self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
+                param_dtype=self.param_dtype, momentum=choice.method == "diloco", rounds=choice.method != "ddp",
             ),
-            step_seconds=seconds, round_seconds=round_seconds, hours=hours,
+            step_seconds=seconds, round_seconds=round_seconds, validation_seconds=validation, hours=hours,
             price=None if None in prices else hours * sum(p for p in prices if p is not None),
-            quality=penalty(method=choice.method, routing=choice.routing, sites=choice.sites, overlap=choice.overlap,
-                            local_steps=k, wire_dtype=choice.wire_dtype),
+            quality=measured_quality(
+                method=choice.method, routing=choice.routing, sites=choice.sites, overlap=choice.overlap,
+                local_steps=k, wire_dtype=choice.wire_dtype,
+            ),
         )  # fmt: skip

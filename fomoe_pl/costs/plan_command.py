@@ -4,58 +4,64 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from fomoe_pl.costs.plan import Plan, Planner, Refusal
-from fomoe_pl.costs.plan_output import (
-    as_json,
-    fit_yaml,
-    one_of_each,
-    pareto,
-    plan_table,
-    quality_sources,
-    refusal_table,
-)
-from fomoe_pl.costs.request import LAYOUTS, RUNS_TODAY, PlanRequest
+from fomoe_pl.costs.choices import Plan, Refusal
+from fomoe_pl.costs.plan import Planner
+from fomoe_pl.costs.plan_output import answers, as_json, notes, one_of_each, pareto, plan_table, refusal_table
+from fomoe_pl.costs.plan_yaml import fit_yaml
+from fomoe_pl.costs.request import PlanRequest
 from fomoe_pl.costs.sites import Site
-from fomoe_pl.errors import ConfigError, config_error_in
+from fomoe_pl.errors import ConfigError, OneMessage
+from fomoe_pl.files import prepare, write_whole
 from fomoe_pl.model.config import ModelConfig
 
+PLOTS = (".svg", ".png", ".pdf")
 WIDTH = 150
 
 
-def read_model(path: str) -> ModelConfig:
-    """The architecture of a file of configs/model, or of any file that `fomoe fit` reads.
+def read_settings(path: str) -> dict[str, Any]:
+    """The `model` section of a file of configs/model, or of any file that `fomoe fit` reads.
 
     Raises:
-        ConfigError: if there is none in it.
+        ConfigError: if there is none in it, or its optimizer is not the one whose state is counted.
     """
+    hint = "name files such as configs/model/fomoe-153m.yaml"
     try:
-        settings = yaml.safe_load(Path(path).read_text())
-        architecture: dict[str, Any] = settings["model"]["architecture"]
-        return ModelConfig(**architecture)
-    except FileNotFoundError as error:
-        raise ConfigError("models", path, "is no file", "name files such as configs/model/fomoe-153m.yaml") from error
-    except (KeyError, TypeError, yaml.YAMLError) as error:
-        raise ConfigError("models", path, f"has no usable model.architecture ({error})",
-                          "name files such as configs/model/fomoe-153m.yaml") from error  # fmt: skip
+        settings: dict[str, Any] = yaml.safe_load(Path(path).read_text())["model"]
+        ModelConfig(**settings["architecture"])
+    except OSError as error:
+        raise ConfigError("models", path, f"cannot be read: {error.strerror}", hint) from error
+    except (KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("models", path, f"has no usable model.architecture ({error})", hint) from error
+    kind = (settings.get("optimizer") or {}).get("kind", "adamw")
+    if kind != "adamw":
+        raise ConfigError("models", path, f"has model.optimizer.kind {kind!r}, but memory is counted for AdamW",
+                          "plan with adamw")  # fmt: skip
+    return settings
 
 
-class Parser(ArgumentParser):
-    """A parser whose errors are one message, and the message of a ConfigError where there is one."""
+def read_model(path: str) -> ModelConfig:
+    """The architecture of such a file."""
+    return ModelConfig(**read_settings(path)["architecture"])
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and end."""
-        found = config_error_in(ex)
-        print(f"fomoe: {found or message}", file=sys.stderr)
-        raise SystemExit(2)
+
+def names_of(paths: Sequence[str]) -> dict[str, str]:
+    """Name -> path: a file's name without its ending where it is the only one of that name, else the path."""
+    stems = [Path(path).stem for path in paths]
+    return {stem if stems.count(stem) == 1 else path: path for stem, path in zip(stems, paths, strict=True)}
+
+
+class Parser(OneMessage, ArgumentParser):
+    """A parser whose errors are one message."""
 
 
 def make_parser() -> Parser:
@@ -78,20 +84,19 @@ def make_parser() -> Parser:
     return parser
 
 
-def plan_all(request: PlanRequest) -> tuple[dict[str, ModelConfig], list[Plan], list[Refusal]]:
+def plan_all(request: PlanRequest) -> tuple[list[Plan], list[Refusal]]:
     """All models' plans, in the order of the request."""
-    configs = {Path(path).stem: read_model(path) for path in request.models}
     plans: list[Plan] = []
     refusals: list[Refusal] = []
-    for name, config in configs.items():
-        found, refused = Planner(name, config, request).results
+    for name, path in names_of(request.models).items():
+        found, refused = Planner(name, read_model(path), request).results
         plans += found
         refusals += refused
-    return configs, plans, refusals
+    return plans, refusals
 
 
 def shown(plans: list[Plan], rows: int) -> list[Plan]:
-    """The rows of the table: of each model its fastest plans, one of each layout, overlap and method."""
+    """The rows of the table: of each model its fastest plans, see ``one_of_each``."""
     first: list[Plan] = []
     for _, group in groupby(one_of_each(plans), key=lambda plan: plan.choice.model):
         first += list(group)[:rows]
@@ -115,6 +120,23 @@ def chosen(rows: list[Plan], number: int | None) -> Plan:
     return rows[number - 1]
 
 
+def check_files(options: Namespace) -> None:
+    """Refuse files that cannot be written, before the work is done that goes into them.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for key in ("write", "json", "plot"):
+        path = getattr(options, key)
+        if path is not None and (key, path) != ("json", "-"):
+            prepare(key, Path(path))
+    if options.plot is not None:
+        if Path(options.plot).suffix not in PLOTS:
+            raise ConfigError("plot", options.plot, "has no ending of a picture", f"end it in {', '.join(PLOTS)}")
+        if find_spec("matplotlib") is None:
+            raise ConfigError("plot", options.plot, "needs matplotlib", 'pip install "fomoe-pl[plots]"')
+
+
 def run(options: Namespace) -> None:
     """Plan and print."""
     settings = options.as_dict()
@@ -122,40 +144,33 @@ def run(options: Namespace) -> None:
     request = PlanRequest(**asked | {"sites": [Site(**site) for site in asked["sites"]]})
     if options.rows < 1:
         raise ConfigError("rows", options.rows, "must be at least 1", "6 is the default")
-    configs, plans, refusals = plan_all(request)
+    check_files(options)
+    plans, refusals = plan_all(request)
     rows = shown(plans, options.rows)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, stderr=settings["json"] == "-")
+    for line in answers(list(names_of(request.models)), rows):
+        console.print(line)
     if rows:
         console.print(plan_table(rows))
-        console.print(f"batch: micro-batch × accumulation of a site, of all sites' sequences in a step; "
-                      "checkpointed: activations are recomputed. sites: "
-                      f"{'; '.join(f'{name}, {text}' for name, text in LAYOUTS.items() if name in request.layouts)}. "
-                      "Traffic inside a sharded site is not modelled.")  # fmt: skip
-        for layout in sorted({p.choice.layout for p in rows if p.why_not_today}):
-            console.print(f"fit today: {layout} {RUNS_TODAY[layout]}.")
-        for line in quality_sources(rows):
-            console.print(line)
-    else:
-        console.print("Nothing fits.")
     if refusals:
         console.print(refusal_table(refusals))
+    for line in notes(rows, request) if rows else ():
+        console.print(line)
     if options.json is not None:
-        text = json.dumps(as_json(plans, refusals), indent=1)
+        text = json.dumps(as_json(plans, refusals), indent=1) + "\n"
         if options.json == "-":
-            print(text)
+            print(text, end="")
         else:
-            Path(options.json).write_text(text + "\n")
+            write_whole(Path(options.json), text)
     if options.plot is not None:
         from fomoe_pl.costs.figures import plot_front
 
         plot_front(plans, pareto, options.plot)
     if options.write is not None:
         plan = chosen(rows, options.choose)
-        path = Path(options.write)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        config = replace(configs[plan.choice.model], activation_checkpointing=plan.checkpointing)
-        path.write_text(fit_yaml(plan, request, config))
-        console.print(f"wrote {path}: row {rows.index(plan) + 1}")
+        model = read_settings(names_of(request.models)[plan.choice.model])
+        write_whole(Path(options.write), fit_yaml(plan, request, model))
+        console.print(f"wrote {options.write}: row {rows.index(plan) + 1}")
 
 
 def main(arguments: list[str]) -> None:

@@ -1,38 +1,31 @@
-"""What the planner says: a table, JSON, and a YAML file that `fomoe fit` accepts."""
+"""What the planner says: tables, notes, JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from fomoe_pl.costs.choices import Plan, Refusal
 from fomoe_pl.costs.memory import GIB, MIB
 from fomoe_pl.costs.pareto import pareto_front
-from fomoe_pl.costs.plan import Plan, Refusal
-from fomoe_pl.costs.quality import Measurement
-from fomoe_pl.costs.request import LAYOUTS, PlanRequest
-from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.sizes import parameter_counts
+from fomoe_pl.costs.request import LAYOUTS, RUNS_TODAY, PlanRequest
+from fomoe_pl.costs.sites import Site
+
+OF_OTHER_SHAPE = ("choice", "length", "memory", "quality")
 
 
 def quality_text(plan: Plan) -> str:
-    """The penalty and the model that it was measured on, `reference` for full replicas, or that nobody measured it."""
+    """The penalty and the model that it was measured on, the reference itself, or that nobody measured it."""
     found = plan.quality
     if found is None:
         return "not measured"
-    if isinstance(found, Measurement):
-        return f"{found.penalty:+.1%} {found.metric} of {found.model}"
-    return "reference"
-
-
-def quality_sources(plans: Sequence[Plan]) -> list[str]:
-    """Where the penalties of these plans are from."""
-    found = {(p.quality.model, p.quality.source) for p in plans if isinstance(p.quality, Measurement)}
-    return [f"quality of {model}: {source}" for model, source in sorted(found)]
+    if found.overlap == found.sites:
+        return f"reference, {found.value:g} {found.metric} of {found.model}"
+    return f"{found.penalty:+.1%} {found.metric} of {found.model}"
 
 
 def pareto(plans: Sequence[Plan]) -> list[Plan]:
@@ -41,11 +34,11 @@ def pareto(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
-    """The fastest plan of each model, layout, overlap and method."""
+    """The fastest plan of each model, layout, overlap and method, and the fastest whose quality was measured."""
     seen: dict[tuple[Any, ...], Plan] = {}
     for plan in plans:
         c = plan.choice
-        seen.setdefault((c.model, c.layout, c.overlap, c.method), plan)
+        seen.setdefault((c.model, c.layout, c.overlap, c.method, plan.quality is None), plan)
     return list(seen.values())
 
 
@@ -69,7 +62,8 @@ def plan_table(plans: Sequence[Plan]) -> Table:
     table.add_column("model", no_wrap=True)
     table.add_column("setting", min_width=24)
     priced = any(plan.price is not None for plan in plans)
-    for name in ("GiB a\ndevice", "MiB a\nround", "step\n(s)", "round\n(s)", "hours", *(["cost"] if priced else [])):
+    cost = ["cost"] if priced else []
+    for name in ("GiB a\ndevice", "MiB a\nround", "GiB in\nall", "step\n(s)", "round\n(s)", "hours", *cost):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("quality", min_width=8, max_width=16)
     table.add_column("fit\ntoday", no_wrap=True)
@@ -77,10 +71,39 @@ def plan_table(plans: Sequence[Plan]) -> Table:
         cost = ["-" if plan.price is None else f"{plan.price:,.0f}"] if priced else []
         table.add_row(
             str(i), plan.choice.model, setting_text(plan), f"{max(plan.held_bytes) / GIB:.1f}",
-            f"{plan.sent_per_round / MIB:,.0f}", f"{plan.step_seconds:.2f}", f"{plan.round_seconds:,.1f}",
-            f"{plan.hours:,.1f}", *cost, quality_text(plan), "no" if plan.why_not_today else "yes",
+            f"{plan.sent_per_round / MIB:,.0f}", f"{plan.sent_in_all / GIB:,.1f}", f"{plan.step_seconds:.2f}",
+            f"{plan.round_seconds:,.1f}", f"{plan.hours:,.1f}", *cost, quality_text(plan),
+            "no" if plan.why_not_today else "yes",
         )  # fmt: skip
     return table
+
+
+def speed_text(site: Site) -> str:
+    """What a site's steps are timed by."""
+    by = f"{site.mfu:.0%} of the peak" if site.step_factor is None else f"measured factor {site.step_factor:g}"
+    return f"{site.name} {by}"
+
+
+def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
+    """What a reader of the table must know."""
+    layouts = "; ".join(f"{name}, {text}" for name, text in LAYOUTS.items() if name in request.layouts)
+    lines = [
+        f"hours: steps at {', '.join(speed_text(site) for site in request.sites)}. A share of the peak (mfu) is an "
+        "assumption until you measure a step: `tools/check_costs.py step` gives the `step_factor` of a device.",
+        "hours and GiB in all: with "
+        f"{' or '.join(str(n) for n in sorted({plan.length.validations for plan in plans}))} validations of "
+        f"{request.val_sequences} sequences. MiB a round: what leaves the busiest site every K steps; ddp, whose K is "
+        "1: every step.",
+        "batch: micro-batch × accumulation of a site, of all sites' sequences in a step; checkpointed: activations "
+        f"are recomputed. sites: {layouts}. Traffic inside a sharded site is not modelled.",
+    ]
+    for layout in sorted({plan.choice.layout for plan in plans if plan.why_not_today}):
+        lines.append(f"fit today: {layout} {RUNS_TODAY[layout]}.")
+    measured = {(p.quality.model, p.quality.source) for p in plans if p.quality is not None}
+    lines += [f"quality of {model}: {source}" for model, source in sorted(measured)]
+    if any(plan.quality is None for plan in plans):
+        lines.append("quality: not measured with the same method, routing, sites, overlap, K and a float32 wire.")
+    return lines
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -97,11 +120,47 @@ def spans(numbers: Sequence[int]) -> str:
 def refusal_table(refusals: Sequence[Refusal]) -> Table:
     """What does not fit, and why."""
     table = Table(title="What does not fit", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("model", "devices", "overlap", "why"):
-        table.add_column(name)
-    for refusal in refusals:
-        table.add_row(refusal.model, refusal.layout, spans(refusal.overlaps), refusal.reason)
+    for name, width in (("model", 12), ("devices", 9), ("method", 13), ("overlap", 11), ("why", None)):
+        table.add_column(name, max_width=width)
+    for models, layouts, refusal in merged(refusals):
+        table.add_row(
+            ", ".join(models), ", ".join(layouts), ", ".join(refusal.methods), spans(refusal.overlaps), refusal.reason
+        )
     return table
+
+
+def merged(refusals: Sequence[Refusal]) -> list[tuple[list[str], list[str], Refusal]]:
+    """Refusals that differ in the layout alone, and then in the model alone, as one: (models, layouts, one of them)."""
+    layouts: dict[Refusal, list[str]] = {}
+    for refusal in refusals:
+        layouts.setdefault(replace(refusal, layout="one"), []).append(refusal.layout)
+    models: dict[tuple[Refusal, tuple[str, ...]], list[str]] = {}
+    for refusal, found in layouts.items():
+        models.setdefault((replace(refusal, model=""), tuple(found)), []).append(refusal.model)
+    return [(names, list(found), refusal) for (refusal, found), names in models.items()]
+
+
+def answers(models: Sequence[str], rows: Sequence[Plan]) -> list[str]:
+    """For each model in a line whether it can be trained.
+
+    Args:
+        models: names of all that were asked for.
+        rows: of the table.
+    """
+    lines = []
+    for model in models:
+        own = [(i, plan) for i, plan in enumerate(rows, 1) if plan.choice.model == model]
+        today = [(i, plan) for i, plan in own if plan.why_not_today is None]
+        if today:
+            row, plan = today[0]
+            lines.append(f"{model}: yes, in {plan.hours:,.1f} hours (row {row})")
+        elif own:
+            row, plan = own[0]
+            lines.append(f"{model}: not with `fomoe fit` today; it would take {plan.hours:,.1f} hours (row {row}), but "
+                         f"{plan.choice.layout} {plan.why_not_today}")  # fmt: skip
+        else:
+            lines.append(f"{model}: no, see what does not fit")
+    return lines
 
 
 def as_json(plans: Sequence[Plan], refusals: Sequence[Refusal]) -> dict[str, Any]:
@@ -110,121 +169,17 @@ def as_json(plans: Sequence[Plan], refusals: Sequence[Refusal]) -> dict[str, Any
         "layouts": LAYOUTS,
         "plans": [
             asdict(plan.choice)
-            | {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("choice", "memory", "quality")}
+            | {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in OF_OTHER_SHAPE}
             | {
-                "memory": asdict(plan.memory) | {"peak": plan.memory.peak},
+                "steps": plan.length.steps,
+                "validations": plan.length.validations,
+                "held_bytes": plan.held_bytes,
+                "memory": [asdict(memory) | {"peak": memory.peak} for memory in plan.memory],
                 "quality": quality_text(plan),
-                "quality_source": plan.quality.source if isinstance(plan.quality, Measurement) else None,
+                "quality_source": None if plan.quality is None else plan.quality.source,
                 "why_not_today": plan.why_not_today,
             }
             for plan in plans
         ],
         "refused": [asdict(refusal) for refusal in refusals],
     }
-
-
-def processes(plan: Plan, request: PlanRequest) -> tuple[int, int]:
-    """Devices of a node and number of nodes: with `each` the greatest common divisor, so that all nodes are alike."""
-    if plan.choice.layout == "one":
-        return (1, len(request.sites)) if request.accelerator == "gpu" else (len(request.sites), 1)
-    # Written out, the divisor of 8, 8 and 4 is 4: the larger sites start two nodes.
-    devices = min(site.devices for site in request.sites)
-    while any(site.devices % devices for site in request.sites):
-        devices -= 1
-    total = sum(site.devices for site in request.sites)
-    return (devices, total // devices) if request.accelerator == "gpu" else (total, 1)
-
-
-def fit_settings(plan: Plan, request: PlanRequest, config: ModelConfig) -> dict[str, Any]:
-    """Settings of `fomoe fit` for a plan that it can run."""
-    c = plan.choice
-    devices, nodes = processes(plan, request)
-    k = c.local_steps * plan.accumulate
-    rounds = -(-plan.steps // c.local_steps)
-    every = max(1, rounds // 10)  # ten validations and checkpoints, at the ends of rounds
-    strategy: Any = "ddp_counted"
-    if c.method != "ddp":
-        nesterov = c.method == "diloco"
-        strategy = {
-            "class_path": "fomoe_pl.strategies.FederatedStrategy",
-            "init_args": {
-                "overlap": c.overlap,
-                "routing": c.routing,
-                "placement": "fixed",
-                "local_steps": c.local_steps,
-                "outer": {"rule": "nesterov", "lr": 0.7, "momentum": 0.9} if nesterov else {"rule": "average"},
-                "inner_moments": "average" if c.method == "local_adamw" else "keep",
-                "wire_dtype": c.wire_dtype,
-            },
-        }
-    name = f"plan_{c.model}_{c.layout}_overlap{c.overlap}_{c.method}"
-    observers = ("CommunicationMonitor", "ThroughputMonitor", "FoMoEProgressBar", "RunReport")
-    architecture = asdict(config) | {"activation_checkpointing": plan.checkpointing}
-    defaults = {f.name: f.default for f in fields(ModelConfig)}
-    return {
-        "seed_everything": 42,
-        "trainer": {
-            "accelerator": request.accelerator,
-            "devices": devices,
-            "num_nodes": nodes,
-            "precision": request.precision,
-            "max_steps": plan.steps,
-            "max_epochs": -1,
-            "accumulate_grad_batches": plan.accumulate,
-            "val_check_interval": every * k,
-            "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0,
-            "enable_model_summary": False,
-            "gradient_clip_val": 1.0,
-            "strategy": strategy,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": "runs", "name": name, "version": ""},
-            },
-            "callbacks": [
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {
-                        "filename": "last",
-                        "every_n_train_steps": every * c.local_steps,
-                        "enable_version_counter": False,
-                    },
-                },
-                *({"class_path": f"fomoe_pl.callbacks.{observer}"} for observer in observers),
-            ],
-        },
-        "model": {
-            "architecture": {name: value for name, value in architecture.items() if value != defaults[name]},
-            "evaluation_window": request.evaluation_window,
-        },
-        "data": {
-            "root": request.data_root,
-            "sequence_length": request.sequence_length,
-            "batch_size": plan.batch_size,
-            "val_batch_size": plan.batch_size,
-        },
-    }
-
-
-def fit_yaml(plan: Plan, request: PlanRequest, config: ModelConfig) -> str:
-    """A file for `fomoe fit -c`, with what the plan says of it, and how it is started, in comments."""
-    devices, nodes = processes(plan, request)
-    start = "fomoe fit -c THIS_FILE"
-    if nodes > 1:
-        start = (f"torchrun --nnodes {nodes} --nproc_per_node {devices} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
-                 "-m fomoe_pl fit -c THIS_FILE")  # fmt: skip
-    lines = [
-        f"Planned: {parameter_counts(config).total / 1e6:,.0f} million parameters, {plan.steps:,} steps of "
-        f"{plan.global_batch:,} sequences, {plan.tokens:,} tokens, {plan.hours:,.1f} hours, "
-        f"{max(plan.held_bytes) / GIB:.1f} GiB a device, {plan.sent_per_round / MIB:,.0f} MiB from a site a round; "
-        f"quality against full replicas: {quality_text(plan)}.",
-        f"Start it, on each node: {start}",
-    ]
-    per_site = [site.devices // devices for site in request.sites]
-    if plan.choice.layout == "each" and max(per_site) > 1 and nodes > 1:
-        nodes_of = ", ".join(f"{site.name} {n}" for site, n in zip(request.sites, per_site, strict=True))
-        lines.append(f"All nodes have {devices} devices: sites start so many nodes each ({nodes_of}), with other "
-                     "devices in CUDA_VISIBLE_DEVICES.")  # fmt: skip
-    lines.append("The corpus in data.root must have the model's vocabulary.")
-    body = yaml.safe_dump(fit_settings(plan, request, config), sort_keys=False)
-    return "".join(f"# {line}\n" for line in lines) + body

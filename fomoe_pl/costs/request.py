@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fomoe_pl.costs.memory import Precision
+from fomoe_pl.costs.network import Links
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.residency import Routing
@@ -47,6 +49,13 @@ class PlanRequest:
         headroom: share of a device's memory that stays free for the driver's context, communicators and fragments: an
             assumption, not a measurement.
         evaluation_window: validation batches that go through a layer together.
+        val_sequences: most sequences of a validation, over all sites.
+        validations: about how often a run validates the global model and saves it; the last time is at the end.
+        bucket_mib: size of one communication buffer, MiB.
+        mtu: largest packet of the links between sites, bytes.
+        copy_seconds_per_byte: measured: what a wire byte costs before and after its collective.
+        transport_seconds_per_byte: measured: what the host takes to send a wire byte, if that is slower than the link.
+        round_overhead_seconds: measured: what every round takes beside.
         data_root: prepared corpus for the written file.
         accelerator: of the written file: gpu, or cpu to try it out.
     """
@@ -65,6 +74,13 @@ class PlanRequest:
     precision: Precision = "bf16-mixed"
     headroom: float = 0.08
     evaluation_window: int = 4
+    val_sequences: int = 512
+    validations: int = 10
+    bucket_mib: int = 64
+    mtu: int = 1500
+    copy_seconds_per_byte: float = 0.0
+    transport_seconds_per_byte: float = 0.0
+    round_overhead_seconds: float = 0.0
     data_root: str = "runs/data/sample"
     accelerator: Literal["gpu", "cpu"] = "gpu"
 
@@ -79,9 +95,10 @@ class PlanRequest:
                 raise ConfigError(name, getattr(self, name), "must not be empty", "give at least one")
         if self.overlaps is not None and not self.overlaps:
             raise ConfigError("overlaps", self.overlaps, "must not be empty", "give at least one, or null for all")
-        for name in ("tokens", "global_batch", "sequence_length", "evaluation_window"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(name, getattr(self, name), "must be above 0", "give a positive number")
+        for name in ("tokens", "global_batch", "sequence_length", "evaluation_window", "val_sequences", "validations",
+                     "bucket_mib"):  # fmt: skip
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(name, getattr(self, name), "must be a number above 0", "give a positive one")
         if not 0 <= self.headroom < 1:
             raise ConfigError("headroom", self.headroom, "is a share of the memory", "give a number such as 0.08")
         if any(k < 1 for k in self.local_steps):
@@ -93,8 +110,21 @@ class PlanRequest:
         names = [site.name for site in self.sites]
         if len(set(names)) < len(names):
             raise ConfigError("sites", names, "have names of their own", "give each site a `name`")
+        if len(set(self.models)) < len(self.models):
+            raise ConfigError("models", self.models, "names a file twice", "name each once")
+        for site in self.sites:
+            site.peak_flops(self.precision)
+        self.links(self.layouts[0])
 
     def place_of(self, layout: Layout) -> tuple[int, ...]:
         """For each site of the federation the index of its place."""
         each = layout == "each"
         return tuple(i for i, site in enumerate(self.sites) for _ in range(site.devices if each else 1))
+
+    def links(self, layout: Layout) -> Links:
+        """How the sites of the federation are joined."""
+        return Links(
+            tuple(self.sites), self.place_of(layout), copy_seconds_per_byte=self.copy_seconds_per_byte,
+            transport_seconds_per_byte=self.transport_seconds_per_byte,
+            round_overhead_seconds=self.round_overhead_seconds, bucket_bytes=self.bucket_mib * 2**20, mtu=self.mtu,
+        )  # fmt: skip

@@ -143,6 +143,17 @@ def ddp_collectives(architecture: ModelConfig, n_sites: int, itemsize: int = 4) 
     return [Collective("dense", tuple(range(n_sites)), itemsize * parameter_counts(architecture).total)]
 
 
+def control_collectives(n_sites: int) -> list[Collective]:
+    """The two messages of a round, in which latency alone counts: the sites' report, and what observers add up.
+
+    Of the second one's size the least is taken, a number of each site (`control_bytes` of ``fomoe_pl.costs.bytes``).
+    """
+    if n_sites < 2:
+        return []
+    everyone = tuple(range(n_sites))
+    return [Collective("control", everyone, 8 * (2 * n_sites + 3)), Collective("control", everyone, 8 * n_sites)]
+
+
 def migration_bytes(
     architecture: ModelConfig, *, n_sites: int, overlap: int, routing: Routing = "ghost", momentum: bool = False
 ) -> float:
@@ -176,20 +187,43 @@ def evaluation_bytes(
 
 
 def checkpoint_bytes(
-    architecture: ModelConfig, *, n_sites: int, overlap: int, momentum: bool = False
+    architecture: ModelConfig,
+    *,
+    n_sites: int,
+    overlap: int,
+    routing: Routing = "ghost",
+    param_dtype: WireDtype = "float32",
+    momentum: bool = False,
+    rounds: bool = True,
 ) -> dict[str, int]:
-    """Bytes of a checkpoint on disk: the global model once, and each site's own state; nothing of it crosses sites.
+    """Bytes of the tensors of a checkpoint on disk; nothing of it crosses sites.
+
+    Lightning's own state, ledgers, names and headers come on top: some ten thousand bytes.
 
     Args:
-        architecture: the model; parameters are float32.
+        architecture: the model.
         n_sites: number of sites M.
         overlap: sites that hold each expert.
+        routing: the routing mode.
+        param_dtype: dtype of parameters and inner moments.
         momentum: whether there is outer momentum.
+        rounds: whether there are rounds; else ranks are alike, and the first alone writes.
 
     Returns:
-        ``model``: of the global model, and ``site``: of the file of one site (local values, moments, momentum).
+        ``model``: the global model, once: dense tensors and each expert, float32 where there are anchors.
+        ``momentum``: outer momentum, once, float32. ``site``: the file of one site: inner moments, and where there are
+        rounds local values. ``files``: number of such files. ``total``: all of them.
     """
     check_placement(architecture.n_experts, n_sites, overlap)
+    itemsize, sizes = ITEMSIZE[param_dtype], SynchronizedSizes.of(architecture, routing)
     total = parameter_counts(architecture).total
-    resident = resident_counts(architecture, architecture.n_experts * overlap // n_sites, "ghost").total
-    return {"model": 4 * total, "site": 4 * resident * (1 + ADAMW_MOMENTS + momentum)}
+    resident = resident_counts(architecture, architecture.n_experts * overlap // n_sites, routing).total
+    slots = architecture.n_layers * architecture.n_experts
+    # Balance biases are float32 whatever the parameters are.
+    biases = ITEMSIZE["float32"] * (sizes.dense_buffers + slots * sizes.expert_buffers)
+    own_biases = ITEMSIZE["float32"] * (sizes.dense_buffers + slots * overlap // n_sites * sizes.expert_buffers)
+    model = (ITEMSIZE["float32"] if rounds else itemsize) * total + biases
+    outer = ITEMSIZE["float32"] * total if momentum else 0
+    site = itemsize * resident * ADAMW_MOMENTS + (itemsize * resident + own_biases if rounds else 0)
+    files = n_sites if rounds else 1
+    return {"model": model, "momentum": outer, "site": site, "files": files, "total": model + outer + files * site}

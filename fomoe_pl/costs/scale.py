@@ -125,7 +125,7 @@ def scale_rows(
             calls = round_collectives(config, n_sites=n_sites, overlap=overlap, inner_moments=moments)  # type: ignore[arg-type]
             k, state = assumed.local_steps, STATE_BYTES["diloco" if method == "diloco" else "local_adamw"]
         flops = token_flops(config, assumed.sequence_length, n_resident=resident).training
-        step = flops * assumed.global_batch / n_sites * assumed.sequence_length / (site.peak_flops * site.mfu)
+        step = flops * assumed.global_batch / n_sites * assumed.sequence_length / (site.peak_flops() * site.mfu)
         round_ = links.round_seconds(calls)
         seconds = run_seconds(steps=steps, local_steps=k, seconds_per_step=step, seconds_per_round=round_)
         held = state * resident_counts(config, resident, "ghost").total

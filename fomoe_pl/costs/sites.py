@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from fomoe_pl.costs.memory import GIB, Precision
 from fomoe_pl.errors import ConfigError
 
 
@@ -15,25 +17,27 @@ class Accelerator:
         tflops: dense bfloat16 products with float32 sums, 10^12 FLOP a second.
         memory_gib: memory that the driver shows, GiB.
         memory_gbps: bandwidth of the memory, 10^9 bytes a second.
+        tflops_fp32: float32 products, 10^12 FLOP a second; not TensorFloat-32, which torch leaves off and so do we.
     """
 
     tflops: float
     memory_gib: float
     memory_gbps: float
+    tflops_fp32: float
 
 
 ACCELERATORS = {
-    "b200": Accelerator(2250, 178, 8000),
-    "h200": Accelerator(989, 140, 4800),
-    "h100": Accelerator(989, 79.6, 3350),
-    "a100-80": Accelerator(312, 80, 2039),
-    "a100-40": Accelerator(312, 40, 1555),
-    "mi300x": Accelerator(1307, 192, 5300),
-    "l40s": Accelerator(362, 45, 864),
-    "rtx4090": Accelerator(165, 24, 1008),
-    "rtx3090": Accelerator(71, 24, 936),
+    "b200": Accelerator(2250, 178, 8000, 75),
+    "h200": Accelerator(989, 140, 4800, 67),
+    "h100": Accelerator(989, 79.6, 3350, 67),
+    "a100-80": Accelerator(312, 80, 2039, 19.5),
+    "a100-40": Accelerator(312, 40, 1555, 19.5),
+    "mi300x": Accelerator(1307, 192, 5300, 163),
+    "l40s": Accelerator(362, 45, 864, 91.6),
+    "rtx4090": Accelerator(165, 24, 1008, 82.6),
+    "rtx3090": Accelerator(71, 24, 936, 35.6),
 }
-"""Data sheets: dense bfloat16, SXM where there is one."""
+"""Data sheets: dense products, SXM where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +53,11 @@ class Site:
         latency_ms: one way to another site, milliseconds.
         inner_bandwidth_mbit: between accelerators of the site.
         tflops: peak of an accelerator, 10^12 FLOP a second in bfloat16.
+        tflops_fp32: the same in float32, which counts for `precision: 32-true` alone.
         memory_gib: memory of an accelerator, GiB.
         memory_gbps: its bandwidth, 10^9 bytes a second.
-        mfu: share of the peak that local steps reach; on an H100 0.10 (153M preset) and 0.16 (1.3B) were measured.
+        mfu: share of the peak that local steps reach: an assumption; on an H100 0.09 (153M preset) and 0.16 (1.3B) were
+            measured in bf16-mixed.
         step_factor: measured seconds of a local step over those at the data sheet's peak, instead of ``mfu``;
             `tools/check_costs.py step` prints it.
         price_per_hour: of the whole site, in any currency.
@@ -64,6 +70,7 @@ class Site:
     latency_ms: float = 10.0
     inner_bandwidth_mbit: float = 200_000.0
     tflops: float | None = None
+    tflops_fp32: float | None = None
     memory_gib: float | None = None
     memory_gbps: float | None = None
     mfu: float = 0.15
@@ -81,12 +88,18 @@ class Site:
                                f"choose one of {', '.join(ACCELERATORS)}, or leave it out and give tflops, memory_gib "
                                "and memory_gbps")  # fmt: skip
         sheet = ACCELERATORS.get(self.accelerator or "")
-        for name in ("tflops", "memory_gib", "memory_gbps"):
+        for name in ("tflops", "tflops_fp32", "memory_gib", "memory_gbps"):
             if getattr(self, name) is None:
-                if sheet is None:
+                if sheet is None and name != "tflops_fp32":
                     raise self._refuse(name, "is not known", "give it, or an accelerator of the table")
-                object.__setattr__(self, name, getattr(sheet, name))
-        positive = "bandwidth_mbit inner_bandwidth_mbit tflops memory_gib memory_gbps mfu step_factor devices"
+                object.__setattr__(self, name, getattr(sheet, name, None))
+        positive = (
+            "bandwidth_mbit inner_bandwidth_mbit tflops tflops_fp32 memory_gib memory_gbps mfu step_factor devices"
+        )
+        for name in (*positive.split(), "latency_ms", "price_per_hour"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise self._refuse(name, "must be a number", "give a finite one")
         for name in positive.split():
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -100,14 +113,22 @@ class Site:
     def _refuse(self, key: str, rule: str, hint: str) -> ConfigError:
         return ConfigError(f"sites.{self.name}.{key}", getattr(self, key), rule, hint)
 
-    @property
-    def peak_flops(self) -> float:
-        """FLOP a second of one accelerator."""
-        assert self.tflops is not None
-        return self.tflops * 1e12
+    def peak_flops(self, precision: Precision = "bf16-mixed") -> float:
+        """FLOP a second of one accelerator.
+
+        Raises:
+            ConfigError: in float32, if that peak is not known.
+        """
+        if precision != "32-true":
+            assert self.tflops is not None
+            return self.tflops * 1e12
+        if self.tflops_fp32 is None:
+            raise self._refuse("tflops_fp32", "is not known, and `precision: 32-true` needs it",
+                               "give it, or an accelerator of the table")  # fmt: skip
+        return self.tflops_fp32 * 1e12
 
     @property
     def memory_bytes(self) -> float:
         """Bytes of one accelerator."""
         assert self.memory_gib is not None
-        return self.memory_gib * 2**30
+        return self.memory_gib * GIB

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fomoe_pl.costs.flops import token_flops
-from fomoe_pl.costs.memory import Load, Types, layer_activation_bytes
+from fomoe_pl.costs.memory import Load, Precision, Types, layer_activation_bytes
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.config import ModelConfig
@@ -15,6 +15,8 @@ from fomoe_pl.model.sizes import resident_counts
 MOVES_OF_AN_ACTIVATION = 6
 """How often a kept activation, or one like it, goes to or from memory in a step: written and read forward, read
 backward, and its gradient written, read and summed."""
+MOVES_IN_VALIDATION = 2
+"""The same without a backward pass: written and read."""
 OPTIMIZER_MOVES = 10
 """Moves of a parameter-sized tensor a step: AdamW reads four and writes three, clipping reads one and writes it, and
 the gradient is written."""
@@ -22,20 +24,22 @@ the gradient is written."""
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a local step asks of a device.
+    """What a local step, or a validation, asks of a device.
 
     Attributes:
         flops: FLOPs executed, recomputation included.
         memory_bytes: bytes that elementwise work and the optimizer move.
+        precision: the Trainer's, which says whose peak counts.
     """
 
     flops: float
     memory_bytes: float
+    precision: Precision = "bf16-mixed"
 
     def seconds_at_peak(self, site: Site) -> float:
         """Seconds if products ran at the peak and the rest at the memory's bandwidth: a lower bound to calibrate."""
         assert site.memory_gbps is not None
-        return self.flops / site.peak_flops + self.memory_bytes / (site.memory_gbps * 1e9)
+        return self.flops / site.peak_flops(self.precision) + self.memory_bytes / (site.memory_gbps * 1e9)
 
 
 def step_work(
@@ -58,7 +62,7 @@ def step_work(
     flops = token_flops(
         config, load.sequence_length, n_resident=n_resident, routing=routing, ghost_fraction=ghost_fraction
     )
-    types = Types.of(load.precision)
+    types = Types.of(load.precision, load.kernels)
     n_scored = config.n_experts if routing == "ghost" else n_resident
     kept = load.tokens * config.n_layers * layer_activation_bytes(config, types, n_scored)
     moves = MOVES_OF_AN_ACTIVATION + (2 if config.activation_checkpointing else 0)
@@ -67,6 +71,24 @@ def step_work(
     return StepWork(
         flops=load.tokens * flops.training_executed(checkpointing=config.activation_checkpointing),
         memory_bytes=moves * kept + logits + OPTIMIZER_MOVES * types.parameter * parameters,
+        precision=load.precision,
+    )
+
+
+def validation_work(config: ModelConfig, load: Load, *, sequences: int) -> StepWork:
+    """Work of one site in a validation of the global model, all of whose experts are live.
+
+    Args:
+        config: the architecture.
+        load: precision and length of sequences.
+        sequences: validation sequences of this site.
+    """
+    tokens, types = sequences * load.sequence_length, Types.of(load.precision, load.kernels)
+    kept = config.n_layers * layer_activation_bytes(config, types, config.n_experts)
+    return StepWork(
+        flops=tokens * token_flops(config, load.sequence_length).forward,
+        memory_bytes=tokens * (MOVES_IN_VALIDATION * kept + config.vocab_size * (2 * 4 + types.compute)),
+        precision=load.precision,
     )
 
 
@@ -82,10 +104,10 @@ def calibration(work: StepWork, site: Site, measured_seconds: float) -> float:
 
 
 def step_seconds(work: StepWork, site: Site) -> float:
-    """Seconds of a local step: with the site's measured factor, else the paper's FLOPs / (peak x MFU)."""
+    """Seconds of this work: with the site's measured factor, else the paper's FLOPs / (peak x MFU)."""
     if site.step_factor is not None:
         return site.step_factor * work.seconds_at_peak(site)
-    return work.flops / (site.peak_flops * site.mfu)
+    return work.flops / (site.peak_flops(work.precision) * site.mfu)
 
 
 def run_seconds(

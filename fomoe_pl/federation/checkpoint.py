@@ -5,11 +5,13 @@ Layout of the folder:
     experts-00003.safetensors     the experts that site 3 writes: `<tensor name>#<expert id>`; each expert once
     momentum-*.safetensors        outer momentum under the same names, where the outer rule has one
     site-00003.pt                 what site 3 needs beside the global model to go on (inner moments, ledger)
+    observers-00003.pt            what site 3's callbacks know of its own routing, if any do
     trainer.pt                    Lightning's own state (loops, schedulers, callbacks) and the position in the data
     manifest.json                 hashes of all files and its own, sizes; written last: a folder without is incomplete
 
-Files are written into `<folder>.partial`, which is renamed when every site is done. A folder that it replaces is kept
-as `<folder>.old` until then, so that at each moment one of the three is complete.
+Files are written into `<folder>.partial`, where each site leaves a seal when it is done; with all seals there it is
+renamed. A folder that it replaces is kept as `<folder>.old` until then, so that at each moment one of the three is
+complete.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.files import write_whole
 
 FORMAT = 4
 MANIFEST = "manifest.json"
@@ -60,25 +63,38 @@ def complete_siblings(folder: Path) -> list[Path]:
     return [path for path in (partial(folder), replaced(folder)) if (path / MANIFEST).is_file()]
 
 
-def write_dense(folder: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> str:
-    """Write dense tensors (site 0); returns the file's name."""
-    name = f"{prefix}dense.safetensors"
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial(folder) / name)
-    return name
+def dense_name(prefix: str = "") -> str:
+    """The file of dense tensors, which site 0 writes."""
+    return f"{prefix}dense.safetensors"
 
 
-def write_experts(folder: Path, site: int, rows: Mapping[tuple[str, int], Tensor], prefix: str = "") -> str:
-    """Write the experts that this site owns, (tensor name, expert id) -> its row; returns the file's name."""
-    flat = {f"{name}#{expert}": row.detach().cpu().contiguous() for (name, expert), row in rows.items()}
-    name = f"{prefix}experts-{site:05d}.safetensors"
-    save_file(flat, partial(folder) / name)
-    return name
+def experts_name(site: int, prefix: str = "") -> str:
+    """The file of the experts that a site owns."""
+    return f"{prefix}experts-{site:05d}.safetensors"
 
 
-def write_state(folder: Path, name: str, state: Any) -> str:
-    """Write a torch file beside the weights; returns its name."""
-    torch.save(state, partial(folder) / f"{name}.pt")
-    return f"{name}.pt"
+def site_name(site: int) -> str:
+    """The file of what a site needs beside the global model."""
+    return f"site-{site:05d}.pt"
+
+
+def observers_name(site: int) -> str:
+    """The file of what a site's callbacks know that others' do not."""
+    return f"observers-{site:05d}.pt"
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    """Write one file of an unfinished checkpoint.
+
+    Args:
+        folder: the checkpoint's final name.
+        name: of the file; `.safetensors` holds tensors by name, anything else is a torch file.
+        content: what is in it.
+    """
+    if name.endswith(".safetensors"):
+        save_file({key: t.detach().cpu().contiguous() for key, t in content.items()}, partial(folder) / name)
+    else:
+        torch.save(content, partial(folder) / name)
 
 
 def seal(folder: Path, site: int, names: Iterable[str]) -> None:
@@ -89,7 +105,12 @@ def seal(folder: Path, site: int, names: Iterable[str]) -> None:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         seals[name] = {"bytes": (partial(folder) / name).stat().st_size, "sha256": digest}
-    (partial(folder) / _SEALS.replace("*", f"{site:05d}")).write_text(json.dumps(seals))
+    write_whole(partial(folder) / _SEALS.replace("*", f"{site:05d}"), json.dumps(seals))
+
+
+def n_sealed(folder: Path) -> int:
+    """How many sites have written all their files."""
+    return len(list(partial(folder).glob(_SEALS)))
 
 
 def finish(folder: Path, manifest: dict[str, Any]) -> None:
@@ -157,13 +178,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: Path, name: str) -> Path:
+def is_complete(folder: Path, optimizer_steps: int) -> bool:
+    """Whether the folder is a complete checkpoint, and that of this step."""
+    try:
+        return bool(read_manifest(folder)["optimizer_steps"] == optimizer_steps)
+    except (ConfigError, OSError):  # another one, or it is being replaced
+        return False
+
+
+def verify(folder: Path, name: str, manifest: Mapping[str, Any] | None = None) -> Path:
     """The path of one of the folder's files, once its hash has been compared with the manifest's.
+
+    Args:
+        folder: checkpoint folder.
+        name: of the file.
+        manifest: the folder's own, where it has been read already.
 
     Raises:
         ConfigError: if the file is not the one that was written.
     """
-    about = read_manifest(folder)["files"].get(name)
+    about = (manifest or read_manifest(folder))["files"].get(name)
     if about is None:
         raise ConfigError("ckpt_path", str(folder), f"has no {name}", "use another checkpoint")
     with (folder / name).open("rb") as file:
@@ -224,6 +258,45 @@ def check_architecture(
         raise ConfigError("ckpt_path", str(folder), rule, "use the model settings that it was trained with")
 
 
+class WeightFiles:
+    """The tensors of a checkpoint by name, read one by one; a file's hash is compared when it is first read.
+
+    Args:
+        folder: checkpoint folder.
+        prefix: of the files that are read, `MOMENTUM` for outer momentum.
+
+    Raises:
+        ConfigError: if the folder is no complete checkpoint.
+    """
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._where: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        for name in self.manifest["files"]:
+            if name.endswith(".safetensors") and name.startswith((f"{prefix}dense", f"{prefix}experts")):
+                with safe_open(folder / name, framework="pt") as file:
+                    self._where |= dict.fromkeys(file.keys(), name)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._where
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, or `<name>#<expert>` one expert's row.
+
+        Raises:
+            ConfigError: if there is none, or its file is damaged.
+        """
+        if key not in self._where:
+            raise ConfigError("ckpt_path", str(self.folder), f"has no tensor {key!r}", "give a complete checkpoint")
+        name = self._where[key]
+        if name not in self._handles:
+            self._handles[name] = safe_open(verify(self.folder, name, self.manifest), framework="pt")
+        tensor: Tensor = self._handles[name].get_tensor(key)
+        return tensor
+
+
 def read_weights(
     folder: Path,
     names: list[str],
@@ -248,29 +321,14 @@ def read_weights(
     Raises:
         ConfigError: if a tensor is missing, or a file that has one of them is damaged.
     """
-    where: dict[str, Path] = {}
-    for name in read_manifest(folder)["files"]:
-        if name.endswith(".safetensors") and name.startswith((f"{prefix}dense", f"{prefix}experts")):
-            with safe_open(folder / name, framework="pt") as file:
-                where |= dict.fromkeys(file.keys(), folder / name)
-    handles: dict[Path, Any] = {}
-
-    def read(key: str) -> Tensor:
-        if key not in where:
-            raise ConfigError("ckpt_path", str(folder), f"has no tensor {key!r}", "give a complete checkpoint")
-        path = where[key]
-        if path not in handles:
-            handles[path] = safe_open(verify(folder, path.name), framework="pt")
-        tensor: Tensor = handles[path].get_tensor(key)
-        return tensor
-
+    files = WeightFiles(folder, prefix)
     weights = {}
     for name in names:
         layer = expert_layer.get(name)
         wanted = range(n_experts) if layer is None else residents[layer]
-        if name in where:
-            tensor = read(name)
+        if name in files:
+            tensor = files.read(name)
             weights[name] = tensor if layer is None else tensor[list(wanted)]
         else:
-            weights[name] = torch.stack([read(f"{name}#{expert}") for expert in wanted])
+            weights[name] = torch.stack([files.read(f"{name}#{expert}") for expert in wanted])
     return weights

@@ -1,10 +1,12 @@
 """How far a round moved what: norms of pseudo-gradients, dense and of each expert, on this site."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+Watched = Callable[..., AbstractContextManager[None]]
 OWN, MEAN, AGREED, OWN_NORM = range(4)
 
 
@@ -16,13 +18,16 @@ class Movement:
     Args:
         n_layers: Layers L.
         n_experts: Experts of a layer, E.
+        watched: What is done inside it is charged to watching, not to the round; with `wait`, whether the device is
+            waited for.
 
     Attributes:
         active: whether the next round is measured.
     """
 
-    def __init__(self, n_layers: int, n_experts: int) -> None:
+    def __init__(self, n_layers: int, n_experts: int, watched: Watched | None = None) -> None:
         self.active = True
+        self.watched: Watched = watched or (lambda **_: nullcontext())
         self._shape = (n_layers, n_experts, 4)
         self._noted: list[tuple[int, int | None, Sequence[int], Tensor]] = []
 

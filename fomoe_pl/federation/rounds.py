@@ -101,7 +101,8 @@ class Federation:
         """
         measured = self.movement is not None and self.movement.active
         if measured:
-            self._note_movement()
+            with cast(Movement, self.movement).watched():
+                self._note_movement()
         for kind, sites, pieces in self._groups():
             numels = [piece.of(self.anchors[piece.name]).numel() for piece in pieces]
             read, write = partial(self._pseudo_gradient, pieces), partial(self._outer_step, kind, pieces, measured)
@@ -127,10 +128,10 @@ class Federation:
         anchor = piece.of(self.anchors[piece.name])
         delta = mean.to(anchor.device).view_as(anchor)
         if measured and piece.name in self.layout.trained:
-            layer, experts = self._experts_of(piece.name)
-            cast(Movement, self.movement).add(
-                MEAN, layer, experts if piece.row is None else [experts[piece.row]], delta
-            )
+            movement = cast(Movement, self.movement)
+            with movement.watched(wait=False):  # there are hundreds of pieces, and next to nothing to wait for
+                layer, experts = self._experts_of(piece.name)
+                movement.add(MEAN, layer, experts if piece.row is None else [experts[piece.row]], delta)
         if piece.name not in self.layout.trained:
             anchor.sub_(delta)
             return

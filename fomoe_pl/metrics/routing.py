@@ -106,6 +106,9 @@ class RoutingHealth(FlatSumMetric):
     Args:
         n_layers: Number of MoE layers L.
         n_experts: Number of routed experts E of a layer.
+
+    Attributes:
+        resets: How often the sums were started anew.
     """
 
     load_LE: Tensor
@@ -121,6 +124,17 @@ class RoutingHealth(FlatSumMetric):
             self.add_sum(name, (n_layers, n_experts))
         self.add_sum("gate_entropy_L", (n_layers,))
         self.add_sum("picks", ())
+        self.resets = 0
+
+    def reset(self) -> None:
+        """Start all sums anew."""
+        super().reset()
+        self.resets += 1
+
+    def executed(self) -> tuple[float, float]:
+        """Return the picks that were executed, summed over layers, and all picks of one layer; one wait for a GPU."""
+        live, picks = torch.stack([self.live_LE.sum(), self.picks]).tolist()
+        return live, picks
 
     def update(
         self,

@@ -17,8 +17,9 @@ from fomoe_pl.model.parts import Linear, Norm
 def rotary_tables(length: int, channels: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the rotary embedding (RoFormer, arXiv 2104.09864), float32, each (length, channels).
 
-    Channel c turns with channel c + channels/2. Plain cached tensors rather than buffers: a module's ``.to(bfloat16)``
-    would round buffers, and positions above 256 do not survive that.
+    Channel c turns with channel c + channels/2; the sine of the first half of the channels has its sign turned, as
+    `rotate` wants it. Plain cached tensors rather than buffers: a module's ``.to(bfloat16)`` would round buffers, and
+    positions above 256 do not survive that.
 
     Args:
         length: Number of positions S.
@@ -31,15 +32,20 @@ def rotary_tables(length: int, channels: int, theta: float, device: torch.device
         exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
         positions = torch.arange(length, dtype=torch.float32, device=device)
         angles = torch.outer(positions, theta**-exponents)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-    """Turn each pair of channels by its position's angle, in float32; same shape, same dtype."""
+    """Turn each pair of channels by its position's angle, in float32; same shape, same dtype.
+
+    Args:
+        x_BHSC: Queries or keys.
+        cos_SC: From `rotary_tables`.
+        sin_SC: Likewise, with its signs.
+    """
     x = x_BHSC.float()
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos_SC + torch.cat((-second, first), dim=-1) * sin_SC).to(x_BHSC.dtype)
+    return (x * cos_SC + x.roll(x.shape[-1] // 2, dims=-1) * sin_SC).to(x_BHSC.dtype)
 
 
 class Attention(nn.Module):
@@ -68,15 +74,18 @@ class Attention(nn.Module):
             self.q_norm = Norm(self.head_size if per_head else q_size, config, device=device, dtype=dtype)
             self.k_norm = Norm(self.head_size if per_head else kv_size, config, device=device, dtype=dtype)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Attend causally; (B,S,D) to (B,S,D)."""
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return this attention's rotary tables for sequences of that length."""
+        return rotary_tables(length, self.head_size, self.theta, device)
+
+    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+        """Attend causally; (B,S,D) to (B,S,D). The tables are those of `rotary`: a compiled block cannot cache them."""
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHSC, k_BGSC, v_BGSC = (t.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for t in (q, k, v))
         if self.qk_norm == "head":
             q_BHSC, k_BGSC = self.q_norm(q_BHSC), self.k_norm(k_BGSC)
-        cos_SC, sin_SC = rotary_tables(x_BSD.shape[1], self.head_size, self.theta, x_BSD.device)
         # Under autocast a norm may give float32, but the fused attention kernels want one dtype.
         q_BHSC = rotate(q_BHSC, cos_SC, sin_SC).to(v.dtype)
         k_BGSC = rotate(k_BGSC, cos_SC, sin_SC).to(v.dtype)

@@ -12,7 +12,7 @@ NormKind = Literal["layernorm", "rmsnorm"]
 QKNorm = Literal["none", "full", "head"]
 Parametrization = Literal["completep", "standard"]
 Balance = Literal["none", "aux_loss", "bias"]
-ExpertBackend = Literal["auto", "loop", "grouped"]
+ExpertBackend = Literal["auto", "loop", "grouped", "triton"]
 
 _KEY = "model.architecture."
 
@@ -50,7 +50,8 @@ class ModelConfig:
         aux_loss_weight: Weight of the load-balance loss; used with ``balance: aux_loss``.
         z_loss_weight: Weight of the router z-loss (ST-MoE, arXiv 2202.08906); 0 is off.
         bias_update_rate: Step of the balance bias per optimizer step; used with ``balance: bias``.
-        expert_backend: ``grouped`` is torch's grouped GEMM, ``loop`` the reference; ``auto`` is grouped where it works.
+        expert_backend: ``triton`` is our kernels, ``grouped`` torch's grouped GEMM, ``loop`` the reference; ``auto`` is
+            the first of them that works.
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more compute.
         loss_chunk_bytes: Upper bound, in bytes, of one float32 chunk of logits in the loss.
 

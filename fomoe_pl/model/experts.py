@@ -5,15 +5,17 @@ F expert width.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.model.backends import grouped, loop
+from fomoe_pl.model.backends import grouped, kernels, loop
 from fomoe_pl.model.backends.activation import activate
-from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.config import ExpertBackend, ModelConfig
 from fomoe_pl.model.parts import compute_dtype
 
 
@@ -55,33 +57,66 @@ class Experts(nn.Module):
             (T,D) in the compute type.
 
         Raises:
-            ConfigError: If ``expert_backend`` is ``grouped`` and the grouped product does not work here.
+            ConfigError: If the ``expert_backend`` that is asked for does not work here.
         """
-        # By hand: autocast knows neither the grouped product nor in-place indexing.
+        # By hand: autocast knows neither grouped products nor in-place indexing.
         dtype = compute_dtype(x_TD)
-        x_TD, w_in_RDI, w_out_RFD = x_TD.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
-        run = grouped.dispatch if self._use_grouped(x_TD) else loop.dispatch
+        backend = choose_backend(self.backend, x_TD.device, dtype, *self.w_out.shape[1:])
+        x_TD = x_TD.to(dtype)
+        # Triton's takes float32 weights, and gives float32 gradients.
+        w_in_RDI, w_out_RFD = (w if backend == "triton" else w.to(dtype) for w in (self.w_in, self.w_out))
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            run = _dispatch_of(backend, x_TD.device.type)
             return run(x_TD, gates_TK, slots_TK, w_in_RDI, w_out_RFD, self.kind)
 
-    def _use_grouped(self, x_TD: Tensor) -> bool:
-        if self.backend == "loop":
-            return False
-        reason = grouped.unsupported(x_TD.device, x_TD.dtype, self.w_in.shape[1], self.w_out.shape[1])
-        if reason is None:
-            return True
-        if self.backend == "grouped":
-            hint = "Use expert_backend auto or loop, or another precision or size"
-            raise ConfigError(
-                "model.architecture.expert_backend", "grouped", f"the grouped product does not work: {reason}", hint
-            )
-        _tell_fallback(reason)
-        return False
+
+def _dispatch_of(backend: str, device_type: str) -> Callable[..., Tensor]:
+    if backend == "triton":
+        return kernels.dispatch
+    if backend == "grouped" and device_type == "cuda":
+        return grouped.dispatch
+    # On a CPU both take shapes from the numbers in the tensors, which compiled code cannot.
+    return torch.compiler.disable(grouped.dispatch if backend == "grouped" else loop.dispatch)
 
 
-@lru_cache(maxsize=1)
-def _tell_fallback(reason: str) -> None:
-    warnings.warn(f"experts run one by one (expert_backend loop) instead of grouped: {reason}", stacklevel=2)
+@torch.compiler.assume_constant_result
+def choose_backend(
+    wanted: ExpertBackend, device: torch.device, dtype: torch.dtype, d_expert: int, d_model: int
+) -> Literal["triton", "grouped", "loop"]:
+    """Return which backend runs the experts; with ``auto`` the first of triton, grouped and loop that works.
+
+    Args:
+        wanted: As configured.
+        device: Where the tokens are.
+        dtype: In which type the products run.
+        d_expert: Width F.
+        d_model: Width D.
+
+    Raises:
+        ConfigError: If the backend that is asked for does not work here.
+    """
+    if wanted == "loop":
+        return "loop"
+    reasons = {
+        "triton": kernels.unsupported(device, dtype),
+        "grouped": grouped.unsupported(device, dtype, d_model, d_expert),
+    }
+    if wanted != "auto":
+        if reasons[wanted] is not None:
+            rule, hint = f"does not work here: {reasons[wanted]}", "Use auto or loop, or another precision or size"
+            raise ConfigError("model.architecture.expert_backend", wanted, rule, hint)
+        return wanted
+    # On a CPU nobody expects a GPU's kernels.
+    for name in ("triton", "grouped") if device.type == "cuda" else ("grouped",):
+        if reasons[name] is None:
+            return name
+        _tell_fallback(name, reasons[name])
+    return "loop"
+
+
+@lru_cache(maxsize=4)
+def _tell_fallback(name: str, reason: str) -> None:
+    warnings.warn(f"expert_backend auto does not take {name}: {reason}", stacklevel=2)
 
 
 class SharedExperts(nn.Module):

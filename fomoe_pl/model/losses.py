@@ -3,13 +3,13 @@
 Shapes: N tokens, C tokens of one chunk, D model, V vocabulary, W the vocabulary rounded up, E experts.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fomoe_pl.model.backends import kernels
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.parts import compute_dtype
 from fomoe_pl.model.residency import Residency
@@ -33,17 +33,49 @@ def _output_matrix(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
     return F.pad(weight_VD.to(dtype), (0, 0, 0, missing)) if missing else weight_VD.to(dtype)
 
 
-def _chunks(
-    hidden_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, vocab_size: int, max_bytes: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield (hidden, targets (C,1), is counted (C,1), float32 log-probabilities (C,W)) chunk after chunk."""
-    rows = chunk_rows(weight_WD.shape[0], max_bytes)
-    for hidden_CD, targets_C in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
-        counted_C = targets_C != IGNORED
-        logits_CW = hidden_CD @ weight_WD.t()
-        logits_CW[:, vocab_size:] = -torch.inf
-        log_p_CW = logits_CW.log_softmax(dim=1, dtype=torch.float32)
-        yield hidden_CD, targets_C.where(counted_C, 0)[:, None], counted_C[:, None], log_p_CW
+def _in_kernel(hidden_ND: Tensor, dtype: torch.dtype) -> bool:
+    return hidden_ND.is_cuda and kernels.unsupported(hidden_ND.device, dtype) is None
+
+
+def _log_probabilities(logits_CW: Tensor, vocab_size: int) -> Tensor:
+    """Return float32 (C,W) of the vocabulary, -inf in the padding."""
+    logits_CW[:, vocab_size:] = -torch.inf
+    return logits_CW.log_softmax(dim=1, dtype=torch.float32)
+
+
+def _cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return losses, float32 (C,), 0 where not counted, and the gradient (C,W), of no meaning where not counted."""
+    counted_C = targets_C != IGNORED
+    targets_C1 = targets_C.where(counted_C, 0)[:, None]
+    log_p_CW = _log_probabilities(logits_CW, vocab_size)
+    log_p_C1 = log_p_CW.gather(1, targets_C1)
+    d_logits_CW = log_p_CW.exp_().to(logits_CW.dtype)
+    # Less 1 at the target, before rounding.
+    d_logits_CW.scatter_(1, targets_C1, log_p_C1.expm1().to(logits_CW.dtype))
+    return -log_p_C1.squeeze(1).where(counted_C, 0), d_logits_CW
+
+
+def _chunk_gradients(
+    hidden_CD: Tensor, weight_WD: Tensor, targets_C: Tensor, vocab_size: int, d_weight_WD: Tensor, in_kernel: bool
+) -> tuple[Tensor, Tensor]:
+    """Add a chunk's part to the weight's gradient; return its loss and its hidden states' gradient."""
+    d_logits_CW = hidden_CD @ weight_WD.t()
+    if in_kernel:
+        losses_C = kernels.cross_entropy(d_logits_CW, targets_C, vocab_size, with_gradient=True)
+    else:
+        losses_C, d_logits_CW = _cross_entropy(d_logits_CW, targets_C, vocab_size)
+    counted_C1 = (targets_C != IGNORED)[:, None]
+    # Masked where a row has D numbers, not V.
+    _add_product(d_weight_WD, d_logits_CW.t(), hidden_CD.where(counted_C1, 0))
+    return losses_C.sum(), (d_logits_CW @ weight_WD).where(counted_C1, 0)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to a float32 total; on a GPU inside the product, without a rounded one in memory."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,18 +91,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_WD = _output_matrix(weight_VD, dtype)
             # Over many chunks a bfloat16 sum would lose the small ones.
             d_weight_WD = torch.zeros_like(weight_WD, dtype=torch.float32)
-            chunks = _chunks(hidden_ND.to(dtype), weight_WD, targets_N, vocab_size, max_bytes)
-            start = 0
-            for hidden_CD, targets_C1, counted_C1, log_p_CW in chunks:
-                log_p_C1 = log_p_CW.gather(1, targets_C1)
-                total -= log_p_C1.where(counted_C1, 0).sum()
-                d_logits_CW = log_p_CW.exp_().to(dtype)
-                # Less 1 at the target, before rounding.
-                d_logits_CW.scatter_(1, targets_C1, log_p_C1.expm1().to(dtype))
-                # Masked where a row has D numbers, not V.
-                d_hidden_ND[start : start + len(hidden_CD)] = (d_logits_CW @ weight_WD).where(counted_C1, 0)
-                d_weight_WD += d_logits_CW.t() @ hidden_CD.where(counted_C1, 0)
-                start += len(hidden_CD)
+            rows = chunk_rows(len(weight_WD), max_bytes)
+            in_kernel = _in_kernel(hidden_ND, dtype)
+            chunks = zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True)
+            for i, (hidden_CD, targets_C) in enumerate(chunks):
+                chunk = (hidden_CD, weight_WD, targets_C, vocab_size)
+                loss, d_hidden_ND[i * rows : (i + 1) * rows] = _chunk_gradients(*chunk, d_weight_WD, in_kernel)
+                total += loss
         ctx.save_for_backward(d_hidden_ND, d_weight_WD[:vocab_size])
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -114,10 +141,18 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
     losses = []
     with torch.autocast(device_type=hidden_ND.device.type, enabled=False):
         weight_WD = _output_matrix(weight_VD, dtype)
-        chunks = _chunks(hidden_ND.to(dtype), weight_WD, targets_N, weight_VD.shape[0], max_bytes)
-        for _, targets_C1, counted_C1, log_p_CW in chunks:
-            losses.append(-log_p_CW.gather(1, targets_C1).where(counted_C1, 0))
-    return torch.cat(losses).squeeze(1)
+        rows, in_kernel = chunk_rows(len(weight_WD), max_bytes), _in_kernel(hidden_ND, dtype)
+        for hidden_CD, targets_C in zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True):
+            logits_CW = hidden_CD @ weight_WD.t()
+            if in_kernel:
+                losses_C = kernels.cross_entropy(logits_CW, targets_C, len(weight_VD), with_gradient=False)
+            else:
+                counted_C = targets_C != IGNORED
+                log_p_CW = _log_probabilities(logits_CW, len(weight_VD))
+                log_p_C1 = log_p_CW.gather(1, targets_C.where(counted_C, 0)[:, None])
+                losses_C = -log_p_C1.squeeze(1).where(counted_C, 0)
+            losses.append(losses_C)
+    return torch.cat(losses)
 
 
 def balance_loss(stats: RoutingStats, n_scored: int) -> Tensor:

@@ -27,7 +27,8 @@ class RoutingStats(NamedTuple):
         picks: All picks, T·K.
         importance_E: float32 (E,), mean over tokens of the scores normalised to sum 1; zero where not scored.
         z: float32 (), mean over tokens of logsumexp(logits)² (ST-MoE, arXiv 2202.08906).
-        gate_entropy: float32 (), mean over tokens of the entropy of the normalised scores, divided by log N.
+        gate_entropy: float32 (), mean over tokens of the entropy of the normalised scores, divided by log N; None if
+            the router does not measure it.
         picks_TK: int64, picks of each token as rows of the router: expert ids in ghost mode, else see `resident_ids`.
         gates_TK: float32, gates of these picks, without gradient.
     """
@@ -37,7 +38,7 @@ class RoutingStats(NamedTuple):
     picks: int
     importance_E: Tensor
     z: Tensor
-    gate_entropy: Tensor
+    gate_entropy: Tensor | None
     picks_TK: Tensor
     gates_TK: Tensor
 
@@ -54,6 +55,9 @@ class Router(nn.Module):
         resident: Sorted ids of the resident experts.
         device: Where the weights live; None is torch's default.
         dtype: Type of the weights; None is torch's default.
+
+    Attributes:
+        measures_entropy: Whether the statistics have the gates' entropy, which costs several passes over the scores.
     """
 
     resident_ids: Tensor
@@ -82,6 +86,7 @@ class Router(nn.Module):
         self.register_buffer("slot_of_expert", slots_E.to(self.weight.device), persistent=False)
         bias = torch.zeros(n_scored, device=device, dtype=torch.float32) if config.balance == "bias" else None
         self.register_buffer("balance_bias", bias)
+        self.measures_entropy = True
         self._random: torch.Generator | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -110,6 +115,11 @@ class Router(nn.Module):
             yield
         finally:
             self._random = None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether experts are drawn at random for a while."""
+        return self._random is not None
 
     def expert_ids(self, picks_TK: Tensor) -> Tensor:
         """Turn rows of this router, as in `RoutingStats.picks_TK`, into expert ids."""
@@ -162,10 +172,7 @@ class Router(nn.Module):
         else:
             load_E, importance_E = load_N, importance_N
         live = (slots_TK < self.resident_ids.numel()).sum()
-        shares_TN = shares_TN.detach()
-        entropy = -torch.xlogy(shares_TN, shares_TN).sum(dim=-1).mean()
-        # One scored expert leaves no choice: the entropy is 0, and so is its bound.
-        gate_entropy = entropy / math.log(n_scored) if n_scored > 1 else entropy
+        gate_entropy = _entropy(shares_TN.detach()) if self.measures_entropy else None
         return RoutingStats(load_E, live, n_picks, importance_E, z, gate_entropy, chosen_TK, gates_TK.detach())
 
     @torch.no_grad()
@@ -180,6 +187,13 @@ class Router(nn.Module):
             return
         load_N = load_E if self.routing == "ghost" else load_E[self.resident_ids]
         self.balance_bias += rate * torch.sign(load_N.mean() - load_N)
+
+
+def _entropy(shares_TN: Tensor) -> Tensor:
+    n_tokens, n_scored = shares_TN.shape
+    # One scored expert leaves no choice: the entropy is 0, and so is its bound.
+    bound = math.log(n_scored) if n_scored > 1 else 1.0
+    return torch.special.entr(shares_TN).sum() / (n_tokens * bound)
 
 
 def lookup(n_experts: int, resident: tuple[int, ...]) -> tuple[Tensor, Tensor]:

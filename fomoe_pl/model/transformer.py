@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, D model, V vocabulary, E experts of a layer, R resident experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fomoe_pl.model import losses
 from fomoe_pl.model.attention import Attention
+from fomoe_pl.model.compiled import compiled
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.init import initialize
 from fomoe_pl.model.moe import MoELayer
@@ -46,6 +47,7 @@ class Block(nn.Module):
         super().__init__()
         self.multiplier = branch_multiplier(config)
         self.checkpointing = config.activation_checkpointing
+        self.compiled: Callable[..., tuple[Tensor, RoutingStats]] | None = None
         self.attention_norm = Norm(config.d_model, config, device=device, dtype=dtype)
         self.attention = Attention(config, device=device, dtype=dtype)
         self.moe_norm = Norm(config.d_model, config, device=device, dtype=dtype)
@@ -56,12 +58,16 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
         """Return the residual stream (B,S,D) after this block, and what its router did."""
+        tables = self.attention.rotary(x_BSD.shape[1], x_BSD.device)
+        # Routing at random draws from a generator, which compiled code cannot.
+        run = self.plain if self.compiled is None or self.moe.router.is_random else self.compiled
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_BSD, use_reentrant=False)
-        return self._forward(x_BSD)
+            return checkpoint(run, x_BSD, *tables, use_reentrant=False)
+        return run(x_BSD, *tables)
 
-    def _forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
-        attended_BSD = self.attention_out_norm(self.attention(self.attention_norm(x_BSD)))
+    def plain(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, RoutingStats]:
+        """What `forward` does, of tensors alone: this is what is compiled."""
+        attended_BSD = self.attention_out_norm(self.attention(self.attention_norm(x_BSD), cos_SC, sin_SC))
         x_BSD = x_BSD + self.multiplier * attended_BSD
         y_BSD, stats = self.moe(self.moe_norm(x_BSD))
         return x_BSD + self.multiplier * self.moe_out_norm(y_BSD), stats
@@ -159,6 +165,11 @@ class Transformer(nn.Module):
         return losses.token_losses(
             hidden_BSD.flatten(0, 1), self.output_weight, targets_BS.flatten(), self.config.loss_chunk_bytes
         ).view(targets_BS.shape)
+
+    def compile_blocks(self) -> None:
+        """Run the blocks as compiled code from now on; the first one that runs compiles for all, see `compiled.py`."""
+        for block in self.layers:
+            block.compiled = compiled(block.plain)
 
     def expert_tensors(self) -> dict[str, int]:
         """Return the layer of every tensor whose row r (axis 0) belongs to expert ``residency.experts[layer][r]``.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pickle
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,11 @@ from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.rounds import Federation
+from fomoe_pl.federation.wire import WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
 from fomoe_pl.strategies.elastic import Pace
 from fomoe_pl.strategies.meeting import meet
-
-T = TypeVar("T")
 
 
 class SiteStrategy(CheckpointingStrategy):
@@ -37,6 +37,7 @@ class SiteStrategy(CheckpointingStrategy):
         round_stats: means over all sites of the last round (fixed keys; empty before the first round).
         has_rounds: whether sites agree in rounds, not in every step.
         observers: who looks at the ends of rounds; the same on all sites, in the same order.
+        wire_dtype: dtype of averaged values on the wire.
         pace: of a run that may have fewer sites than planned.
         watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
     """
@@ -44,20 +45,18 @@ class SiteStrategy(CheckpointingStrategy):
     # With Lightning's own handling of signals data-parallel ranks may stop at different steps, and cannot save.
     saves_when_stopped = True
     has_rounds = False
+    wire_dtype: WireDtype = "float32"
     federation: Federation | None = None
     pace: Pace | None = None
 
-    def init_site(self) -> None:
+    def init_site(self, async_save: bool) -> None:
         """Set the counters; called by the constructors."""
+        self.init_saving(async_save)
         self.ledger = Ledger()
         self.rounds_done = 0
         self.redraws = 0
         self.optimizer_steps = 0
         self.sync_seconds = 0.0
-        self.last_saved = None
-        self.saved_at = -1
-        self.saves_failed = 0
-        self._keep_old = False
         self._rng_states = None
         self._signal: int | None = None
         self.round_stats: dict[str, float] = {}
@@ -86,28 +85,48 @@ class SiteStrategy(CheckpointingStrategy):
 
     # -- who watches ---------------------------------------------------------------------------------------------
 
-    def ask_observers(self, look: Callable[[RoundObserver], T]) -> list[T]:
-        """Call each observer, in their order, on their own time."""
+    @contextmanager
+    def watched(self, *, wait: bool = True) -> Iterator[None]:
+        """Charge what is done inside to watching.
+
+        Args:
+            wait: for the device, before and after, so that what is queued is charged where it belongs.
+        """
+        if wait:
+            self._wait_for_device()
         start = time.perf_counter()
-        answers = [look(observer) for observer in self.observers]
+        yield
+        if wait:
+            self._wait_for_device()
         self.watch_seconds += time.perf_counter() - start
-        return answers
+
+    def _wait_for_device(self) -> None:
+        if self.root_device.type == "cuda":
+            torch.cuda.synchronize(self.root_device)
+
+    def ask_observers(self, look: Callable[[RoundObserver], Any]) -> None:
+        """Call each observer, in their order, on their own time."""
+        if self.observers:
+            with self.watched():
+                for observer in self.observers:
+                    look(observer)
 
     def share_observations(self) -> None:
-        """Add all that observers count over the sites, in one message."""
+        """Add all that observers count over the sites, in one message, which is sent for them: on their time too."""
         if not self.observers:
             return
-        watched = self.ask_observers(lambda observer: observer.statistics())
-        total = self.sum_over_sites(torch.cat(watched), "control")
-        waiting = iter(total.split([len(part) for part in watched]))
-        self.ask_observers(lambda observer: observer.receive(next(waiting)))
+        with self.watched():
+            counted = [observer.statistics() for observer in self.observers]
+            total = self.sum_over_sites(torch.cat(counted), "control")
+            for observer, part in zip(self.observers, total.split([len(part) for part in counted]), strict=True):
+                observer.receive(part)
 
     def watch_movement(self) -> Movement | None:
         """Have rounds fill a `Movement`; None where there are no rounds."""
         if self.federation is None:
             return None
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
-        self.federation.movement = Movement(config.n_layers, config.n_experts)
+        self.federation.movement = Movement(config.n_layers, config.n_experts, self.watched)
         return self.federation.movement
 
     @property
@@ -119,6 +138,12 @@ class SiteStrategy(CheckpointingStrategy):
         """Bytes of anchors and outer momentum on this rank."""
         kept = () if self.federation is None else (self.federation.anchors, self.federation.momenta)
         return sum(tensor.nbytes for tensors in kept for tensor in tensors.values())
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """One step, after which gradients are freed: Lightning would keep them beside the next step's activations."""
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        optimizer.zero_grad()
+        return output
 
     # -- Lightning's own traffic, counted ------------------------------------------------------------------------
 
@@ -152,8 +177,12 @@ class SiteStrategy(CheckpointingStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Save where a signal ends the run, and tell what to go on from."""
-        if isinstance(exception, SIGTERMException) and self.saves_when_stopped:
+        stopped = isinstance(exception, SIGTERMException)
+        if stopped and self.saves_when_stopped:
             self._save_last("stopped")
+        elif not isinstance(exception, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
+            self.leave_save()
+        if stopped and self.saves_when_stopped:
             exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
         elif isinstance(exception, SiteLostError):
             given = self.lightning_module.trainer.ckpt_path  # type: ignore[union-attr]
@@ -177,6 +206,7 @@ class SiteStrategy(CheckpointingStrategy):
             self._save_last("ended")
 
     def _save_last(self, name: str) -> None:
+        self.settle_save()
         trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
         if self.saved_at != self.optimizer_steps:
             callback = trainer.checkpoint_callback

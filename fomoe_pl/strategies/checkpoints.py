@@ -1,208 +1,44 @@
-"""Saving and resuming, the same for all strategies: one checkpoint format, whatever trains."""
+"""Resuming, the same for all strategies: on the same sites bit for bit, on others from the same global model."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch.strategies import Strategy
+from lightning.fabric.utilities.seed import _set_rng_states
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation import checkpoint as files
-from fomoe_pl.federation.layout import ParameterLayout
-from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.topology import Topology
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.strategies.carryover import carry_over, differences
 from fomoe_pl.strategies.checks import check_weights
+from fomoe_pl.strategies.saving import SavingStrategy
 
-CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # full or read-only disk, as each of the writers tells it
 
+class CheckpointingStrategy(SavingStrategy):
+    """Reads the checkpoint folders that it has written, and those of other strategies and sites."""
 
-class CheckpointingStrategy(Strategy):
-    """Writes and reads checkpoint folders.
-
-    Attributes:
-        ledger: bytes that this rank sent.
-        rounds_done: rounds that have ended.
-        redraws: how often experts were dealt anew.
-        optimizer_steps: local optimizer steps taken.
-        sync_seconds: seconds spent in synchronisation.
-        last_saved: the newest complete checkpoint that this run has written or was resumed from.
-        saved_at: optimizer steps in the newest checkpoint that this run has written; -1 without one.
-        saves_failed: how often a checkpoint could not be written.
-    """
-
-    ledger: Ledger
-    rounds_done: int
-    redraws: int
-    optimizer_steps: int
-    sync_seconds: float
-    last_saved: Path | None
-    saved_at: int
-    saves_failed: int
-    _keep_old: bool
     _rng_states: dict[str, Any] | None
-
-    @property
-    def topology(self) -> Topology:
-        """This rank's place; for data-parallel strategies every rank counts as a site."""
-        raise NotImplementedError
-
-    def residency(self, config: ModelConfig) -> Residency:
-        """Which experts the model on this rank holds."""
-        return Residency.full(config)
-
-    def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
-        """Sum a small tensor over all sites, counted."""
-        raise NotImplementedError
-
-    # -- what is saved --------------------------------------------------------------------------------------------
-
-    @property
-    def transformer(self) -> torch.nn.Module:
-        """The model inside the LightningModule."""
-        model = self.lightning_module.model  # type: ignore[union-attr]
-        assert isinstance(model, torch.nn.Module)
-        return model
-
-    def layout(self) -> ParameterLayout:
-        """The tensors that make up the global model."""
-        return ParameterLayout.of(self.transformer, self.transformer.expert_tensors())  # type: ignore[operator]
-
-    def global_tensors(self) -> Mapping[str, Tensor]:
-        """Agreed values by name, with this site's rows of expert tensors."""
-        return self.layout().tensors
-
-    def outer_momenta(self) -> Mapping[str, Tensor]:
-        """Outer momentum by name, as `global_tensors`; empty without."""
-        return {}
-
-    def owned_experts(self) -> list[tuple[int, int, int]]:
-        """(layer, expert, row) of each expert that this rank writes."""
-        residency: Residency = self.transformer.residency  # type: ignore[assignment]
-        return [(i, e, r) for i, layer in enumerate(residency.experts) for r, e in enumerate(layer)]
-
-    def writes_checkpoint(self) -> bool:
-        """Whether this rank writes experts and its own state."""
-        return self.is_global_zero
-
-    def identity(self, n_sites: int) -> dict[str, Any]:
-        """What `site_state` depends on: a run that has the same goes on bit for bit."""
-        return {"strategy": type(self).__name__, "sites": n_sites}
-
-    def site_state(self) -> dict[str, Any]:
-        """What this rank needs beside the global model to resume."""
-        return {"ledger": self.ledger.state_dict(), "sync_seconds": self.sync_seconds}
 
     def load_site_state(self, state: dict[str, Any]) -> None:
         """Restore `site_state`."""
         self.ledger.load_state_dict(state["ledger"])
         self.sync_seconds = state["sync_seconds"]
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: weights go into the folder's own files, expert by expert."""
-        return {}
-
-    # -- saving ---------------------------------------------------------------------------------------------------
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the checkpoint folder; every rank must call it.
-
-        Where a disk is full or may not be written, all ranks go on training, and older checkpoints stay.
-        """
-        # A file name may have a metric in it, of which every site has its own.
-        folder = Path(self.broadcast(str(filepath)))
-        parts: list[Callable[[], None]] = [
-            lambda: files.begin(folder) if self.is_global_zero else None,
-            lambda: self._write_parts(folder, checkpoint),
-            lambda: files.finish(folder, self._manifest()) if self.is_global_zero else None,
-        ]
-        for part in parts:
-            problem = self._attempt(part, folder)
-            if float(self.sum_over_sites(torch.tensor([float(problem)]), "control")):
-                self.saves_failed += 1
-                self._keep_old = True
-                if self.is_global_zero:
-                    files.give_up(folder)
-                    older = f"{self.last_saved} is the newest" if self.last_saved else "there is none yet"
-                    print(f"fomoe: NO CHECKPOINT after step {self.optimizer_steps}: {folder} was not written; training "
-                          f"goes on, {older}", file=sys.stderr, flush=True)  # fmt: skip
-                return
-        self.last_saved, self.saved_at, self._keep_old = folder, self.optimizer_steps, False
-
-    def _attempt(self, write: Callable[[], None], folder: Path) -> bool:
-        try:
-            write()
-        except CANNOT_WRITE as error:
-            print(f"fomoe: site {self.topology.site} cannot write {folder}: {error}", file=sys.stderr, flush=True)
-            return True
-        return False
-
-    def _write_parts(self, folder: Path, checkpoint: dict[str, Any]) -> None:
-        layout, site, written = self.layout(), self.topology.site, []
-        names = {layer: layout.sparse(layer) for layer in set(layout.expert_layer.values())}
-        for prefix, tensors in (("", self.global_tensors()), (files.MOMENTUM, self.outer_momenta())):
-            if tensors and self.writes_checkpoint():
-                rows = {
-                    (name, e): tensors[name][row]
-                    for layer, e, row in self.owned_experts()
-                    for name in names[layer]
-                    if name in tensors
-                }
-                written.append(files.write_experts(folder, site, rows, prefix))
-            if tensors and self.is_global_zero:
-                dense = {name: tensors[name] for name in layout.dense if name in tensors}
-                written.append(files.write_dense(folder, dense, prefix))
-        if self.writes_checkpoint():
-            own = {
-                "optimizer_states": checkpoint.get("optimizer_states", []),
-                "optimizer_names": self._optimizer_names(layout),
-                "strategy": self.site_state(),
-                "residents": self.transformer.residency.experts,  # type: ignore[union-attr]
-                "expert_layer": dict(layout.expert_layer),
-                "rng": _collect_rng_states(),
-                "losses": cast(Any, self.lightning_module).round_losses(),
-            }
-            written.append(files.write_state(folder, f"site-{site:05d}", own))
-        if self.is_global_zero:
-            state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-            written.append(files.write_state(folder, "trainer", state))
-        if written:
-            files.seal(folder, site, written)
-
-    def _optimizer_names(self, layout: ParameterLayout) -> list[str]:
-        """Names of the inner optimizer's parameters, in the order of its state."""
-        name_of = {id(tensor): name for name, tensor in layout.tensors.items()}
-        return [name_of[id(p)] for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]]
-
-    def _manifest(self) -> dict[str, Any]:
-        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
-        n_sites = self.topology.n_sites
-        return {
-            "architecture": asdict(config), "n_sites": n_sites,
-            "rounds": self.rounds_done, "redraws": self.redraws, "optimizer_steps": self.optimizer_steps,
-            "identity": self.identity(n_sites),
-        }  # fmt: skip
-
-    # -- resuming -------------------------------------------------------------------------------------------------
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read Lightning's state; weights are read by `load_model_state_dict`, only those of this site."""
         folder = Path(checkpoint_path)
-        # Our own file: Lightning's loop and callback states hold more than plain tensors.
-        path = files.verify(folder, "trainer.pt")
+        # Our own files: Lightning's loop and callback states hold more than plain tensors.
+        path, observers = files.verify(folder, "trainer.pt"), files.observers_name(self.topology.site)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+        if observers in files.read_manifest(folder)["files"]:
+            own = torch.load(files.verify(folder, observers), map_location="cpu", weights_only=False)
+            state["callbacks"] = {**state.get("callbacks", {}), **own}
         return {**state, "state_dict": {}, "optimizer_states": [], "folder": str(folder)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -231,7 +67,7 @@ class CheckpointingStrategy(Strategy):
         self.rounds_done, self.optimizer_steps = manifest["rounds"], manifest["optimizer_steps"]
         self.last_saved = folder
         momenta = self.outer_momenta()
-        has_momentum = f"{files.MOMENTUM}dense.safetensors" in manifest["files"]
+        has_momentum = files.dense_name(files.MOMENTUM) in manifest["files"]
         if momenta and has_momentum:
             for name, value in self._read(folder, list(momenta), files.MOMENTUM).items():
                 momenta[name].copy_(value)
@@ -239,7 +75,8 @@ class CheckpointingStrategy(Strategy):
         # goes on from another's.
         own_files = [name for name in manifest["files"] if name.startswith("site-")]
         site = self.topology.site % len(own_files) if self.writes_checkpoint() else 0
-        own = torch.load(files.verify(folder, f"site-{site:05d}.pt"), map_location="cpu", weights_only=False)
+        path = files.verify(folder, files.site_name(site), manifest)
+        own = torch.load(path, map_location="cpu", weights_only=False)
         changed = differences(manifest["identity"], self.identity(self.topology.n_sites))
         if not changed:
             if own["residents"] != self.transformer.residency.experts:  # type: ignore[union-attr]
@@ -268,14 +105,6 @@ class CheckpointingStrategy(Strategy):
             _set_rng_states(self._rng_states)
             self._rng_states = None
         return super().training_step(*args, **kwargs)
-
-    def remove_checkpoint(self, filepath: Any) -> None:
-        """Remove a checkpoint folder; not while its successor could not be written."""
-        if self._keep_old:
-            return
-        if self.is_global_zero:
-            with suppress(OSError):
-                self.checkpoint_io.remove_checkpoint(filepath)
 
 
 def resolve(folder: Path, path: str) -> str | None:

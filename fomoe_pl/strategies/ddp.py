@@ -27,16 +27,17 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
     All gradients are counted as `dense`: DDP knows no experts.
 
     Args:
+        async_save: write checkpoints while training goes on, from a copy in host memory.
         **kwargs: as for Lightning's `DDPStrategy`.
     """
 
     saves_when_stopped = False
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, async_save: bool = True, **kwargs: Any) -> None:
         # All ranks draw the same initial weights and the balance bias is updated from summed loads, so neither
         # parameters nor buffers need DDP's broadcasts.
         super().__init__(init_sync=False, broadcast_buffers=False, **kwargs)
-        self.init_site()
+        self.init_site(async_save)
 
     @property
     def topology(self) -> Topology:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from fomoe_pl.federation.checkpoint import read_manifest
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.loss import raise_if_lost
 from fomoe_pl.federation.outer import OuterRule
@@ -31,12 +29,13 @@ from fomoe_pl.model.residency import Residency, Routing
 from fomoe_pl.strategies.checks import check_processes, check_settings, check_skipped
 from fomoe_pl.strategies.elastic import check_min_sites
 from fomoe_pl.strategies.evaluation import GlobalValidation
+from fomoe_pl.strategies.global_state import GlobalState
 from fomoe_pl.strategies.signals import end_children, observe_children_every, replace_signal_handling
 from fomoe_pl.strategies.statistics import SiteReport, share
 from fomoe_pl.strategies.stopping import StopAt, StopsTogether
 
 
-class FederatedStrategy(StopsTogether, GlobalValidation, DDPStrategy):
+class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrategy):
     """Periodic averaging between sites, each holding some of the experts (FoMoE, arXiv 2606.19025).
 
     Between rounds nothing crosses sites. After K optimizer steps the dense parameters are averaged over all sites,
@@ -59,6 +58,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, DDPStrategy):
         share_device: put all sites of this machine on its first GPU (over gloo); the Trainer then has `devices: 1`.
         check_agreement: compare a hash of each dense tensor of all sites, and of each expert of its holders, after
             every round (always done before saving).
+        async_save: write checkpoints while training goes on, from a copy in host memory.
         timeout_seconds: after which a collective that does not complete raises.
         min_sites: fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
         stop_at: where a signal ends the run: after its `round`, or after the next local `step` of all sites.
@@ -86,6 +86,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, DDPStrategy):
         bucket_mib: int = 64,
         share_device: bool = False,
         check_agreement: bool = False,
+        async_save: bool = True,
         timeout_seconds: float = 1800.0,
         min_sites: int | None = None,
         stop_at: StopAt = "round",
@@ -106,7 +107,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, DDPStrategy):
             devices = [torch.device("cuda:0")] * (sites or 1)
             kwargs |= {"parallel_devices": devices, "process_group_backend": "gloo"}
         super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
-        self.init_site()
+        self.init_site(async_save)
         self._sites, self._overlap = sites, overlap
         self.min_sites, self.stop_at = min_sites, stop_at
         self.routing, self.placement_kind = routing, placement
@@ -250,8 +251,9 @@ class FederatedStrategy(StopsTogether, GlobalValidation, DDPStrategy):
         skipped, steps = module.count_skipped()
         left_out = skipped == steps or not self.federation.is_finite()
         loss_sum, loss_count = module.pop_round_losses()
-        own = SiteReport(skipped, left_out, loss_sum, loss_count, self._signal is not None)
+        own = SiteReport(skipped, left_out, loss_sum, loss_count, self._signal is not None, *self.save_flags())
         shared = share(own, self.topology.site, n_sites, lambda values: self.sum_over_sites(values, "control"))
+        self.conclude_save(failed=shared.save_failed, complete=shared.saved)
         before = self._skipped_of_sites or [0] * n_sites
         self._skipped_of_sites = [old + new for old, new in zip(before, shared.skipped, strict=True)]
         check_skipped(self._skipped_of_sites, module.max_skipped_steps)
@@ -268,72 +270,6 @@ class FederatedStrategy(StopsTogether, GlobalValidation, DDPStrategy):
         """Sum a small tensor over all sites, counted."""
         assert self.federation is not None
         return self.federation.wire.sum(cast(Kind, kind), values)
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def global_tensors(self) -> Mapping[str, Tensor]:
-        """The anchors: agreed values, float32, also in mid-round."""
-        assert self.federation is not None
-        return self.federation.anchors
-
-    def outer_momenta(self) -> Mapping[str, Tensor]:
-        """Outer momentum, float32."""
-        assert self.federation is not None
-        return self.federation.momenta
-
-    def owned_experts(self) -> list[tuple[int, int, int]]:
-        """The experts of which this site is the owner."""
-        site = self.topology.site
-        placement = cast(Federation, self.federation).placement
-        return [(i, e, r) for i, e, r in super().owned_experts() if placement.owner(i, e) == site]
-
-    def writes_checkpoint(self) -> bool:
-        """Every site writes its own part."""
-        return True
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Anchors must exist before they can be restored."""
-        return True
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Compare what all sites must have alike, then write."""
-        cast(Federation, self.federation).check_agreement()
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read Lightning's state and take the placement of the checkpoint's round."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        self.redraws = read_manifest(Path(checkpoint_path))["redraws"]
-        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
-        placement = self.placed(config, self.redraws)
-        cast(Federation, self.federation).placement = placement
-        self.transformer.set_residency(  # type: ignore[operator]
-            Residency(self.routing, placement.residents(self.topology.site))
-        )
-        return checkpoint
-
-    def identity(self, n_sites: int) -> dict[str, Any]:
-        """Who holds what, and whether there is outer momentum."""
-        drawn = {"placement_seed": self.placement_seed, "reshuffle_rounds": self.reshuffle_rounds}
-        return {
-            **super().identity(n_sites), "overlap": self.overlap(n_sites), "routing": self.routing,
-            "placement": self.placement_kind, "outer.rule": self.outer.rule,
-            **(drawn if self.placement_kind == "random" else {}),
-        }  # fmt: skip
-
-    def site_state(self) -> dict[str, Any]:
-        """Local values, which differ from the anchors in mid-round, and the ledger."""
-        return {**super().site_state(), "federation": cast(Federation, self.federation).state_dict()}
-
-    def load_site_state(self, state: dict[str, Any]) -> None:
-        """Restore `site_state`."""
-        super().load_site_state(state)
-        cast(Federation, self.federation).load_state_dict(state["federation"])
-
-    def set_global(self, weights: dict[str, Tensor]) -> None:
-        """Anchors and local values."""
-        cast(Federation, self.federation).load_global(weights)
 
     # -- the end --------------------------------------------------------------------------------------------------
 

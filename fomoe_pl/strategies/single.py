@@ -19,13 +19,14 @@ class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
 
     Args:
         device: torch device; None is the first one of the Trainer's accelerator.
+        async_save: write checkpoints while training goes on, from a copy in host memory.
         **kwargs: as for Lightning's `SingleDeviceStrategy`.
     """
 
-    def __init__(self, device: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, device: str | None = None, async_save: bool = True, **kwargs: Any) -> None:
         super().__init__(device=torch.device(device or "cpu"), **kwargs)
         self._device_is_given = device is not None
-        self.init_site()
+        self.init_site(async_save)
 
     def setup_environment(self) -> None:
         """Take the accelerator's device, which Lightning's connector chooses for its own strategies only."""

@@ -12,7 +12,8 @@ from torch import Tensor
 class SiteReport(NamedTuple):
     """One site's round: steps that it skipped, whether it has nothing to give, its losses, whether it was told to stop.
 
-    `left_out`: it took no step at all, or has values that are not finite.
+    `left_out`: it took no step at all, or has values that are not finite. `save_failed`, `saved`: whether it knows that
+    the checkpoint that is being written cannot be completed, and that it is complete (site 0).
     """
 
     skipped: int
@@ -20,6 +21,8 @@ class SiteReport(NamedTuple):
     loss_sum: float
     loss_count: float
     stop: bool
+    save_failed: bool
+    saved: bool
 
 
 class SharedReport(NamedTuple):
@@ -29,6 +32,8 @@ class SharedReport(NamedTuple):
     left_out: frozenset[int]
     train_loss: float
     stop: bool
+    save_failed: bool
+    saved: bool
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -41,7 +46,7 @@ class SharedReport(NamedTuple):
 
 
 def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor], Tensor]) -> SharedReport:
-    """Tell all sites of each other: 2 M + 3 numbers in float64.
+    """Tell all sites of each other: 2 M + 5 numbers in float64.
 
     Args:
         report: this site's.
@@ -51,13 +56,16 @@ def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor],
     """
     per_site = torch.zeros(2, n_sites, dtype=torch.float64)
     per_site[0, site], per_site[1, site] = report.skipped, float(report.left_out)
-    sums = torch.tensor([report.loss_sum, report.loss_count, float(report.stop)], dtype=torch.float64)
-    values = total(torch.cat([per_site.flatten(), sums]))
+    summands = [report.loss_sum, report.loss_count, report.stop, report.save_failed, report.saved]
+    values = total(torch.cat([per_site.flatten(), torch.tensor(summands, dtype=torch.float64)]))
     skipped, left_out = values[: 2 * n_sites].view(2, n_sites)
-    loss_sum, loss_count, stop = values[2 * n_sites :].tolist()
+    loss_sum, loss_count, *flags = values[2 * n_sites :].tolist()
+    stop, save_failed, saved = (flag > 0 for flag in flags)
     return SharedReport(
         [int(n) for n in skipped.tolist()],
         frozenset(left_out.nonzero().flatten().tolist()),
         loss_sum / loss_count if loss_count else float("nan"),
-        stop > 0,
+        stop,
+        save_failed,
+        saved,
     )

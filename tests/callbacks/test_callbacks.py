@@ -2,14 +2,16 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from fomoe_pl.callbacks import (
@@ -29,6 +31,8 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.sizes import training_flops_per_token
 from fomoe_pl.module import FoMoEModule
+from tests.training import Run as TrainingRun
+from tests.training import fit
 
 MIB = 2**20
 
@@ -48,8 +52,9 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.strategy: Any = SimpleNamespace(
             topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={},
-            has_rounds=True, observers=[], watch_seconds=0.0, placement=None, watch_movement=lambda: None,
-            agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
+            has_rounds=True, observers=[], wire_dtype="float32", watch_seconds=0.0, placement=None,
+            watch_movement=lambda: None, agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
+            save_seconds=0.0,
         )  # fmt: skip
         self.logger = FakeLogger(str(folder))
         self.trainer: Any = SimpleNamespace(
@@ -212,6 +217,41 @@ def test_communication_by_hand(run: Run, clock: SimpleNamespace) -> None:
     assert set(first) == set(second) == keys | {"comm/bandwidth_MiB_per_s"}
 
 
+def test_replicas_are_counted_in_the_dtype_of_the_wire(run: Run, clock: SimpleNamespace) -> None:
+    sent = {}
+    for dtype in ("float32", "bfloat16"):
+        run.strategy.wire_dtype = dtype
+        callback = CommunicationMonitor()
+        run.start(callback)
+        clock.now += 1
+        run.step(callback, round_end=True)
+        values = run.logger.lines[-1][1]
+        sent[dtype] = values["comm/replica_wire_MiB"] / run.strategy.rounds_done
+        run.strategy.observers.clear()
+    assert sent["bfloat16"] == pytest.approx(sent["float32"] / 2)
+
+
+def test_what_data_parallelism_hides_is_not_called_zero(run: Run, clock: SimpleNamespace) -> None:
+    run.strategy.has_rounds = False
+    communication, throughput, report = CommunicationMonitor(1), ThroughputMonitor(1), RunReport()
+    for callback in (communication, throughput, report):
+        run.start(callback)
+    run.strategy.ledger.all_reduce("dense", 8 * MIB, 4)
+    clock.now += 2
+    for callback in (communication, throughput, report):
+        run.step(callback)
+    tags = {tag for _, values in run.logger.lines for tag in values}
+    assert not [tag for tag in tags if re.search("comm/sync|bandwidth|local", tag)]
+    assert "comm/of_ddp" in tags
+    values = run.logger.lines[0][1]
+    # All of the 2 s, and 12 MiB over 1 Gbit/s.
+    assert values["comm/modelled_s/1Gbps"] == pytest.approx(2 + 12 * MIB * 8 / 1e9)
+    found = report.report(run.trainer, run.module)
+    assert found["sync_seconds"] is None
+    assert found["tokens_per_second"]["local"] is None
+    assert found["tokens_per_second"]["with_sync"] > 0
+
+
 def timed_steps(run: Run, callback: Any, clock: SimpleNamespace) -> None:
     """Four steps of 2 s and 100 tokens, 1 s of synchronisation in the second; 50 s of validation and 30 s of saving."""
     run.start(callback)
@@ -222,12 +262,12 @@ def timed_steps(run: Run, callback: Any, clock: SimpleNamespace) -> None:
             run.strategy.sync_seconds += 1
         run.step(callback, round_end=step == 2)
         if step == 2:
-            clock.now += 50
             callback.on_validation_start(run.trainer, run.module)
+            clock.now += 50
             callback.on_train_batch_start(run.trainer, run.module, None, 0)
         if step == 3:
-            clock.now += 30
             callback.on_save_checkpoint(run.trainer, run.module, {})
+            clock.now += 30
             run.strategy.sync_seconds += 4  # nor does a gather for the checkpoint count
             callback.on_train_batch_start(run.trainer, run.module, None, 0)
 
@@ -276,6 +316,72 @@ def test_watching_is_no_part_of_local_steps(run: Run, clock: SimpleNamespace) ->
     assert "throughput/executed_TFLOP_per_s" not in values  # not measured before a round ends
 
 
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_save_checkpoint"])
+def test_what_others_watch_before_a_validation_or_a_save_is_counted(run: Run, clock: Any, hook: str) -> None:
+    callback = ThroughputMonitor(every_n_steps=2)
+    run.start(callback)
+    clock.now += 2
+    run.step(callback)
+    clock.now += 3  # a callback behind it draws
+    run.strategy.watch_seconds += 3
+    for _ in range(2):  # a validation, and then perhaps a save
+        getattr(callback, hook)(run.trainer, run.module, *([{}] if hook == "on_save_checkpoint" else []))
+        clock.now += 70
+    clock.now += 70
+    callback.on_train_batch_start(run.trainer, run.module, None, 0)
+    clock.now += 2
+    run.step(callback)
+    values = run.logger.lines[0][1]
+    assert values["time/watch_s"] == pytest.approx(3)
+    assert values["time/train_s"] == pytest.approx(7)
+    assert values["throughput/local_tokens_per_s"] == pytest.approx(200 / 4)
+
+
+def test_a_save_by_an_earlier_callback_is_no_training(run: Run, clock: Any) -> None:
+    callback = ThroughputMonitor(every_n_steps=1)
+    run.start(callback)
+    callback.on_train_batch_start(run.trainer, run.module, None, 0)
+    clock.now += 2
+    run.module.tokens_seen, run.trainer.global_step = 100, 1
+    callback.on_save_checkpoint(run.trainer, run.module, {})
+    clock.now += 30
+    callback.on_train_batch_end(run.trainer, run.module, None, {"inputs": torch.zeros(2, 5)}, 0)
+    values = run.logger.lines[0][1]
+    assert values["time/train_s"] == pytest.approx(2)
+    assert values["throughput/local_tokens_per_s"] == pytest.approx(100 / 2)
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["nobody else reads", "somebody else reads"])
+def test_executed_picks_are_those_of_the_round(run: Run, clock: Any, read: bool) -> None:
+    callback = ThroughputMonitor(every_n_steps=1)
+    run.start(callback)
+    executed = []
+    for residents in (1, 3):
+        resident_LE = (torch.arange(4) < residents).expand(2, 4)
+        run.module.routing_health.update(torch.full((2, 4), 2.0), torch.zeros(2), 8, None, resident_LE)
+        clock.now += 1
+        run.step(callback, round_end=True)
+        if read:
+            run.module.routing_health.reset()
+        executed.append(run.logger.lines[-1][1]["throughput/executed_TFLOP_per_s"])
+    config = run.module.config
+    expected = [training_flops_per_token(config, 5, executed_picks=2 * share) * 100 / 1e12 for share in (1 / 4, 3 / 4)]
+    assert executed == pytest.approx(expected)
+
+
+def test_the_stall_of_a_save_is_logged_once(run: Run, clock: SimpleNamespace) -> None:
+    callback = ThroughputMonitor(every_n_steps=1)
+    run.strategy.save_seconds = 5.0  # of another fit
+    run.start(callback)
+    for stall in (0.0, 2.0, 0.0):
+        clock.now += 1
+        run.strategy.save_seconds += stall
+        run.step(callback)
+    run.strategy.save_seconds += 3.0
+    callback.on_train_end(run.trainer, run.module)
+    assert [values.get("time/save_stall_s") for _, values in run.logger.lines] == [None, 2.0, None, 3.0]
+
+
 def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
     callback = RunReport()
     run.strategy.ledger.all_reduce("dense", 80, 4)
@@ -313,6 +419,7 @@ def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
         "train_seconds": pytest.approx(9),
         "sync_seconds": pytest.approx(1),
         "watch_seconds": 0,
+        "other_views_step": None,
         "validation_before_training": {"val/bits_per_byte": 8.0, "val/bits_per_byte/empty": None},
         "tokens_per_second": {"local": pytest.approx(400 / 8), "with_sync": pytest.approx(400 / 9)},
         "resident_parameters": 8,
@@ -405,3 +512,48 @@ def test_a_trainer_takes_them_all_and_the_bar_replaces_lightnings(tmp_path: Path
     callbacks = [RoutingStability(), CommunicationMonitor(), ThroughputMonitor(), RunReport(), FoMoEProgressBar()]
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=str(tmp_path), callbacks=list(callbacks))
     assert trainer.progress_bar_callback is callbacks[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"max_steps": 12, "val_check_interval": 2}, [8, 12]),  # the fourth, and the last
+        ({"max_steps": 7, "val_check_interval": 3}, [6]),
+        ({"max_steps": 4, "val_check_interval": 4, "accumulate_grad_batches": 2}, [4]),
+        ({"max_steps": -1, "val_check_interval": 2, "max_epochs": 1, "limit_train_batches": 10}, [8]),  # not known
+    ],
+)
+def test_the_last_validation_measures_other_views(
+    root: str, tmp_path: Path, settings: dict[str, Any], measured: list[int]
+) -> None:
+    class Notes(Callback):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def on_validation_start(self, trainer: Trainer, module: Any) -> None:
+            self.steps += [trainer.global_step] * module.with_other_views
+
+    stability, notes = RoutingStability(other_views_every=4), Notes()
+    trainer = {"limit_val_batches": 1, **settings}
+    fit(TrainingRun(root=root, folder=str(tmp_path), strategy="single", trainer=trainer), 0, 1, [stability, notes])
+    assert notes.steps == measured
+    assert stability.other_views_step == measured[-1]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_routing_is_only_measured_for_those_who_read_it(root: str, tmp_path: Path, watched: bool) -> None:
+    class Counts(TorchDispatchMode):
+        entropies = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.entropies += "entr" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    settings = {"max_steps": 3}
+    callbacks = [RoutingStability(every_n_steps=9, probe_sequences=0)] if watched else []
+    with Counts() as counts:
+        run = TrainingRun(root=root, folder=str(tmp_path), strategy="single", trainer=settings)
+        trainer = fit(run, 0, 1, callbacks)
+    health: Any = trainer.lightning_module.routing_health
+    assert float(health.picks) == watched * 3 * 3 * 16 * 2
+    assert counts.entropies == watched * 3 * 2  # a layer and step

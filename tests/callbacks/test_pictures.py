@@ -188,12 +188,34 @@ def test_at_most_twelve_layers_are_shown(n: int) -> None:
 def test_extremes_can_be_drawn(load: Any) -> None:
     for figure in (
         figures.heat_map(load, "title", "unit", even=True), figures.heat_map(load, "title", "unit"),
-        figures.timeline(torch.stack([load, load]), [4, 8]), figures.timeline(load[None], [4]),
+        figures.timeline(torch.stack([load, load]), [0, 4, 8], 2), figures.timeline(load[None], [0, 4]),
         figures.domain_maps(load[:, None], ["law"]),
     ):  # fmt: skip
         figure.canvas.draw()
         axes = figure.axes
         assert axes[-1].get_ylabel()  # the colour bar's unit
+
+
+def test_timeline_is_as_wide_as_the_rounds_are_long() -> None:
+    load_RLE = torch.tensor([[[1.0, 1.0]], [[0.5, 1.5]], [[1.5, 0.5]]])
+    axes, bar = figures.timeline(load_RLE, [0, 1, 2, 34], 4).axes
+    (mesh,) = axes.collections
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 1, 2, 34]
+    assert mesh.get_array().tolist() == load_RLE[:, 0].T.tolist()
+    assert axes.get_ylim() == (1.5, -0.5)  # expert 0 above
+    assert "optimizer steps" in axes.figure.get_supxlabel()
+    assert "mean of 4 rounds" in axes.figure.get_supxlabel()
+    assert bar.get_ylabel() == figures.EVEN
+
+
+def test_one_outlier_does_not_leave_the_rest_pale() -> None:
+    load_LE = torch.full((1, 16), 15.0).index_fill(1, torch.arange(1, 16), 1 / 15)
+    picture, bar = figures.heat_map(load_LE, "title", "unit", even=True).axes
+    assert picture.images[0].norm.vmax == 4
+    assert picture.images[0].colorbar.extend == "max"  # the bar says that there is more
+    assert bar.get_ylabel() == "unit"
+    picture, _ = figures.heat_map(torch.tensor([[3.0, 0, 0]]), "title", "unit", even=True).axes
+    assert (picture.images[0].norm.vmax, picture.images[0].colorbar.extend) == (3, "neither")
 
 
 def test_placement_shows_who_holds_what() -> None:

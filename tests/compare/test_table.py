@@ -49,13 +49,14 @@ def write(folder: Path, bits_per_byte: float | None, **changes: Any) -> Path:
 
 
 def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [write(tmp_path / "fomoe", 2.3456), write(tmp_path / "ddp", None)]
+    speed = {"local": None, "with_sync": 4000.0}  # of DDP nobody measures what is local
+    runs = [write(tmp_path / "fomoe", 2.3456), write(tmp_path / "ddp", None, tokens_per_second=speed)]
     main([*map(str, runs), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| run | sites | steps | bits / byte | MiB sent | MiB sent for eval |")
     assert lines[1] == "| --- |" + " ---: |" * 9
     assert lines[2] == "| fomoe | 4 | 240 | 2.346 | 3.0 | 1.5 | 4,000 | 5,000 | 1,234,567 | 512 |"
-    assert lines[3].startswith("| ddp | 4 | 240 | - |")
+    assert lines[3] == "| ddp | 4 | 240 | - | 3.0 | 1.5 | 4,000 | - | 1,234,567 | 512 |"
     assert len(lines) == 5  # nobody has watched the routing
 
 
@@ -66,6 +67,15 @@ def test_routing_has_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
     assert lines[5].startswith("| run | load entropy | MaxVio | starved experts | ghosts beyond even | churn |")
     assert lines[7] == "| fomoe | 0.988 | 0.25 | 0.50 | -0.010 | 0.100 | - | - | - | - |"
     assert lines[8] == "| ddp |" + " - |" * 9
+
+
+def test_necessity_of_an_earlier_validation_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    validation = {"val/bits_per_byte": 2.3, "val/routing_necessity_nats": 0.1234}
+    for name, step in (("now", 240), ("then", 160)):
+        write(tmp_path / name, 2.3, routing=ROUTING, validation=validation, other_views_step=step)
+    main([str(tmp_path / "now"), str(tmp_path / "then"), "--markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[8] for line in lines[7:9]] == ["0.123", "0.123 @ 160"]
 
 
 def test_table_has_a_row_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -112,7 +122,7 @@ def test_limit(tmp_path: Path, value: float | None, passes: bool) -> None:
 
 def test_a_folder_without_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path)])
+        fomoe(["compare", str(tmp_path)])
     assert f"{tmp_path}': has no report.json, here or below" in capsys.readouterr().err
 
 
@@ -127,7 +137,7 @@ def test_a_folder_without_report_is_named(tmp_path: Path, capsys: pytest.Capture
 def test_a_damaged_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, told: str) -> None:
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path)])
+        fomoe(["compare", str(tmp_path)])
     shown = capsys.readouterr().err
     assert told in shown
     assert str(tmp_path / "report.json") in shown
@@ -137,7 +147,7 @@ def test_a_damaged_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_key_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
     write(tmp_path, 1.0, **{key: None})
     with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path)])
+        fomoe(["compare", str(tmp_path)])
     assert f"has no {key}" in capsys.readouterr().err
 
 
@@ -150,7 +160,7 @@ def test_files_are_written_into_new_folders_and_refused_early(
     capsys.readouterr()
     for impossible, told in ((tmp_path / "run" / "report.json" / "runs.csv", "cannot be made"), (tmp_path, "a folder")):
         with pytest.raises(SystemExit, match="2"):
-            main([run, "--csv", str(impossible)])
+            fomoe(["compare", run, "--csv", str(impossible)])
         shown = capsys.readouterr()
         assert told in shown.err
         assert shown.out == ""
@@ -183,7 +193,7 @@ def test_other_data_are_refused_unless_told(
 ) -> None:
     runs = [str(write(tmp_path / "run", 1.0)), str(write(tmp_path / "other", 1.0, data=data))]
     with pytest.raises(SystemExit, match="2"):
-        main(runs)
+        fomoe(["compare", *runs])
     shown = capsys.readouterr()
     assert f"compare = 'run, other': {told}" in shown.err
     assert shown.out == ""

@@ -59,7 +59,7 @@ def kept_bytes(config: ModelConfig, precision: str) -> int:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("variant", ["paper", "swiglu", "shared"])
 def test_activations_are_those_that_autograd_keeps(variant: str, precision: Any) -> None:
-    config, types = VARIANTS[variant], Types.of(precision)
+    config, types = VARIANTS[variant], Types.of(precision, kernels=False)
     # The loss keeps both of its gradients; they are the loss's part.
     of_loss = 4 * config.vocab_size * config.d_model + B * S * config.d_model * types.stream
     predicted = activation_bytes(config, types, B * S, 8, 8) + of_loss
@@ -102,11 +102,11 @@ def step_peaks(config: ModelConfig, precision: str, batch: int, length: int) -> 
                 hidden, stats = model(tokens[:, :-1])
                 loss = model.loss(hidden, tokens[:, 1:]) + auxiliary_loss(stats, config, model.residency).total
             forward, bytes_.peak = bytes_.peak, 0
-            optimizer.zero_grad()  # as Lightning does: after the forward pass
             loss.backward()
             backward = bytes_.peak
             del hidden, stats, loss
             optimizer.step()
+            optimizer.zero_grad()  # as strategies do
     return forward, backward
 
 
@@ -124,7 +124,7 @@ def test_the_peak_of_a_step_is_what_lives_in_it(changes: dict[str, Any], batch: 
     sizes = {"d_model": 64, "n_layers": 3, "n_heads": 2, "n_experts": 4, "d_expert": 32} | changes
     width = -(-sizes["vocab_size"] // 8) * 8
     config = replace(SMALL, loss_chunk_bytes=4 * width * 64, **sizes)
-    load = Load(precision=precision, batch_size=batch, sequence_length=128, method="single")
+    load = Load(precision=precision, batch_size=batch, sequence_length=128, method="single", kernels=False)
     memory = rank_memory(config, load, n_resident=4)
     measured = max(step_peaks(config, precision, batch, 128))
     assert memory.peak - memory.library == pytest.approx(measured, rel=0.05)
@@ -132,7 +132,7 @@ def test_the_peak_of_a_step_is_what_lives_in_it(changes: dict[str, Any], batch: 
 
 def test_checkpointing_keeps_the_inputs_of_blocks_alone() -> None:
     kept = kept_bytes(VARIANTS["checkpointed"], "32-true")
-    types = Types.of("32-true")
+    types = Types.of("32-true", kernels=False)
     of_loss = 4 * 1024 * 96 + B * S * 96 * 4
     predicted = activation_bytes(VARIANTS["checkpointed"], types, B * S, 8, 8) + of_loss
     assert predicted == pytest.approx(kept, rel=0.02)
@@ -160,7 +160,13 @@ def test_the_peak_grows_with_what_a_site_holds() -> None:
     assert peaks == sorted(set(peaks))
     full, half = rank_memory(SMALL, load, n_resident=8), rank_memory(SMALL, load, n_resident=4)
     held = resident_counts(SMALL, 8, "ghost").experts - resident_counts(SMALL, 4, "ghost").experts
-    assert full.peak - half.peak == (4 + 4 + 8 + 4 + 2) * held  # weights, gradients, moments, anchors, casts
+    forward = [memory.moments_of_peak["end of the forward pass"] for memory in (full, half)]
+    assert forward[0] - forward[1] == (4 + 8 + 4 + 2) * held  # weights, moments, anchors, casts
+    forward = [
+        rank_memory(SMALL, replace(load, accumulate=2), n_resident=r).moments_of_peak["end of the forward pass"]
+        for r in (8, 4)
+    ]
+    assert forward[0] - forward[1] == (4 + 4 + 8 + 4 + 2) * held  # and gradients of the micro-batches before
     assert rank_memory(SMALL, replace(load, batch_size=8), n_resident=8).peak > full.peak
     wide = replace(load, val_batch_size=64)
     assert rank_memory(SMALL, wide, n_resident=4).validation > half.validation == 0
@@ -174,9 +180,38 @@ def test_logits_do_not_grow_with_the_batch_once_there_are_two_chunks() -> None:
     assert loss_bytes(config, types, 20_000) < 10_000 * 200_019 * 4
 
 
-def test_the_largest_part_is_named() -> None:
-    assert rank_memory(SMALL, Load(batch_size=64), n_resident=8).largest()[0] == "activations"
-    assert rank_memory(SMALL, Load(batch_size=1, sequence_length=1), n_resident=8).largest()[0] == "library"
+def test_the_largest_part_at_the_peak_is_named() -> None:
+    moment, parts = rank_memory(SMALL, Load(batch_size=64), n_resident=8).at_peak()
+    assert (moment, next(iter(parts))) == ("backward pass", "backward")
+    wide = replace(SMALL, vocab_size=50_000)
+    moment, parts = rank_memory(wide, Load(batch_size=16, accumulate=2, kernels=False), n_resident=8).at_peak()
+    assert (moment, next(iter(parts))) == ("end of the forward pass", "logits")
+    assert parts["gradients"] == 4 * resident_counts(wide, 8, "ghost").total
+    assert next(iter(rank_memory(SMALL, Load(batch_size=1, sequence_length=1), n_resident=8).at_peak()[1])) == "library"
+    for load in (Load(batch_size=64), Load(batch_size=1, sequence_length=1, outer_momentum=True, val_batch_size=1)):
+        memory = rank_memory(SMALL, load, n_resident=2)
+        assert sum(memory.at_peak()[1].values()) == memory.peak
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_what_is_sharded_is_divided_at_every_moment(batch: int) -> None:
+    """Against the difference that halving makes: the parts that last, and gradients, also in the backward pass."""
+    config = replace(SMALL, vocab_size=256, n_layers=12, activation_checkpointing=True)
+    load = Load(precision="32-true", batch_size=batch, sequence_length=128, outer_momentum=True)
+    whole, half = (rank_memory(config, load, n_resident=8, shards=n) for n in (1, 2))
+    parameters = resident_counts(config, 8, "ghost").total
+    for name in ("weights", "gradients", "anchors", "outer_momentum"):
+        assert getattr(half, name) == 4 * -(-parameters // 2)
+    assert (half.activations, half.logits) == (whole.activations, whole.logits)
+    saved = whole.lasting - half.lasting
+    assert saved == whole.weights // 2 * 5
+    backward = {n: m.moments_of_peak["backward pass"] for n, m in (("whole", whole), ("half", half))}
+    assert backward["half"] + saved <= backward["whole"] <= backward["half"] + saved + whole.gradients // 2
+    forward = whole.moments_of_peak["end of the forward pass"] - half.moments_of_peak["end of the forward pass"]
+    assert forward == saved
+    assert half.peak > half.lasting
+    with pytest.raises(ConfigError):
+        rank_memory(config, load, n_resident=8, shards=0)
 
 
 @pytest.mark.parametrize("n_resident", [0, 9])

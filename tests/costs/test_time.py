@@ -20,7 +20,7 @@ from fomoe_pl.costs.rounds import (
     round_collectives,
 )
 from fomoe_pl.costs.sites import ACCELERATORS, Site
-from fomoe_pl.costs.time import StepWork, calibration, run_seconds, step_seconds, step_work
+from fomoe_pl.costs.time import StepWork, calibration, run_seconds, step_seconds, step_work, validation_work
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.outer import OuterRule
@@ -60,14 +60,39 @@ def test_ghosts_are_skipped_and_residents_are_not() -> None:
 
 
 def test_a_ring_by_hand() -> None:
-    """1 MB over 4 sites at 100 Mbit/s: each sends 1.5 MB in frames, in 6 messages of 5 ms, in each of two buckets."""
-    links = Links.between([site(latency_ms=5)] * 3 + [site(bandwidth_mbit=1000)], bucket_bytes=600_000)
-    seconds = links.seconds(Collective("dense", (0, 1, 2, 3), 1_000_000))
-    frames = 1_500_000 / 1448
-    assert seconds == pytest.approx((frames * 1514 + frames / 2 * 66) * 8 / 100e6 + 2 * 6 * 0.005)
+    """2.5 MB over 4 sites at 100 Mbit/s, 2 MB and the rest: a ring's halves send 3/4 each, two segments at once."""
+    places = [site(latency_ms=5)] * 3 + [site(bandwidth_mbit=1000)]
+    links = Links.between(places, bucket_bytes=2_000_000)
+    call = Collective("dense", (0, 1, 2, 3), 2_500_000)
+
+    def sending(segment: float) -> float:
+        frames = segment / 1448
+        return (frames * 1514 + frames / 2 * 66) * 8 / 100e6
+
+    # Two segments for each site: of 250 kB, which the link needs longer for than the latency; and of 62.5 kB.
+    pairs = 2 * 3
+    large, small = sending(250_000), sending(62_500)
+    assert 2 * large > 0.010 + large
+    assert 2 * small < 0.010 + small
+    assert links.seconds(call) == pytest.approx(pairs * 2 * large + pairs * (0.010 + small))
+    without = Links.between([replace(place, latency_ms=0) for place in places])
+    assert without.seconds(call) == pytest.approx(sending(2 * 3 / 4 * 2_500_000))
     assert links.seconds(Collective("dense", (2,), 1_000_000)) == 0.0
     assert framed(1448) == 1514
     assert framed(8948, mtu=9000) == 9014
+
+
+@pytest.mark.parametrize("g", [2, 3, 4, 6])
+def test_a_small_average_waits_for_four_latencies_a_neighbour(g: int) -> None:
+    """Which links of 20 ms were measured to take, 2 to 6 sites: docs/benchmarks/latency_cpu_2026-11-25.md."""
+    links = Links.between([site(latency_ms=20, bandwidth_mbit=1e6)] * g)
+    assert links.seconds(Collective("dense", tuple(range(g)), 1024)) == pytest.approx(4 * (g - 1) * 0.020, rel=0.01)
+
+
+def test_a_large_average_waits_for_every_pair_of_its_segments() -> None:
+    """64 MiB over 4 sites: 16 segments for each site, of which three go on in both halves, in pairs."""
+    links = Links.between([site(latency_ms=60, bandwidth_mbit=1e6)] * 4)
+    assert links.seconds(Collective("dense", (0, 1, 2, 3), 2**26)) == pytest.approx(2 * 3 * 16 / 2 * 0.120, rel=0.01)
 
 
 def test_the_slower_of_link_and_transport_counts_and_copies_are_added() -> None:
@@ -119,7 +144,7 @@ def test_rounds_cost_less_with_less_overlap_more_bandwidth_and_fewer_sites() -> 
         return Links.between([site(**changes)] * m).round_seconds(round_collectives(config, n_sites=m, overlap=overlap))
 
     assert seconds(4, 1) < seconds(4, 2) < seconds(4, 4)
-    assert seconds(4, 4) < seconds(4, 4, latency_ms=10) < seconds(4, 4, bandwidth_mbit=50)
+    assert seconds(4, 4) < seconds(4, 4, latency_ms=50) < seconds(4, 4, bandwidth_mbit=50)
     assert seconds(2, 2) < seconds(4, 4) < seconds(8, 8)
     assert seconds(1, 1) == 0.0
 
@@ -151,11 +176,54 @@ def test_mean_bytes_are_the_mean_of_counted_ones() -> None:
     assert migration_bytes(SMALL, n_sites=4, overlap=2, momentum=True) == pytest.approx(moved, rel=0.03)
 
 
-def test_a_checkpoint_has_the_model_once_and_each_sites_state() -> None:
+def test_a_checkpoint_has_the_model_and_momentum_once_and_each_sites_state() -> None:
+    """What is written is compared with files of a real run in test_plan.py; here what it depends on."""
     half, full = (checkpoint_bytes(SMALL, n_sites=4, overlap=o) for o in (2, 4))
-    assert half["model"] == full["model"]
-    assert full["site"] == 3 * full["model"]
-    assert half["site"] < full["site"] < checkpoint_bytes(SMALL, n_sites=4, overlap=4, momentum=True)["site"]
+    total = parameter_counts(SMALL).total
+    assert half["model"] == full["model"] == 4 * total
+    assert full["site"] == 3 * full["model"] > half["site"]
+    outer = checkpoint_bytes(SMALL, n_sites=4, overlap=2, momentum=True)
+    assert (outer["momentum"], outer["site"], outer["files"]) == (4 * total, half["site"], 4)
+    assert outer["total"] == 8 * total + 4 * half["site"]
+    # Ranks of data parallelism are alike: the first writes, in the parameters' dtype, and has no local values.
+    ddp = checkpoint_bytes(SMALL, n_sites=4, overlap=4, param_dtype="bfloat16", rounds=False)
+    assert (ddp["model"], ddp["site"], ddp["files"]) == (2 * total, 2 * 2 * total, 1)
+    biased = replace(SMALL, balance="bias")
+    cells = SMALL.n_layers * SMALL.n_experts
+    with_biases = checkpoint_bytes(biased, n_sites=4, overlap=2, routing="partitioned")
+    without = checkpoint_bytes(SMALL, n_sites=4, overlap=2, routing="partitioned")
+    assert with_biases["model"] - without["model"] == 4 * cells
+    assert with_biases["site"] - without["site"] == 4 * cells // 2
+    assert without["site"] < half["site"]  # router rows of residents alone
+
+
+def test_an_exchange_by_hand() -> None:
+    """Three sites, two at one place: of 3 MB each, the pair sends half to each other and 3 MB in all away."""
+    links = Links((site(latency_ms=5), site(bandwidth_mbit=1000)), (0, 0, 1))
+    assert links.leaving(3e6) == [3e6, 3e6]
+    frames = 3e6 / 1448
+    expected = (frames * 1514 + frames / 2 * 66) * 8 / 100e6 + 7 * 2 * 0.005
+    assert links.exchange_seconds(3e6, messages=7) == pytest.approx(expected)
+    assert Links.between([site()]).exchange_seconds(3e6, 1) == 0.0
+    assert links.exchange_seconds(0.0, 7) == 0.0
+
+
+def test_a_validation_is_a_forward_pass_of_the_whole_model() -> None:
+    load = Load(batch_size=1, sequence_length=64)
+    work = validation_work(SMALL, load, sequences=10)
+    assert work.flops == 640 * token_flops(SMALL, 64).forward
+    trained = step_work(SMALL, load, n_resident=SMALL.n_experts)
+    assert work.flops == pytest.approx(10 * trained.flops / 3)
+    assert 0 < work.memory_bytes < 10 * trained.memory_bytes
+
+
+def test_peaks_are_those_of_the_precision() -> None:
+    work = StepWork(flops=67e12, memory_bytes=0, precision="32-true")
+    assert step_seconds(work, Site(accelerator="h100", mfu=1.0)) == pytest.approx(1.0)
+    mixed = replace(work, precision="bf16-mixed")
+    assert step_seconds(mixed, Site(accelerator="h100", mfu=1.0)) == pytest.approx(67 / 989)
+    with pytest.raises(ConfigError, match="tflops_fp32"):
+        work.seconds_at_peak(site())
 
 
 def test_steps_by_hand_calibrated_and_by_mfu() -> None:
@@ -188,6 +256,10 @@ def test_data_sheets_fill_what_is_not_given() -> None:
         (lambda: site(bandwidth_mbit=0), "bandwidth_mbit"),
         (lambda: site(bandwidth_mbit=-1), "bandwidth_mbit"),
         (lambda: site(bandwidth_mbit=float("nan")), "bandwidth_mbit"),
+        (lambda: site(bandwidth_mbit=float("inf")), "bandwidth_mbit"),
+        (lambda: site(memory_gib=float("inf")), "memory_gib"),
+        (lambda: site(price_per_hour=float("nan")), "price_per_hour"),
+        (lambda: site(latency_ms=float("inf")), "latency_ms"),
         (lambda: site(latency_ms=-1), "latency_ms"),
         (lambda: site(mfu=1.2), "mfu"),
         (lambda: site(devices=0), "devices"),
@@ -204,6 +276,8 @@ def test_data_sheets_fill_what_is_not_given() -> None:
         (lambda: framed(1, mtu=40), "mtu"),
         (lambda: Links.between([site()], bucket_bytes=0), "bucket_bytes"),
         (lambda: Links.between([site()], copy_seconds_per_byte=-1), "copy_seconds_per_byte"),
+        (lambda: Links.between([site()], round_overhead_seconds=float("nan")), "round_overhead_seconds"),
+        (lambda: Links.between([site()], mtu=40), "mtu"),
         (lambda: Links((site(),), (0, 1)), "place_of"),
     ],
 )

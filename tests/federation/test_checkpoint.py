@@ -12,7 +12,8 @@ from fomoe_pl.federation import checkpoint
 
 def write(folder: Path, value: float) -> None:
     checkpoint.begin(folder)
-    checkpoint.seal(folder, 0, [checkpoint.write_dense(folder, {"x": torch.tensor(value)})])
+    checkpoint.write(folder, checkpoint.dense_name(), {"x": torch.tensor(value)})
+    checkpoint.seal(folder, 0, [checkpoint.dense_name()])
     checkpoint.finish(folder, {"value": value, "optimizer_steps": int(value)})
 
 
@@ -33,7 +34,7 @@ def test_a_writer_that_stops_before_the_manifest_leaves_the_old_one(tmp_path: Pa
     folder = tmp_path / "last.ckpt"
     write(folder, 1.0)
     checkpoint.begin(folder)
-    checkpoint.write_dense(folder, {"x": torch.tensor(2.0)})
+    checkpoint.write(folder, checkpoint.dense_name(), {"x": torch.tensor(2.0)})
     assert value(folder) == 1
     write(folder, 3.0)
     assert value(folder) == 3
@@ -127,3 +128,19 @@ def test_a_flipped_bit_in_a_file_is_found(tmp_path: Path) -> None:
     flip(folder)
     with pytest.raises(ConfigError, match="the hash of dense"):
         checkpoint.read_weights(folder, **wanted)
+
+
+def test_the_manifest_is_read_once_however_many_files_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, names = tmp_path / "last.ckpt", [checkpoint.dense_name(), *map(checkpoint.experts_name, range(3))]
+    checkpoint.begin(folder)
+    for i, name in enumerate(names):
+        checkpoint.write(folder, name, {f"x#{i - 1}" if i else "y": torch.tensor(float(i))})
+    checkpoint.seal(folder, 0, names)
+    checkpoint.finish(folder, {"optimizer_steps": 1})
+    reads, read = [], checkpoint.read_manifest
+    monkeypatch.setattr(checkpoint, "read_manifest", lambda path: reads.append(path) or read(path))
+    weights = checkpoint.read_weights(folder, ["x", "y"], {"x": 0}, ((2, 0, 1),), n_experts=3)
+    assert {name: tensor.tolist() for name, tensor in weights.items()} == {"x": [3, 1, 2], "y": 0}
+    assert reads == [folder]

@@ -201,6 +201,13 @@ def test_a_hash_sees_one_bit_and_two_values_that_change_places() -> None:
         assert (fingerprints(tensor, rows=True) != before).tolist() == [False, True, False]
 
 
+def test_a_hash_does_not_depend_on_how_much_a_device_takes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(3, 50)
+    before = [fingerprints(tensor, rows=rows) for rows in (True, False)]
+    monkeypatch.setattr("fomoe_pl.federation.agreement._CHUNK_CPU", 21)
+    assert all(torch.equal(fingerprints(tensor, rows=rows), before[not rows]) for rows in (True, False))
+
+
 def _left_out(rank: int, inner_moments: str, everyone: bool) -> tuple[dict[Any, torch.Tensor], ...]:
     """One round in which site 1 has no numbers; returns start, own values, agreed ones and first moments."""
     case = Case(2, inner_moments=inner_moments)

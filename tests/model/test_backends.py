@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model import experts as experts_module
-from fomoe_pl.model.backends import grouped, loop
+from fomoe_pl.model.backends import grouped, kernels, loop
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.experts import Experts
 
@@ -28,6 +28,20 @@ CASES = {
     "one ghost token": [[R, R]],
     "one pick each": [[3], [R], [0]],
 }
+
+
+BACKENDS = [
+    pytest.param(loop.dispatch, id="loop"),
+    pytest.param(grouped.dispatch, id="grouped"),
+    pytest.param(
+        kernels.dispatch,
+        id="triton",
+        marks=pytest.mark.skipif(
+            kernels.triton is None or not (kernels.INTERPRETED or torch.cuda.is_available()),
+            reason="triton is not installed, or was imported without TRITON_INTERPRET=1",
+        ),
+    ),
+]
 
 
 def one_by_one(x: Tensor, gates: Tensor, slots: Tensor, w_in: Tensor, w_out: Tensor, kind: str) -> Tensor:
@@ -69,7 +83,7 @@ def dirty_memory(device: str) -> None:
 
 @pytest.mark.parametrize("kind", ["silu", "swiglu"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", [loop.dispatch, grouped.dispatch], ids=["loop", "grouped"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_backend_is_the_definition(backend: Callable[..., Tensor], case: str, kind: str) -> None:
     expected = run(one_by_one, case, kind, torch.float32, "cpu")
     dirty_memory("cpu")
@@ -118,7 +132,7 @@ def test_unwritten_rows_never_leak(monkeypatch: pytest.MonkeyPatch, case: str, k
 @needs_cuda
 @pytest.mark.parametrize("kind", ["silu", "swiglu"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", [loop.dispatch, grouped.dispatch], ids=["loop", "grouped"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_backend_is_the_definition_on_cuda(backend: Callable[..., Tensor], case: str, kind: str) -> None:
     expected = run(one_by_one, case, kind, torch.bfloat16, "cpu")
     dirty_memory("cuda")
@@ -127,7 +141,7 @@ def test_backend_is_the_definition_on_cuda(backend: Callable[..., Tensor], case:
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.3)
 
 
-@pytest.mark.parametrize("backend", [loop.dispatch, grouped.dispatch], ids=["loop", "grouped"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["no live pick", "one ghost token"])
 def test_ghosts_alone_give_exact_zeros(backend: Callable[..., Tensor], case: str) -> None:
     dirty_memory("cpu")
@@ -143,7 +157,7 @@ def test_bfloat16_grouped_is_loop() -> None:
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("backend", [loop.dispatch, grouped.dispatch], ids=["loop", "grouped"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_may_be_in_any_order(backend: Callable[..., Tensor]) -> None:
     slots = torch.tensor(CASES["some ghosts"])
     x, gates = torch.randn(len(slots), D), torch.rand(slots.shape)
@@ -179,7 +193,7 @@ def test_auto_falls_back_with_one_message(make_config: Callable[..., ModelConfig
     auto, reference = (layer(make_config(expert_backend=name, d_expert=6)) for name in ("auto", "loop"))
     reference.load_state_dict(auto.state_dict())
     x = torch.randn(2, 32)
-    with pytest.warns(UserWarning, match="one by one") as told:
+    with pytest.warns(UserWarning, match="does not take grouped") as told:
         found = [auto(x, GATES, SLOTS) for _ in range(2)]
     assert len(told) == 1
     assert torch.equal(found[0], reference(x, GATES, SLOTS))

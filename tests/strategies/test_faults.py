@@ -1,5 +1,8 @@
 """Faults inside a run: gradients that are no numbers, and disks that cannot be written."""
 
+import io
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,38 +94,47 @@ def test_too_many_skipped_steps_stop_the_run_and_name_the_site(root: str, tmp_pa
         assert "3 optimizer steps had gradients that are not finite (site 1: 3)" in message
 
 
-def _full_disk(rank: int, root: str, folder: str) -> tuple[int, int, str | None]:
-    """Saving after steps 2, 4 and 6; site 1 cannot write at step 4, site 0 not its manifest at step 6."""
+def _full_disk(rank: int, root: str, folder: str, async_save: bool) -> tuple[int, int, str | None, str]:
+    """Saving after each second step; not all of it can be written from step 4 on."""
     with launched_as(rank, SITES, folder), pytest.MonkeyPatch.context() as patch:
-        original, finish = files.write_experts, files.finish
+        begin, write, finish = files.begin, files.write, files.finish
 
-        def full(path: Path, *args: Any) -> str:
-            if rank == 1 and trainer_step["step"] == 4:
+        def refused(path: Path) -> None:
+            if path.name == "step=8.ckpt":
+                raise PermissionError(30, "Read-only file system")
+            begin(path)
+
+        def full(path: Path, *args: Any) -> None:
+            if rank == 1 and path.name == "step=4.ckpt":
                 raise OSError(28, "No space left on device")
-            return original(path, *args)
+            write(path, *args)
 
         def read_only(path: Path, manifest: dict[str, Any]) -> None:
-            if manifest["optimizer_steps"] == 6:
+            if path.name == "step=6.ckpt":
                 raise PermissionError(30, "Read-only file system")
             finish(path, manifest)
 
-        patch.setattr(files, "write_experts", full)
+        told = io.StringIO()
+        patch.setattr(sys, "stderr", told)
+        patch.setattr(files, "begin", refused)
+        patch.setattr(files, "write", full)
         patch.setattr(files, "finish", read_only)
-        trainer_step = {"step": 0}
-
-        class Count(L.Callback):
-            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-                trainer_step["step"] = trainer.global_step
-
         saver = ModelCheckpoint(f"{folder}/saved", filename="{step}", every_n_train_steps=2, save_top_k=1)
-        run = Run(root=root, folder=folder, settings={"local_steps": 2},
-                  trainer={"max_steps": 7, "enable_checkpointing": True})  # fmt: skip
-        trainer = fit(run, rank, SITES, [Count(), saver])
+        run = Run(root=root, folder=folder, settings={"local_steps": 2, "async_save": async_save},
+                  trainer={"max_steps": 9, "enable_checkpointing": True})  # fmt: skip
+        trainer = fit(run, rank, SITES, [saver])
         last = trainer.strategy.last_saved
-        return trainer.strategy.saves_failed, trainer.global_step, last and last.name
+        return trainer.strategy.saves_failed, trainer.global_step, last and last.name, told.getvalue()
 
 
-def test_training_goes_on_without_a_disk_and_the_old_checkpoint_stays(root: str, tmp_path: Path) -> None:
-    assert run_distributed(_full_disk, SITES, root, str(tmp_path)) == [(2, 7, "step=2.ckpt")] * SITES
+@pytest.mark.parametrize("async_save", [True, False])
+def test_training_goes_on_without_a_disk_and_the_old_checkpoint_stays(
+    root: str, tmp_path: Path, async_save: bool
+) -> None:
+    found = run_distributed(_full_disk, SITES, root, str(tmp_path), async_save)
+    assert [site[:3] for site in found] == [(3, 9, "step=2.ckpt")] * SITES
+    assert re.findall(r"NO CHECKPOINT after step (\d)", found[0][3]) == ["4", "6", "8"]
+    assert "NO CHECKPOINT" not in found[1][3]
+    assert "site 1 cannot write" in found[1][3]
     assert files.newest(tmp_path / "saved") == (tmp_path / "saved" / "step=2.ckpt", [])
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["step=2.ckpt"]

@@ -1,7 +1,7 @@
 """Interrupted and resumed is uninterrupted, bit for bit; on other sites it is the same global model that goes on."""
 
 import copy
-from pathlib import Path
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from fomoe_pl.federation.inner import moments
 from fomoe_pl.federation.outer import OuterRule
-from fomoe_pl.module import load_global_model
+from fomoe_pl.strategies.loading import load_global_model
 from tests.distributed import run_distributed
 from tests.strategies.observers import snapshot
 from tests.strategies.test_checkpoint import differences
@@ -35,7 +35,7 @@ class Watch(L.Callback):
     """Notes every batch and what a site has at the end; saves after some steps."""
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = path
+        self.path, self.saved = path, 0
         self.batches: list[torch.Tensor] = []
         self.losses: list[float] = []
         self.rounds: list[dict[str, float]] = []
@@ -51,7 +51,8 @@ class Watch(L.Callback):
         self.losses.append(float(outputs["loss"]))
         self.rounds.append(trainer.strategy.round_stats)
         step = trainer.global_step
-        if self.path and step in SAVED_AT and not Path(f"{self.path}-{step}.ckpt").exists():
+        if self.path and step in SAVED_AT and step != self.saved:  # with accumulation a step has several batches
+            self.saved = step
             trainer.save_checkpoint(f"{self.path}-{step}.ckpt")
 
 
@@ -153,7 +154,7 @@ def expert_moments(trainer: L.Trainer) -> dict[tuple[str, int], list[torch.Tenso
 
 
 class First(L.Callback):
-    """What a site starts from; saves at the end."""
+    """What a site starts from, and its global loss before the first step; saves at the end."""
 
     def __init__(self, path: str | None) -> None:
         self.path = path
@@ -164,6 +165,13 @@ class First(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         strategy: Any = trainer.strategy
+        if self.path is None:
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False  # as the training loop does before it validates
+            trainer.validating = True
+            validation.run()
+            trainer.training = True
+        self.loss = float(trainer.callback_metrics.get("val/loss", math.nan))
         layout = strategy.layout()
         self.moments = expert_moments(trainer)
         self.agreed = {n: t.clone() for n, t in strategy.global_tensors().items() if n not in layout.expert_layer}
@@ -177,7 +185,9 @@ class First(L.Callback):
 
     @property
     def seen(self) -> SimpleNamespace:
-        return SimpleNamespace(**{k: getattr(self, k) for k in ("moments", "agreed", "experts", "momenta", "steps")})
+        return SimpleNamespace(
+            **{k: getattr(self, k) for k in ("moments", "agreed", "experts", "momenta", "steps", "loss")}
+        )
 
 
 def _run(rank: int, sites: int, runs: list[tuple[Run, str | None, str | None]], folder: str) -> list[Any]:
@@ -187,7 +197,8 @@ def _run(rank: int, sites: int, runs: list[tuple[Run, str | None, str | None]], 
             first, watch = First(save), Watch()
             trainer = fit(run, rank, sites, [first, watch], start)
             tokens = trainer.lightning_module.tokens_of_all_sites
-            found.append((first.seen, watch.batches, tokens, expert_moments(trainer)))
+            loss = float(trainer.callback_metrics["val/loss"])
+            found.append((first.seen, watch.batches, tokens, expert_moments(trainer), loss))
     return found
 
 
@@ -198,7 +209,8 @@ def moved(root: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 
     def made(kind: str, settings: dict[str, Any], steps: int, launch: str) -> Run:
         # So long that two of them are not alike by chance.
-        trainer, data = {"max_steps": steps}, {"sequence_length": 64}
+        trainer = {"max_steps": steps, "val_check_interval": steps, "limit_val_batches": None}
+        data = {"sequence_length": 64, "val_sequences": 24, "val_batch_size": 3}
         return Run(data=data, root=root, folder=launch, strategy=kind, settings=settings, trainer=trainer,
                    architecture={"n_experts": 8, "n_layers": 2})  # fmt: skip
 
@@ -229,7 +241,7 @@ def test_other_sites_go_on_from_the_same_global_model(moved: dict[Any, Any], wri
     path, before = moved[writer]
     sites, _, settings = READERS[reader]
     weights = load_global_model(path).state_dict()
-    for first, batches, tokens, _ in moved[writer, reader]:
+    for first, batches, tokens, *_ in moved[writer, reader]:
         assert first.steps == 6
         for name, value in first.agreed.items():
             assert torch.equal(value, weights[name]), name
@@ -259,6 +271,14 @@ def test_received_experts_start_with_fresh_moments_and_kept_ones_with_theirs(
                 assert values, key
                 assert not any(value.any() for value in values), key
     assert kept, "nothing is carried over"
+
+
+@pytest.mark.parametrize(("writer", "reader"), PAIRS)
+def test_the_global_loss_before_the_first_step_is_the_last_one(moved: dict[Any, Any], writer: str, reader: str) -> None:
+    last = moved[writer][1][0][-1]
+    for first, *_, trained in moved[writer, reader]:
+        assert first.loss == pytest.approx(last, rel=1e-5)
+        assert trained != pytest.approx(last, rel=1e-3), "training moves it"
 
 
 # Of eight sites one finds nothing left of a domain, and begins the next epoch.

@@ -1,0 +1,49 @@
+"""Measured tensors as what is logged: numbers by tag, a layer each and their mean."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from fomoe_pl.federation.movement import AGREED, MEAN, OWN, OWN_NORM
+from fomoe_pl.metrics import RoutingHealth
+from fomoe_pl.metrics.drift import mean_cosine, relative_drift
+
+
+def routing_values(health: RoutingHealth) -> dict[str, float]:
+    """Return `routing/<statistic>/mean` and `routing/<statistic>/layer_<ii>`; statistics as in `RoutingHealth`.
+
+    The layers' numbers have two digits or more, so that they sort.
+    """
+    values = {}
+    for key, value in health.compute().items():
+        statistic, _, layer = key.partition("/layer_")
+        name = f"layer_{int(layer):02d}" if layer else "mean"
+        values[f"routing/{statistic}/{name}"] = float(value)
+    return values
+
+
+def by_layer(name: str, value_L: Tensor) -> dict[str, float]:
+    """Return `<name>/mean` and `<name>/layer_<ii>`, without what is undefined (NaN)."""
+    values = {f"{name}/mean": float(value_L.nanmean())}
+    values |= {f"{name}/layer_{layer:02d}": float(value) for layer, value in enumerate(value_L)}
+    return {key: value for key, value in values.items() if not math.isnan(value)}
+
+
+def movement_values(
+    values: dict[str, float], dense: Tensor, expert_LE4: Tensor, sites: Tensor, holders_LE: Tensor
+) -> Tensor:
+    """Add drift and pseudo-gradients to `values`; return the drift of each expert."""
+    own_LE, mean_LE, agreed_LE = expert_LE4[..., OWN], expert_LE4[..., MEAN] / holders_LE, expert_LE4[..., AGREED]
+    drift_LE = relative_drift(own_LE, mean_LE, agreed_LE / holders_LE, holders_LE)
+    values |= by_layer("routing/drift", drift_LE.nanmean(dim=1))
+    cosine_LE = mean_cosine(own_LE, mean_LE, expert_LE4[..., OWN_NORM], holders_LE)
+    values |= by_layer("routing/drift_cosine", cosine_LE.nanmean(dim=1))
+    values |= by_layer("pseudo_gradient/expert_norm", mean_LE.sqrt().mean(dim=1))
+    own, mean = dense[OWN], dense[MEAN] / sites[0]
+    values["pseudo_gradient/dense_norm"] = float(mean.sqrt())
+    if sites > 1:
+        values["pseudo_gradient/dense_drift"] = float(relative_drift(own, mean, dense[AGREED] / sites[0], sites[0]))
+        values["pseudo_gradient/dense_cosine"] = float(mean_cosine(own, mean, dense[OWN_NORM], sites[0]))
+    return drift_LE

@@ -1,0 +1,324 @@
+"""Triton backend: tokens gathered, activated, weighted and summed inside or beside grouped products of our own.
+
+Seven kernels forward and eight backward, all of static shape: nothing waits for the number of live picks, and so a
+layer can be compiled. Kept for the backward pass are the tokens, what is inside the activation (P,I), the places of
+the picks, and the weights in the type of the products; the activations are made again.
+
+With float32 weights and bfloat16 products (mixed precision) the weights' gradients leave the products' accumulators as
+float32: they are neither rounded nor converted in another pass.
+
+Shapes: T tokens, D model, R resident experts, K picks of a token, P = T·K picks, I input width of an expert (F, or 2F
+with swiglu), F expert width.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomoe_pl.model.config import ExpertKind
+
+try:
+    import triton
+
+    from fomoe_pl.model.backends import triton_kernels as on_device
+
+    INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU, slowly, for tests
+except ImportError:
+    triton = None
+    INTERPRETED = False
+
+BLOCK = 512  # picks that one program counts and places
+
+
+class Tiles(NamedTuple):
+    """Tile of a product: rows, columns, summands a step, and how many warps and pipeline stages make it."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    registers: int | None = None  # the most of a thread, so that another program fits beside it
+
+
+class Tuning(NamedTuple):
+    """Tiles of the five products. For swiglu `up` has two accumulators of rows × columns."""
+
+    up: Tiles
+    down: Tiles
+    down_backward: Tiles
+    up_backward: Tiles
+    weights: Tiles
+
+
+TUNED = {
+    2: Tuning(
+        up=Tiles(128, 128, 32, 8, 5),
+        down=Tiles(128, 256, 64, 8, 3),
+        down_backward=Tiles(64, 128, 64, 8, 3, registers=128),
+        up_backward=Tiles(128, 256, 64, 8, 3),
+        weights=Tiles(128, 128, 32, 4, 5),
+    ),
+    4: Tuning(*[Tiles(64, 64, 32, 4, 3)] * 5),
+}
+"""By the bytes of a number. Found by sweeps on an H100 (docs/benchmarks). A tile of 128 × 256 float32
+accumulators fills the registers of 8 warps; where a product has much to read or write beside its sums, two programs
+a multiprocessor do better, one computing while the other waits: tiles of half that size, 96 KiB of shared memory."""
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernels do not work here, or None if they do.
+
+    Args:
+        device: Where the tokens are.
+        dtype: In which type the products run.
+    """
+    if triton is None:
+        return "triton is not installed"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"there are no kernels for {dtype}"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"triton does not run on {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need compute capability 8.0 or above"
+    return None
+
+
+def _up_to_power(n: int, least: int = 1) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@lru_cache(maxsize=64)
+def _tuning(itemsize: int, d_model: int, d_expert: int, rows_per_expert: int) -> Tuning:
+    """Tiles no larger than what there is of rows and channels."""
+
+    def fit(tiles: Tiles, rows: int, columns: int, depth: int) -> Tiles:
+        most = [_up_to_power(n, 16) for n in (rows, columns, depth)]
+        return tiles._replace(
+            rows=min(tiles.rows, most[0]), columns=min(tiles.columns, most[1]), depth=min(tiles.depth, most[2])
+        )
+
+    tuned = TUNED[itemsize]
+    return Tuning(
+        up=fit(tuned.up, rows_per_expert, d_expert, d_model),
+        down=fit(tuned.down, rows_per_expert, d_model, d_expert),
+        down_backward=fit(tuned.down_backward, rows_per_expert, d_expert, d_model),
+        up_backward=fit(tuned.up_backward, rows_per_expert, d_model, d_expert),
+        weights=fit(tuned.weights, min(d_model, d_expert), d_model, rows_per_expert),
+    )
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+class _Launch(NamedTuple):
+    """What all launches of one call share."""
+
+    n_tokens: int
+    d_model: int
+    d_expert: int
+    n_resident: int
+    top_k: int
+    swiglu: bool
+    tuning: Tuning
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(cls, x_TD: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor) -> _Launch:
+        n_resident, d_expert, d_model = w_out_RFD.shape
+        tuning = _tuning(x_TD.element_size(), d_model, d_expert, max(1, slots_TK.numel() // n_resident))
+        constants = {"PRECISION": _precision(x_TD.dtype), "RP": _up_to_power(n_resident, 2)}
+        swiglu = w_in_RDI.shape[2] == 2 * d_expert
+        return cls(len(x_TD), d_model, d_expert, n_resident, slots_TK.shape[1], swiglu, tuning, constants)
+
+    @property
+    def n_picks(self) -> int:
+        return self.n_tokens * self.top_k
+
+    def grid(self, tiles: Tiles, columns: int) -> tuple[int]:
+        """Programs for all tiles that there could be."""
+        return ((triton.cdiv(self.n_picks, tiles.rows) + self.n_resident) * triton.cdiv(columns, tiles.columns),)
+
+
+def _shape(tiles: Tiles, names: str = "BM BN BK") -> dict[str, int | None]:
+    how = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers}
+    return {**dict(zip(names.split(), tiles[:3], strict=True)), **how}
+
+
+def index_picks(slots_TK: Tensor, n_resident: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the live picks by expert, and by token within an expert.
+
+    Args:
+        slots_TK: Row of each pick in the stacked weights, int64 (T,K); R is a ghost.
+        n_resident: R, at least 1.
+
+    Returns:
+        int32: ``order`` (P,), the pick of each row, of which the first L are written; ``place`` (P,), the row of each
+        pick, -1 for a ghost's; ``offsets`` (R+1,), where each expert's rows begin.
+    """
+    n_picks, slots_P = slots_TK.numel(), slots_TK.reshape(-1)
+    n_blocks, padded = triton.cdiv(n_picks, BLOCK), _up_to_power(n_resident, 2)
+    step = min(BLOCK, max(16, 8192 // padded))
+    counts_BR = torch.empty(n_blocks, padded, dtype=torch.int32, device=slots_TK.device)
+    offsets_R1 = torch.empty(n_resident + 1, dtype=torch.int32, device=slots_TK.device)
+    order_P = torch.empty(n_picks, dtype=torch.int32, device=slots_TK.device)
+    place_P = torch.empty_like(order_P)
+    sizes = {"BLOCK": BLOCK, "STEP": step, "RP": padded}
+    on_device.count_picks[(n_blocks,)](slots_P, counts_BR, n_picks, **sizes)
+    scan_step = min(_up_to_power(n_blocks, 2), max(2, 4096 // padded))
+    on_device.scan_counts[(1,)](counts_BR, offsets_R1, n_blocks, n_resident, STEP=scan_step, RP=padded)
+    on_device.place_picks[(n_blocks,)](slots_P, counts_BR, order_P, place_P, n_picks, n_resident, **sizes)
+    return order_P, place_P, offsets_R1
+
+
+def _sum_picks(y_LD: Tensor, place_P: Tensor, like_TD: Tensor, top_k: int) -> Tensor:
+    y_TD = torch.empty_like(like_TD)
+    d_model = like_TD.shape[1]
+    block = min(_up_to_power(d_model), 1024)
+    grid = (len(like_TD), triton.cdiv(d_model, block))
+    on_device.sum_picks[grid](y_LD, place_P, y_TD, d_model, K=top_k, BLOCK=block, num_warps=max(1, block // 256))
+    return y_TD
+
+
+@torch.library.custom_op("fomoe::skip_experts", mutates_args=())
+def skip_experts(
+    x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, w_in: Tensor, w_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the experts; returns y (T,D), and for the backward pass pre (P,I), order, place and offsets.
+
+    ``w_in`` and ``w_out`` are the weights that have the gradients, ``w_in_RDI`` and ``w_out_RFD`` the same ones in the
+    type of the products.
+    """
+    n_picks = slots_TK.numel()
+    launch = _Launch.of(x_TD, slots_TK, w_in_RDI, w_out_RFD)
+    order_P, place_P, offsets_R1 = index_picks(slots_TK, launch.n_resident)
+    pre_LI, h_LF = x_TD.new_empty(n_picks, w_in_RDI.shape[2]), x_TD.new_empty(n_picks, launch.d_expert)
+    tiles = launch.tuning.up
+    on_device.up[launch.grid(tiles, launch.d_expert)](
+        x_TD, order_P, offsets_R1, w_in_RDI, gates_TK, pre_LI, h_LF, launch.d_model, launch.d_expert, launch.n_resident,
+        K=launch.top_k, SWIGLU=launch.swiglu, SAVE=True, **launch.constants, **_shape(tiles),
+    )  # fmt: skip
+    y_LD = _product(launch, launch.tuning.down, h_LF, offsets_R1, w_out_RFD)
+    return _sum_picks(y_LD, place_P, x_TD, launch.top_k), pre_LI, order_P, place_P, offsets_R1
+
+
+def _product(launch: _Launch, tiles: Tiles, a_LC: Tensor, offsets_R1: Tensor, w_RCN: Tensor) -> Tensor:
+    n_channels, n_columns = w_RCN.shape[1:]
+    y_LN = a_LC.new_empty(len(a_LC), n_columns)
+    on_device.rows_times_weight[launch.grid(tiles, n_columns)](
+        a_LC, offsets_R1, w_RCN, y_LN, n_channels, n_columns, *w_RCN.stride(), launch.n_resident,
+        **launch.constants, **_shape(tiles),
+    )  # fmt: skip
+    return y_LN
+
+
+@skip_experts.register_fake
+def _(
+    x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, w_in: Tensor, w_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n_picks, index = slots_TK.numel(), slots_TK.new_empty
+    order_P, place_P = index(n_picks, dtype=torch.int32), index(n_picks, dtype=torch.int32)
+    offsets_R1 = index(len(w_in) + 1, dtype=torch.int32)
+    return torch.empty_like(x_TD), x_TD.new_empty(n_picks, w_in_RDI.shape[2]), order_P, place_P, offsets_R1
+
+
+@torch.library.custom_op("fomoe::skip_experts_backward", mutates_args=())
+def skip_experts_backward(
+    dy_TD: Tensor, x_TD: Tensor, gates_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, pre_LI: Tensor,
+    order_P: Tensor, place_P: Tensor, offsets_R1: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of tokens, gates and both weights, those of the weights in ``dtype``."""
+    launch = _Launch.of(x_TD, gates_TK, w_in_RDI, w_out_RFD)
+    n_picks, d_model, d_expert = launch.n_picks, launch.d_model, launch.d_expert
+    tiles = launch.tuning.down_backward
+    dpre_LI, h_LF = torch.empty_like(pre_LI), x_TD.new_empty(n_picks, d_expert)
+    parts = gates_TK.new_empty(triton.cdiv(d_expert, tiles.columns), n_picks)
+    on_device.down_backward[launch.grid(tiles, d_expert)](
+        dy_TD, order_P, offsets_R1, w_out_RFD, gates_TK, pre_LI, dpre_LI, h_LF, parts, d_model, d_expert, n_picks,
+        launch.n_resident, K=launch.top_k, SWIGLU=launch.swiglu, **launch.constants, **_shape(tiles),
+    )  # fmt: skip
+    dw_out_RFD = _weight_gradient(launch, h_LF, dy_TD, "b", order_P, offsets_R1, w_out_RFD, dtype)
+    del h_LF  # its memory serves the tokens' gradients
+    dw_in_RDI = _weight_gradient(launch, x_TD, dpre_LI, "a", order_P, offsets_R1, w_in_RDI, dtype)
+    dx_LD = _product(launch, launch.tuning.up_backward, dpre_LI, offsets_R1, w_in_RDI.transpose(1, 2))
+    # A ghost's column of the parts holds whatever the memory held.
+    dgates_TK = parts.sum(dim=0).where(place_P >= 0, 0).view_as(gates_TK)
+    return _sum_picks(dx_LD, place_P, x_TD, launch.top_k), dgates_TK, dw_in_RDI, dw_out_RFD
+
+
+def _weight_gradient(
+    launch: _Launch, a: Tensor, b: Tensor, of_tokens: Literal["a", "b"], order_P: Tensor, offsets_R1: Tensor,
+    like: Tensor, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Σ aᵀb of each expert, one of the two with a row for each token, the other with one for each pick."""
+    dw_RAB = torch.empty(like.shape, dtype=dtype, device=like.device)
+    tiles, (n_a, n_b) = launch.tuning.weights, like.shape[1:]
+    grid = (launch.n_resident * triton.cdiv(n_a, tiles.rows) * triton.cdiv(n_b, tiles.columns),)
+    on_device.weight_gradient[grid](
+        a, b, order_P, offsets_R1, dw_RAB, n_a, n_b,
+        K=launch.top_k, GATHER_A=of_tokens == "a", GATHER_B=of_tokens == "b", PRECISION=launch.constants["PRECISION"],
+        **_shape(tiles, "BA BB BK"),
+    )  # fmt: skip
+    return dw_RAB
+
+
+@skip_experts_backward.register_fake
+def _(
+    dy_TD: Tensor, x_TD: Tensor, gates_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, pre_LI: Tensor,
+    order_P: Tensor, place_P: Tensor, offsets_R1: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    weights = (torch.empty_like(w_in_RDI, dtype=dtype), torch.empty_like(w_out_RFD, dtype=dtype))
+    return torch.empty_like(x_TD), torch.empty_like(gates_TK), *weights
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, gates_TK, _, w_in_RDI, w_out_RFD, w_in, _ = inputs
+    ctx.save_for_backward(x_TD, gates_TK, w_in_RDI, w_out_RFD, *output[1:])
+    ctx.dtype = w_in.dtype
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    dx_TD, dgates_TK, dw_in, dw_out = skip_experts_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.dtype)
+    return dx_TD, dgates_TK, None, None, None, dw_in, dw_out
+
+
+skip_experts.register_autograd(_backward, setup_context=_save)
+
+
+def cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int, *, with_gradient: bool) -> Tensor:
+    """Return the cross entropies, float32 (C,), 0 where a target does not count.
+
+    Args:
+        logits_CW: Logits, contiguous (C,W); columns from V on are padding.
+        targets_C: Next tokens, int64 (C,); -100 does not count.
+        vocab_size: V.
+        with_gradient: Put the gradient of the losses' sum in the logits' place.
+    """
+    n_rows, width = logits_CW.shape
+    losses_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CW.device)
+    block = min(_up_to_power(width), 8192)
+    on_device.cross_entropy[(n_rows,)](
+        logits_CW, targets_C, losses_C, vocab_size, width, IGNORED=-100, GRADIENT=with_gradient, BLOCK=block,
+        num_warps=max(1, min(16, block // 256)),
+    )  # fmt: skip
+    return losses_C
+
+
+def dispatch(
+    x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, kind: ExpertKind
+) -> Tensor:
+    """Run all resident experts; arguments and result as in ``loop.dispatch``, but the weights may be float32."""
+    if not w_in_RDI.shape[0]:
+        return x_TD * 0
+    in_type = (w.detach().to(x_TD.dtype) for w in (w_in_RDI, w_out_RFD))
+    picks = (gates_TK.contiguous(), slots_TK.contiguous())
+    y_TD: Tensor = skip_experts(x_TD.contiguous(), *picks, *in_type, w_in_RDI, w_out_RFD)[0]
+    return y_TD

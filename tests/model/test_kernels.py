@@ -1,0 +1,118 @@
+"""The kernels beside the backends' own tests: sorting of picks, cross entropy, precision, choice of the backend."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.model.backends import kernels
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.experts import Experts, choose_backend
+from fomoe_pl.model.losses import IGNORED
+
+cuda = torch.cuda.is_available()
+DEVICE = "cuda" if cuda else "cpu"
+runnable = pytest.mark.skipif(
+    kernels.triton is None or not (kernels.INTERPRETED or cuda),
+    reason="triton is not installed, or was imported without TRITON_INTERPRET=1",
+)
+
+
+@runnable
+@pytest.mark.parametrize(("tokens", "top_k", "resident"), [(1, 1, 1), (700, 2, 3), (300, 4, 64), (2100, 1, 5)])
+def test_live_picks_are_sorted_by_expert_and_token(tokens: int, top_k: int, resident: int) -> None:
+    slots = torch.randint(resident + 1, (tokens, top_k))
+    order, place, offsets = (t.cpu() for t in kernels.index_picks(slots.to(DEVICE), resident))
+    flat = slots.flatten()
+    live = int((flat < resident).sum())
+    expected = torch.sort(flat, stable=True).indices[:live]
+    assert torch.equal(order[:live].long(), expected)
+    counts = torch.bincount(flat, minlength=resident + 1)[:resident]
+    assert offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+    assert torch.equal(place[flat == resident], torch.full((tokens * top_k - live,), -1, dtype=torch.int32))
+    assert torch.equal(place[expected].long(), torch.arange(live))
+
+
+@runnable
+@pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.parametrize(("vocab", "width"), [(50, 56), (64, 64), (9001, 9008)])  # more than one block of columns
+def test_cross_entropy_is_torchs(vocab: int, width: int, with_gradient: bool) -> None:
+    logits = 30 * torch.randn(6, width)
+    targets = torch.randint(vocab, (6,))
+    targets[2] = IGNORED
+    reference = logits[:, :vocab].clone().requires_grad_()
+    each = F.cross_entropy(reference, targets, reduction="none", ignore_index=IGNORED)
+    each.sum().backward()
+    given = logits.to(DEVICE, copy=True)
+    losses = kernels.cross_entropy(given, targets.to(DEVICE), vocab, with_gradient=with_gradient).cpu()
+    torch.testing.assert_close(losses, each.detach(), rtol=1e-5, atol=1e-5)
+    expected = F.pad(reference.grad, (0, width - vocab)) if with_gradient else logits
+    torch.testing.assert_close(given.cpu(), expected, rtol=1e-4, atol=1e-6)
+
+
+@runnable
+def test_float32_weights_have_float32_gradients_of_bfloat16_products() -> None:
+    x, gates, slots = torch.randn(20, 16), torch.rand(20, 2), torch.randint(4, (20, 2))
+    w_in, w_out = torch.randn(3, 16, 32), torch.randn(3, 16, 16)
+    leaves = [t.to(DEVICE).requires_grad_() for t in (w_in, w_out)]
+    y = kernels.dispatch(x.to(DEVICE, torch.bfloat16), gates.to(DEVICE), slots.to(DEVICE), *leaves, "swiglu")
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == torch.float32
+        # More digits than bfloat16 has: nothing was rounded on the way.
+        assert not torch.equal(leaf.grad, leaf.grad.bfloat16().float())
+
+
+@runnable
+def test_the_same_bits_again(make_config: Callable[..., ModelConfig]) -> None:
+    experts = Experts(make_config(expert_backend="triton"), 3, device=torch.device(DEVICE))
+    torch.nn.init.normal_(experts.w_in)
+    torch.nn.init.normal_(experts.w_out)
+    x, gates, slots = torch.randn(50, 32), torch.rand(50, 2), torch.randint(4, (50, 2))
+    found = []
+    for _ in range(2):
+        experts.zero_grad()
+        y = experts(x.to(DEVICE), gates.to(DEVICE), slots.to(DEVICE))
+        y.square().sum().backward()
+        found.append([y.detach(), experts.w_in.grad, experts.w_out.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_cpu_does_not_take_the_kernels_by_itself() -> None:
+    assert choose_backend("auto", torch.device("cpu"), torch.float32, 16, 32) == "grouped"
+
+
+def test_why_the_kernels_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    for have, reason in ((object(), "triton does not run on cpu"), (None, "triton is not installed")):
+        monkeypatch.setattr(kernels, "triton", have)
+        with pytest.raises(ConfigError, match=f"expert_backend = 'triton': does not work here: {reason}"):
+            choose_backend("triton", device, torch.float32, 16, 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cuda, reason="no CUDA device")
+@pytest.mark.parametrize("resident", [64, 32, 8])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 7e-3), (torch.float32, 3e-6)])
+def test_close_to_float64_on_fresh_data(dtype: torch.dtype, tolerance: float, resident: int) -> None:
+    from fomoe_pl.model.backends import loop
+
+    x, gates = torch.randn(2048, 256, device="cuda").to(dtype), torch.rand(2048, 8, device="cuda")
+    slots = torch.rand(2048, 64, device="cuda").topk(8).indices.clamp(max=resident)
+    weights = (torch.randn(resident, 256, 256, device="cuda") / 16, torch.randn(resident, 128, 256, device="cuda") / 11)
+    upstream = torch.randn(2048, 256, device="cuda").to(dtype)
+
+    def run(backend: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.detach().to(kind if i == 0 or kind == torch.float64 else t.dtype).requires_grad_()
+                  for i, t in enumerate((x, gates, *weights))]  # fmt: skip
+        y = backend(leaves[0], leaves[1], slots, *leaves[2:], "swiglu")
+        y.backward(upstream.to(y.dtype))
+        return [y.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
+
+    for ours, exact in zip(run(kernels.dispatch, dtype), run(loop.dispatch, torch.float64), strict=True):
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
