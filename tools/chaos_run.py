@@ -222,6 +222,11 @@ class Run:
     damaged_checkpoints: dict[str, int] = field(default_factory=dict)  # path -> when it had been written
 
     @property
+    def in_background(self) -> bool:
+        """Whether checkpoints are written while training goes on: in every second pair of runs."""
+        return self.number % 4 < 2
+
+    @property
     def checkpoints(self) -> Path:
         """Where its checkpoints lie."""
         return self.folder / "checkpoints"
@@ -250,6 +255,7 @@ class Run:
             "--trainer.default_root_dir", str(self.folder), "--data.root", str(root), "--ckpt_path", "auto",
             f"{strategy}.local_steps", str(K), f"{strategy}.check_agreement", "true",
             f"{strategy}.timeout_seconds", str(self.quiet / 4),
+            f"{strategy}.async_save", str(self.in_background).lower(),
             f"{strategy}.stop_at", "step" if self.number % 2 else "round",
         ]  # fmt: skip
 
@@ -380,7 +386,8 @@ class Run:
             self.found.bad(self.number, f"attempt {number}: sites go on from {folders}, steps {steps}", "divergences")
         lost = self.reached - min(steps)
         costly = [fault for fault in self.pending if fault["kind"] not in FREE]
-        if lost > K * len(costly):
+        # What is still being written when a site is killed is lost too.
+        if lost > K * (len(costly) + (self.in_background and bool(costly))):
             causes = ", ".join(f"{fault['kind']} ({fault['moment']})" for fault in costly)
             self.found.bad(self.number, f"attempt {number}: {lost} steps lost after {causes or 'nothing'}")
         for fault in self.pending:

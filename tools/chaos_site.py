@@ -136,9 +136,10 @@ class Chaos:
 
     def starts_step(self, module: Any, *_: Any) -> None:
         """A micro-batch begins."""
-        self.read_only = False
-        resource.setrlimit(resource.RLIMIT_FSIZE, self._limits)
         self.step = module.trainer.global_step
+        if self.step % self.plan["K"] == self.plan["K"] - 1:  # there is a disk again before the next save
+            self.read_only = False
+            resource.setrlimit(resource.RLIMIT_FSIZE, self._limits)
         if self.first is None:
             self.first, self.trainer = self.step, module.trainer
             last = module.trainer.strategy.last_saved
