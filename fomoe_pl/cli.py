@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +17,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from fomoe_pl.callbacks.curves import CurvesOnFullDisk
 from fomoe_pl.costs import plan_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, OneMessage, SiteLostError, config_message, fail, speaks
+from fomoe_pl.files import ForgivingStream
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy, SiteStrategy
 from fomoe_pl.strategies.checkpoints import resolve
 from fomoe_pl.strategies.checks import check_launched, check_training, check_weights
+from fomoe_pl.strategies.elastic import Pace, nodes_left, tokens_in
 
 EXIT_LOST = 1
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -107,8 +112,12 @@ class FoMoECLI(LightningCLI):
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError("trainer.accelerator", accelerator, f"torch {torch.__version__} finds no CUDA device",
                               "use cpu, or install a CUDA build of torch where there is a GPU")  # fmt: skip
+        self._planned_nodes = config.trainer.num_nodes
         if isinstance(config.trainer.strategy, str):
             config.trainer.strategy = self._own_strategy(config.trainer)
+        elif (least := config.trainer.strategy.get("init_args", {}).get("min_sites")) is not None:
+            nodes = nodes_left(os.environ, config.trainer.devices, config.trainer.num_nodes, least)
+            config.trainer.num_nodes = nodes
 
     @staticmethod
     def _own_strategy(trainer: Any) -> str:
@@ -124,6 +133,7 @@ class FoMoECLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything that can be seen from here."""
         self._check()
+        cast(Any, self.trainer).callbacks.insert(0, CurvesOnFullDisk())
 
     def before_validate(self) -> None:
         """Check everything that can be seen from here."""
@@ -138,7 +148,13 @@ class FoMoECLI(LightningCLI):
         environment = getattr(strategy, "cluster_environment", None)
         if environment is not None and environment.creates_processes_externally:
             check_launched(trainer.num_devices, trainer.num_nodes, environment.world_size())
+        path = self.config[self.subcommand].ckpt_path
+        if path is not None and self.subcommand == "fit":
+            path = resolve(_checkpoint_folder(trainer), path)
+            self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
         if isinstance(strategy, FederatedStrategy):
+            if strategy.min_sites is not None:
+                self._keep_pace(strategy, n_processes, path)
             strategy.check(module.config, n_processes, trainer.num_nodes)
         elif isinstance(strategy, SingleSiteStrategy):
             requested = self.config[self.subcommand].trainer.devices
@@ -148,17 +164,28 @@ class FoMoECLI(LightningCLI):
             n_processes = 1
         if self.subcommand == "fit":
             check_training(trainer, federated=isinstance(strategy, FederatedStrategy))
+        data.goes_on = path is not None
         data.check(n_processes)
         if data.vocab_size != module.config.vocab_size:
             raise ConfigError("model.architecture.vocab_size", module.config.vocab_size,
                               f"must equal the vocabulary of the data in {data.root} ({data.vocab_size})",
                               f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
-        path = self.config[self.subcommand].ckpt_path
-        if path is not None and self.subcommand == "fit":
-            path = resolve(_checkpoint_folder(trainer), path)
-            self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
         if path is not None:
             check_weights(path, module.config)
+
+    def _keep_pace(self, strategy: FederatedStrategy, n_sites: int, path: str | None) -> None:
+        """Let a run that may have fewer sites than planned take the steps that the planned tokens need."""
+        trainer, data = self.trainer, cast(FoMoEData, self.datamodule)
+        steps, tokens = (0, 0) if path is None else tokens_in(Path(path))
+        strategy.pace = Pace(
+            planned=trainer.max_steps, start=steps, tokens=tokens, sites=n_sites,
+            site_tokens=trainer.accumulate_grad_batches * data.batch_size * data.sequence_length,
+            planned_sites=trainer.num_devices * self._planned_nodes,
+        )  # fmt: skip
+        if trainer.max_steps > 0 and strategy.pace.last_step != trainer.max_steps:
+            last, planned = strategy.pace.last_step, strategy.pace.planned_sites
+            rank_zero_info(f"{n_sites} of {planned} sites: the planned tokens take until step {last}")
+            trainer.fit_loop.epoch_loop.max_steps = last
 
 
 def _checkpoint_folder(trainer: Trainer) -> Path:
@@ -211,7 +238,8 @@ def main(args: list[str] | None = None) -> None:
 
             compare.main(words[1:])
             return
-        FoMoECLI(args=args)
+        with redirect_stdout(ForgivingStream.of(sys.stdout)), redirect_stderr(ForgivingStream.of(sys.stderr)):
+            FoMoECLI(args=args)
     except SIGTERMException as stopped:
         checkpoint, number = stopped.args or (None, signal.SIGTERM)
         if speaks():

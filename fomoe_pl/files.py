@@ -1,8 +1,49 @@
-"""Writing files of which a reader never meets half."""
+"""Writing files of which a reader never meets half, and to streams that may be on a full disk."""
 
+import errno
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from fomoe_pl.errors import ConfigError
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class ForgivingStream:
+    """A text stream that loses what a full disk does not take: a message is not worth a run.
+
+    Args:
+        stream: standard output or error, perhaps redirected into a file.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @classmethod
+    def of(cls, stream: TextIO) -> TextIO:
+        """A stream that takes the place of another."""
+        return cast(TextIO, cls(stream))
+
+    def write(self, text: str) -> int:
+        """Write, unless the disk is full."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, unless the disk is full."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the stream's."""
+        return getattr(self._stream, name)
 
 
 def prepare(key: str, path: Path) -> None:

@@ -261,7 +261,7 @@ class FoMoEModule(L.LightningModule):
         cfg = self.optimizer_config
         optimizer = inner_optimizer(self.transformer, cfg)
         last = self.trainer.max_steps if self.trainer.max_steps > 0 else None
-        schedule = inner_schedule(optimizer, cfg, last)
+        schedule = inner_schedule(optimizer, cfg, last, getattr(self.trainer.strategy, "pace", None))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- validation of the global model ---------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.model.parametrization import parameter_groups
 from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.strategies.elastic import Pace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,11 @@ class OptimizerConfig:
                 )
 
 
-def learning_rate_factor(step: int, *, warmup: int, cooldown: int, last: int | None) -> float:
+def learning_rate_factor(step: float, *, warmup: int, cooldown: int, last: int | None) -> float:
     """Factor on the peak learning rate: linear warm-up, constant, linear cooldown.
 
     Args:
-        step: optimizer steps already taken.
+        step: optimizer steps already taken; of a run without all its sites, the planned steps that these amount to.
         warmup: steps of the warm-up.
         cooldown: steps of the cooldown; 0 for none.
         last: the run's number of steps; None if it is open, then there is no cooldown.
@@ -108,13 +109,21 @@ def skip_step_if(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
                 p.grad = None
 
 
-def inner_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, last: int | None) -> LambdaLR:
+def inner_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, last: int | None, pace: Pace | None = None
+) -> LambdaLR:
     """The inner optimizer's learning-rate schedule; advance it after each step.
 
     Args:
         optimizer: from `inner_optimizer`.
         config: the settings.
         last: as for `learning_rate_factor`.
+        pace: of a run that may have fewer sites than planned: its plan's length is the schedule's, not `last`.
     """
     warmup, cooldown = config.warmup_steps, config.cooldown_steps
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup=warmup, cooldown=cooldown, last=last))
+
+    def factor(step: int) -> float:
+        done, end = (float(step), last) if pace is None else (pace.at(step), pace.planned)
+        return learning_rate_factor(done, warmup=warmup, cooldown=cooldown, last=end)
+
+    return LambdaLR(optimizer, factor)

@@ -2,8 +2,10 @@
 
 import os
 import re
+import resource
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fomoe_pl.federation.checkpoint import newest, read_manifest
 from tests.test_cli import CHECKPOINT, environment, report, run, small
@@ -64,6 +67,28 @@ def test_ctrl_c_saves_and_the_printed_line_goes_on(root: str, tmp_path: Path) ->
     assert report(tmp_path)["tokens"]["global"] == (steps + 4) * 2 * 2 * 16
 
 
+def test_a_signal_stops_all_sites_in_the_middle_of_a_round_if_asked_to(root: str, tmp_path: Path) -> None:
+    endless = ["--trainer.strategy.init_args.local_steps", "1000000", "--trainer.strategy.init_args.stop_at", "step"]
+    command = [*small(root, tmp_path), *LONG, *endless]
+    with started(["-m", "fomoe_pl", "fit", *command], tmp_path) as process:
+        trains(tmp_path)
+        os.kill(children(process.pid)[0], signal.SIGTERM)  # to the second site alone
+        started_at = time.monotonic()
+        errors = process.communicate(timeout=60)[1]
+        seconds = time.monotonic() - started_at
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert seconds < 20  # most of it the interpreters, on a busy machine
+    saved, _ = newest((tmp_path / CHECKPOINT).parent)
+    assert saved is not None
+    manifest = read_manifest(saved)
+    assert manifest["rounds"] == 0
+    steps = manifest["optimizer_steps"]
+    assert f"--ckpt_path {saved.relative_to(tmp_path)}" in errors
+    run(["fit", *command, "--ckpt_path", "auto", "--trainer.max_steps", str(steps + 1)], tmp_path)
+    assert report(tmp_path)["steps"] == steps + 1
+    assert report(tmp_path)["tokens"]["global"] == (steps + 1) * 2 * 2 * 16
+
+
 def test_ctrl_c_saves_one_process_too(root: str, tmp_path: Path) -> None:
     alone = [*small(root, tmp_path), "--trainer.strategy", "single_site", "--trainer.devices", "1"]
     with started(["-m", "fomoe_pl", "fit", *alone, *LONG], tmp_path) as process:
@@ -96,10 +121,42 @@ def test_a_killed_site_is_named_and_the_newest_checkpoint_goes_on(root: str, tmp
     assert report(tmp_path)["steps"] == steps + 2
 
 
+def test_a_full_disk_ends_nothing(root: str, tmp_path: Path) -> None:
+    """No file can be longer than 8 KiB: not a checkpoint, not the curves, not what the run prints."""
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    command = [sys.executable, "-m", "fomoe_pl", "fit", *small(root, tmp_path), "--trainer.max_steps", "60"]
+    with (tmp_path / "printed.txt").open("w") as printed:
+        code = subprocess.run(command, cwd=tmp_path, env=environment(), stdout=printed, stderr=printed, timeout=110,
+                              preexec_fn=small_disk, check=False).returncode  # fmt: skip
+    told = (tmp_path / "printed.txt").read_text()
+    assert code == 0, told
+    assert report(tmp_path)["steps"] == 60
+    assert len(told) == 8192, "the rest is lost, and with it no step"
+    assert "fomoe: NO CHECKPOINT after step 2" in told
+    assert told.count("fomoe: curves have a gap") == 1
+    events = EventAccumulator(str(tmp_path / "runs/run"))
+    events.Reload()
+    assert events.Scalars("train/loss"), "what was written before can be read"
+
+
 def test_auto_starts_from_scratch_where_there_is_nothing(root: str, tmp_path: Path) -> None:
     output = run(["fit", *small(root, tmp_path), "--ckpt_path", "auto"], tmp_path)
     assert "no checkpoint in runs/run/checkpoints yet" in output
     assert report(tmp_path)["steps"] == 4
+
+
+def test_auto_starts_from_scratch_where_the_first_save_was_interrupted(root: str, tmp_path: Path) -> None:
+    interrupted = tmp_path / f"{CHECKPOINT}.partial"
+    interrupted.mkdir(parents=True)
+    output = run(["fit", *small(root, tmp_path), "--ckpt_path", "auto"], tmp_path)
+    assert "last.ckpt.partial': is no complete checkpoint" in output
+    assert report(tmp_path)["steps"] == 4
+    (tmp_path / CHECKPOINT / "manifest.json").unlink()
+    with pytest.raises(AssertionError, match="no checkpoint in runs/run/checkpoints is complete"):
+        run(["fit", *small(root, tmp_path), "--ckpt_path", "auto"], tmp_path)
 
 
 def test_torchrun_restarts_from_the_last_round(root: str, tmp_path: Path) -> None:
@@ -114,3 +171,37 @@ def test_torchrun_restarts_from_the_last_round(root: str, tmp_path: Path) -> Non
     assert process.returncode == 0, errors
     found = report(tmp_path)
     assert (found["steps"], found["tokens"]["global"]) == (steps, steps * 2 * 2 * 16)
+
+
+def descendants(pid: int) -> list[int]:
+    found = children(pid)
+    return found + [below for child in found for below in descendants(child)]
+
+
+def test_a_machine_less_and_the_run_goes_on_to_the_planned_tokens(root: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    steps = 120
+    # Seconds after which a machine that says nothing is gone, and in which further ones may still join.
+    waits = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=15"
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "2"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", waits]
+    command = ["-m", "fomoe_pl", "fit", *small(root, tmp_path), "--ckpt_path", "auto", "--trainer.devices", "1"]
+    command += ["--trainer.num_nodes", "2", "--trainer.strategy.init_args.min_sites", "1"]
+    command += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(10 * steps)]
+    with started([*launcher, *command], tmp_path) as first:
+        time.sleep(2)  # the first keeps the store
+        with started([*launcher, *command], tmp_path) as second:
+            trains(tmp_path)
+            for pid in (*descendants(second.pid), second.pid):
+                os.kill(pid, signal.SIGKILL)
+            errors = first.communicate(timeout=200)[1]
+    assert first.returncode == 0, errors
+    found = report(tmp_path)
+    saved, _ = newest((tmp_path / CHECKPOINT).parent)
+    assert found["sites"] == 1
+    assert found["tokens"]["global"] == steps * 2 * 2 * 16
+    assert steps < found["steps"] < 2 * steps
+    assert saved is not None
+    assert read_manifest(saved)["optimizer_steps"] == found["steps"]

@@ -189,7 +189,8 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
     read_peak()
     trainer.fit(FoMoEModule(config, evaluation_window=case.evaluation_window), RandomData(config, case))
     strategy.peaks["validation"] = max(strategy.peaks["validation"], read_peak())
-    return {"before": before, "peaks": strategy.peaks, **compared(predicted, strategy.peaks)}
+    peaks = {name: peak - before for name, peak in strategy.peaks.items()}  # what an earlier case has left is not of it
+    return {"before": before, "peaks": peaks, **compared(predicted, peaks)}
 
 
 def compared(predicted: RankMemory, peaks: dict[str, int]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What `bench_model.py` times: our model in several builds and Hugging Face's OLMoE, each with its training step.
 
 A step is the whole of it: two copies to the device, forward pass, cross entropy and the router's loss, backward pass,
-clipping of the gradient's norm, fused AdamW. On a GPU matrix products are in bfloat16 by autocast and parameters,
-gradients and moments in float32, for all but `hf_bf16_*`. On a CPU all is in float32, as in the quickstart.
+clipping of the gradient's norm, fused AdamW, dropping gradients. On a GPU matrix products are in bfloat16
+by autocast and parameters, gradients and moments in float32, for all but `hf_bf16_*`. On a CPU all is in float32, as in
+the quickstart.
 """
 
 from __future__ import annotations
@@ -86,18 +87,16 @@ class Contestant:
         losses: of inputs and targets (B,S) what is minimised, and each layer's statistics, if it has them.
         device: where it trains.
         autocast: whether matrix products are in bfloat16.
-        zero_late: whether gradients are dropped after the forward pass, as Lightning does, or after the step, as
-            Hugging Face's Trainer does.
         resident: experts of each layer that are here.
         note: what a reader of its row must know.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Losses, device: torch.device, *,
-        autocast: bool, zero_late: bool, resident: int, note: str = "",
+        autocast: bool, resident: int, note: str = "",
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.losses, self.device = model, optimizer, losses, device
-        self.autocast, self.zero_late, self.resident, self.note = autocast, zero_late, resident, note
+        self.autocast, self.resident, self.note = autocast, resident, note
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.last: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
 
@@ -106,15 +105,12 @@ class Contestant:
         inputs_BS, targets_BS = (tokens.to(self.device, non_blocking=True) for tokens in batch)
         with torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext():
             loss, stats = self.losses(inputs_BS, targets_BS)
-        if self.zero_late:
-            self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         if isinstance(self.model, Transformer):
             skip_step_if(~norm.isfinite(), self.optimizer)
         self.optimizer.step()
-        if not self.zero_late:
-            self.optimizer.zero_grad()
+        self.optimizer.zero_grad()
         # Without the graph and the tokens' picks: what is kept counts as memory of the step.
         self.last = loss.detach(), [(layer.live, layer.picks) for layer in stats]
 
@@ -198,7 +194,7 @@ def build_ours(
         loss = model.loss(hidden_BSD, targets_BS)
         return (loss + auxiliary_loss(stats, config, residency).total, stats) if fraction else (loss, [])
 
-    return Contestant(model, optimizer, losses, device, autocast=autocast, zero_late=False,
+    return Contestant(model, optimizer, losses, device, autocast=autocast,
                       resident=len(residency.experts[0]) if fraction else 0)  # fmt: skip
 
 
@@ -249,7 +245,7 @@ def build_huggingface(config: ModelConfig, device: torch.device, build: HuggingF
         # `shift_labels` are not shifted again. `labels` only says that there are any.
         return run(input_ids=inputs_BS, labels=targets_BS, shift_labels=targets_BS).loss, []
 
-    return Contestant(model, optimizer, losses, device, autocast=autocast and not build.pure, zero_late=False,
+    return Contestant(model, optimizer, losses, device, autocast=autocast and not build.pure,
                       resident=config.n_experts, note=note)  # fmt: skip
 
 

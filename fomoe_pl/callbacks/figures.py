@@ -37,7 +37,7 @@ def heat_map(values_LE: Tensor, title: str, unit: str, *, even: bool = False, mo
         most: Upper end of the colours; None is the largest value.
     """
     layers, experts = values_LE.shape
-    figure, [axes] = _panels(1, width=max(3.4, 0.3 * experts), height=max(1.6, 0.26 * layers))
+    figure, [axes] = _panels(1, width=max(3.4, 0.3 * experts), height=max(1.6, 0.26 * layers), top=0.35)
     image = _image(axes, values_LE, even=even, most=most)
     axes.set_title(title, y=1)
     axes.set(xlabel="expert", ylabel="layer")
@@ -100,7 +100,7 @@ def placement_map(placement: Placement) -> Figure:
 
     holders = placement.holders
     shown = shown_layers(len(holders))
-    figure, panels = _panels(len(shown), width=3.1, height=0.5 + 0.2 * placement.n_sites)
+    figure, panels = _panels(len(shown), width=3.1, height=0.5 + 0.2 * placement.n_sites, right=0.25)
     colours = mpl.colormaps["tab10"]
     for axes, layer in zip(panels, shown, strict=True):
         grid = torch.ones(placement.n_sites, len(holders[layer]), 3)
@@ -127,26 +127,33 @@ def shown_layers(n_layers: int) -> list[int]:
     return [round(i * (n_layers - 1) / (MOST_PANELS - 1)) for i in range(MOST_PANELS)]
 
 
-def _panels(n: int, *, width: float, height: float, left: float = 0.7) -> tuple[Figure, list[Axes]]:
-    """A figure of alike panels, four in a row, with room at the right for a colour bar.
+def _panels(
+    n: int, *, width: float, height: float, left: float = 0.7, right: float = 1.35, top: float = 0.65
+) -> tuple[Figure, list[Axes]]:
+    """A figure of alike panels, at most four in a row, in rows that are as even as can be.
 
     Args:
         n: Panels.
         width: Of a panel, inches.
         height: Of a panel, inches.
         left: Room for the labels of the rows, inches.
+        right: Room at the right, which holds a colour bar, inches.
+        top: Room for titles, inches.
     """
     from matplotlib.figure import Figure
 
-    columns = min(n, 4)
-    rows = math.ceil(n / columns)
-    between = 0.25, 0.5
-    whole = left + columns * (width + between[0]) + 1.1, 0.6 + rows * (height + between[1]) + 0.25
+    rows = math.ceil(n / 4)
+    columns = math.ceil(n / rows)
+    between, bottom = (0.25, 0.5), 0.6
+    whole = (
+        left + columns * width + (columns - 1) * between[0] + right,
+        bottom + rows * height + (rows - 1) * between[1] + top,
+    )
     # Not matplotlib's own layouts: they measure every text, which takes longer than all the rest. For the same reason
     # titles are told their place (y).
     figure = Figure(figsize=whole, dpi=110)
     figure.subplots_adjust(
-        left=left / whole[0], right=1 - 1.35 / whole[0], bottom=0.65 / whole[1], top=1 - 0.7 / whole[1],
+        left=left / whole[0], right=1 - right / whole[0], bottom=bottom / whole[1], top=1 - top / whole[1],
         wspace=between[0] / width, hspace=between[1] / height,
     )  # fmt: skip
     # Alike, so that only the outer ones need labels: text is most of what a drawing costs.

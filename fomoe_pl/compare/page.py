@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1250px; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; margin-bottom: 0; }
-table { border-collapse: collapse; font-size: 0.9rem; } th { border-bottom: 2px solid #444; vertical-align: bottom; }
+table { border-collapse: collapse; font-size: 0.9rem; margin-top: 1.2rem; }
+th { border-bottom: 2px solid #444; vertical-align: bottom; }
 th, td { padding: 0.25rem 0.7rem; text-align: right; } th:first-child, td:first-child { text-align: left; }
 tr:nth-child(even) td { background: #f4f4f4; } img { max-width: 100%; height: auto; } .note { color: #555; }
-.pictures { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: flex-start; } .pictures img { max-width: 48%; }
+.pictures { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: flex-start; }
+.pictures img { max-width: 49%; } .pictures img.wide { max-width: 100%; }
 """
 CAPTIONS = (
     "Quality is that of the global model. Sent, speed and memory are of site 0; sent is what left it in rings, for "
@@ -36,7 +38,9 @@ PLOTS = (
     ("Quality and bytes", plots.pareto),
     ("Routing", plots.routing),
 )
-SHOWN = ("load", "timeline", "ghost_share", "drift", "domains", "placement")
+SHOWN = ("load", "ghost_share", "drift", "timeline", "domains", "placement")
+WIDE = 1000
+"""Pixels from which a picture, one of several panels, has a row of its own: its words are too small in half a row."""
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -85,13 +89,18 @@ def _svg(figure: Figure, title: str) -> str:
     return _image(buffer.getvalue().encode(), "svg+xml", title)
 
 
-def _image(content: bytes, kind: str, title: str) -> str:
-    return f'<img alt="{escape(title)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
+def _image(content: bytes, kind: str, title: str, more: str = "") -> str:
+    return f'<img{more} alt="{escape(title)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
+
+
+def _png(content: bytes, title: str) -> str:
+    width = int.from_bytes(content[16:20], "big")  # where the PNG format has it
+    return _image(content, "png", title, ' class="wide"' if width > WIDE else "")
 
 
 def _pictures(run: Run) -> list[str]:
     shown = [name for name in SHOWN if f"pictures/{name}" in run.pictures]
     if not shown:
         return []
-    images = "\n".join(_image(run.pictures[f"pictures/{name}"], "png", f"{run.name}: {name}") for name in shown)
+    images = "\n".join(_png(run.pictures[f"pictures/{name}"], f"{run.name}: {name}") for name in shown)
     return [f"<h2>Pictures of {escape(run.name)}</h2>", f'<div class="pictures">\n{images}\n</div>']

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BITS = "bits per byte, global model"
+GHOSTS, GHOST_SHARE = "routing/ghost_excess/mean", "routing/ghost_fraction/mean"
 AGAINST = {
     "tokens/global": ("tokens of all sites (millions)", 1e-6),
     "comm/training_wire_MiB": ("sent by site 0 for training (MiB)", 1.0),
@@ -25,9 +26,9 @@ AGAINST = {
 ROUTING = {
     "routing/load_entropy/mean": "load entropy (1 = even)",
     "routing/starved_experts/mean": "starved experts of a layer",
-    "routing/ghost_excess/mean": "ghost fraction beyond even routing",
-    "routing/churn/mean": "share of picks changed since the last look",
-    "routing/saturation/mean": "share of the last picks",
+    GHOSTS: "ghost fraction beyond even routing",
+    "routing/churn/mean": "churn (share of picks changed)",
+    "routing/saturation/mean": "saturation (share of the final picks)",
     "routing/site_agreement/mean": "agreement of sites before averaging",
     "routing/drift/mean": "relative drift of holders",
     "val/routing_necessity_nats": "routing necessity (nats a token)",
@@ -50,6 +51,7 @@ def quality(runs: Sequence[Run]) -> Figure | None:
             if x is not None and len(x):
                 axes.plot(x * unit, curve.values, marker="o", markersize=3, label=_label(run), color=f"C{i}")
         axes.set(xlabel=label, ylabel=BITS)
+        axes.locator_params(axis="x", nbins=6)  # long numbers would run into each other
         axes.grid(alpha=0.3)
     _legend(figure, panels[: len(tags)])
     return figure
@@ -80,7 +82,7 @@ def pareto(runs: Sequence[Run]) -> Figure | None:
 
 def routing(runs: Sequence[Run]) -> Figure | None:
     """Health of the routing over the run; None if no run has watched it."""
-    tags = [tag for tag in ROUTING if any(tag in run.curves for run in runs)]
+    tags = [tag for tag in ROUTING if any(_says(run, tag) for run in runs)]
     if not tags:
         return None
     rows = -(-len(tags) // 3)
@@ -90,7 +92,7 @@ def routing(runs: Sequence[Run]) -> Figure | None:
         unused.remove()
     for axes, tag in zip(panels, tags, strict=False):
         for i, run in enumerate(runs):
-            if tag in run.curves:
+            if _says(run, tag):
                 curve = run.curves[tag]
                 marker: Any = "o" if len(curve.steps) < 30 else None
                 axes.plot(curve.steps, curve.values, color=f"C{i}", label=_label(run), marker=marker, markersize=3)
@@ -99,6 +101,13 @@ def routing(runs: Sequence[Run]) -> Figure | None:
         axes.grid(alpha=0.3)
     _legend(figure, panels[: len(tags)])
     return figure
+
+
+def _says(run: Run, tag: str) -> bool:
+    """Whether the run has such a curve; the excess of ghosts of a run without any is a line at 0 that says nothing."""
+    if tag == GHOSTS and GHOST_SHARE in run.curves and not run.curves[GHOST_SHARE].values.any():
+        return False
+    return tag in run.curves
 
 
 def _label(run: Run) -> str:

@@ -39,6 +39,12 @@ def _routing(name: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda report: report.get("routing", {}).get(name)
 
 
+def _ghosts(report: dict[str, Any]) -> float | None:
+    """None without ghosts: their excess is 0 then, which says nothing."""
+    routing = report.get("routing", {})
+    return None if routing.get("ghost_fraction") == 0 else routing.get("ghost_excess")
+
+
 def _beside(report: dict[str, Any]) -> float:
     return sum(report["bytes"]["wire"][kind] for kind in NOT_TRAINING) / MIB
 
@@ -68,7 +74,7 @@ ROUTING = (
     Column("load entropy", _routing("load_entropy"), ".3f"),
     Column("MaxVio", _routing("max_violation"), ".2f"),
     Column("starved experts", _routing("starved_experts"), ".2f"),
-    Column("ghosts beyond even", _routing("ghost_excess"), "+.3f"),
+    Column("ghosts beyond even", _ghosts, "+.3f"),
     Column("churn", _routing("churn"), ".3f"),
     Column("sites agree", _routing("site_agreement"), ".3f"),
     Column("drift", _routing("drift"), ".4f"),
@@ -107,14 +113,17 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The rows in a terminal."""
-    table = Table(box=box.SIMPLE, padding=0, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for index, heading in enumerate(headings):
         # A heading is broken between words in any case, so that the width is left to the numbers.
-        broken = heading.replace(" / ", "/").replace(" ", "\n")
-        table.add_column(broken, justify="right" if index else "left", no_wrap=True)
+        broken = heading.replace(" / ", "\n/").replace(" ", "\n")
+        if index:
+            table.add_column(broken, justify="right", no_wrap=True)
+        else:  # a long name is folded before any number is cut
+            table.add_column(broken, overflow="fold", min_width=min(8, max(len(cells[0]) for cells in rows)))
     for cells in rows:
         table.add_row(*map(Text, cells))  # a plain string's [brackets] would be markup
-    Console().print(table)
+    Console().print("", table)
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:

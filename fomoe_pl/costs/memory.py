@@ -172,7 +172,7 @@ class RankMemory:
             "global validation": ("gradients_kept", "validation"),
         }[moment]
         names = ("weights", "moments", "anchors", "outer_momentum", "library", *of_moment)
-        parts = {name: getattr(self, name) for name in names}
+        parts = {name.removesuffix("_kept"): getattr(self, name) for name in names}
         return moment, dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
@@ -326,14 +326,16 @@ def rank_memory(
         in_flight = 2 * stream + again + (rows if types.experts_in_kernels(config) else 2 * picks * d)
     else:
         in_flight = 2 * stream + rows
-    first = activations + output * (4 + types.parameter) + 2 * stream
-    last_layer = activations + output * types.parameter + in_flight
+    kept = gradients if load.accumulate > 1 else 0
+    first = kept + activations + output * (4 + types.parameter) + 2 * stream
+    of_experts = types.parameter * n_resident * expert_parameters(config)  # the last layer's, made before its tokens'
+    last_layer = kept + activations + output * types.parameter + of_experts + in_flight
     ends = types.parameter * (parameters + output) + in_flight
     return RankMemory(
         weights=types.parameter * parameters,
         gradients=gradients + buckets,
         # Freed after the step, with accumulation after the last micro-batch's.
-        gradients_kept=(gradients if load.accumulate > 1 else 0) + buckets,
+        gradients_kept=kept + buckets,
         moments=ADAMW_MOMENTS * types.parameter * parameters,
         anchors=4 * parameters if federated else 0,
         outer_momentum=4 * parameters if federated and load.outer_momentum else 0,

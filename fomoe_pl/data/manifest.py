@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKEN_BYTES_FILE = "token_bytes.npy"
 Split = Literal["train", "val"]
+_log = logging.getLogger(__name__)
 _PREPARE = "python tools/prepare_data.py --source PATH --output"
 
 
@@ -176,8 +178,13 @@ def read_manifest(root: str | Path) -> Manifest:
     return manifest
 
 
-def load_manifest(root: str | Path) -> Manifest:
+def load_manifest(root: str | Path, *, training: bool = True) -> Manifest:
     """Read a corpus' manifest and check that all its files are there at full size.
+
+    Args:
+        root: Folder of the corpus.
+        training: Refuse a corpus with a training shard that is missing or cut; else it is told. A run that goes on
+            replaces such a shard when its turn comes, as if it had been lost while the run was going.
 
     Raises:
         ConfigError: As :func:`read_manifest`; or a file is missing or has another size.
@@ -187,11 +194,17 @@ def load_manifest(root: str | Path) -> Manifest:
     needed[TOKEN_BYTES_FILE] = None
     if manifest.tokenizer.file is not None:
         needed[manifest.tokenizer.file] = None
+    replaceable = set() if training else {shard.file for shard in manifest.shards if shard.split == "train"}
     again = f"Copy the whole folder again, or prepare it again: {_PREPARE} {root} --overwrite"
     for name, size in needed.items():
         path = manifest.root / name
         if not path.is_file():
-            raise ConfigError("data.root", str(root), f"{path} is missing", again)
-        if size is not None and path.stat().st_size != size:
-            raise ConfigError("data.root", str(root), f"{path} has {path.stat().st_size} bytes, not {size}", again)
+            wrong = f"{path} is missing"
+        elif size is not None and path.stat().st_size != size:
+            wrong = f"{path} has {path.stat().st_size} bytes, not {size}"
+        else:
+            continue
+        if name not in replaceable:
+            raise ConfigError("data.root", str(root), wrong, again)
+        _log.warning("%s; the run goes on, and will replace it when its turn comes", wrong)
     return manifest

@@ -69,6 +69,7 @@ class FoMoEData(L.LightningDataModule):
         self.dirichlet_alpha = dirichlet_alpha
         self.seed = seed or 0
         self.max_bad_shards = max_bad_shards
+        self.goes_on = False  # set before a run that goes on from a checkpoint: it does without shards lost meanwhile
         self._consumed: Consumed | None = None  # before this division of the data over sites and workers
         self._since = 0  # the run's batches at that time
         self._batches = 0  # the run's batches at the start of the stream
@@ -81,7 +82,7 @@ class FoMoEData(L.LightningDataModule):
         Raises:
             ConfigError: Its manifest or a shard is missing or damaged.
         """
-        return load_manifest(self.root)
+        return load_manifest(self.root, training=not self.goes_on)
 
     @property
     def vocab_size(self) -> int:

@@ -7,7 +7,7 @@ Layout of the folder:
     site-00003.pt                 what site 3 needs beside the global model to go on (inner moments, ledger)
     observers-00003.pt            what site 3's callbacks know of its own routing, if any do
     trainer.pt                    Lightning's own state (loops, schedulers, callbacks) and the position in the data
-    manifest.json                 size and SHA-256 of each file; written last: a folder without it is incomplete
+    manifest.json                 hashes of all files and its own, sizes; written last: a folder without is incomplete
 
 Files are written into `<folder>.partial`, where each site leaves a seal when it is done; with all seals there it is
 renamed. A folder that it replaces is kept as `<folder>.old` until then, so that at each moment one of the three is
@@ -32,7 +32,7 @@ from torch import Tensor
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.files import write_whole
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 MOMENTUM = "momentum-"  # before the names of the files of outer momentum
 _SEALS = "sealed-*.json"
@@ -121,7 +121,7 @@ def finish(folder: Path, manifest: dict[str, Any]) -> None:
         files |= json.loads(path.read_text())
     path = partial(folder) / MANIFEST
     with path.with_suffix(".tmp").open("w") as file:
-        json.dump({"format": FORMAT, **manifest, "files": files}, file, indent=1, sort_keys=True)
+        json.dump(_signed({"format": FORMAT, **manifest, "files": files}), file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
     for seal_path in seals:
@@ -133,6 +133,12 @@ def finish(folder: Path, manifest: dict[str, Any]) -> None:
         folder.rename(replaced(folder))
     partial(folder).rename(folder)
     shutil.rmtree(replaced(folder), ignore_errors=True)  # what stays goes with the next checkpoint
+
+
+def _signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with its own SHA-256: no file's hash is to be trusted in one that was changed."""
+    plain = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**plain, "sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def give_up(folder: Path) -> None:
@@ -162,6 +168,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         rule = f"has format {version}, this version reads {FORMAT}"
         raise ConfigError("ckpt_path", str(folder), rule, "use the version that wrote it")
+    if manifest != _signed(manifest):
+        raise ConfigError("ckpt_path", str(folder), f"is damaged: {path} does not have its own hash", hint)
     for name, about in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         if size != about["bytes"]:
@@ -199,11 +207,12 @@ def verify(folder: Path, name: str, manifest: Mapping[str, Any] | None = None) -
     return folder / name
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(folder: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:
     """The checkpoint in a folder that is furthest in training, and what is wrong with those that cannot be used.
 
     Args:
         folder: where checkpoints lie; it need not exist.
+        hashes: compare the hashes of all its files too, and take an older one where they differ.
 
     Returns:
         Path of the newest complete checkpoint (None without one), messages about incomplete ones.
@@ -217,7 +226,15 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             wrong.append(str(error))
         else:
             found.append((manifest["optimizer_steps"], (path / MANIFEST).stat().st_mtime, path))
-    return (max(found)[2] if found else None), wrong
+    for *_, path in sorted(found, reverse=True):
+        try:
+            for name in read_manifest(path)["files"] if hashes else ():
+                verify(path, name)
+        except ConfigError as error:
+            wrong.append(str(error))
+        else:
+            return path, wrong
+    return None, wrong
 
 
 def check_architecture(

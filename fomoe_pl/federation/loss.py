@@ -1,11 +1,22 @@
-"""When a site is gone: one error that says which, instead of a broken connection's words on every rank."""
+"""When a site is gone: one error that says which, instead of a broken connection's words on every rank.
+
+Only ranks that were talking to the lost site find their connection broken. Others may wait in a collective whose
+members are all there, or be in the middle of their local steps: a thread of each rank listens, so that they answer
+too. It waits for one key in the store through which the processes met, and sends nothing until a connection breaks, or
+until a rank that was sent a signal asks all to stop before their round ends.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -14,11 +25,143 @@ from fomoe_pl.federation.topology import Topology
 
 PATIENCE = 10.0  # seconds in which the others answer, once a connection has broken
 _BROKEN = re.compile(r"gloo|nccl|connection|timed out|timeout|broken pipe|socket", re.IGNORECASE)
+_FOR_LONG = timedelta(days=20)  # in milliseconds it has to fit 32 bits
+_CALLED, _THERE, _CONCLUSION, _STOP = "fomoe/called/", "fomoe/there/", "fomoe/conclusion", "fomoe/stop/"
+_ROLL_CALL, _PLEASE_STOP, _OVER = b"roll call", b"please stop", b"over"  # what a rank is called for; the last by itself
+
+
+class Conclusion(NamedTuple):
+    """What ranks agree on after a connection has broken.
+
+    Attributes:
+        silent: sites without an answer in time, sorted; empty if all answered.
+        speaker: the lowest rank that answered.
+    """
+
+    silent: list[int]
+    speaker: int
 
 
 def is_broken_connection(error: BaseException) -> bool:
     """Whether an error of a collective comes from the other side of it."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error))))
+
+
+class Listener:
+    """Answers for this rank when others ask, whatever its main thread is doing.
+
+    Args:
+        topology: this rank's place.
+        store: the store through which the processes met; a connection of its own to it is made.
+
+    Attributes:
+        conclusion: what the ranks agree on once somebody has asked who is there; None before.
+    """
+
+    def __init__(self, topology: Topology, store: dist.Store) -> None:
+        self.topology = topology
+        self.conclusion: Conclusion | None = None
+        self._store, self._own, self._over = store, store.clone(), False  # type: ignore[attr-defined]
+        self._lock, self._asked_to_stop, self._next_stop = threading.Lock(), False, 0
+        self._thread = threading.Thread(target=self._listen, name="fomoe-listener", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while not self._over:
+            try:
+                self._answer()
+                return
+            except dist.DistStoreError:  # those that asked did not come to a conclusion
+                return
+            except RuntimeError:
+                if not self._over and not _answers(self._store):
+                    self.conclusion = _keeper_is_gone(self.topology)
+                    return
+            time.sleep(1)
+            self._own = self._store.clone()  # type: ignore[attr-defined]  # something on the way cut an idle connection
+
+    def _answer(self) -> None:
+        called = self._next_call(b"")
+        if called == _PLEASE_STOP:
+            with self._lock:
+                self._asked_to_stop = True
+                self._own.set(f"{_STOP}{self.topology.rank}", str(self._next_stop))
+            called = self._next_call(_PLEASE_STOP)
+        if called == _ROLL_CALL:
+            self._own.set(f"{_THERE}{self.topology.rank}", "1")
+            self._own.wait([_CONCLUSION], timedelta(seconds=6 * PATIENCE))
+            self.conclusion = Conclusion(*json.loads(self._own.get(_CONCLUSION)))
+
+    def _next_call(self, before: bytes) -> bytes:
+        """Wait until this rank is called for something else."""
+        call = f"{_CALLED}{self.topology.rank}"
+        while not self._own.check([call]):
+            with suppress(dist.DistStoreError):  # a long time is over
+                self._own.wait([call], _FOR_LONG)
+        while (called := self._own.get(call)) == before:
+            time.sleep(0.2)  # a run that was asked to stop has not long to go
+        return bytes(called)
+
+    def ask_to_stop(self) -> None:
+        """Ask all ranks to stop after the same local step, the first that none of them has passed."""
+        for rank in range(self.topology.world_size):
+            self._store.compare_set(f"{_CALLED}{rank}", "", _PLEASE_STOP.decode())
+
+    def stops_after(self, step: int) -> bool:
+        """Whether all ranks stop after this local step; each asks after each of its steps, before it goes on.
+
+        Raises:
+            RuntimeError: if a rank does not answer.
+        """
+        with self._lock:
+            if not self._asked_to_stop:
+                self._next_stop = step + 1
+                return False
+        keys = [f"{_STOP}{rank}" for rank in range(self.topology.world_size)]
+        self._store.wait(keys, timedelta(seconds=PATIENCE))
+        return step >= max(int(self._store.get(key)) for key in keys)
+
+    def stop(self) -> None:
+        """End the thread; the last thing before the connections are closed."""
+        self._over = True
+        with suppress(RuntimeError):  # the store may be gone
+            self._store.set(f"{_CALLED}{self.topology.rank}", _OVER.decode())
+        self._thread.join(PATIENCE)
+
+
+_listener: Listener | None = None  # as there is one default process group in a process
+
+
+def listen(topology: Topology) -> None:
+    """Answer for this rank from now on; the processes must have met."""
+    global _listener
+    stop_listening()
+    if dist.is_initialized() and topology.world_size > 1:
+        _listener = Listener(topology, dist.distributed_c10d._get_default_store())
+
+
+def stop_listening() -> None:
+    """Answer no more: this rank ends."""
+    global _listener
+    if _listener is not None:
+        _listener.stop()
+    _listener = None
+
+
+def listener() -> Listener | None:
+    """This rank's listener; None in a process without others."""
+    return _listener
+
+
+def raise_if_lost(topology: Topology) -> None:
+    """End this rank if others have found sites gone, without waiting for its own connections to break.
+
+    Raises:
+        SiteLostError: naming the sites.
+    """
+    if _listener is not None and _listener.conclusion is not None:
+        silent, speaker = _listener.conclusion
+        raise SiteLostError(silent, "told by the other sites", speaks=speaker == topology.rank)
 
 
 @contextmanager
@@ -43,27 +186,47 @@ def sites_watched(topology: Topology, patience: float = PATIENCE) -> Iterator[No
         raise SiteLostError(silent, str(error).splitlines()[0], speaks=speaker == topology.rank) from error
 
 
-def roll_call(topology: Topology, patience: float) -> tuple[list[int], int]:
-    """Which sites do not answer, and which rank speaks for those that do.
+def roll_call(topology: Topology, patience: float) -> Conclusion:
+    """Which sites do not answer, and which rank speaks for those that do; all that ask come to the same conclusion.
 
-    Every rank that finds its connection broken writes its name into the store that the processes met through. With the
-    store went the process that kept it: site 0, unless a launcher keeps it.
+    With the store goes the process that kept it: site 0, unless a launcher keeps it.
 
-    Returns:
-        Sites without a rank that answered in time, sorted; the lowest rank that answered.
+    Args:
+        topology: this rank's place.
+        patience: seconds in which the others are waited for, by the first that asks.
     """
+    if _listener is not None and _listener.conclusion is not None:
+        return _listener.conclusion
     ranks = set(range(topology.world_size))
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"fomoe/there/{topology.rank}", "1")
+        for rank in sorted(ranks):
+            store.set(f"{_CALLED}{rank}", _ROLL_CALL.decode())
+        store.set(f"{_THERE}{topology.rank}", "1")
         end = time.monotonic() + patience
         silent = ranks - {topology.rank}
-        while silent and time.monotonic() < end:
-            silent = {rank for rank in silent if not store.check([f"fomoe/there/{rank}"])}
+        while silent and time.monotonic() < end and not store.check([_CONCLUSION]):
+            silent = {rank for rank in silent if not store.check([f"{_THERE}{rank}"])}
             time.sleep(0.05)
-        # Those that answered last have to see that all others did, before the process with the store ends.
+        own = Conclusion(sorted({rank // topology.ranks_per_site for rank in silent}), min(ranks - silent))
+        agreed = Conclusion(*json.loads(store.compare_set(_CONCLUSION, "", json.dumps(own))))
+        # The others have to read it before the process with the store ends.
         time.sleep(0.5)
+        return agreed
     except RuntimeError:
-        return [0], min(ranks - {0})
-    answered = sorted(ranks - silent)
-    return sorted({rank // topology.ranks_per_site for rank in silent}), answered[0]
+        return _keeper_is_gone(topology)
+
+
+def _answers(store: Any) -> bool:
+    """Whether the process that keeps the store takes connections."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    try:
+        socket.create_connection((store.host, store.port), timeout=PATIENCE / 2).close()
+    except (AttributeError, OSError):  # a store in a file, or nobody
+        return False
+    return True
+
+
+def _keeper_is_gone(topology: Topology) -> Conclusion:
+    return Conclusion([0], min({*range(topology.world_size)} - {0}))

@@ -1,5 +1,7 @@
 """Weight-only building blocks. They allocate and do not draw: initial values come from ``model/init.py`` alone."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,7 +55,30 @@ class Norm(nn.Module):
         x = x.to(self.weight.dtype)
         if self.kind == "layernorm":
             return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
+        if x.device.type == "cpu":
+            normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+            return normed
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm with a backward pass of few operations: torch's, fused on a GPU, takes twice as long on a CPU.
+
+    It keeps what torch's keeps: x, the weight, and one number a row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, scale, weight)
+        return x * scale * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, scale, weight = ctx.saved_tensors
+        normed, d_normed = x * scale, grads[0] * weight
+        d_x = (d_normed - normed * (d_normed * normed).mean(dim=-1, keepdim=True)) * scale
+        return d_x, (grads[0] * normed).flatten(0, -2).sum(dim=0), None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

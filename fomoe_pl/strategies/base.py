@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.loss import sites_watched
+from fomoe_pl.federation.loss import listen, sites_watched, stop_listening
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
@@ -25,7 +25,8 @@ from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.federation.wire import WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
-from fomoe_pl.strategies.restart import join_after_restart
+from fomoe_pl.strategies.elastic import Pace
+from fomoe_pl.strategies.meeting import meet
 
 
 class SiteStrategy(CheckpointingStrategy):
@@ -37,6 +38,7 @@ class SiteStrategy(CheckpointingStrategy):
         has_rounds: whether sites agree in rounds, not in every step.
         observers: who looks at the ends of rounds; the same on all sites, in the same order.
         wire_dtype: dtype of averaged values on the wire.
+        pace: of a run that may have fewer sites than planned.
         watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
     """
 
@@ -45,6 +47,7 @@ class SiteStrategy(CheckpointingStrategy):
     has_rounds = False
     wire_dtype: WireDtype = "float32"
     federation: Federation | None = None
+    pace: Pace | None = None
 
     def init_site(self, async_save: bool) -> None:
         """Set the counters; called by the constructors."""
@@ -65,11 +68,16 @@ class SiteStrategy(CheckpointingStrategy):
         return f"{type(self).__name__}, {self.topology.n_sites} sites"
 
     def setup_distributed(self) -> None:
-        """Join the other processes, also those of a restarted run."""
-        device: torch.device = self.root_device
-        backend = self._get_process_group_backend()  # type: ignore[attr-defined]
-        join_after_restart(backend, self._timeout, None if device.type == "cpu" else device)  # type: ignore[attr-defined]
+        """Meet the other processes, also those of a restarted run."""
+        own: Any = self
+        own.set_world_ranks()
+        environment, device = own.cluster_environment, own.root_device
+        meet(
+            self.topology, environment.main_address, environment.main_port, own._get_process_group_backend(),
+            own._timeout, None if device.type == "cpu" else device,
+        )  # fmt: skip
         super().setup_distributed()  # type: ignore[misc]
+        listen(self.topology)
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from: this site's own unless gradients are shared."""
@@ -171,18 +179,36 @@ class SiteStrategy(CheckpointingStrategy):
         """Save where a signal ends the run, and tell what to go on from."""
         stopped = isinstance(exception, SIGTERMException)
         if stopped and self.saves_when_stopped:
-            self._save_stopped()
+            self._save_last("stopped")
         elif not isinstance(exception, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
             self.leave_save()
         if stopped and self.saves_when_stopped:
             exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
         elif isinstance(exception, SiteLostError):
-            exception.checkpoint = str(self.last_saved) if self.last_saved else None
+            given = self.lightning_module.trainer.ckpt_path  # type: ignore[union-attr]
+            found = self.last_saved or given  # nothing has been loaded yet where not all have met
+            exception.checkpoint = str(found) if found else None
 
-    def _save_stopped(self) -> None:
+    def teardown(self) -> None:
+        """Drop every group: without it gloo aborts at exit now and then."""
+        stop_listening()  # else it would answer for a rank that is leaving
+        if self.federation is not None:
+            self.federation.wire.close()
+        super().teardown()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def on_train_end(self) -> None:
+        """Save what a run of another length than planned would end without: its steps are no multiple of anything."""
+        super().on_train_end()
+        changed = self.pace is not None and self.pace.last_step != self.pace.planned
+        if changed and self.lightning_module.trainer.checkpoint_callback is not None:  # type: ignore[union-attr]
+            self._save_last("ended")
+
+    def _save_last(self, name: str) -> None:
         self.settle_save()
         trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
         if self.saved_at != self.optimizer_steps:
             callback = trainer.checkpoint_callback
             folder = callback.dirpath if callback is not None else Path(trainer.default_root_dir, "checkpoints")
-            trainer.save_checkpoint(Path(folder, "stopped.ckpt"))
+            trainer.save_checkpoint(Path(folder, f"{name}.ckpt"))

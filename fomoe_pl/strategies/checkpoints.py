@@ -108,21 +108,22 @@ class CheckpointingStrategy(SavingStrategy):
 
 
 def resolve(folder: Path, path: str) -> str | None:
-    """What `--ckpt_path` means: `auto` is the newest complete checkpoint of a run, or None for a start from scratch.
+    """What `--ckpt_path` means: `auto` is the newest undamaged checkpoint of a run, or None for a start from scratch.
 
     Args:
         folder: where the run's checkpoints lie.
         path: as given.
 
     Raises:
-        ConfigError: for `auto`, if there are checkpoints but none is complete.
+        ConfigError: for `auto`, if there are checkpoints but none is complete and undamaged.
     """
     if path != "auto":
         return path
-    found, wrong = files.newest(folder)
+    found, wrong = files.newest(folder, hashes=True)
     for message in wrong:
         rank_zero_info(f"not used: {message}")
-    if found is None and wrong:
+    # What the very first save was interrupted in is nothing to go on from, and no loss either.
+    if found is None and any(not name.name.endswith(".partial") for name in folder.glob("*.ckpt*")):
         raise ConfigError("ckpt_path", path, f"no checkpoint in {folder} is complete", "; ".join(wrong))
     rank_zero_info(f"going on from {found}" if found else f"no checkpoint in {folder} yet: starting from scratch")
     return str(found) if found else None

@@ -68,9 +68,3 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.optimizer_steps += 1
         return output
-
-    def teardown(self) -> None:
-        """Drop the process group, so that the backend ends cleanly."""
-        super().teardown()
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fomoe_pl.federation.ledger import Kind
+from fomoe_pl.federation.loss import raise_if_lost
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import Placement, PlacementKind, all_arcs, check_placement, place
 from fomoe_pl.federation.rounds import Federation, InnerMoments
@@ -27,13 +27,15 @@ from fomoe_pl.federation.wire import Wire, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
 from fomoe_pl.strategies.checks import check_processes, check_settings, check_skipped
+from fomoe_pl.strategies.elastic import check_min_sites
 from fomoe_pl.strategies.evaluation import GlobalValidation
 from fomoe_pl.strategies.global_state import GlobalState
 from fomoe_pl.strategies.signals import end_children, observe_children_every, replace_signal_handling
 from fomoe_pl.strategies.statistics import SiteReport, share
+from fomoe_pl.strategies.stopping import StopAt, StopsTogether
 
 
-class FederatedStrategy(GlobalValidation, GlobalState, DDPStrategy):
+class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrategy):
     """Periodic averaging between sites, each holding some of the experts (FoMoE, arXiv 2606.19025).
 
     Between rounds nothing crosses sites. After K optimizer steps the dense parameters are averaged over all sites,
@@ -58,6 +60,8 @@ class FederatedStrategy(GlobalValidation, GlobalState, DDPStrategy):
             every round (always done before saving).
         async_save: write checkpoints while training goes on, from a copy in host memory.
         timeout_seconds: after which a collective that does not complete raises.
+        min_sites: fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
+        stop_at: where a signal ends the run: after its `round`, or after the next local `step` of all sites.
         **kwargs: as for Lightning's `DDPStrategy`.
 
     Raises:
@@ -84,6 +88,8 @@ class FederatedStrategy(GlobalValidation, GlobalState, DDPStrategy):
         check_agreement: bool = False,
         async_save: bool = True,
         timeout_seconds: float = 1800.0,
+        min_sites: int | None = None,
+        stop_at: StopAt = "round",
         **kwargs: Any,
     ) -> None:
         check_settings(
@@ -103,13 +109,13 @@ class FederatedStrategy(GlobalValidation, GlobalState, DDPStrategy):
         super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
         self.init_site(async_save)
         self._sites, self._overlap = sites, overlap
+        self.min_sites, self.stop_at = min_sites, stop_at
         self.routing, self.placement_kind = routing, placement
         self.reshuffle_rounds, self.placement_seed = reshuffle_rounds, placement_seed
         self.outer, self.inner_moments = outer, inner_moments
         self.wire_dtype, self.bucket_mib, self.check_agreement = wire_dtype, bucket_mib, check_agreement
         self.share_device = share_device
         self._skipped_of_sites: list[int] = []
-        self._stopping = False
 
     # -- who holds what -------------------------------------------------------------------------------------------
 
@@ -119,8 +125,10 @@ class FederatedStrategy(GlobalValidation, GlobalState, DDPStrategy):
         return Topology(self.world_size, 1, self.global_rank)
 
     def overlap(self, n_sites: int) -> int:
-        """Sites that hold each expert."""
-        return n_sites if self._overlap is None else self._overlap
+        """Sites that hold each expert; all, where there are no longer as many."""
+        if self._overlap is None or (self.min_sites is not None and self._overlap > n_sites):
+            return n_sites
+        return self._overlap
 
     def check(self, config: ModelConfig, n_processes: int, num_nodes: int = 1) -> None:
         """Check the settings against the model and the processes of all machines, before any is started.
@@ -128,7 +136,11 @@ class FederatedStrategy(GlobalValidation, GlobalState, DDPStrategy):
         Raises:
             ConfigError: naming the setting, the rule and what would be valid.
         """
-        n_sites = check_processes(self._sites, n_processes, num_nodes, share_device=self.share_device)
+        sites = self._sites
+        if self.min_sites is not None and self.pace is not None:
+            check_min_sites(self.min_sites, self.pace, num_nodes, self._overlap, config.n_experts)
+            sites = None if sites == self.pace.planned_sites else sites
+        n_sites = check_processes(sites, n_processes, num_nodes, share_device=self.share_device)
         check_placement(config.n_experts, n_sites, self.overlap(n_sites))
 
     def placed(self, config: ModelConfig, redraws: int) -> Placement:
@@ -168,7 +180,7 @@ class FederatedStrategy(GlobalValidation, GlobalState, DDPStrategy):
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
-            replace_signal_handling(trainer, self._note_signal)
+            replace_signal_handling(trainer, self.note_signal)
         self._last_step = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         n = self.topology.n_sites
@@ -198,14 +210,11 @@ class FederatedStrategy(GlobalValidation, GlobalState, DDPStrategy):
             f"rounds of {self.schedule} local steps, outer rule {self.outer}, moments: {self.inner_moments}"
         )
 
-    def _note_signal(self, number: int) -> None:
-        self._signal = number  # not Lightning's own flag, which would end this site in mid-round
-        end_children(self.launcher)
-
     # -- rounds ---------------------------------------------------------------------------------------------------
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """One local step; the K-th ends the round. Counted here because accumulation calls it once a step."""
+        raise_if_lost(self.topology)
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.optimizer_steps += 1
         if self.schedule.is_round_end(self.optimizer_steps, self._last_step):
@@ -252,13 +261,8 @@ class FederatedStrategy(GlobalValidation, GlobalState, DDPStrategy):
             sites = ", ".join(map(str, sorted(shared.left_out)))
             told = f"round {self.rounds_done + 1} is without site {sites}: its gradients or values are not finite"
             print(f"fomoe: {told}", file=sys.stderr, flush=True)
-        self.round_stats, self._stopping = shared.numbers, shared.stop
+        self.round_stats, self.stopping = shared.numbers, shared.stop
         return shared.left_out
-
-    def stop_if_asked(self) -> None:
-        """End all sites after a round in which one was sent a signal; callbacks have seen the batch."""
-        if self._stopping:
-            raise SIGTERMException
 
     # -- control traffic, counted ---------------------------------------------------------------------------------
 
@@ -273,11 +277,3 @@ class FederatedStrategy(GlobalValidation, GlobalState, DDPStrategy):
         """As for all strategies; then end the processes that this one started: they would train on alone."""
         super().on_exception(exception)
         end_children(self.launcher)
-
-    def teardown(self) -> None:
-        """Drop every group: without it gloo aborts at exit now and then."""
-        if self.federation is not None:
-            self.federation.wire.close()
-        super().teardown()
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -223,6 +223,13 @@ def test_at_most_twelve_layers_are_shown(n: int) -> None:
     assert len(set(shown)) == len(shown)
 
 
+@pytest.mark.parametrize(("layers", "columns"), [(1, 1), (4, 4), (5, 3), (6, 3), (12, 4)])
+def test_rows_of_panels_are_as_even_as_can_be(layers: int, columns: int) -> None:
+    figure = figures.timeline(torch.ones(2, layers, 4), [0, 4, 8])
+    lefts = {round(axes.get_position().x0, 6) for axes in figure.axes[:layers]}
+    assert len(lefts) == columns
+
+
 @pytest.mark.parametrize(
     "load",
     [torch.ones(2, 4), torch.tensor([[8.0, 0, 0, 0]]), torch.full((2, 4), torch.nan), torch.ones(1, 1)],

@@ -1,5 +1,6 @@
 """The page of `fomoe compare`, and TensorBoard, on real runs; in headless Chromium where there is one."""
 
+import io
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from fomoe_pl.compare import main
+from fomoe_pl.compare.page import _png
 from fomoe_pl.compare.runs import read_run
 from tests.watched import RUNS
 
@@ -51,6 +53,13 @@ def test_the_page_needs_no_network(page: Path) -> None:
     assert "url(" not in page.read_text()
     assert links.tags.count("table") == 3
     assert list(page.parent.iterdir()) == [page]  # nothing unfinished stays
+
+
+def test_a_picture_of_many_panels_has_a_row_of_its_own() -> None:
+    for width, wide in ((726, False), (1400, True)):
+        content = io.BytesIO()
+        Image.new("RGB", (width, 10)).save(content, "png")
+        assert ('class="wide"' in _png(content.getvalue(), "load")) == wide
 
 
 def test_curves_are_read_with_steps_tokens_and_bytes(watched_runs: Path) -> None:

@@ -87,6 +87,40 @@ def test_table_has_a_row_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "1,234,567" in out  # whole, in an ordinary terminal
 
 
+def test_a_long_name_is_folded_and_no_number_is_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    routing = ROUTING | {"ghost_fraction": 0.5, "site_agreement": 0.8239, "drift": 0.00123}
+    validation = {"val/bits_per_byte": 2.3456, "val/routing_necessity_nats": 0.8412, "val/domain_information_bits": 0.3}
+    folder = tmp_path / "partitioned_overlap_2_of_4"
+    main([str(write(folder, 2.3456, routing=routing, validation=validation, resident_parameters=16_284_160))])
+    out = capsys.readouterr().out
+    numbers = ["4", "240", "2.346", "3.0", "1.5", "4,000", "5,000", "16,284,160", "512"]
+    numbers += ["0.988", "0.25", "0.50", "-0.010", "0.100", "0.824", "0.0012", "0.841", "0.300"]
+    assert [word for word in out.split() if word in numbers] == numbers
+    assert "…" not in out
+
+
+def test_without_ghosts_nothing_is_said_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    routing = ROUTING | {"ghost_excess": 0.0, "ghost_fraction": 0.0}
+    folders = [write(tmp_path / "ghost", 2.3, routing=ROUTING), write(tmp_path / "full", 2.3, routing=routing)]
+    main([*map(str, folders), "--markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[4] for line in lines[7:9]] == ["-0.010", "-"]
+    curves = {"routing/ghost_excess/mean": (0.01, 0.0), "routing/ghost_fraction/mean": (0.5, 0.0)}
+    runs = [
+        dataclasses.replace(
+            run, curves={tag: Curve(np.array([8.0]), np.array([values[i]])) for tag, values in curves.items()}
+        )
+        for i, run in enumerate(read_runs(folders))
+    ]
+    figure = plots.routing(runs)
+    assert figure is not None
+    assert [line.get_label() for line in figure.axes[0].lines] == ["ghost"]
+    assert plots.routing(runs[1:]) is None
+
+
 def test_the_script_is_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     script = Path(__file__).parents[2] / "tools" / "compare_runs.py"
     monkeypatch.setattr(sys, "argv", [str(script), str(write(tmp_path / "run", 2.3456)), "--markdown"])

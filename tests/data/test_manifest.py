@@ -42,6 +42,17 @@ def test_short_shard(copy: Path) -> None:
         load_manifest(copy)
 
 
+def test_a_run_that_goes_on_does_without_training_shards(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (copy / "train-sea-00003.tar").unlink()
+    (copy / "train-sky-00001.tar").write_bytes(b"")
+    assert load_manifest(copy, training=False).domain_names == ["farm", "sea", "sky"]
+    assert [message for message in ("train-sea-00003.tar is missing", "train-sky-00001.tar has 0 bytes")
+            if message not in caplog.text] == []  # fmt: skip
+    (copy / "val-sky-00000.tar").unlink()
+    with pytest.raises(ConfigError, match=r"val-sky-00000\.tar is missing"):
+        load_manifest(copy, training=False)
+
+
 def test_changed_manifest(copy: Path) -> None:
     path = copy / "manifest.json"
     path.write_text(path.read_text().replace('"eod_id": 256', '"eod_id": 255'))

@@ -67,14 +67,23 @@ def damage(folder: Path, how: str) -> None:
         weights.unlink()
     elif how == "no manifest":
         manifest.unlink()
+    elif how == "another manifest":
+        manifest.write_text(manifest.read_text().replace('"optimizer_steps": 2', '"optimizer_steps": 3'))
     else:
         manifest.write_text(manifest.read_text()[:-20])
+
+
+def flip(folder: Path) -> None:
+    content = bytearray((folder / "dense.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "dense.safetensors").write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("how", "told"),
     [("cut", "dense.safetensors has 67 bytes, not 68"), ("gone", "dense.safetensors is missing"),
-     ("no manifest", "has no manifest.json"), ("half a manifest", "is no manifest")],
+     ("no manifest", "has no manifest.json"), ("half a manifest", "is no manifest"),
+     ("another manifest", "manifest.json does not have its own hash")],
 )  # fmt: skip
 def test_a_damaged_folder_is_named_and_the_one_before_is_found(tmp_path: Path, how: str, told: str) -> None:
     for number in (1.0, 2.0):
@@ -87,6 +96,17 @@ def test_a_damaged_folder_is_named_and_the_one_before_is_found(tmp_path: Path, h
     assert found == tmp_path / "1.0.ckpt"
     assert "2.0.ckpt" in message
     assert told in message
+
+
+def test_where_a_bit_has_flipped_the_one_before_is_found_if_hashes_are_compared(tmp_path: Path) -> None:
+    for number in (1.0, 2.0):
+        write(tmp_path / f"{number}.ckpt", number)
+    assert checkpoint.newest(tmp_path, hashes=True) == (tmp_path / "2.0.ckpt", [])
+    flip(tmp_path / "2.0.ckpt")
+    assert checkpoint.newest(tmp_path) == (tmp_path / "2.0.ckpt", [])
+    found, [message] = checkpoint.newest(tmp_path, hashes=True)
+    assert found == tmp_path / "1.0.ckpt"
+    assert "the hash of dense.safetensors differs" in message
 
 
 def test_nothing_is_the_newest_of_nothing(tmp_path: Path) -> None:
@@ -105,9 +125,7 @@ def test_a_flipped_bit_in_a_file_is_found(tmp_path: Path) -> None:
     write(folder, 1.0)
     wanted = {"names": ["x"], "expert_layer": {}, "residents": (), "n_experts": 0}
     assert checkpoint.read_weights(folder, **wanted) == {"x": torch.tensor(1.0)}
-    content = bytearray((folder / "dense.safetensors").read_bytes())
-    content[-1] ^= 1
-    (folder / "dense.safetensors").write_bytes(content)
+    flip(folder)
     with pytest.raises(ConfigError, match="the hash of dense"):
         checkpoint.read_weights(folder, **wanted)
 

@@ -261,3 +261,14 @@ def test_a_step_on_cuda_never_waits_for_the_device(
         torch.cuda.set_sync_debug_mode("default")
     assert loss.item() == pytest.approx(expected, rel=0.01)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_rms_norm_on_a_cpu_is_torchs_in_values_and_gradients(make_config: Callable[..., ModelConfig]) -> None:
+    norm = Norm(16, make_config(norm="rmsnorm"), dtype=torch.float64)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+    along = torch.randn(2, 3, 16, dtype=torch.float64)
+    ours, theirs = norm(x), torch.nn.functional.rms_norm(x, (16,), norm.weight, norm.eps)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(*(torch.autograd.grad(y, (x, norm.weight), along) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b)

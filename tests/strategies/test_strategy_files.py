@@ -2,18 +2,13 @@
 
 import math
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.strategies.launchers import subprocess_script
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from fomoe_pl.callbacks import CommunicationMonitor, RoutingStability, ThroughputMonitor
 from fomoe_pl.costs.bytes import control_bytes, metric_bytes_of, predict_bytes
@@ -208,11 +203,3 @@ def test_averaging_every_sgd_step_is_data_parallelism(root: str, tmp_path: Path)
     for synchronous, averaged in run_distributed(_rung_4, 2, root, str(tmp_path)):
         for key, tensor in synchronous.items():
             torch.testing.assert_close(averaged[key], tensor, rtol=0, atol=1e-6, msg=key)
-
-
-def test_lightnings_private_names_that_we_replace_exist() -> None:
-    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
-    assert callable(_SignalConnector._sigterm_notifier_fn)
-    assert callable(_SignalConnector._slurm_sigusr_handler_fn)
-    assert callable(subprocess_script._launch_process_observer)
-    assert {"main_pid", "child_processes", "sleep_period"} <= {*signature(_ChildProcessObserver).parameters}

@@ -49,7 +49,7 @@ class _ToExperts(torch.autograd.Function):
     """Lay tokens out by expert. Its backward sums K rows per token in a fixed order, without atomic additions."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_L: Tensor, place_TK: Tensor, live_TK1: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, order_L: Tensor, place_TK: Tensor, live_TK1: Tensor | None) -> Tensor:
         ctx.save_for_backward(place_TK, live_TK1)
         return x_TD.index_select(0, order_L // place_TK.shape[1])
 
@@ -63,7 +63,7 @@ class _ToTokens(torch.autograd.Function):
     """Sum each token's results. The transpose of ``_ToExperts``."""
 
     @staticmethod
-    def forward(ctx: Any, y_LD: Tensor, order_L: Tensor, place_TK: Tensor, live_TK1: Tensor) -> Tensor:
+    def forward(ctx: Any, y_LD: Tensor, order_L: Tensor, place_TK: Tensor, live_TK1: Tensor | None) -> Tensor:
         ctx.save_for_backward(order_L)
         ctx.top_k = place_TK.shape[1]
         return _gather_sum(y_LD, place_TK, live_TK1)
@@ -74,10 +74,10 @@ class _ToTokens(torch.autograd.Function):
         return grads[0].index_select(0, order_L // ctx.top_k), None, None, None
 
 
-def _gather_sum(y_LD: Tensor, place_TK: Tensor, live_TK1: Tensor) -> Tensor:
-    """Sum over k of the live rows y[place[t,k]]; (T,D)."""
+def _gather_sum(y_LD: Tensor, place_TK: Tensor, live_TK1: Tensor | None) -> Tensor:
+    """Sum over k of the live rows y[place[t,k]], of all if no mask is given; (T,D)."""
     y_TKD = y_LD.index_select(0, place_TK.flatten()).view(*place_TK.shape, -1)
-    return y_TKD.masked_fill_(~live_TK1, 0).sum(dim=1)
+    return (y_TKD if live_TK1 is None else y_TKD.masked_fill_(~live_TK1, 0)).sum(dim=1)
 
 
 def _rows_to_lay_out(ends_R: Tensor, n_picks: int) -> int:
@@ -103,8 +103,11 @@ def dispatch(
     place_P[order_P] = torch.arange(n_picks, device=x_TD.device)
     live_TK = slots_TK < n_resident
     place_TK = place_P.view_as(slots_TK).clamp(max=n_laid - 1)
-    x_LD = _ToExperts.apply(x_TD, order_L, place_TK, live_TK[..., None])
+    # On a CPU the live picks have been counted: where all are, nothing needs a mask.
+    all_live = x_TD.device.type == "cpu" and int(ends_R[-1]) == n_picks
+    live_TK1 = None if all_live else live_TK[..., None]
+    x_LD = _ToExperts.apply(x_TD, order_L, place_TK, live_TK1)
     gates_L = torch.where(live_TK, gates_TK, 0).flatten().gather(0, order_L)
     h_LF = activate(F.grouped_mm(x_LD, w_in_RDI, offs=ends_R), kind) * gates_L[:, None].to(x_TD.dtype)
     y_LD = F.grouped_mm(h_LF, w_out_RFD, offs=ends_R)
-    return _ToTokens.apply(y_LD, order_L, place_TK, live_TK[..., None])
+    return _ToTokens.apply(y_LD, order_L, place_TK, live_TK1)

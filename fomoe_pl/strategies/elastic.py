@@ -1,0 +1,111 @@
+"""Runs that go on with fewer sites than they were planned for, up to the planned number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation import checkpoint as files
+from fomoe_pl.federation.placement import check_placement
+
+KEY = "trainer.strategy.init_args.min_sites"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far a local step brings a run that has another number of sites than planned.
+
+    The plan is `planned` steps of all planned sites. A step of fewer sites reads fewer tokens, and is that share of a
+    planned step. Learning rates follow the plan, so that a change of sites does not make them jump.
+
+    Attributes:
+        planned: steps of the plan, `trainer.max_steps` as given.
+        start: local steps that a site has taken when this number of sites begins.
+        tokens: tokens of all sites until then.
+        site_tokens: tokens of one site's step.
+        planned_sites: sites of the plan.
+        sites: sites that there are.
+    """
+
+    planned: int
+    start: int
+    tokens: int
+    site_tokens: int
+    planned_sites: int
+    sites: int
+
+    def at(self, step: int) -> float:
+        """Planned steps that `step` local steps amount to."""
+        tokens = self.tokens + (step - self.start) * self.site_tokens * self.sites
+        return tokens / (self.site_tokens * self.planned_sites)
+
+    @property
+    def last_step(self) -> int:
+        """Local steps after which the planned tokens have been read: less than one step of all sites more."""
+        left = self.planned * self.planned_sites * self.site_tokens - self.tokens
+        return self.start + max(0, -(-left // (self.site_tokens * self.sites)))
+
+
+def nodes_left(environment: Mapping[str, str], devices: Any, num_nodes: int, min_sites: int) -> int:
+    """Machines of a run that torchrun has started, where they may be fewer than planned.
+
+    Args:
+        environment: of this process; without torchrun's variables the planned number is returned.
+        devices: `trainer.devices`.
+        num_nodes: `trainer.num_nodes`, as planned.
+        min_sites: the fewest sites that a run may go on with.
+
+    Raises:
+        ConfigError: if the processes that are left are too few.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return num_nodes
+    world_size, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
+    if str(local) != str(devices) or world_size >= local * num_nodes:
+        return num_nodes  # as planned, or refused as without this setting
+    if world_size < min_sites:
+        rule = f"only {world_size} of {local * num_nodes} sites are there"
+        raise ConfigError(KEY, min_sites, rule, "start more machines, or give a smaller number")
+    return world_size // local
+
+
+def check_min_sites(min_sites: int, pace: Pace, num_nodes: int, overlap: int | None, n_experts: int) -> None:
+    """Check all numbers of sites that a run may come to, so that it is not refused when a machine is gone.
+
+    Args:
+        min_sites: the fewest sites that the run may go on with.
+        pace: with the sites that are planned and those that there are.
+        num_nodes: machines that there are.
+        overlap: sites that hold each expert, as planned; None is all of them.
+        n_experts: experts of a layer, E.
+
+    Raises:
+        ConfigError: if it is more than are planned, or if the experts cannot be divided over one of the numbers.
+    """
+    planned, per_node = pace.planned_sites, pace.sites // num_nodes
+    if not 1 <= min_sites <= planned:
+        rule = f"must be from 1 to the planned number of sites ({planned} = trainer.devices x num_nodes)"
+        raise ConfigError(KEY, min_sites, rule, "give the fewest sites that the run may go on with")
+    check_placement(n_experts, planned, overlap or planned)
+    for sites in range(per_node, planned, per_node):
+        held_by = min(overlap or sites, sites)
+        if sites >= min_sites and n_experts * held_by % sites:
+            rule = f"with {sites} sites {n_experts} experts, each on {held_by}, could not be divided evenly"
+            hint = f"type {sites + per_node}, or an overlap or model.architecture.n_experts that can be divided"
+            raise ConfigError(KEY, min_sites, rule, hint)
+
+
+def tokens_in(checkpoint: Path) -> tuple[int, int]:
+    """Local steps and tokens of all sites in a checkpoint.
+
+    Raises:
+        ConfigError: if it is no complete checkpoint.
+    """
+    steps: int = files.read_manifest(checkpoint)["optimizer_steps"]
+    state = torch.load(files.verify(checkpoint, "trainer.pt"), map_location="cpu", weights_only=False)
+    return steps, int(state["tokens_of_all_sites"])
