@@ -1,6 +1,6 @@
 """Triton backend: tokens gathered, activated, weighted and summed inside or beside grouped products of our own.
 
-Seven kernels forward and eight backward, all of static shape: nothing waits for the number of live picks, and so a
+Six kernels forward and five backward, all of static shape: nothing waits for the number of live picks, and so a
 layer can be compiled. Kept for the backward pass are the tokens, what is inside the activation (P,I), the places of
 the picks, and the weights in the type of the products; the activations are made again.
 
