@@ -22,6 +22,7 @@ import yaml
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import MANIFEST, newest, read_manifest, verify
+from fomoe_pl.strategies.elastic import tokens_in
 
 ROOT = Path(__file__).parents[1]
 K = 4  # local steps of a round; saved after each
@@ -409,12 +410,15 @@ class Run:
 
     def is_whole(self) -> bool:
         """Whether the run has all its steps and tokens."""
-        report = json.loads((self.folder / "report.json").read_text())
         tokens = self.steps * self.sites * CONFIG["data"]["batch_size"] * CONFIG["data"]["sequence_length"]
-        if (report["steps"], report["tokens"]["global"]) != (self.steps, tokens):
-            self.found.bad(
-                self.number, f"ended after {report['steps']} steps and {report['tokens']} tokens, not {tokens}"
-            )
+        if (self.folder / "report.json").exists():
+            report = json.loads((self.folder / "report.json").read_text())
+            ended = report["steps"], report["tokens"]["global"]
+        else:  # killed between its last checkpoint and its report: the next attempt had nothing left to train
+            path, _ = newest(self.checkpoints)
+            ended = (0, 0) if path is None else tokens_in(path)
+        if ended != (self.steps, tokens):
+            self.found.bad(self.number, f"ended after {ended[0]} steps and {ended[1]} tokens, not {tokens}")
             return False
         if self.world.damage and not self.shard_is_named():
             self.found.bad(self.number, "the damaged shard is not named")
