@@ -62,8 +62,13 @@ class RowAdamW(torch.optim.AdamW):
             }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As for AdamW; the row counters stay float32 on the CPU, where torch would cast them like moments."""
-        super().load_state_dict(state_dict)
+        """As for AdamW; the row counters stay float32 on the CPU, where torch would cast them like moments.
+
+        Whether steps are fused is of this device, not of the one that the state was saved on.
+        """
+        fused = [{"fused": group["fused"]} for group in self.param_groups]
+        groups = [saved | own for saved, own in zip(state_dict["param_groups"], fused, strict=False)]
+        super().load_state_dict({**state_dict, "param_groups": groups})
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):

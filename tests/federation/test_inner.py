@@ -184,3 +184,19 @@ def test_a_shorter_warmup_than_the_saved_one_never_turns_a_step_round() -> None:
     param.grad = torch.ones_like(param)
     short.step()
     assert (param[1] < before[1]).all()
+
+
+@pytest.mark.parametrize("saved_fused", [None, True])
+def test_state_of_another_device_leaves_the_kind_of_step_alone(saved_fused: bool | None) -> None:
+    saved, found = torch.nn.Parameter(start()), torch.nn.Parameter(start())
+    before = RowAdamW([saved], lr=0.1, fused=saved_fused)
+    steps(before, saved, 0, 2)
+    after = RowAdamW([found], lr=0.1, fused=not saved_fused or None)
+    after.load_state_dict(before.state_dict())
+    assert after.param_groups[0]["fused"] == (not saved_fused or None)
+    assert before.param_groups[0]["fused"] == saved_fused
+    if not saved_fused:  # a fused step is skipped on the device; any other refuses to be told so
+        kept = found.detach().clone()
+        found.grad, after.found_inf = grad(2), torch.ones(())
+        after.step()
+        assert torch.equal(found, kept)

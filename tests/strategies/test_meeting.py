@@ -26,8 +26,9 @@ def _comes(rank: int, folder: str, port: int, seconds: float, attempts: int, rea
     found = []
     try:
         for attempt in range(attempts):
-            if attempts > 1:  # as torchrun, whose agent keeps the store
-                os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(attempt), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            if attempts > 1:  # as torchrun, whose agent keeps the store, and counts its own machine's restarts alone
+                count = str(attempt if rank == 1 else 0)
+                os.environ |= {"TORCHELASTIC_RESTART_COUNT": count, "TORCHELASTIC_USE_AGENT_STORE": "True"}
             meet(Topology(SITES, 1, rank), "127.0.0.1", port, "gloo", timedelta(seconds=seconds), None)
             total = torch.ones(1)
             dist.all_reduce(total)
