@@ -75,8 +75,14 @@ def _dispatch_of(backend: str, device_type: str) -> Callable[..., Tensor]:
         return kernels.dispatch
     if backend == "grouped" and device_type == "cuda":
         return grouped.dispatch
-    # On a CPU both take shapes from the numbers in the tensors, which compiled code cannot.
-    return torch.compiler.disable(grouped.dispatch if backend == "grouped" else loop.dispatch)
+    return _OUTSIDE_OF_GRAPHS[backend]
+
+
+# On a CPU both take shapes from the numbers in the tensors, which compiled code cannot.
+_OUTSIDE_OF_GRAPHS = {
+    "grouped": torch.compiler.disable(grouped.dispatch),
+    "loop": torch.compiler.disable(loop.dispatch),
+}
 
 
 @torch.compiler.assume_constant_result
