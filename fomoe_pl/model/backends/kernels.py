@@ -203,7 +203,7 @@ def skip_experts(
     tiles = launch.tuning.up
     on_device.up[launch.grid(tiles, launch.d_expert)](
         x_TD, order_P, offsets_R1, w_in_RDI, gates_TK, pre_LI, h_LF, launch.d_model, launch.d_expert, launch.n_resident,
-        K=launch.top_k, SWIGLU=launch.swiglu, SAVE=True, **launch.constants, **_shape(tiles),
+        K=launch.top_k, SWIGLU=launch.swiglu, **launch.constants, **_shape(tiles),
     )  # fmt: skip
     y_LD = _product(launch, launch.tuning.down, h_LF, offsets_R1, w_out_RFD)
     return _sum_picks(y_LD, place_P, x_TD, launch.top_k), pre_LI, order_P, place_P, offsets_R1

@@ -76,8 +76,10 @@ def place_picks(
 
 
 @triton.jit
-def _rows_of_tile(offsets_R1, tile, n_resident, BM: tl.constexpr, RP: tl.constexpr):
-    """Return the expert, first row and end of its rows of a tile; the expert is R behind the last live tile."""
+def _tile(offsets_R1, n_resident, n_columns, BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr):
+    """Return what this program works on: the expert (R behind the last live tile), rows, which are live, columns."""
+    across = tl.cdiv(n_columns, BN)
+    tile, column = tl.program_id(0) // across, tl.program_id(0) % across
     slot = tl.arange(0, RP)
     start = tl.load(offsets_R1 + slot, mask=slot < n_resident, other=0)
     end = tl.load(offsets_R1 + slot + 1, mask=slot < n_resident, other=0)
@@ -86,28 +88,25 @@ def _rows_of_tile(offsets_R1, tile, n_resident, BM: tl.constexpr, RP: tl.constex
     expert = tl.sum(((last <= tile) & (slot < n_resident)).to(tl.int32), axis=0)
     own = slot == expert
     row = tl.sum(tl.where(own, start + (tile - last + tiles) * BM, 0), axis=0)
-    return expert, row, tl.sum(tl.where(own, end, 0), axis=0)
+    row_M = row + tl.arange(0, BM)
+    return expert, row_M, row_M < tl.sum(tl.where(own, end, 0), axis=0), column
 
 
 @triton.jit
 def up(
     x_TD, order_P, offsets_R1, w_in_RDI, gates_P, pre_LI, h_LF, D, F, n_resident,
-    K: tl.constexpr, SWIGLU: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, SWIGLU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """Write h = gate · activation(x[token] @ w_in[expert]), and with SAVE what is inside the activation.
+    """Write h = gate · activation(x[token] @ w_in[expert]), and what is inside the activation.
 
     The tokens' rows are gathered while the product reads them. The two halves of swiglu are two accumulators of one
     program, so the activation needs no other program's numbers. The gate multiplies here, where a row has F channels
     instead of D.
     """
-    n_columns = tl.cdiv(F, BN)
-    tile, column = tl.program_id(0) // n_columns, tl.program_id(0) % n_columns
-    expert, first, end = _rows_of_tile(offsets_R1, tile, n_resident, BM, RP)
+    expert, row_M, live_M, column = _tile(offsets_R1, n_resident, F, BM, BN, RP)
     if expert >= n_resident:
         return
-    row_M = first + tl.arange(0, BM)
-    live_M = row_M < end
     pick_M = tl.load(order_P + row_M, mask=live_M, other=0)
     f_N = column * BN + tl.arange(0, BN)
     in_N = f_N < F
@@ -127,11 +126,10 @@ def up(
             second_MN = tl.dot(a, b, second_MN, input_precision=PRECISION)
     write = live_M[:, None] & in_N[None, :]
     row_M = row_M.to(tl.int64)
-    if SAVE:
-        pre_MN = pre_LI + row_M[:, None] * width + f_N[None, :]
-        tl.store(pre_MN, first_MN.to(pre_LI.dtype.element_ty), mask=write)
-        if SWIGLU:
-            tl.store(pre_MN + F, second_MN.to(pre_LI.dtype.element_ty), mask=write)
+    pre_MN = pre_LI + row_M[:, None] * width + f_N[None, :]
+    tl.store(pre_MN, first_MN.to(pre_LI.dtype.element_ty), mask=write)
+    if SWIGLU:
+        tl.store(pre_MN + F, second_MN.to(pre_LI.dtype.element_ty), mask=write)
     h_MN = first_MN * tl.sigmoid(first_MN)
     if SWIGLU:
         h_MN *= second_MN
@@ -145,13 +143,9 @@ def rows_times_weight(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
     """y[row] = a[row] @ w[expert], where w[expert] is (C,N) by its strides: `w_out`, or `w_in` transposed."""
-    n_columns = tl.cdiv(N, BN)
-    tile, column = tl.program_id(0) // n_columns, tl.program_id(0) % n_columns
-    expert, first, end = _rows_of_tile(offsets_R1, tile, n_resident, BM, RP)
+    expert, row_M, live_M, column = _tile(offsets_R1, n_resident, N, BM, BN, RP)
     if expert >= n_resident:
         return
-    row_M = first + tl.arange(0, BM)
-    live_M = row_M < end
     row_M = row_M.to(tl.int64)
     n_N = column * BN + tl.arange(0, BN)
     in_N = n_N < N
@@ -192,13 +186,9 @@ def down_backward(
     rather than kept from the forward pass: one multiplication here against F·L numbers in memory for the whole step.
     Each column of programs writes its part of Σ_f dh·h to a row of its own.
     """
-    n_columns = tl.cdiv(F, BN)
-    tile, column = tl.program_id(0) // n_columns, tl.program_id(0) % n_columns
-    expert, first, end = _rows_of_tile(offsets_R1, tile, n_resident, BM, RP)
+    expert, row_M, live_M, column = _tile(offsets_R1, n_resident, F, BM, BN, RP)
     if expert >= n_resident:
         return
-    row_M = first + tl.arange(0, BM)
-    live_M = row_M < end
     pick_M = tl.load(order_P + row_M, mask=live_M, other=0)
     f_N = column * BN + tl.arange(0, BN)
     in_N = f_N < F
