@@ -177,14 +177,13 @@ class SiteStrategy(CheckpointingStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Save where a signal ends the run, and tell what to go on from."""
-        stopped = isinstance(exception, SIGTERMException)
-        if stopped and self.saves_when_stopped:
+        if isinstance(exception, SIGTERMException) and self.saves_when_stopped:
             self._save_last("stopped")
-        elif not isinstance(exception, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
-            self.leave_save()
-        if stopped and self.saves_when_stopped:
             exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
-        elif isinstance(exception, SiteLostError):
+            return
+        if not isinstance(exception, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
+            self.leave_save()
+        if isinstance(exception, SiteLostError):
             given = self.lightning_module.trainer.ckpt_path  # type: ignore[union-attr]
             found = self.last_saved or given  # nothing has been loaded yet where not all have met
             exception.checkpoint = str(found) if found else None

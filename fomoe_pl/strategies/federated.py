@@ -218,8 +218,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.optimizer_steps += 1
         if self.schedule.is_round_end(self.optimizer_steps, self._last_step):
-            if self.root_device.type == "cuda":
-                torch.cuda.synchronize()  # else the queue of local work would be charged to the round
+            self._wait_for_device()  # else the queue of local work would be charged to the round
             start, watched = time.perf_counter(), self.watch_seconds
             self._end_round(optimizer)
             self.sync_seconds += time.perf_counter() - start - (self.watch_seconds - watched)
