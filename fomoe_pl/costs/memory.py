@@ -16,6 +16,7 @@ from typing import Literal
 from fomoe_pl.costs.rounds import ADAMW_MOMENTS, ITEMSIZE
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.losses import chunk_rows
 from fomoe_pl.model.residency import Routing
 from fomoe_pl.model.sizes import expert_parameters, resident_counts
 
@@ -230,7 +231,7 @@ def activation_bytes(config: ModelConfig, types: Types, tokens: int, n_resident:
 def chunk_bytes(config: ModelConfig, types: Types, tokens: int) -> tuple[int, int]:
     """Bytes of a chunk of logits when its gradient is made, and of the gradient."""
     width = -(-config.vocab_size // 8) * 8
-    cells, c = min(tokens, max(1, config.loss_chunk_bytes // (4 * width))) * width, types.compute
+    cells, c = min(tokens, chunk_rows(width, config.loss_chunk_bytes)) * width, types.compute
     if types.kernels:
         return c * cells, c * cells  # the gradient takes the logits' place
     # Logits, in float32 if they are not yet, and their log-probabilities, which become the gradient.
