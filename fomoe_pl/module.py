@@ -17,12 +17,13 @@ from fomoe_pl.metrics import RoutingHealth, ValidationMetrics
 from fomoe_pl.metrics.language import IGNORED
 from fomoe_pl.metrics.validation import OWN_VIEW_GAP
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.losses import auxiliary_loss
-from fomoe_pl.model.residency import Residency
-from fomoe_pl.model.router import RoutingStats
+from fomoe_pl.model.passes import TrainingPass, training_pass
+from fomoe_pl.model.recorded import RecordedPass
+from fomoe_pl.model.residency import resident_mask
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, inner_schedule, skip_step_if
 from fomoe_pl.strategies.checks import check_skipped
+from fomoe_pl.strategies.recording import recorded_pass
 
 Batch = dict[str, Tensor]
 
@@ -42,6 +43,8 @@ class FoMoEModule(L.LightningModule):
             stops the run.
         compile_blocks: run the blocks as compiled code (torch.compile): faster on a GPU, after some ten seconds of
             compilation in the first step.
+        cuda_graphs: record a training step's forward and backward pass on a GPU and replay it from then on: the GPU
+            does not wait for Python. Where that cannot be, a line at the start says why.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class FoMoEModule(L.LightningModule):
         evaluation_window: int = 64,
         max_skipped_steps: int = 100,
         compile_blocks: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         super().__init__()
         if max_skipped_steps < 0:
@@ -65,7 +69,7 @@ class FoMoEModule(L.LightningModule):
         self.config = architecture
         self.optimizer_config = optimizer
         self.seed = seed or 0
-        self.compile_blocks = compile_blocks
+        self.compile_blocks, self.cuda_graphs = compile_blocks, cuda_graphs
         self.evaluation_window = evaluation_window
         self.save_hyperparameters(
             {"architecture": asdict(architecture), "optimizer": asdict(optimizer), "seed": self.seed}
@@ -87,8 +91,7 @@ class FoMoEModule(L.LightningModule):
         self._grad_norm: Tensor | None = None
         self._steps_counted = 0
         self._loads_LE: Tensor | None = None
-        self._masks_of: Residency | None = None
-        self._masks: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._recorded: RecordedPass | None = None
         self._validation: ValidationMetrics | None = None
         # Two more passes over the validation text, for one validation, if a callback asks for them.
         self.with_other_views = False
@@ -113,6 +116,8 @@ class FoMoEModule(L.LightningModule):
         """A run that goes on with another length has another schedule, from its first step on."""
         for block in self.transformer.layers:
             block.moe.router.measures_entropy = self.routing_watched
+        if self.cuda_graphs and self.device.type == "cuda":
+            self._recorded = recorded_pass(self.trainer, self, self.transformer)
         for configured in self.trainer.lr_scheduler_configs:
             schedule = cast(LambdaLR, configured.scheduler)
             for group, base, factor in zip(
@@ -120,23 +125,33 @@ class FoMoEModule(L.LightningModule):
             ):
                 group["lr"] = base * factor(schedule.last_epoch)
 
+    def on_train_end(self) -> None:
+        """Free the memory of a recorded step."""
+        self._recorded = None
+
     # -- training -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy plus the router's losses on one micro-batch."""
-        hidden_BSD, stats = self.transformer(batch["inputs"])
-        loss = self.transformer.loss(hidden_BSD, batch["targets"])
-        auxiliary = auxiliary_loss(stats, self.config, self.transformer.residency)
-        self._observe(loss, stats, batch["inputs"].numel())
+        inputs_BS, targets_BS = batch["inputs"], batch["targets"]
+        if self._recorded is None:
+            done = training_pass(self.transformer, inputs_BS, targets_BS)
+        else:
+            done = self._recorded(inputs_BS, targets_BS, variant=self.routing_watched)
+        self._observe(done, inputs_BS.numel())
         if self._logs_after(self.trainer.global_step + 1):
             # Not `prog_bar=True`: Lightning would read it, and so wait for the GPU, after every step; our bar reads it
             # when it is drawn.
-            self.log("train/loss", loss)
-            self.log("train/balance_loss", auxiliary.balance)
+            self.log("train/loss", done.loss)
+            self.log("train/balance_loss", done.balance)
             if self.config.z_loss_weight:
-                self.log("train/z_loss", auxiliary.z)
-        total: Tensor = loss + auxiliary.total
-        return total
+                self.log("train/z_loss", done.z)
+        return done.total
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Gradients; those of a recorded pass are there already."""
+        if self._recorded is None or not self._recorded.backward():
+            super().backward(loss, *args, **kwargs)
 
     def _logs_after(self, steps: int) -> bool:
         # Lightning writes at these steps alone, but in every step `log` copies tensors, and numbers to the device: for
@@ -145,34 +160,20 @@ class FoMoEModule(L.LightningModule):
         return every > 0 and steps % every == 0
 
     @torch.no_grad()
-    def _observe(self, loss: Tensor, stats: list[RoutingStats], tokens: int) -> None:
-        finite = loss.isfinite()
-        summand, one = torch.where(finite, loss.detach(), 0.0).double(), finite.double()
+    def _observe(self, done: TrainingPass, tokens: int) -> None:
+        finite = done.loss.isfinite()
+        summand, one = torch.where(finite, done.loss, 0.0).double(), finite.double()
         self._loss_sum = summand if self._loss_sum is None else self._loss_sum + summand
         self._loss_count = one if self._loss_count is None else self._loss_count + one
         self.tokens_seen += tokens
         self.tokens_of_all_sites += tokens * self._n_sites()
-        bias = self.config.balance == "bias"
-        if not self.routing_watched and not bias:
-            return
-        load_LE = torch.stack([s.load_E for s in stats])
-        if self.routing_watched:
-            gate_entropy_L = torch.stack([s.gate_entropy for s in stats if s.gate_entropy is not None])
-            self.routing_health.update(load_LE, gate_entropy_L, stats[0].picks, *self._scored_and_resident(load_LE))
-        if bias:
-            self._loads_LE = load_LE if self._loads_LE is None else self._loads_LE + load_LE
-
-    def _scored_and_resident(self, load_LE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        residency = self.transformer.residency
-        # Made once for each residency: a copy to the device makes the host wait.
-        if self._masks_of is not residency:
-            resident_LE = torch.zeros(load_LE.shape, dtype=torch.bool)
-            for layer, ids in enumerate(residency.experts):
-                resident_LE[layer, list(ids)] = True
-            resident_LE = resident_LE.to(load_LE.device)
-            self._masks_of = residency
-            self._masks = (None if residency.routing == "ghost" else resident_LE, resident_LE)
-        return self._masks
+        if self.routing_watched and done.gate_entropy_L is not None:
+            residency = self.transformer.residency
+            resident_LE = resident_mask(residency, self.config.n_experts, done.load_LE.device)
+            scored_LE = None if residency.routing == "ghost" else resident_LE
+            self.routing_health.update(done.load_LE, done.gate_entropy_L, done.picks, scored_LE, resident_LE)
+        if self.config.balance == "bias":
+            self._loads_LE = done.load_LE if self._loads_LE is None else self._loads_LE + done.load_LE
 
     def pop_round_losses(self) -> tuple[float, float]:
         """Sum of the finite training losses since the last call, and their number."""
@@ -267,7 +268,9 @@ class FoMoEModule(L.LightningModule):
     # -- validation of the global model ---------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh sums."""
+        """Fresh sums; a recorded step's memory is for the validation now."""
+        if self._recorded is not None:
+            self._recorded.release()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._validation = ValidationMetrics(data.domains, self.config.n_layers, self.config.n_experts, self.device)
         # Started anew, so that every validation draws the same.

@@ -44,6 +44,7 @@ class Run:
         data: arguments of FoMoEData.
         evaluation_window: as for FoMoEModule.
         max_skipped_steps: as for FoMoEModule.
+        cuda_graphs: as for FoMoEModule.
     """
 
     root: str
@@ -56,6 +57,7 @@ class Run:
     data: dict[str, Any] = field(default_factory=dict)
     evaluation_window: int = 64
     max_skipped_steps: int = 100
+    cuda_graphs: bool = True
 
     @property
     def config(self) -> ModelConfig:
@@ -64,8 +66,9 @@ class Run:
     def module(self) -> FoMoEModule:
         optimizer = OptimizerConfig(**{"lr": 0.01, "warmup_steps": 2, **self.optimizer})
         return FoMoEModule(
-            self.config, optimizer, evaluation_window=self.evaluation_window, max_skipped_steps=self.max_skipped_steps
-        )
+            self.config, optimizer, evaluation_window=self.evaluation_window, max_skipped_steps=self.max_skipped_steps,
+            cuda_graphs=self.cuda_graphs,
+        )  # fmt: skip
 
     def datamodule(self) -> FoMoEData:
         settings = {"sequence_length": 16, "batch_size": 3, "val_batch_size": 5, "val_sequences": 30, **self.data}

@@ -38,7 +38,7 @@ from fomoe_pl.callbacks import (
     ThroughputMonitor,
 )
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.passes import training_pass
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.module import Batch, FoMoEModule
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, inner_schedule
@@ -106,9 +106,7 @@ class PlainLoop:
         for _ in range(steps):
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(self.batches).items()}
             with torch.autocast(self.device.type, torch.bfloat16):
-                hidden_BSD, stats = model(batch["inputs"])
-                loss = model.loss(hidden_BSD, batch["targets"])
-                total = loss + auxiliary_loss(stats, model.config, model.residency).total
+                total = training_pass(model, batch["inputs"], batch["targets"]).total
             optimizer.zero_grad()
             total.backward()
             torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
@@ -270,7 +268,7 @@ def measure(
     )
     # batch_size None: these are batches already.
     loader = DataLoader(batches, batch_size=None, pin_memory=device.type == "cuda")
-    trainer.fit(FoMoEModule(architecture), loader)
+    trainer.fit(FoMoEModule(architecture, cuda_graphs=False), loader)  # as the plain loop runs
     ours, theirs = alternate.of_trainer, alternate.of_plain
     ratios = [a / b for a, b in zip(ours.tokens_per_second, theirs.tokens_per_second, strict=True)]
     return {

@@ -32,7 +32,7 @@ from fomoe_pl.costs.sites import Site
 from fomoe_pl.costs.time import calibration, step_seconds, step_work
 from fomoe_pl.federation.placement import place
 from fomoe_pl.files import write_whole
-from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.passes import training_pass
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
@@ -86,8 +86,7 @@ def time_steps(case: Case, device: torch.device, *, warmup: int = 3, blocks: int
         start = time.perf_counter()
         for _ in range(n):
             with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16-mixed"):
-                hidden, stats = model(batch["inputs"])
-                loss = model.loss(hidden, batch["targets"]) + auxiliary_loss(stats, config, model.residency).total
+                loss = training_pass(model, batch["inputs"], batch["targets"]).total
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from importlib import import_module
 from typing import Any, cast
 
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.placement import place
 from fomoe_pl.model.config import ExpertBackend, ModelConfig
-from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.passes import TrainingPass, training_pass
+from fomoe_pl.model.recorded import RecordedPass
 from fomoe_pl.model.residency import Residency
-from fomoe_pl.model.router import RoutingStats
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, skip_step_if
 
@@ -33,7 +34,7 @@ LEARNING_RATE = 1e-6
 """So small that routers stay as they were drawn: steps are timed at one ghost fraction."""
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, int64 (B,S), on the host."""
-Losses = Callable[[Tensor, Tensor], tuple[Tensor, list[RoutingStats]]]
+Run = Callable[[Tensor, Tensor], TrainingPass]
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ class Ours:
     Attributes:
         backend: its `expert_backend`.
         compiled: whether its blocks are compiled.
+        recorded: whether its forward and backward pass is replayed as a CUDA graph, where there is a GPU.
     """
 
     backend: ExpertBackend
     compiled: bool
+    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,10 @@ class HuggingFace:
 
 
 VARIANTS: dict[str, Ours | HuggingFace] = {
-    "ours": Ours("triton", compiled=True),
+    "ours": Ours("triton", compiled=True, recorded=True),
+    "ours_compiled": Ours("triton", compiled=True),
     "ours_eager": Ours("auto", compiled=False),
+    "grouped_recorded": Ours("grouped", compiled=True, recorded=True),
     "grouped_compiled": Ours("grouped", compiled=True),
     "grouped": Ours("grouped", compiled=False),
     "hf_compiled": HuggingFace(compiled="model"),
@@ -84,46 +89,55 @@ class Contestant:
     Args:
         model: on its device.
         optimizer: of all its parameters.
-        losses: of inputs and targets (B,S) what is minimised, and each layer's statistics, if it has them.
+        run: the forward pass, of inputs and targets (B,S).
         device: where it trains.
         autocast: whether matrix products are in bfloat16.
         resident: experts of each layer that are here.
+        recorded: whether forward and backward pass are replayed as a CUDA graph; of our models on a GPU.
         note: what a reader of its row must know.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Losses, device: torch.device, *,
-        autocast: bool, resident: int, note: str = "",
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, device: torch.device, *,
+        autocast: bool, resident: int, recorded: bool = False, note: str = "",
     ) -> None:  # fmt: skip
-        self.model, self.optimizer, self.losses, self.device = model, optimizer, losses, device
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.recorded = RecordedPass(run, model) if recorded and isinstance(model, Transformer) else None
+        self.run = self.recorded or run
         self.autocast, self.resident, self.note = autocast, resident, note
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.last: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
+        self.last: TrainingPass | None = None
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
         inputs_BS, targets_BS = (tokens.to(self.device, non_blocking=True) for tokens in batch)
         with torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext():
-            loss, stats = self.losses(inputs_BS, targets_BS)
-        loss.backward()
+            done = self.run(inputs_BS, targets_BS)
+        if self.recorded is None or not self.recorded.backward():
+            done.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         if isinstance(self.model, Transformer):
             skip_step_if(~norm.isfinite(), self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # Without the graph and the tokens' picks: what is kept counts as memory of the step.
-        self.last = loss.detach(), [(layer.live, layer.picks) for layer in stats]
+        self.last = done._replace(total=done.total.detach())  # what is kept counts as memory of the step
 
     def loss(self) -> float:
         """What the last step minimised, nats a token with the router's losses; waits for the device."""
         assert self.last is not None, "no step has been taken"
-        return float(self.last[0])
+        return float(self.last.total)
 
     def ghost_fraction(self) -> float | None:
         """Share of the last step's picks that were of absent experts; None without experts; waits for the device."""
         assert self.last is not None, "no step has been taken"
-        counts = self.last[1]
-        return 1 - sum(int(live) for live, _ in counts) / sum(picks for _, picks in counts) if counts else None
+        layers = len(self.last.live_L)
+        return 1 - int(self.last.live_L.sum()) / (layers * self.last.picks) if layers else None
+
+
+def without_statistics(loss: Tensor) -> TrainingPass:
+    """A pass that has nothing to tell but what is minimised."""
+    nothing, zero = loss.detach().new_empty(0), loss.detach().new_zeros(())
+    return TrainingPass(loss, loss.detach(), zero, zero, nothing, nothing, None, 0)
 
 
 class NoExperts(nn.Module):
@@ -189,13 +203,13 @@ def build_ours(
         model.compile_blocks()
     optimizer = inner_optimizer(model, OptimizerConfig(lr=LEARNING_RATE, warmup_steps=0))
 
-    def losses(inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, list[RoutingStats]]:
-        hidden_BSD, stats = model(inputs_BS)
-        loss = model.loss(hidden_BSD, targets_BS)
-        return (loss + auxiliary_loss(stats, config, residency).total, stats) if fraction else (loss, [])
+    def without_router(inputs_BS: Tensor, targets_BS: Tensor) -> TrainingPass:
+        return without_statistics(model.loss(model(inputs_BS)[0], targets_BS))
 
-    return Contestant(model, optimizer, losses, device, autocast=autocast,
-                      resident=len(residency.experts[0]) if fraction else 0)  # fmt: skip
+    run = partial(training_pass, model) if fraction else without_router
+    return Contestant(model, optimizer, run, device, autocast=autocast,
+                      resident=len(residency.experts[0]) if fraction else 0,
+                      recorded=build.recorded and device.type == "cuda")  # fmt: skip
 
 
 def is_olmoe(config: ModelConfig) -> bool:
@@ -241,11 +255,11 @@ def build_huggingface(config: ModelConfig, device: torch.device, build: HuggingF
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda" or None
     )
 
-    def losses(inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, list[RoutingStats]]:
+    def forward(inputs_BS: Tensor, targets_BS: Tensor) -> TrainingPass:
         # `shift_labels` are not shifted again. `labels` only says that there are any.
-        return run(input_ids=inputs_BS, labels=targets_BS, shift_labels=targets_BS).loss, []
+        return without_statistics(run(input_ids=inputs_BS, labels=targets_BS, shift_labels=targets_BS).loss)
 
-    return Contestant(model, optimizer, losses, device, autocast=autocast and not build.pure,
+    return Contestant(model, optimizer, forward, device, autocast=autocast and not build.pure,
                       resident=config.n_experts, note=note)  # fmt: skip
 
 

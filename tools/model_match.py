@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import cycle
@@ -81,23 +82,30 @@ class Timer:
         self.wait()
         return time.perf_counter() - start
 
-    def warm_up(self, contestant: Contestant, row: Row) -> int:
+    def warm_up(self, contestant: Contestant, row: Row, held_by_other: int) -> int:
         """Take the first steps; returns how many steps a block has."""
-        row.warmup_seconds = self.run(contestant, self.warmup)
-        once = self.run(contestant, 1)
+        with self._peak(row, held_by_other):  # a recorded pass allocates while it is recorded, and no more
+            row.warmup_seconds = self.run(contestant, self.warmup)
+            once = self.run(contestant, 1)
         return max(self.steps, int(self.block_seconds / once) + 1)
 
     def block(self, contestant: Contestant, row: Row, steps: int, held_by_other: int) -> float:
         """Time a block, into the contestant's row; returns seconds a step."""
         graphs = _graphs()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = self.run(contestant, steps) / steps
-        if self.device.type == "cuda":
-            row.peak_bytes = max(row.peak_bytes, torch.cuda.max_memory_allocated(self.device) - held_by_other)
+        with self._peak(row, held_by_other):
+            seconds = self.run(contestant, steps) / steps
         row.compiled_late += _graphs() - graphs
         row.seconds.append(seconds)
         return seconds
+
+    @contextmanager
+    def _peak(self, row: Row, held_by_other: int) -> Iterator[None]:
+        """Keep the most memory in tensors that a row has seen."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        if self.device.type == "cuda":
+            row.peak_bytes = max(row.peak_bytes, torch.cuda.max_memory_allocated(self.device) - held_by_other)
 
     def allocated(self) -> int:
         """Device memory in tensors now."""
@@ -178,7 +186,7 @@ class Match:
         row.build_seconds = time.perf_counter() - start
         row.resident, row.note = contestant.resident, contestant.note
         row.tokens, row.peak_flops = self.case.batch_size * self.case.sequence_length, self.peak
-        steps = timer.warm_up(contestant, row)
+        steps = timer.warm_up(contestant, row, held_by_reference)
         held = timer.allocated() - held_by_reference
         if self.reference is None:
             for _ in range(self.blocks):

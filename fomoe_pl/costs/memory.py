@@ -231,7 +231,8 @@ def activation_bytes(config: ModelConfig, types: Types, tokens: int, n_resident:
 def chunk_bytes(config: ModelConfig, types: Types, tokens: int) -> tuple[int, int]:
     """Bytes of a chunk of logits when its gradient is made, and of the gradient."""
     width = -(-config.vocab_size // 8) * 8
-    cells, c = min(tokens, chunk_rows(width, config.loss_chunk_bytes)) * width, types.compute
+    c = types.compute
+    cells = min(tokens, chunk_rows(width, config.loss_chunk_bytes, c if types.kernels else 4)) * width
     if types.kernels:
         return c * cells, c * cells  # the gradient takes the logits' place
     # Logits, in float32 if they are not yet, and their log-probabilities, which become the gradient.

@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, D model, H query heads, G key/value heads, C channels of one head.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.parts import Linear, Norm
 
 
-@lru_cache(maxsize=16)
+@cache  # a recorded step reads its tables for as long as it is replayed
 def rotary_tables(length: int, channels: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the rotary embedding (RoFormer, arXiv 2104.09864), float32, each (length, channels).
 

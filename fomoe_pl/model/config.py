@@ -53,7 +53,8 @@ class ModelConfig:
         expert_backend: ``triton`` is our kernels, ``grouped`` torch's grouped GEMM, ``loop`` the reference; ``auto`` is
             the first of them that works.
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more compute.
-        loss_chunk_bytes: Upper bound, in bytes, of one float32 chunk of logits in the loss.
+        loss_chunk_bytes: Upper bound, in bytes, of one chunk of logits in the loss; they are float32, on a GPU of the
+            precision's type.
 
     Raises:
         ConfigError: If a size is not positive, or sizes do not fit each other.

@@ -17,11 +17,21 @@ from fomoe_pl.model.router import RoutingStats
 
 IGNORED = -100
 """Target of a token that does not count."""
+ROWS_STEP = 128
+"""Chunks have a multiple of it where they are as large: tiles of products over them are whole then."""
 
 
-def chunk_rows(vocab_size: int, max_bytes: int) -> int:
-    """Return how many tokens' float32 logits fit into ``max_bytes``; at least one."""
-    return max(1, max_bytes // (4 * vocab_size))
+def chunk_rows(width: int, max_bytes: int, itemsize: int) -> int:
+    """Return how many tokens are in a chunk: as many as have their logits in ``max_bytes``; at least one.
+
+    Args:
+        width: Logits of a token, W.
+        max_bytes: Upper bound of a chunk.
+        itemsize: Bytes of a logit: those of the products' type in our kernel, which makes the gradient in its place,
+            4 elsewhere.
+    """
+    rows = max(1, max_bytes // (itemsize * width))
+    return rows // ROWS_STEP * ROWS_STEP or rows
 
 
 def _output_matrix(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,8 +101,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_WD = _output_matrix(weight_VD, dtype)
             # Over many chunks a bfloat16 sum would lose the small ones.
             d_weight_WD = torch.zeros_like(weight_WD, dtype=torch.float32)
-            rows = chunk_rows(len(weight_WD), max_bytes)
             in_kernel = _in_kernel(hidden_ND, dtype)
+            rows = chunk_rows(len(weight_WD), max_bytes, dtype.itemsize if in_kernel else 4)
             chunks = zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True)
             for i, (hidden_CD, targets_C) in enumerate(chunks):
                 chunk = (hidden_CD, weight_WD, targets_C, vocab_size)
@@ -118,7 +128,7 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
         hidden_ND: Final hidden states (N,D).
         weight_VD: Output matrix (V,D).
         targets_N: Next tokens, int64 (N,); ``-100`` does not count.
-        max_bytes: Upper bound of one float32 chunk of logits, in bytes.
+        max_bytes: Upper bound of a chunk of logits, as in `chunk_rows`.
 
     Returns:
         Scalar, float32, in nats; 0 if no token counts.
@@ -135,13 +145,14 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
         hidden_ND: Final hidden states (N,D).
         weight_VD: Output matrix (V,D).
         targets_N: Next tokens, int64 (N,); ``-100`` does not count.
-        max_bytes: Upper bound of one float32 chunk of logits, in bytes.
+        max_bytes: Upper bound of a chunk of logits, as in `chunk_rows`.
     """
     dtype = compute_dtype(hidden_ND)
     losses = []
     with torch.autocast(device_type=hidden_ND.device.type, enabled=False):
         weight_WD = _output_matrix(weight_VD, dtype)
-        rows, in_kernel = chunk_rows(len(weight_WD), max_bytes), _in_kernel(hidden_ND, dtype)
+        in_kernel = _in_kernel(hidden_ND, dtype)
+        rows = chunk_rows(len(weight_WD), max_bytes, dtype.itemsize if in_kernel else 4)
         for hidden_CD, targets_C in zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True):
             logits_CW = hidden_CD @ weight_WD.t()
             if in_kernel:

@@ -1,7 +1,11 @@
 """Which experts are here: the only thing the model knows of sites."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from fomoe_pl.model.config import ModelConfig
 
@@ -34,3 +38,12 @@ class Residency:
     def n_scored(self, layer: int, config: ModelConfig) -> int:
         """Return how many experts of a layer the router scores: all in ghost mode, else the residents."""
         return config.n_experts if self.routing == "ghost" else len(self.experts[layer])
+
+
+@lru_cache(maxsize=4)  # a copy to the device makes the host wait
+def resident_mask(residency: Residency, n_experts: int, device: torch.device) -> Tensor:
+    """Return which experts are resident, bool (L,E), on a device; the same tensor for the same arguments."""
+    mask_LE = torch.zeros(len(residency.experts), n_experts, dtype=torch.bool)
+    for layer, ids in enumerate(residency.experts):
+        mask_LE[layer, list(ids)] = True
+    return mask_LE.to(device)

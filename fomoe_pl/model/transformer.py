@@ -62,7 +62,8 @@ class Block(nn.Module):
         # Routing at random draws from a generator, which compiled code cannot.
         run = self.plain if self.compiled is None or self.moe.router.is_random else self.compiled
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, x_BSD, *tables, use_reentrant=False)
+            # Nothing that is done again draws random numbers.
+            return checkpoint(run, x_BSD, *tables, use_reentrant=False, preserve_rng_state=False)
         return run(x_BSD, *tables)
 
     def plain(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, RoutingStats]:

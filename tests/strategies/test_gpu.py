@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.passes import training_pass
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
 from tests.distributed import run_distributed
@@ -96,8 +96,7 @@ def test_the_paper_vocabulary_fits_beside_the_54m_model_in_16_gb() -> None:
     assert tokens[:, 1:].numel() == 16_384
     for _ in range(2):  # the first step makes the moments
         with torch.autocast("cuda", torch.bfloat16):
-            hidden_BSD, stats = model(tokens[:, :-1])
-            loss = model.loss(hidden_BSD, tokens[:, 1:]) + auxiliary_loss(stats, config, model.residency).total
+            loss = training_pass(model, tokens[:, :-1], tokens[:, 1:]).total
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

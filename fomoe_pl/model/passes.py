@@ -1,0 +1,60 @@
+"""One forward pass of training: what is minimised, and what is told of it.
+
+Shapes: B batch, S sequence, L layers, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.transformer import Transformer
+
+
+class TrainingPass(NamedTuple):
+    """What a forward pass gives. ``total`` alone has a gradient.
+
+    Attributes:
+        total: What is minimised, float32 (): cross entropy and the router's weighted losses.
+        loss: Mean cross entropy, nats a token, float32 ().
+        balance: Mean over layers of the load-balance loss, unweighted, float32 ().
+        z: Mean over layers of the router z-loss, unweighted, float32 ().
+        load_LE: Picks of each expert, ghosts included, float32.
+        live_L: Picks of each layer that were executed, int64.
+        gate_entropy_L: Mean entropy of the gates over its bound, float32; None if the routers do not measure it.
+        picks: All picks of one layer, T·K.
+    """
+
+    total: Tensor
+    loss: Tensor
+    balance: Tensor
+    z: Tensor
+    load_LE: Tensor
+    live_L: Tensor
+    gate_entropy_L: Tensor | None
+    picks: int
+
+
+def training_pass(model: Transformer, inputs_BS: Tensor, targets_BS: Tensor) -> TrainingPass:
+    """Run a model forward on one micro-batch.
+
+    Args:
+        model: The transformer.
+        inputs_BS: Token ids, int64.
+        targets_BS: Next tokens, int64; -100 does not count.
+    """
+    hidden_BSD, stats = model(inputs_BS)
+    loss = model.loss(hidden_BSD, targets_BS)
+    auxiliary = auxiliary_loss(stats, model.config, model.residency)
+    entropies = [layer.gate_entropy for layer in stats if layer.gate_entropy is not None]
+    return TrainingPass(
+        total=loss + auxiliary.total,
+        loss=loss.detach(),
+        balance=auxiliary.balance.detach(),
+        z=auxiliary.z.detach(),
+        load_LE=torch.stack([layer.load_E for layer in stats]),
+        live_L=torch.stack([layer.live for layer in stats]),
+        gate_entropy_L=torch.stack(entropies) if entropies else None,
+        picks=stats[0].picks,
+    )

@@ -1,0 +1,115 @@
+"""A forward and backward pass as a CUDA graph: recorded once, then replayed with one call.
+
+A step of a small model, or of one with few resident experts, is over on the GPU before the host has named its thousand
+kernels. A replay names them all at once, in the same order on the same addresses: results are those of the pass that
+was recorded, to the bit. What a graph needs is there already: no shape depends on numbers on the device, and nothing
+waits for it (`backends/kernels.py`).
+
+Memory: the graph's activations and gradients have a pool of their own, as large as the pass's peak. It stays reserved
+between passes: what a round of averaging needs comes on top of it. `release` gives it back for a longer while.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fomoe_pl.model.passes import TrainingPass
+from fomoe_pl.model.transformer import Transformer
+
+WARM_UP = 3
+"""Passes before recording: kernels are compiled in them, workspaces and tables are made."""
+
+
+class RecordedPass:
+    """Forward passes whose gradients are made with them, once they are recorded.
+
+    Recorded anew, after passes that are not, when batches get another shape, parameters other memory, or autocast or
+    the caller's `variant` changes.
+
+    Args:
+        run: The forward pass, of int64 inputs and targets (B,S). It must not wait for the device.
+        model: Whose parameters get the gradients, on a GPU.
+
+    Attributes:
+        recordings: How often passes were recorded.
+    """
+
+    def __init__(self, run: Callable[[Tensor, Tensor], TrainingPass], model: Transformer) -> None:
+        self.run = run
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._memory = [*model.parameters(), *model.buffers()]
+        self.recordings = 0
+        self._key: Hashable = None
+        self._passes = 0  # with this key
+        self._replayed = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.release()
+
+    def __call__(self, inputs_BS: Tensor, targets_BS: Tensor, variant: Hashable = None) -> TrainingPass:
+        """Run forward, and backward too if it is recorded; `backward` has to follow.
+
+        Args:
+            inputs_BS: On the model's device.
+            targets_BS: Likewise.
+            variant: What else changes which operations `run` consists of.
+
+        Returns:
+            Tensors that the next call overwrites.
+        """
+        key = self._now(inputs_BS, variant)
+        if key != self._key:
+            self.release()
+            self._key, self._passes = key, 0
+        self._replayed = self._passes >= WARM_UP
+        self._passes += 1
+        if not self._replayed:
+            return self.run(inputs_BS, targets_BS)
+        if self._graph is None:
+            self._graph = self._record(inputs_BS, targets_BS)
+        for own_BS, given_BS in zip(self._inputs, (inputs_BS, targets_BS), strict=True):
+            own_BS.copy_(given_BS, non_blocking=True)
+        self._graph.replay()
+        return self._result
+
+    def backward(self) -> bool:
+        """Give the parameters the gradients of the last call, in the place of any that are there.
+
+        Returns:
+            Whether it did. If not, the pass was not recorded, and its `total` has the gradients.
+        """
+        if self._replayed:
+            for parameter, gradient in self._gradients:
+                parameter.grad = gradient
+        return self._replayed
+
+    def release(self) -> None:
+        """Give the graph's memory back; the next call records anew. Parameters keep the gradients they have."""
+        self._graph = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._gradients: list[tuple[Tensor, Tensor]] = []
+        self._result: Any = None
+
+    def _now(self, inputs_BS: Tensor, variant: Hashable) -> Hashable:
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        return variant, autocast, inputs_BS.shape, tuple(t.data_ptr() for t in self._memory)
+
+    def _record(self, inputs_BS: Tensor, targets_BS: Tensor) -> torch.cuda.CUDAGraph:
+        self._inputs = inputs_BS.clone(), targets_BS.clone()
+        for parameter in self.parameters:
+            parameter.grad = None  # so that the pass makes them, in the graph's own memory
+        gc.collect()  # what is left of earlier passes would have the backward pass wait for another stream
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on: they copy batches to pinned memory, or watch over collectives.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = self.run(*self._inputs)
+            with torch.autocast("cuda", enabled=False):
+                result.total.backward()
+        self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        self._result = result._replace(total=result.total.detach())
+        self.recordings += 1
+        return graph
