@@ -35,6 +35,7 @@ from fomoe_pl.callbacks.pictures import next_drawing
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.recorded import RecordedPass
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import FederatedStrategy
 
@@ -63,7 +64,7 @@ class Switch(L.Callback):
         self.callbacks, self.limit = callbacks, seconds
         self.rounds = {kind: Rounds() for kind in ("alone", "watched", "looked")}
         self._on = True
-        self._hidden: tuple[Any, ...] = ([], None, False)
+        self._hidden: tuple[Any, ...] = ([], None, False, None)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """As theirs."""
@@ -109,11 +110,17 @@ class Switch(L.Callback):
         self._start = self._now()
 
     def _turn(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Take observers, movements and the measuring of routing away, or put them back."""
+        """Take observers, movements and the measuring of routing away, or put them back.
+
+        A step that measures is another graph: each kind of round keeps its own.
+        """
         strategy: Any = trainer.strategy
         self._on = not self._on
-        shown = strategy.observers, strategy.federation.movement, pl_module.routing_watched
-        strategy.observers, strategy.federation.movement, pl_module.routing_watched = self._hidden
+        recorded = pl_module._recorded
+        shown = strategy.observers, strategy.federation.movement, pl_module.routing_watched, recorded
+        strategy.observers, strategy.federation.movement, pl_module.routing_watched, pl_module._recorded = self._hidden
+        if pl_module._recorded is None and recorded is not None:
+            pl_module._recorded = RecordedPass(recorded.run, pl_module.transformer)
         for block in pl_module.transformer.layers:
             block.moe.router.measures_entropy = pl_module.routing_watched
         self._hidden = shown

@@ -90,7 +90,7 @@ class ModelConfig:
     bias_update_rate: float = 1e-3
     expert_backend: ExpertBackend = "auto"
     activation_checkpointing: bool = False
-    loss_chunk_bytes: int = 256 * 2**20
+    loss_chunk_bytes: int = 512 * 2**20
 
     def __post_init__(self) -> None:
         positive = """vocab_size d_model n_layers n_heads n_experts top_k d_expert n_kv_heads head_dim norm_eps

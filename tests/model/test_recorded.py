@@ -46,7 +46,7 @@ class Graph:
 
 
 @pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs without a GPU."""
 
     @contextmanager
@@ -56,7 +56,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    yield
 
 
 def recorded_pass(model: Transformer) -> RecordedPass:

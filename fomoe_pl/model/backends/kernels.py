@@ -32,6 +32,7 @@ except ImportError:
     INTERPRETED = False
 
 BLOCK = 512  # picks that one program counts and places
+LONG_ROW = 100_000  # logits of a token from which on the loss takes larger blocks
 
 
 class Tiles(NamedTuple):
@@ -304,10 +305,11 @@ def cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int, *, with
     """
     n_rows, width = logits_CW.shape
     losses_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CW.device)
-    block = min(_up_to_power(width), 8192)
+    # Of a longer row less stays in a cache until it is read again, and fewer rows at a time leave more for each.
+    block = min(_up_to_power(width), 8192 if width < LONG_ROW else 16384)
     on_device.cross_entropy[(n_rows,)](
         logits_CW, targets_C, losses_C, vocab_size, width, IGNORED=-100, GRADIENT=with_gradient, BLOCK=block,
-        num_warps=max(1, min(16, block // 256)),
+        num_warps=max(1, block // 512),
     )  # fmt: skip
     return losses_C
 
