@@ -77,6 +77,7 @@ class Load:
         evaluation_window: validation batches that go through a layer together, at most the validation's.
         kernels: on a GPU for which triton is there; else torch's own operations run.
         accumulate: micro-batches of a step.
+        recorded: steps are replayed (``model/recorded.py``), from memory that stays reserved while sites average.
     """
 
     precision: Precision = "bf16-mixed"
@@ -91,6 +92,7 @@ class Load:
     evaluation_window: int = 64
     kernels: bool = True
     accumulate: int = 1
+    recorded: bool = False
 
     def __post_init__(self) -> None:
         """Refuse empty batches.
@@ -127,6 +129,7 @@ class RankMemory:
         validation: streams of a window and one whole layer of experts.
         library: workspace of the matrix library.
         backward: most of what the backward pass holds beside weights, moments, anchors and outer momentum.
+        recorded: what stays reserved of a step's passes while sites average.
     """
 
     weights: int
@@ -141,6 +144,7 @@ class RankMemory:
     validation: int
     library: int
     backward: int
+    recorded: int
 
     @property
     def lasting(self) -> int:
@@ -154,13 +158,13 @@ class RankMemory:
         return {
             "end of the forward pass": held + self.activations + self.logits,
             "backward pass": self.lasting + self.backward,
-            "averaging": held + self.wire,
+            "averaging": held + self.wire + self.recorded,
             "global validation": held + self.validation,
         }
 
     @property
     def peak(self) -> int:
-        """The largest of them: what ``torch.cuda.max_memory_allocated`` shows."""
+        """The largest of them; of passes that are not recorded, what ``torch.cuda.max_memory_allocated`` shows."""
         return max(self.moments_of_peak.values())
 
     def at_peak(self) -> tuple[str, dict[str, int]]:
@@ -169,7 +173,7 @@ class RankMemory:
         of_moment = {
             "end of the forward pass": ("gradients_kept", "activations", "logits"),
             "backward pass": ("backward",),
-            "averaging": ("gradients_kept", "wire"),
+            "averaging": ("gradients_kept", "wire", "recorded"),
             "global validation": ("gradients_kept", "validation"),
         }[moment]
         names = ("weights", "moments", "anchors", "outer_momentum", "library", *of_moment)
@@ -333,6 +337,7 @@ def rank_memory(
     of_experts = types.parameter * n_resident * expert_parameters(config)  # the last layer's, made before its tokens'
     last_layer = kept + activations + output * types.parameter + of_experts + in_flight
     ends = types.parameter * (parameters + output) + in_flight
+    logits, backward = loss_bytes(config, types, load.tokens), max(first, last_layer, ends) + buckets
     return RankMemory(
         weights=types.parameter * parameters,
         gradients=gradients + buckets,
@@ -342,9 +347,10 @@ def rank_memory(
         anchors=4 * parameters if federated else 0,
         outer_momentum=4 * parameters if federated and load.outer_momentum else 0,
         activations=activations,
-        logits=loss_bytes(config, types, load.tokens),
+        logits=logits,
         wire=_wire_bytes(load, -(-output // shards), parameters) if federated else 0,
         validation=_validation_bytes(config, load, types, n_resident, routing),
         library=LIBRARY_BYTES,
-        backward=max(first, last_layer, ends) + buckets,
+        backward=backward,
+        recorded=max(activations + logits, backward) if load.recorded else 0,
     )

@@ -142,7 +142,7 @@ class Planner:
             method="ddp" if choice.method == "ddp" else "rounds", outer_momentum=choice.method == "diloco",
             wire_dtype=choice.wire_dtype, bucket_bytes=request.bucket_mib * 2**20, val_batch_size=batch,
             evaluation_window=min(request.evaluation_window, self._validation_batches(choice, batch)),
-            accumulate=accumulate,
+            accumulate=accumulate, recorded=choice.method != "ddp" and accumulate == 1,
         )  # fmt: skip
         return replace(self.config, activation_checkpointing=checkpointing), load
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from fomoe_pl.costs.memory import Load, Types, activation_bytes, loss_bytes, rank_memory
+from fomoe_pl.costs.memory import Load, Types, activation_bytes, chunk_bytes, loss_bytes, rank_memory
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.attention import rotary_tables
 from fomoe_pl.model.config import ModelConfig
@@ -172,18 +172,31 @@ def test_the_peak_grows_with_what_a_site_holds() -> None:
     assert rank_memory(SMALL, wide, n_resident=4).validation > half.validation == 0
 
 
+def test_what_a_recorded_step_needs_stays_reserved_while_sites_average() -> None:
+    plain = rank_memory(SMALL, Load(batch_size=64), n_resident=8)
+    replayed = rank_memory(SMALL, Load(batch_size=64, recorded=True), n_resident=8)
+    assert plain.recorded == 0
+    assert replayed.peak == plain.peak + plain.wire
+    assert replayed.at_peak()[0] == "averaging"
+    assert replayed.moments_of_peak["global validation"] == plain.moments_of_peak["global validation"]
+
+
 def test_logits_do_not_grow_with_the_batch_once_there_are_two_chunks() -> None:
     config = replace(SMALL, vocab_size=200_019)
     types = Types.of("bf16-mixed")
     step = loss_bytes(config, types, 20_000) - loss_bytes(config, types, 10_000)
     assert step == 10_000 * 96 * (4 + 4 + 2)  # hidden states, their gradient, their cast
     assert loss_bytes(config, types, 20_000) < 10_000 * 200_019 * 4
+    chunk = Types.of("32-true", kernels=False), Types.of("bf16-mixed")
+    made = [chunk_bytes(config, types, 20_000)[1] for types in chunk]
+    assert max(made) <= config.loss_chunk_bytes
+    assert made == pytest.approx([config.loss_chunk_bytes] * 2, rel=0.2)  # whatever a logit's type
 
 
 def test_the_largest_part_at_the_peak_is_named() -> None:
     moment, parts = rank_memory(SMALL, Load(batch_size=64), n_resident=8).at_peak()
     assert (moment, next(iter(parts))) == ("backward pass", "backward")
-    wide = replace(SMALL, vocab_size=50_000)
+    wide = replace(SMALL, vocab_size=50_000, loss_chunk_bytes=256 * 2**20)
     moment, parts = rank_memory(wide, Load(batch_size=16, accumulate=2, kernels=False), n_resident=8).at_peak()
     assert (moment, next(iter(parts))) == ("end of the forward pass", "logits")
     assert parts["gradients"] == 4 * resident_counts(wide, 8, "ghost").total
