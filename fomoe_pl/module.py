@@ -21,7 +21,7 @@ from fomoe_pl.model.passes import TrainingPass, training_pass
 from fomoe_pl.model.recorded import RecordedPass
 from fomoe_pl.model.residency import resident_mask
 from fomoe_pl.model.transformer import Transformer
-from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, inner_schedule, skip_step_if
+from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, inner_schedule, skip_step_if
 from fomoe_pl.strategies.checks import check_skipped
 from fomoe_pl.strategies.recording import recorded_pass
 
@@ -229,8 +229,7 @@ class FoMoEModule(L.LightningModule):
         if gradient_clip_algorithm not in (None, "norm"):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, cast(Tensor, self._grad_norm))
+            clip_next_step(optimizer, cast(Tensor, self._grad_norm), gradient_clip_val)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Token counts, named for what they count; the place where a run ends that was told to stop."""

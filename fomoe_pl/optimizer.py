@@ -109,6 +109,21 @@ def skip_step_if(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
                 p.grad = None
 
 
+def clip_next_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
+    """Have an optimizer's next step clip gradients by their norm; on a GPU they themselves stay as they are.
+
+    Args:
+        optimizer: the inner optimizer.
+        norm: float32 (), norm of all its gradients.
+        max_norm: what it may be.
+    """
+    if norm.is_cuda and isinstance(optimizer, RowAdamW):
+        optimizer.grad_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    else:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
 def inner_schedule(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, last: int | None, pace: Pace | None = None
 ) -> LambdaLR:

@@ -27,7 +27,7 @@ from fomoe_pl.model.passes import TrainingPass, training_pass
 from fomoe_pl.model.recorded import RecordedPass
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
-from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, skip_step_if
+from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, skip_step_if
 
 CLIP_NORM = 1.0
 LEARNING_RATE = 1e-6
@@ -115,9 +115,12 @@ class Contestant:
             done = self.run(inputs_BS, targets_BS)
         if self.recorded is None or not self.recorded.backward():
             done.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         if isinstance(self.model, Transformer):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             skip_step_if(~norm.isfinite(), self.optimizer)
+            clip_next_step(self.optimizer, norm, CLIP_NORM)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.last = done._replace(total=done.total.detach())  # what is kept counts as memory of the step

@@ -3,8 +3,8 @@
 Experts of a layer are stacked in one parameter, row r being one resident expert. Under random placement a row may be
 handed to another expert in mid-training: it then starts with zero moments, its own step count for bias correction and
 a learning-rate warm-up of its own, while the other rows go on (FoMoE, arXiv 2606.19025, random placement). The
-arithmetic is torch's: parameters without replaced rows take the stock path, rows of the others are handed to torch's
-functional AdamW as views, grouped by learning rate.
+arithmetic is torch's: parameters without replaced rows take the stock path, or if they are large on a GPU our kernel
+(`adamw.py`); rows of the others are handed to torch's functional AdamW as views, grouped by learning rate.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from fomoe_pl.federation import adamw as adamw_kernel
 
 ROW_COUNTERS = ("step", "warmup")
 
@@ -37,7 +39,9 @@ class RowAdamW(torch.optim.AdamW):
         # not take it, so a scaler has to divide before.
         self._step_supports_amp_scaling = False
         self.row_warmup_steps = row_warmup_steps
-        self.found_inf: Tensor | None = None  # not zero: the next step does nothing; for the fused step alone
+        # For the next step, of fused steps alone.
+        self.found_inf: Tensor | None = None  # not zero: it does nothing
+        self.grad_factor: Tensor | None = None  # float32 (), by which it scales gradients; none is 1
 
     def replace_rows(self, param: Tensor, sources: Sequence[int | None]) -> None:
         """Rearrange the state's rows: new row r takes the state of old row `sources[r]`, or starts fresh for None.
@@ -83,23 +87,40 @@ class RowAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rowwise = [
-            (group, p)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None and "warmup" in self.state[p]
-        ]
-        grads: dict[Tensor, Tensor] = {p: p.grad for _, p in rowwise}
-        for _, p in rowwise:  # hidden from the stock step, which skips parameters without a gradient
+        live = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        rowwise = [(group, p) for group, p in live if "warmup" in self.state[p]]
+        large = [(g, p) for g, p in live if g["fused"] and "warmup" not in self.state[p] and adamw_kernel.takes(p)]
+        grads: dict[Tensor, Tensor] = {p: p.grad for _, p in (*rowwise, *large)}
+        for p in grads:  # hidden from the stock step, which skips parameters without a gradient
             p.grad = None
+        if self.grad_factor is not None:
+            rest = [p.grad for _, p in live if p.grad is not None]
+            torch._foreach_mul_([*rest, *(grads[p] for _, p in rowwise)], self.grad_factor)
         super().step()
-        for _, p in rowwise:
-            p.grad = grads[p]
+        self._large_steps(large, grads)
+        for p, grad in grads.items():
+            p.grad = grad
         if rowwise and not (self.found_inf is not None and self.found_inf.any()):
             for group, p in rowwise:
                 self._row_step(group, p, grads[p])
-        self.found_inf = None
+        self.found_inf = self.grad_factor = None
         return loss
+
+    def _large_steps(self, large: list[tuple[dict[str, Any], Tensor]], grads: dict[Tensor, Tensor]) -> None:
+        if not large:
+            return
+        device = large[0][1].device
+        factor = torch.ones((), device=device) if self.grad_factor is None else self.grad_factor
+        found_inf = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
+        for _, p in large:
+            self.start_state(p)
+        torch._foreach_add_([self.state[p]["step"] for _, p in large], 1 - found_inf)
+        for group, p in large:
+            state = self.state[p]
+            adamw_kernel.step(
+                p, grads[p], state["exp_avg"], state["exp_avg_sq"], state["step"], factor, found_inf,
+                lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+            )  # fmt: skip
 
     def _row_step(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         state = self.state[param]

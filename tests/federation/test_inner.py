@@ -8,7 +8,9 @@ import torch
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from torch import Tensor
 
+from fomoe_pl.federation import adamw
 from fomoe_pl.federation.inner import RowAdamW, moments
+from fomoe_pl.optimizer import clip_next_step, skip_step_if
 
 OPTIONS: dict[str, Any] = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -200,3 +202,57 @@ def test_state_of_another_device_leaves_the_kind_of_step_alone(saved_fused: bool
         found.grad, after.found_inf = grad(2), torch.ones(())
         after.step()
         assert torch.equal(found, kept)
+
+
+def against_torch(device: str, weight_decay: float, n: int) -> None:
+    """Steps of the kernel and of torch's AdamW on gradients scaled beforehand; one of them does nothing."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, n, device=device)) for _ in range(2))
+    reference = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=weight_decay)
+    moments, steps = [torch.zeros(n, device=device) for _ in range(2)], torch.zeros((), device=device)
+    for i in range(4):
+        grad, found_inf = torch.randn(n, generator=generator).to(device), torch.tensor(float(i == 2), device=device)
+        factor = torch.tensor(0.5, device=device)
+        steps += 1 - found_inf
+        with torch.no_grad():
+            adamw.step(ours, grad, *moments, steps, factor, found_inf,
+                       lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=weight_decay)  # fmt: skip
+        if not found_inf:
+            theirs.grad = grad * factor
+            reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    state = reference.state[theirs]
+    torch.testing.assert_close(moments, [state["exp_avg"], state["exp_avg_sq"]], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not adamw.INTERPRETED, reason="triton is not installed, or was imported without TRITON_INTERPRET=1")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_kernel_is_torchs_adamw(weight_decay: float) -> None:
+    against_torch("cpu", weight_decay, 2 * adamw.BLOCK + 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_large_and_small_parameters_take_the_same_step_on_a_gpu() -> None:
+    """With clipping, a step that is skipped, and rows that were replaced; against the same on the CPU."""
+    against_torch("cuda", 0.1, adamw.LARGE + 5)
+    generator, found = torch.Generator().manual_seed(0), []
+    shapes = [(4, adamw.LARGE), (adamw.LARGE + 1,), (3,)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(6)]
+    for device in ("cuda", "cpu"):
+        params = [torch.nn.Parameter(p.to(device, copy=True)) for p in start]
+        optimizer = RowAdamW(params, lr=0.1, row_warmup_steps=2, fused=device == "cuda" or None)
+        for i, values in enumerate(grads):
+            if i == 3:
+                optimizer.replace_rows(params[0], [1, None, 2, 3])
+            for p, grad in zip(params, values, strict=True):
+                p.grad = grad.to(device, copy=True)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+            skip_step_if(torch.tensor(i == 1, device=device), optimizer)
+            if i != 1:
+                clip_next_step(optimizer, norm, 1.0)
+            optimizer.step()
+        found.append([p.detach().cpu() for p in params])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,90 @@
+"""AdamW of one large tensor in one pass over memory, with the factor that clips its gradient.
+
+torch's fused AdamW takes such a factor too, but writes the scaled gradient back; scaling it beforehand reads and writes
+it once more. Here 28 bytes a parameter are moved, and nothing else. A tensor is large where a launch of its own does
+not matter.
+
+Shapes: N numbers of a parameter.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError:
+    triton = None
+    INTERPRETED = False
+
+LARGE = 2**18
+"""Numbers of a tensor from which on it has a launch of its own: some 3 us of an H100's memory."""
+BLOCK = 2048
+
+
+def takes(param: Tensor) -> bool:
+    """Whether the kernel updates this parameter, from a gradient like it; on the CPU only if it is interpreted."""
+    if triton is None or param.dtype != torch.float32 or param.numel() < LARGE or not param.is_contiguous():
+        return False
+    return INTERPRETED or (param.is_cuda and torch.cuda.get_device_capability(param.device) >= (8, 0))
+
+
+def step(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, factor: Tensor, found_inf: Tensor,
+    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """Update a parameter and its moments in place, as `torch.optim.AdamW` does with the gradient `factor * grad`.
+
+    Args:
+        param: float32, contiguous, like the next three.
+        grad: its gradient, which stays.
+        exp_avg: first moment.
+        exp_avg_sq: second moment.
+        steps: float32 (), steps including this one.
+        factor: float32 (), by which the gradient is scaled.
+        found_inf: float32 (); not zero: nothing is done.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled.
+    """
+    n = param.numel()
+    _step[(triton.cdiv(n, BLOCK),)](
+        param, grad.contiguous(), exp_avg, exp_avg_sq, steps, factor, found_inf, n,
+        lr, *betas, *(math.log2(beta) if beta else -math.inf for beta in betas), eps, weight_decay,
+        BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+def _kernel(
+    p_N, g_N, m_N, v_N, steps, factor, found_inf, N, lr, beta1, beta2, log2_beta1, log2_beta2, eps, weight_decay,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(found_inf) != 0.0:
+        return
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    # In float64, once a program: 1 - beta^steps of a beta near 1 would have few digits left in float32.
+    done = tl.load(steps).to(tl.float64)
+    correction1 = (1.0 - tl.exp2(done * log2_beta1)).to(tl.float32)
+    correction2 = (1.0 - tl.exp2(done * log2_beta2)).to(tl.float32)
+    g = tl.load(g_N + at, mask=inside, other=0.0) * tl.load(factor)
+    p = tl.load(p_N + at, mask=inside, other=0.0) * (1.0 - lr * weight_decay)
+    m = tl.load(m_N + at, mask=inside, other=0.0)
+    v = tl.load(v_N + at, mask=inside, other=0.0)
+    m += (1.0 - beta1) * (g - m)
+    v = beta2 * v + (1.0 - beta2) * g * g
+    p -= lr / correction1 * m / (tl.sqrt_rn(v) / tl.sqrt_rn(correction2) + eps)
+    tl.store(p_N + at, p, mask=inside)
+    tl.store(m_N + at, m, mask=inside)
+    tl.store(v_N + at, v, mask=inside)
+
+
+_step = triton.jit(_kernel) if triton is not None else None
