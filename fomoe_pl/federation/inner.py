@@ -114,7 +114,9 @@ class RowAdamW(torch.optim.AdamW):
         found_inf = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
         for _, p in large:
             self.start_state(p)
-        torch._foreach_add_([self.state[p]["step"] for _, p in large], 1 - found_inf)
+        steps = [self.state[p]["step"] for _, p in large]
+        torch._foreach_add_(steps, 1)
+        torch._foreach_sub_(steps, [found_inf] * len(steps))  # as a list: of a single tensor the host reads the value
         for group, p in large:
             state = self.state[p]
             adamw_kernel.step(
