@@ -279,10 +279,7 @@ def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident:
     elif load.wire_on_device:
         layer += 2 * away * one * types.parameter
     cached = c * resident_counts(config, n_resident, "ghost").attention if c != types.parameter else 0
-    if types.experts_in_kernels(config):
-        of_picks = k * c * (config.expert_in_width + config.d_expert + d)
-    else:
-        of_picks = k * c * (3 * d + config.expert_in_width + config.d_expert)
+    of_picks = k * c * ((1 if types.experts_in_kernels(config) else 3) * d + config.expert_in_width + config.d_expert)
     through = tokens * (3 * r * d + of_picks)
     width = -(-config.vocab_size // 8) * 8
     logits = chunk_bytes(config, types, tokens)[0] + c * width * d + tokens * d * (r + c)
@@ -314,11 +311,8 @@ def rank_memory(
     n_scored = config.n_experts if routing == "ghost" else n_resident
     parameters = -(-resident_counts(config, n_resident, routing).total // shards)
     output = config.vocab_size * config.d_model
-    federated, buckets = (
-        load.method == "rounds",
-        DDP_COPIES * types.parameter * parameters if load.method == "ddp" else 0,
-    )
-    gradients = types.parameter * parameters
+    federated, gradients = load.method == "rounds", types.parameter * parameters
+    buckets = DDP_COPIES * gradients if load.method == "ddp" else 0
     activations = activation_bytes(config, types, load.tokens, n_resident, n_scored)
     # Gradients come while activations go. First the output matrix's is made, of its float32 sum; then the last layer,
     # recomputed if it is checkpointed, has gradients of its picks and of the stream in flight.

@@ -103,12 +103,21 @@ class RecordedPass:
         for parameter in self.parameters:
             parameter.grad = None  # so that the pass makes them, in the graph's own memory
         gc.collect()  # what is left of earlier passes would have the backward pass wait for another stream
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on: they copy batches to pinned memory, or watch over collectives.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self.run(*self._inputs)
-            with torch.autocast("cuda", enabled=False):
-                result.total.backward()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads go on: they copy batches to pinned memory, or watch over collectives.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = self.run(*self._inputs)
+                with torch.autocast("cuda", enabled=False):
+                    result.total.backward()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch leaves the one that it recorded on
+            raise RuntimeError(
+                "A training step could not be recorded as a CUDA graph: something in it waits for the GPU, or the loss "
+                "of an earlier step is still held, with its graph. model.cuda_graphs: false goes without"
+            ) from error
         self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
         self._result = result._replace(total=result.total.detach())
         self.recordings += 1

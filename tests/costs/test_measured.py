@@ -23,10 +23,10 @@ TOKENS = 8 * 2048
 
 
 def model(name: str) -> ModelConfig:
-    """With the chunks of logits of the time: as many tokens as had 256 MiB of float32 logits."""
+    """With the chunks of logits of the time, within a few tokens: as many as had 256 MiB of float32 logits."""
     file, _, layers = name.partition(", ")
     config = read_model(str(ROOT / "configs/model" / f"{file}.yaml"))
-    config = replace(config, loss_chunk_bytes=128 * MIB)
+    config = replace(config, loss_chunk_bytes=148 * MIB)
     return replace(config, n_layers=int(layers.split()[0])) if layers else config
 
 

@@ -194,7 +194,7 @@ def test_logits_do_not_grow_with_the_batch_once_there_are_two_chunks() -> None:
 
 
 def test_the_largest_part_at_the_peak_is_named() -> None:
-    moment, parts = rank_memory(SMALL, Load(batch_size=64), n_resident=8).at_peak()
+    moment, parts = rank_memory(replace(SMALL, loss_chunk_bytes=2**20), Load(batch_size=64), n_resident=8).at_peak()
     assert (moment, next(iter(parts))) == ("backward pass", "backward")
     wide = replace(SMALL, vocab_size=50_000, loss_chunk_bytes=256 * 2**20)
     moment, parts = rank_memory(wide, Load(batch_size=16, accumulate=2, kernels=False), n_resident=8).at_peak()

@@ -220,7 +220,7 @@ def against_torch(device: str, weight_decay: float, n: int) -> None:
         if not found_inf:
             theirs.grad = grad * factor
             reference.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # a rate of 0.1
     state = reference.state[theirs]
     torch.testing.assert_close(moments, [state["exp_avg"], state["exp_avg_sq"]], rtol=1e-5, atol=1e-7)
 

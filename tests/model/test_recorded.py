@@ -55,6 +55,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "graph", recording)
 
 
@@ -79,6 +81,7 @@ def train(model: Transformer, batches: list[tuple[Tensor, Tensor]], recorded: Re
         optimizer.zero_grad()
         if recorded is None or not recorded.backward():
             done.total.backward()
+        del done  # what an earlier pass leaves behind lies on another stream
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -138,6 +141,22 @@ def test_gradients_come_from_the_pass_before_it_is_recorded(
     assert not done.total.requires_grad
     assert recorded.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_cannot_be_recorded_says_how_to_go_without(make_config: Callable[..., ModelConfig], on_cpu: None) -> None:
+    model = Transformer(make_config(expert_backend="loop"))
+    passes = iter(range(WARM_UP))
+
+    def waits(inputs_BS: Tensor, targets_BS: Tensor) -> TrainingPass:
+        if next(passes, None) is None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return training_pass(model, inputs_BS, targets_BS)
+
+    recorded = RecordedPass(waits, model)
+    for i in range(WARM_UP):
+        recorded(*batch(i, "cpu"))
+    with pytest.raises(RuntimeError, match="cuda_graphs: false goes without"):
+        recorded(*batch(0, "cpu"))
 
 
 @pytest.mark.gpu
