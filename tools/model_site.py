@@ -10,8 +10,11 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import torch
 from model_contestants import Batch, Ours, build_ours
@@ -37,9 +40,9 @@ OUTER = OuterRule("nesterov", lr=0.7, momentum=0.9)
 class MirrorWire(Wire):
     """A wire whose far ends answer with this site's own values."""
 
-    def _all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> None:
+    def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], Any]:
         self.ledger.all_reduce(kind, buffer.nbytes, len(sites))
-        buffer.mul_(len(sites))
+        return partial(buffer.mul_, len(sites))
 
 
 @dataclass(frozen=True)

@@ -75,13 +75,24 @@ class Work(Protocol):
 
 
 class TimedWire(Wire):
-    """Adds up the seconds in collectives."""
+    """Adds up the seconds of waiting for collectives."""
 
     seconds = 0.0
 
-    def _all_reduce(self, *arguments: Any) -> None:
+    def _start_all_reduce(self, *arguments: Any) -> Callable[[], None]:
+        with self._timed():
+            wait = super()._start_all_reduce(*arguments)
+
+        def timed() -> None:
+            with self._timed():
+                wait()
+
+        return timed
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         start = time.perf_counter()
-        super()._all_reduce(*arguments)
+        yield
         self.seconds += time.perf_counter() - start
 
 
@@ -100,7 +111,8 @@ def work(settings: dict[str, Any]) -> None:
     model = Transformer(ARCHITECTURE, Residency("ghost", placement.residents(rank)))
     layout = ParameterLayout.of(model, model.expert_tensors())
     arcs = all_arcs(ARCHITECTURE.n_experts, ARCHITECTURE.n_layers, n_sites, overlap)
-    wire = TimedWire(Topology(n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"))
+    wire = TimedWire(Topology(n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"),
+                     bucket_bytes=settings["bucket_bytes"])  # fmt: skip
     federation = Federation(layout, placement, wire, outer=OuterRule(), inner_moments=settings["moments"])
     optimizer = RowAdamW(model.parameters(), lr=1e-3)
     for p in model.parameters():
@@ -145,7 +157,7 @@ def sites_at_work(options: Namespace, overlap: int) -> Iterator[Work]:
     processes: list[subprocess.Popen[str]] = []
     for rank in range(options.sites):
         settings = {"rank": rank, "n_sites": options.sites, "overlap": overlap, "moments": options.moments,
-                    "slow_start": options.slow_start}  # fmt: skip
+                    "slow_start": options.slow_start, "bucket_bytes": options.bucket_mib * 2**20}  # fmt: skip
         command = ["ip", "netns", "exec", namespace(rank), sys.executable, __file__, "--worker", json.dumps(settings)]
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True))
@@ -237,6 +249,7 @@ def in_turns(run: Work, rounds: int, set_limit: Callable[[bool], None]) -> tuple
 def measure(options: Namespace) -> Iterator[dict[str, Any]]:
     """All limits, then all latencies, of each overlap; each with the rounds without limit that calibrate it."""
     n_sites, mtu, moments = options.sites, options.mtu, options.moments
+    of_links: dict[str, int] = {"mtu": mtu, "bucket_bytes": options.bucket_mib * 2**20}
     settings = [(rate, 0.0) for rate in options.rates] + [(options.latency_rate, ms) for ms in options.latencies]
     with network(n_sites, mtu):
         for overlap in options.overlap:
@@ -248,10 +261,10 @@ def measure(options: Namespace) -> Iterator[dict[str, Any]]:
                         for command in limit_commands(n_sites, rate if limited else NO_LIMIT):
                             call(*command)
 
-                    free = Links.between([link_of(NOT_A_LIMIT)] * n_sites, mtu=mtu)
+                    free = Links.between([link_of(NOT_A_LIMIT)] * n_sites, **of_links)
                     shaped = (link_of(rate, ms),) * n_sites
                     common = {"rate_mbit": rate, "latency_ms": ms, "sites": n_sites, "overlap": overlap,
-                              "moments": moments, "mtu": mtu, "slow_start": options.slow_start}  # fmt: skip
+                              "moments": moments, **of_links, "slow_start": options.slow_start}  # fmt: skip
                     if ms:
                         # Frames go through the program without latency too: its own time is no link's.
                         set_limit(True)
@@ -271,6 +284,7 @@ def measure(options: Namespace) -> Iterator[dict[str, Any]]:
                     links = replace(calibrated(calibration, calls, free), places=shaped)
                     yield {**common, "copy_seconds_per_byte": links.copy_seconds_per_byte,
                            "transport_seconds_per_byte": links.transport_seconds_per_byte, "free": calibration,
+                           "link_seconds": Links.between(shaped, **of_links).round_seconds(calls),
                            **summarize(readings, calls, links), "readings": readings}  # fmt: skip
 
 
@@ -286,7 +300,8 @@ def row(r: dict[str, Any]) -> str:
         f"{r['rate_mbit']:g} Mbit/s{latency_}, overlap {r['overlap']}: {r['seconds']:.3f} s "
         f"({r['fastest']:.3f}..{r['slowest']:.3f}), {'without latency' if latency_ else 'without limit'} "
         f"{r['free']['seconds']:.3f}, predicted {r['predicted_seconds']:.3f} "
-        f"({r['predicted_seconds'] / r['seconds']:.3f}); {waited}"
+        f"({r['predicted_seconds'] / r['seconds']:.3f}), {r['seconds'] / r['link_seconds']:.3f} times the links' own; "
+        f"{waited}"
         f"ledger {r['ledger_bytes']:,.0f} B, predicted {r['predicted_bytes']:,.0f}; interface {r['sent_bytes']:,.0f}, "
         f"with frames {r['framed_bytes']:,.0f} ({r['framed_bytes'] / r['sent_bytes']:.4f})"
     )
@@ -304,6 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--overlap", type=int, nargs="+", default=[2, 4], help="sites that hold each expert")
     parser.add_argument("--moments", choices=["keep", "average"], default="average", help="what a round averages")
     parser.add_argument("--rounds", type=int, default=6, help="measured rounds of each")
+    parser.add_argument("--bucket_mib", type=int, default=64, help="size of a buffer; one is copied while one travels")
     parser.add_argument("--mtu", type=int, default=9000, help="largest packet, bytes; 1500 costs six times the work")
     parser.add_argument("--output", type=Path, default=Path("runs/shaped_links.json"), help="where results go")
     parser.add_argument("--worker", help="what the tool calls itself with")

@@ -68,11 +68,11 @@ class Load:
         precision: the Trainer's.
         batch_size: sequences of a micro-batch B.
         sequence_length: tokens of a sequence S.
-        method: `rounds` keeps float32 anchors, `ddp` copies of the gradients, `single` neither.
+        method: `rounds` keeps float32 anchors, `ddp` gradients' copies, `single` neither.
         outer_momentum: the outer rule keeps a momentum beside the anchor.
         wire_on_device: wire buffers are on the device (NCCL), not on the host (gloo).
         wire_dtype: dtype of averaged values on the wire.
-        bucket_bytes: size of one wire buffer.
+        bucket_bytes: size of a wire buffer; there are two.
         val_batch_size: sequences of a validation batch; 0 for no validation.
         evaluation_window: validation batches that go through a layer together, at most the validation's.
         kernels: on a GPU for which triton is there; else torch's own operations run.
@@ -234,8 +234,7 @@ def activation_bytes(config: ModelConfig, types: Types, tokens: int, n_resident:
 
 def chunk_bytes(config: ModelConfig, types: Types, tokens: int) -> tuple[int, int]:
     """Bytes of a chunk of logits when its gradient is made, and of the gradient."""
-    width = -(-config.vocab_size // 8) * 8
-    c = types.compute
+    width, c = -(-config.vocab_size // 8) * 8, types.compute
     cells = min(tokens, chunk_rows(width, config.loss_chunk_bytes, c if types.kernels else 4)) * width
     if types.kernels:
         return c * cells, c * cells  # the gradient takes the logits' place
@@ -257,11 +256,12 @@ def loss_bytes(config: ModelConfig, types: Types, tokens: int) -> int:
 
 def _wire_bytes(load: Load, largest_piece: int, resident_elements: int) -> int:
     itemsize = ITEMSIZE[load.wire_dtype]
-    elements = min(max(load.bucket_bytes // itemsize, largest_piece), resident_elements)
+    elements = max(load.bucket_bytes // itemsize, largest_piece)
     temporary = 4 * largest_piece * (3 if load.outer_momentum else 1)
     if not load.wire_on_device:
         return temporary + 4 * largest_piece
-    return temporary + elements * (itemsize + (4 if itemsize < 4 else 0))
+    mean = 4 * min(elements, resident_elements) if itemsize < 4 else 0  # of one buffer, while the next one travels
+    return temporary + min(2 * elements, resident_elements) * itemsize + mean
 
 
 def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident: int, routing: Routing) -> int:

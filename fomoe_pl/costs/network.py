@@ -88,16 +88,19 @@ class Links:
         """Seconds of one ring all-reduce, if nothing else uses the links.
 
         Each of g sites sends 2(g-1)/g of the payload. The ring goes through the sites in order, so that it leaves each
-        place once; the slowest link is the ring's. Buffers follow each other.
+        place once; the slowest link is the ring's. Buffers follow each other, and each is copied while another one
+        travels: the slower of the two counts, and what the first and the last one cost alone.
         """
         g = len(call.sites)
         if g < 2:
             return 0.0
         whole, rest = divmod(call.payload, self.bucket_bytes)
         places = [self.places[i] for i in sorted({self.place_of[site] for site in call.sites})]
-        copies = 2 * (g - 1) / g * call.payload * self.copy_seconds_per_byte
+        copied = 2 * (g - 1) / g * self.copy_seconds_per_byte
         ring = whole * self._ring_seconds(self.bucket_bytes, g, places)
-        return copies + ring + (self._ring_seconds(rest, g, places) if rest else 0.0)
+        ring += self._ring_seconds(rest, g, places) if rest else 0.0
+        alone = min(call.payload, self.bucket_bytes) * copied
+        return alone + max(ring, call.payload * copied - alone)
 
     def _ring_seconds(self, payload: int, g: int, places: Sequence[Site]) -> float:
         """Seconds of a ring with one buffer, as gloo runs it; `tools/shaped_links.py --latencies` measures it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,6 +30,7 @@ class Wire:
         dtype: dtype of averaged values on the wire; sums are decoded to float32.
         bucket_bytes: upper bound of one buffer (a single larger tensor gets a buffer of its own).
         timeout: after which a collective raises.
+        pinned: host buffers are page-locked, for values that come from a GPU.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class Wire:
         dtype: WireDtype = "float32",
         bucket_bytes: int = 64 * 2**20,
         timeout: timedelta | None = None,
+        pinned: bool = False,
     ) -> None:
         self.topology = topology
+        self.pinned = pinned
         self.ledger = ledger
         self.device = device
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -69,6 +73,8 @@ class Wire:
     ) -> None:
         """Average pieces over the sites of a holder set, bucket by bucket.
 
+        While a bucket travels the one before it is written and the next one read: two are in memory.
+
         Args:
             kind: ledger kind.
             sites: the holder set; this rank's site is one of it.
@@ -85,25 +91,45 @@ class Wire:
             for i in range(len(numels)):
                 write(i, read(i).reshape(-1))
             return
+        end_last: Callable[[], None] | None = None
         for bucket in _buckets(numels, self.bucket_bytes // self.dtype.itemsize):
-            sizes = [numels[i] for i in bucket]
-            buffer = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
-            for i, part in zip(bucket, buffer.split(sizes), strict=True):
-                if self.topology.site in left_out:
-                    part.zero_()  # what it has may be no number, and then zero times it is none either
-                else:
-                    part.copy_(read(i).reshape(-1))
-            self._all_reduce(kind, buffer, sites)
-            mean = buffer.float().div_(n_taken)
-            for i, part in zip(bucket, mean.split(sizes), strict=True):
-                write(i, part)
+            buffer = self._filled(bucket, [numels[i] for i in bucket], read, left_out)
+            wait = self._start_all_reduce(kind, buffer, sites)
+            if end_last is not None:
+                end_last()
+            end_last = partial(self._end, wait, buffer, bucket, numels, n_taken, write)
+        if end_last is not None:
+            end_last()
+
+    def _filled(
+        self, bucket: Sequence[int], sizes: Sequence[int], read: Callable[[int], Tensor], left_out: frozenset[int]
+    ) -> Tensor:
+        buffer = torch.empty(sum(sizes), dtype=self.dtype, device=self.device, pin_memory=self.pinned)
+        for i, part in zip(bucket, buffer.split(list(sizes)), strict=True):
+            if self.topology.site in left_out:
+                part.zero_()  # what it has may be no number, and then zero times it is none either
+            else:
+                part.copy_(read(i).reshape(-1), non_blocking=self.pinned)
+        if self.pinned:
+            torch.cuda.current_stream().synchronize()
+        return buffer
+
+    @staticmethod
+    def _end(
+        wait: Callable[[], None], buffer: Tensor, bucket: Sequence[int], numels: Sequence[int], n_taken: int,
+        write: Callable[[int, Tensor], None],
+    ) -> None:  # fmt: skip
+        wait()
+        mean = buffer.float().div_(n_taken)
+        for i, part in zip(bucket, mean.split([numels[i] for i in bucket]), strict=True):
+            write(i, part)
 
     def sum(self, kind: Kind, values: Tensor) -> Tensor:
         """Sum a small tensor over all sites; returns a new tensor on the input's device and in its dtype."""
         if self.topology.n_sites == 1:
             return values.clone()
         buffer = values.to(self.device, copy=True)
-        self._all_reduce(kind, buffer, self.everyone)
+        self._start_all_reduce(kind, buffer, self.everyone)()
         return buffer.to(values.device)
 
     def largest(self, kind: Kind, values: Tensor) -> Tensor:
@@ -115,10 +141,17 @@ class Wire:
                 dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
         return buffer.to(values.device)
 
-    def _all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> None:
+    def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], None]:
+        """Begin to add a buffer over sites in place; returns what waits until it is done."""
         self.ledger.all_reduce(kind, buffer.nbytes, len(sites))
         with sites_watched(self.topology, self.patience):
-            dist.all_reduce(buffer, group=self._groups[sites])
+            work = dist.all_reduce(buffer, group=self._groups[sites], async_op=True)
+
+        def wait() -> None:
+            with sites_watched(self.topology, self.patience):
+                work.wait()
+
+        return wait
 
     def exchange(
         self,

@@ -104,6 +104,16 @@ def test_the_slower_of_link_and_transport_counts_and_copies_are_added() -> None:
     assert quick.seconds(call) == links.seconds(call)
 
 
+def test_a_buffer_is_copied_while_another_one_travels() -> None:
+    call = Collective("dense", (0, 1), 10_000_000)
+    links = Links.between([site()] * 2, bucket_bytes=1_000_000)
+    alone = links.seconds(call)
+    light = replace(links, copy_seconds_per_byte=0.1 * alone / 10_000_000)
+    assert light.seconds(call) == pytest.approx(alone + 0.1 * alone / 10)
+    heavy = replace(links, copy_seconds_per_byte=3 * alone / 10_000_000)
+    assert heavy.seconds(call) == pytest.approx(3 * alone)
+
+
 def test_disjoint_groups_run_side_by_side_and_neighbours_wait() -> None:
     """Arcs 01, 03, 12, 23 in this order: 01; then 03 and 12 together; then 23."""
     links = Links.between([site()] * 4)

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fomoe_pl.federation.ledger import Ledger
@@ -61,6 +62,30 @@ def test_uneven_and_oversize_pieces_are_averaged_in_buckets(sites: tuple[int, ..
             assert torch.equal(mean, results[sites[0]][0][i])
         assert ledger.payload("expert") == 4 * sum(NUMELS)
         assert ledger.calls == {"expert": calls}
+
+
+def test_a_bucket_travels_while_its_neighbours_are_written_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Work:
+        def wait(self) -> None:
+            done.append("wait")
+
+    def all_reduce(buffer: Tensor, group: Any, async_op: bool) -> Work:
+        assert async_op
+        done.append("send")
+        return Work()
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    wire = Wire(Topology(2, 1, 0), [(0, 1)], Ledger(), device=torch.device("cpu"), bucket_bytes=4)
+
+    def read(i: int) -> Tensor:
+        done.append(f"read {i}")
+        return torch.ones(1)
+
+    wire.average("dense", (0, 1), [1, 1, 1], read, lambda i, mean: done.append(f"write {i}"))
+    assert done == ["read 0", "send", "read 1", "send", "wait", "write 0", "read 2", "send", "wait", "write 1", "wait",
+                    "write 2"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 2e-3)])
