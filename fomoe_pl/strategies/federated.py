@@ -54,7 +54,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         outer: outer rule.
         inner_moments: what a round does to the inner optimizer's moments: keep, reset or average them.
         wire_dtype: dtype of averaged values on the wire; anchors and outer state are always float32.
-        bucket_mib: size of one communication buffer, MiB.
+        bucket_mib: size of a communication buffer, MiB; one travels while another is read or written.
         share_device: put all sites of this machine on its first GPU (over gloo); the Trainer then has `devices: 1`.
         check_agreement: compare a hash of each dense tensor of all sites, and of each expert of its holders, after
             every round (always done before saving).

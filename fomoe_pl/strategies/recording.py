@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,12 +11,29 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from fomoe_pl.model.experts import choose_backend
 from fomoe_pl.model.parts import compute_dtype
-from fomoe_pl.model.passes import training_pass
-from fomoe_pl.model.recorded import RecordedPass
+from fomoe_pl.model.passes import TrainingPass, training_pass
+from fomoe_pl.model.recorded import WARM_UP, RecordedPass
 from fomoe_pl.model.transformer import Transformer
+
+
+class ReportedPass(RecordedPass):
+    """Says once what a run took to get there: most of it is compilation, of kernels and of compiled blocks."""
+
+    def __init__(self, run: Callable[[Tensor, Tensor], TrainingPass], model: Transformer) -> None:
+        super().__init__(run, model)
+        self._began = time.perf_counter()
+
+    def _record(self, inputs_BS: Tensor, targets_BS: Tensor) -> torch.cuda.CUDAGraph:
+        graph = super()._record(inputs_BS, targets_BS)
+        if self.recordings == 1:
+            seconds = time.perf_counter() - self._began
+            rank_zero_info(f"{WARM_UP} steps, compilation included, and their recording took {seconds:.1f} s; "
+                           "from here on steps are replayed")  # fmt: skip
+        return graph
 
 
 def recorded_pass(trainer: Trainer, module: LightningModule, model: Transformer) -> RecordedPass | None:
@@ -27,7 +46,7 @@ def recorded_pass(trainer: Trainer, module: LightningModule, model: Transformer)
     """
     reason = _why_not(trainer, module, model)
     if reason is None:
-        return RecordedPass(partial(training_pass, model), model)
+        return ReportedPass(partial(training_pass, model), model)
     rank_zero_info(f"model.cuda_graphs: this run's steps are not recorded: {reason}")
     return None
 

@@ -54,6 +54,20 @@ def test_what_prevents_it_is_told(
     assert "model.cuda_graphs" in caplog.text
 
 
+def test_what_it_took_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = ask({})
+    assert recorded is not None
+
+    def record(self: RecordedPass, inputs_BS: Tensor, targets_BS: Tensor) -> None:
+        self.recordings += 1
+
+    monkeypatch.setattr(RecordedPass, "_record", record)
+    with caplog.at_level("INFO"):
+        for _ in range(2):  # a validation lies between them
+            recorded._record(torch.zeros(1), torch.zeros(1))
+    assert caplog.text.count("from here on steps are replayed") == 1
+
+
 class Count(L.Callback):
     """How often a run's passes are recorded."""
 
