@@ -11,6 +11,7 @@ Shapes: N numbers of a parameter.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,7 +34,12 @@ def takes(param: Tensor) -> bool:
     """Whether the kernel updates this parameter, from a gradient like it; on the CPU only if it is interpreted."""
     if triton is None or param.dtype != torch.float32 or param.numel() < LARGE or not param.is_contiguous():
         return False
-    return INTERPRETED or (param.is_cuda and torch.cuda.get_device_capability(param.device) >= (8, 0))
+    return INTERPRETED or (param.is_cuda and _has_kernels(param.device))
+
+
+@lru_cache  # of each parameter in each step the question would cost milliseconds
+def _has_kernels(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def step(
@@ -63,10 +69,11 @@ def step(
     )  # fmt: skip
 
 
-def _kernel(
+def _update(
     p_N, g_N, m_N, v_N, steps, factor, found_inf, N, lr, beta1, beta2, log2_beta1, log2_beta2, eps, weight_decay,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program updates BLOCK numbers: eight a thread, in loads of 16 bytes."""
     if tl.load(found_inf) != 0.0:
         return
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -87,4 +94,4 @@ def _kernel(
     tl.store(v_N + at, v, mask=inside)
 
 
-_step = triton.jit(_kernel) if triton is not None else None
+_step = triton.jit(_update) if triton is not None else None
