@@ -44,7 +44,8 @@ class FoMoEModule(L.LightningModule):
         compile_blocks: run the blocks as compiled code (torch.compile): faster on a GPU, after some ten seconds of
             compilation in the first step.
         cuda_graphs: record a training step's forward and backward pass on a GPU and replay it from then on: the GPU
-            does not wait for Python. Where that cannot be, a line at the start says why.
+            does not wait for Python. What a step needs of memory stays reserved while sites average. Where that cannot
+            be, a line at the start says why.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class FoMoEModule(L.LightningModule):
         """A run that goes on with another length has another schedule, from its first step on."""
         for block in self.transformer.layers:
             block.moe.router.measures_entropy = self.routing_watched
-        if self.cuda_graphs and self.device.type == "cuda":
-            self._recorded = recorded_pass(self.trainer, self, self.transformer)
+        graphs = self.cuda_graphs and self.device.type == "cuda"
+        self._recorded = recorded_pass(self.trainer, self, self.transformer) if graphs else None
         for configured in self.trainer.lr_scheduler_configs:
             schedule = cast(LambdaLR, configured.scheduler)
             for group, base, factor in zip(
@@ -137,7 +138,7 @@ class FoMoEModule(L.LightningModule):
         if self._recorded is None:
             done = training_pass(self.transformer, inputs_BS, targets_BS)
         else:
-            done = self._recorded(inputs_BS, targets_BS, variant=self.routing_watched)
+            done = self._recorded(inputs_BS, targets_BS, variant=self.transformer.layers[0].moe.router.measures_entropy)
         self._observe(done, inputs_BS.numel())
         if self._logs_after(self.trainer.global_step + 1):
             # Not `prog_bar=True`: Lightning would read it, and so wait for the GPU, after every step; our bar reads it

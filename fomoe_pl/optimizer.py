@@ -110,7 +110,9 @@ def skip_step_if(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def clip_next_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
-    """Have an optimizer's next step clip gradients by their norm; on a GPU they themselves stay as they are.
+    """Have an optimizer's next step clip gradients by their norm, to be dropped after it.
+
+    On a GPU the step scales them itself: some in place, those of large parameters while it reads them.
 
     Args:
         optimizer: the inner optimizer.

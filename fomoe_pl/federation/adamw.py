@@ -64,14 +64,16 @@ def step(
     n = param.numel()
     _step[(triton.cdiv(n, BLOCK),)](
         param, grad.contiguous(), exp_avg, exp_avg_sq, steps, factor, found_inf, n,
-        lr, *betas, *(math.log2(beta) if beta else -math.inf for beta in betas), eps, weight_decay,
+        # Triton takes float32: what is left of a beta near 1 would have lost most of its digits there.
+        lr, betas[1], *(1 - beta for beta in betas), *(math.log2(beta) if beta else -math.inf for beta in betas),
+        eps, weight_decay,
         BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
 
 
 def _update(
-    p_N, g_N, m_N, v_N, steps, factor, found_inf, N, lr, beta1, beta2, log2_beta1, log2_beta2, eps, weight_decay,
-    BLOCK: tl.constexpr,
+    p_N, g_N, m_N, v_N, steps, factor, found_inf, N, lr, beta2, rest1, rest2, log2_beta1, log2_beta2, eps,
+    weight_decay, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates BLOCK numbers: eight a thread, in loads of 16 bytes."""
     if tl.load(found_inf) != 0.0:
@@ -86,8 +88,8 @@ def _update(
     p = tl.load(p_N + at, mask=inside, other=0.0) * (1.0 - lr * weight_decay)
     m = tl.load(m_N + at, mask=inside, other=0.0)
     v = tl.load(v_N + at, mask=inside, other=0.0)
-    m += (1.0 - beta1) * (g - m)
-    v = beta2 * v + (1.0 - beta2) * g * g
+    m += rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
     p -= lr / correction1 * m / (tl.sqrt_rn(v) / tl.sqrt_rn(correction2) + eps)
     tl.store(p_N + at, p, mask=inside)
     tl.store(m_N + at, m, mask=inside)

@@ -89,13 +89,14 @@ class RowAdamW(torch.optim.AdamW):
                 loss = closure()
         live = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         rowwise = [(group, p) for group, p in live if "warmup" in self.state[p]]
-        large = [(g, p) for g, p in live if g["fused"] and "warmup" not in self.state[p] and adamw_kernel.takes(p)]
+        large = [(group, p) for group, p in live if "warmup" not in self.state[p] and _in_kernel(group, p)]
         grads: dict[Tensor, Tensor] = {p: p.grad for _, p in (*rowwise, *large)}
         for p in grads:  # hidden from the stock step, which skips parameters without a gradient
             p.grad = None
         if self.grad_factor is not None:
-            rest = [p.grad for _, p in live if p.grad is not None]
-            torch._foreach_mul_([*rest, *(grads[p] for _, p in rowwise)], self.grad_factor)
+            scaled = [p.grad for _, p in live if p.grad is not None] + [grads[p] for _, p in rowwise]
+            if scaled:
+                torch._foreach_mul_(scaled, self.grad_factor)
         super().step()
         self._large_steps(large, grads)
         for p, grad in grads.items():
@@ -155,6 +156,10 @@ class RowAdamW(torch.optim.AdamW):
                 maximize=group["maximize"],
             )
         state["warmup"] = (warmup - 1.0).clamp(min=0.0)
+
+
+def _in_kernel(group: dict[str, Any], param: Tensor) -> bool:
+    return group["fused"] and not group["maximize"] and not group["amsgrad"] and adamw_kernel.takes(param)
 
 
 def rearranged(state: Mapping[str, Tensor], sources: Sequence[int | None], warmup_steps: int) -> dict[str, Tensor]:

@@ -53,8 +53,8 @@ class ModelConfig:
         expert_backend: ``triton`` is our kernels, ``grouped`` torch's grouped GEMM, ``loop`` the reference; ``auto`` is
             the first of them that works.
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more compute.
-        loss_chunk_bytes: Upper bound, in bytes, of one chunk of logits in the loss; they are float32, on a GPU of the
-            precision's type.
+        loss_chunk_bytes: Upper bound, in bytes, of one chunk of logits in the loss; they are float32, and of the
+            precision's type where our kernels run.
 
     Raises:
         ConfigError: If a size is not positive, or sizes do not fit each other.

@@ -89,10 +89,12 @@ class RecordedPass:
 
     def release(self) -> None:
         """Give the graph's memory back; the next call records anew. Parameters keep the gradients they have."""
-        self._graph = None
+        recorded, self._graph = self._graph is not None, None
         self._inputs: tuple[Tensor, ...] = ()
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._result: Any = None
+        if recorded:
+            torch.cuda.empty_cache()  # other allocations, and other processes on the GPU, cannot use its pool otherwise
 
     def _now(self, inputs_BS: Tensor, variant: Hashable) -> Hashable:
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
@@ -110,13 +112,18 @@ class RecordedPass:
                 result = self.run(*self._inputs)
                 with torch.autocast("cuda", enabled=False):
                     result.total.backward()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch leaves the one that it recorded on
+            # The end of a recording that ran out of memory fails too, and hides it.
+            full = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
+            reason = (
+                "the GPU's memory is full"
+                if full
+                else "something in it waits for the GPU, the loss of an earlier step is still held, or see above"
+            )
             raise RuntimeError(
-                "A training step could not be recorded as a CUDA graph: something in it waits for the GPU, or the loss "
-                "of an earlier step is still held, with its graph. model.cuda_graphs: false goes without"
+                f"A training step could not be recorded as a CUDA graph: {reason}. "
+                "model.cuda_graphs: false goes without"
             ) from error
         self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
         self._result = result._replace(total=result.total.detach())

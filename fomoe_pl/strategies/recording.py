@@ -21,7 +21,7 @@ from fomoe_pl.model.transformer import Transformer
 
 
 class ReportedPass(RecordedPass):
-    """Says once what a run took to get there: most of it is compilation, of kernels and of compiled blocks."""
+    """Says once how long after its start a run got there: it compiles kernels and blocks in these steps."""
 
     def __init__(self, run: Callable[[Tensor, Tensor], TrainingPass], model: Transformer) -> None:
         super().__init__(run, model)
@@ -31,8 +31,8 @@ class ReportedPass(RecordedPass):
         graph = super()._record(inputs_BS, targets_BS)
         if self.recordings == 1:
             seconds = time.perf_counter() - self._began
-            rank_zero_info(f"{WARM_UP} steps, compilation included, and their recording took {seconds:.1f} s; "
-                           "from here on steps are replayed")  # fmt: skip
+            rank_zero_info(f"The first {WARM_UP} steps, with all that they compile and wait for, and recording took "
+                           f"{seconds:.1f} s; from here on steps are replayed")  # fmt: skip
         return graph
 
 

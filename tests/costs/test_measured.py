@@ -23,7 +23,7 @@ TOKENS = 8 * 2048
 
 
 def model(name: str) -> ModelConfig:
-    """With the chunks of logits of the time, within a few tokens: as many as had 256 MiB of float32 logits."""
+    """With chunks of about as many tokens as then, when 256 MiB of float32 logits were one."""
     file, _, layers = name.partition(", ")
     config = read_model(str(ROOT / "configs/model" / f"{file}.yaml"))
     config = replace(config, loss_chunk_bytes=148 * MIB)

@@ -208,7 +208,7 @@ def against_torch(device: str, weight_decay: float, n: int) -> None:
     """Steps of the kernel and of torch's AdamW on gradients scaled beforehand; one of them does nothing."""
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, n, device=device)) for _ in range(2))
-    reference = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=weight_decay)
+    reference = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.9999), eps=1e-6, weight_decay=weight_decay)
     moments, steps = [torch.zeros(n, device=device) for _ in range(2)], torch.zeros((), device=device)
     for i in range(4):
         grad, found_inf = torch.randn(n, generator=generator).to(device), torch.tensor(float(i == 2), device=device)
@@ -216,7 +216,7 @@ def against_torch(device: str, weight_decay: float, n: int) -> None:
         steps += 1 - found_inf
         with torch.no_grad():
             adamw.step(ours, grad, *moments, steps, factor, found_inf,
-                       lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=weight_decay)  # fmt: skip
+                       lr=0.1, betas=(0.9, 0.9999), eps=1e-6, weight_decay=weight_decay)  # fmt: skip
         if not found_inf:
             theirs.grad = grad * factor
             reference.step()
@@ -256,3 +256,14 @@ def test_large_and_small_parameters_take_the_same_step_on_a_gpu() -> None:
         found.append([p.detach().cpu() for p in params])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_large_parameters_alone_are_clipped_too() -> None:
+    param = torch.nn.Parameter(torch.zeros(adamw.LARGE, device="cuda"))
+    optimizer = RowAdamW([param], lr=0.1, fused=True)
+    param.grad = torch.ones_like(param)
+    clip_next_step(optimizer, torch.nn.utils.get_total_norm([param.grad]), 1.0)
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg"].norm().item() == pytest.approx(0.1, rel=1e-4)
