@@ -168,7 +168,8 @@ class FoMoEModule(L.LightningModule):
         self._loss_count = one if self._loss_count is None else self._loss_count + one
         self.tokens_seen += tokens
         self.tokens_of_all_sites += tokens * self._n_sites()
-        if self.routing_watched and done.gate_entropy_L is not None:
+        if self.routing_watched:
+            assert done.gate_entropy_L is not None, "routers measure what is watched, from the start of training on"
             residency = self.transformer.residency
             resident_LE = resident_mask(residency, self.config.n_experts, done.load_LE.device)
             scored_LE = None if residency.routing == "ghost" else resident_LE

@@ -235,7 +235,7 @@ def activation_bytes(config: ModelConfig, types: Types, tokens: int, n_resident:
 def chunk_bytes(config: ModelConfig, types: Types, tokens: int) -> tuple[int, int]:
     """Bytes of a chunk of logits when its gradient is made, and of the gradient."""
     width, c = -(-config.vocab_size // 8) * 8, types.compute
-    cells = min(tokens, chunk_rows(width, config.loss_chunk_bytes, c if types.kernels else 4)) * width
+    cells = min(tokens, chunk_rows(width, config.loss_chunk_bytes, c, types.kernels)) * width
     if types.kernels:
         return c * cells, c * cells  # the gradient takes the logits' place
     # Logits, in float32 if they are not yet, and their log-probabilities, which become the gradient.

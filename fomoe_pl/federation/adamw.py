@@ -31,10 +31,10 @@ BLOCK = 2048
 
 
 def takes(param: Tensor) -> bool:
-    """Whether the kernel updates this parameter, from a gradient like it; on the CPU only if it is interpreted."""
+    """Whether the kernel updates this parameter, from a gradient like it."""
     if triton is None or param.dtype != torch.float32 or param.numel() < LARGE or not param.is_contiguous():
         return False
-    return INTERPRETED or (param.is_cuda and _has_kernels(param.device))
+    return param.is_cuda and _has_kernels(param.device)
 
 
 @lru_cache  # of each parameter in each step the question would cost milliseconds

@@ -93,19 +93,20 @@ class Wire:
             return
         end_last: Callable[[], None] | None = None
         for bucket in _buckets(numels, self.bucket_bytes // self.dtype.itemsize):
-            buffer = self._filled(bucket, [numels[i] for i in bucket], read, left_out)
+            sizes = [numels[i] for i in bucket]
+            buffer = self._filled(bucket, sizes, read, left_out)
             wait = self._start_all_reduce(kind, buffer, sites)
             if end_last is not None:
                 end_last()
-            end_last = partial(self._end, wait, buffer, bucket, numels, n_taken, write)
+            end_last = partial(self._end, wait, buffer, bucket, sizes, n_taken, write)
         if end_last is not None:
             end_last()
 
     def _filled(
-        self, bucket: Sequence[int], sizes: Sequence[int], read: Callable[[int], Tensor], left_out: frozenset[int]
+        self, bucket: list[int], sizes: list[int], read: Callable[[int], Tensor], left_out: frozenset[int]
     ) -> Tensor:
         buffer = torch.empty(sum(sizes), dtype=self.dtype, device=self.device, pin_memory=self.pinned)
-        for i, part in zip(bucket, buffer.split(list(sizes)), strict=True):
+        for i, part in zip(bucket, buffer.split(sizes), strict=True):
             if self.topology.site in left_out:
                 part.zero_()  # what it has may be no number, and then zero times it is none either
             else:
@@ -116,12 +117,12 @@ class Wire:
 
     @staticmethod
     def _end(
-        wait: Callable[[], None], buffer: Tensor, bucket: Sequence[int], numels: Sequence[int], n_taken: int,
+        wait: Callable[[], None], buffer: Tensor, bucket: list[int], sizes: list[int], n_taken: int,
         write: Callable[[int, Tensor], None],
     ) -> None:  # fmt: skip
         wait()
         mean = buffer.float().div_(n_taken)
-        for i, part in zip(bucket, mean.split([numels[i] for i in bucket]), strict=True):
+        for i, part in zip(bucket, mean.split(sizes), strict=True):
             write(i, part)
 
     def sum(self, kind: Kind, values: Tensor) -> Tensor:

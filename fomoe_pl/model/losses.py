@@ -21,16 +21,16 @@ ROWS_STEP = 128
 """Chunks have a multiple of it where they are as large: tiles of products over them are whole then."""
 
 
-def chunk_rows(width: int, max_bytes: int, itemsize: int) -> int:
+def chunk_rows(width: int, max_bytes: int, itemsize: int, in_kernel: bool) -> int:
     """Return how many tokens are in a chunk: as many as have their logits in ``max_bytes``; at least one.
 
     Args:
         width: Logits of a token, W.
         max_bytes: Upper bound of a chunk.
-        itemsize: Bytes of a logit: those of the products' type in our kernel, which makes the gradient in its place,
-            4 elsewhere.
+        itemsize: Bytes of a number of the products' type.
+        in_kernel: Whether our kernel makes the gradient in the logits' place. Elsewhere they become float32.
     """
-    rows = max(1, max_bytes // (itemsize * width))
+    rows = max(1, max_bytes // ((itemsize if in_kernel else 4) * width))
     return rows // ROWS_STEP * ROWS_STEP or rows
 
 
@@ -102,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Over many chunks a bfloat16 sum would lose the small ones.
             d_weight_WD = torch.zeros_like(weight_WD, dtype=torch.float32)
             in_kernel = _in_kernel(hidden_ND, dtype)
-            rows = chunk_rows(len(weight_WD), max_bytes, dtype.itemsize if in_kernel else 4)
+            rows = chunk_rows(len(weight_WD), max_bytes, dtype.itemsize, in_kernel)
             chunks = zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True)
             for i, (hidden_CD, targets_C) in enumerate(chunks):
                 chunk = (hidden_CD, weight_WD, targets_C, vocab_size)
@@ -152,7 +152,7 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
     with torch.autocast(device_type=hidden_ND.device.type, enabled=False):
         weight_WD = _output_matrix(weight_VD, dtype)
         in_kernel = _in_kernel(hidden_ND, dtype)
-        rows = chunk_rows(len(weight_WD), max_bytes, dtype.itemsize if in_kernel else 4)
+        rows = chunk_rows(len(weight_WD), max_bytes, dtype.itemsize, in_kernel)
         for hidden_CD, targets_C in zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True):
             logits_CW = hidden_CD @ weight_WD.t()
             if in_kernel:

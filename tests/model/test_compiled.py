@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fomoe_pl.model.backends import kernels
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.passes import training_pass
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 
@@ -23,8 +23,7 @@ def step(model: Transformer, batch: int = 3) -> list[Tensor]:
     device = model.embedding.weight.device
     tokens = torch.randint(50, (batch, 13), generator=torch.Generator().manual_seed(0)).to(device)
     model.zero_grad()
-    hidden, stats = model(tokens[:, :-1])
-    loss = model.loss(hidden, tokens[:, 1:]) + auxiliary_loss(stats, model.config, model.residency).total
+    loss = training_pass(model, tokens[:, :-1], tokens[:, 1:]).total
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 

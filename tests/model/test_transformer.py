@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fomoe_pl.model.attention import rotary_tables, rotate
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.losses import auxiliary_loss
 from fomoe_pl.model.parts import Norm
+from fomoe_pl.model.passes import training_pass
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 
@@ -23,8 +23,7 @@ def tokens() -> Tensor:
 
 
 def train_loss(model: Transformer, tokens: Tensor) -> Tensor:
-    hidden, stats = model(tokens[:, :-1])
-    return model.loss(hidden, tokens[:, 1:]) + auxiliary_loss(stats, model.config, model.residency).total
+    return training_pass(model, tokens[:, :-1], tokens[:, 1:]).total
 
 
 def gradients(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
