@@ -17,13 +17,12 @@ from fomoe_pl.metrics import RoutingHealth, ValidationMetrics
 from fomoe_pl.metrics.language import IGNORED
 from fomoe_pl.metrics.validation import OWN_VIEW_GAP
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.passes import TrainingPass, training_pass
-from fomoe_pl.model.recorded import RecordedPass
+from fomoe_pl.model.passes import TrainingPass
 from fomoe_pl.model.residency import resident_mask
 from fomoe_pl.model.transformer import Transformer
-from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, inner_schedule, skip_step_if
+from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, inner_schedule, norm_or_skip
 from fomoe_pl.strategies.checks import check_skipped
-from fomoe_pl.strategies.recording import recorded_pass
+from fomoe_pl.strategies.passes import Passes
 
 Batch = dict[str, Tensor]
 
@@ -46,6 +45,9 @@ class FoMoEModule(L.LightningModule):
         cuda_graphs: record a training step's forward and backward pass on a GPU and replay it from then on: the GPU
             does not wait for Python. What a step needs of memory stays reserved while sites average. Where that cannot
             be, a line at the start says why.
+        bf16_gradients: with `precision: bf16-mixed`, give experts bfloat16 gradients, and bfloat16 copies of their
+            weights that last, where our kernels run them and each step is one backward pass of the site's own. false:
+            their gradients are float32, and copies are made in each step.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class FoMoEModule(L.LightningModule):
         max_skipped_steps: int = 100,
         compile_blocks: bool = False,
         cuda_graphs: bool = True,
+        bf16_gradients: bool = True,
     ) -> None:
         super().__init__()
         if max_skipped_steps < 0:
@@ -70,7 +73,7 @@ class FoMoEModule(L.LightningModule):
         self.config = architecture
         self.optimizer_config = optimizer
         self.seed = seed or 0
-        self.compile_blocks, self.cuda_graphs = compile_blocks, cuda_graphs
+        self.compile_blocks, self.cuda_graphs, self.bf16_gradients = compile_blocks, cuda_graphs, bf16_gradients
         self.evaluation_window = evaluation_window
         self.save_hyperparameters(
             {"architecture": asdict(architecture), "optimizer": asdict(optimizer), "seed": self.seed}
@@ -92,7 +95,7 @@ class FoMoEModule(L.LightningModule):
         self._grad_norm: Tensor | None = None
         self._steps_counted = 0
         self._loads_LE: Tensor | None = None
-        self._recorded: RecordedPass | None = None
+        self._passes: Passes | None = None
         self._validation: ValidationMetrics | None = None
         # Two more passes over the validation text, for one validation, if a callback asks for them.
         self.with_other_views = False
@@ -117,8 +120,9 @@ class FoMoEModule(L.LightningModule):
         """A run that goes on with another length has another schedule, from its first step on."""
         for block in self.transformer.layers:
             block.moe.router.measures_entropy = self.routing_watched
-        graphs = self.cuda_graphs and self.device.type == "cuda"
-        self._recorded = recorded_pass(self.trainer, self, self.transformer) if graphs else None
+        self._passes = Passes(
+            self.trainer, self, self.transformer, graphs=self.cuda_graphs, bf16_gradients=self.bf16_gradients
+        )
         for configured in self.trainer.lr_scheduler_configs:
             schedule = cast(LambdaLR, configured.scheduler)
             for group, base, factor in zip(
@@ -127,18 +131,18 @@ class FoMoEModule(L.LightningModule):
                 group["lr"] = base * factor(schedule.last_epoch)
 
     def on_train_end(self) -> None:
-        """Free the memory of a recorded step."""
-        self._recorded = None
+        """Free the memory of a recorded step, and of copies."""
+        if self._passes is not None:
+            self._passes.close()
+            self._passes = None
 
     # -- training -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy plus the router's losses on one micro-batch."""
         inputs_BS, targets_BS = batch["inputs"], batch["targets"]
-        if self._recorded is None:
-            done = training_pass(self.transformer, inputs_BS, targets_BS)
-        else:
-            done = self._recorded(inputs_BS, targets_BS, variant=self.transformer.layers[0].moe.router.measures_entropy)
+        assert self._passes is not None, "training has not started"
+        done = self._passes(inputs_BS, targets_BS)
         self._observe(done, inputs_BS.numel())
         if self._logs_after(self.trainer.global_step + 1):
             # Not `prog_bar=True`: Lightning would read it, and so wait for the GPU, after every step; our bar reads it
@@ -151,7 +155,7 @@ class FoMoEModule(L.LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Gradients; those of a recorded pass are there already."""
-        if self._recorded is None or not self._recorded.backward():
+        if self._passes is None or not self._passes.backward():
             super().backward(loss, *args, **kwargs)
 
     def _logs_after(self, steps: int) -> bool:
@@ -203,13 +207,10 @@ class FoMoEModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A step without finite gradients is skipped; gradient norm, learning rate, the balance bias's own step."""
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        self._grad_norm = norm
+        norm = self._grad_norm = norm_or_skip(optimizer)
         bad = ~norm.isfinite()
         self._skipped = bad.long() if self._skipped is None else self._skipped + bad
         self._steps_counted += 1
-        skip_step_if(bad, optimizer)
         if self._logs_after(self.trainer.global_step + 1):
             self.log("train/grad_norm", norm)
             # The same factor in every group, whatever CompleteP's scale of it is.
@@ -270,8 +271,8 @@ class FoMoEModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fresh sums; a recorded step's memory is for the validation now."""
-        if self._recorded is not None:
-            self._recorded.release()
+        if self._passes is not None:
+            self._passes.release()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._validation = ValidationMetrics(data.domains, self.config.n_layers, self.config.n_experts, self.device)
         # Started anew, so that every validation draws the same.

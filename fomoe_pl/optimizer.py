@@ -94,6 +94,23 @@ def inner_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.
     )
 
 
+def norm_or_skip(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Norm of all of an optimizer's gradients, float32 (); if it is not finite, the next step does nothing.
+
+    Args:
+        optimizer: the inner optimizer, of parameters on one device; their gradients may be of several types.
+    """
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                by_type.setdefault(p.grad.dtype, []).append(p.grad)
+    norms = [norm for grads in by_type.values() for norm in torch._foreach_norm(grads, 2, dtype=torch.float32)]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    skip_step_if(~norm.isfinite(), optimizer)
+    return norm
+
+
 def skip_step_if(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer's next step do nothing, parameters, moments and step counts alike.
 

@@ -116,11 +116,13 @@ class Switch(L.Callback):
         """
         strategy: Any = trainer.strategy
         self._on = not self._on
-        recorded = pl_module._recorded
+        passes = pl_module._passes
+        assert passes is not None
+        recorded = passes.recorded
         shown = strategy.observers, strategy.federation.movement, pl_module.routing_watched, recorded
-        strategy.observers, strategy.federation.movement, pl_module.routing_watched, pl_module._recorded = self._hidden
-        if pl_module._recorded is None and recorded is not None:
-            pl_module._recorded = RecordedPass(recorded.run, pl_module.transformer)
+        strategy.observers, strategy.federation.movement, pl_module.routing_watched, passes.recorded = self._hidden
+        if passes.recorded is None and recorded is not None:
+            passes.recorded = RecordedPass(recorded.run, pl_module.transformer)
         for block in pl_module.transformer.layers:
             block.moe.router.measures_entropy = pl_module.routing_watched
         self._hidden = shown

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from fomoe_pl.costs.memory import Load, Precision, RankMemory, rank_memory
+from fomoe_pl.costs.activations import Precision
+from fomoe_pl.costs.memory import Load, RankMemory, rank_memory
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import Batch, FoMoEModule
@@ -74,7 +75,7 @@ class Case:
         return Load(
             precision=self.precision, batch_size=self.batch_size, sequence_length=self.sequence_length,
             outer_momentum=self.outer == "nesterov", wire_on_device=not self.host_wire,
-            val_batch_size=self.batch_size, evaluation_window=self.evaluation_window,
+            val_batch_size=self.batch_size, evaluation_window=self.evaluation_window, bf16_gradients=True,
         )  # fmt: skip
 
     def resident(self) -> int:

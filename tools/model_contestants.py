@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.placement import place
-from fomoe_pl.model.config import ExpertBackend, ModelConfig
+from fomoe_pl.model.config import Checkpointing, ExpertBackend, ModelConfig
+from fomoe_pl.model.copies import ExpertCopies
 from fomoe_pl.model.passes import TrainingPass, training_pass
 from fomoe_pl.model.recorded import RecordedPass
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
-from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, skip_step_if
+from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, norm_or_skip
 
 CLIP_NORM = 1.0
 LEARNING_RATE = 1e-6
@@ -45,11 +47,15 @@ class Ours:
         backend: its `expert_backend`.
         compiled: whether its blocks are compiled.
         recorded: whether its forward and backward pass is replayed as a CUDA graph, where there is a GPU.
+        bf16_gradients: whether its experts have bfloat16 gradients, where products are in bfloat16.
+        checkpointing: its `activation_checkpointing`.
     """
 
     backend: ExpertBackend
     compiled: bool
     recorded: bool = False
+    bf16_gradients: bool = False
+    checkpointing: Checkpointing = "none"
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,10 @@ class HuggingFace:
 
 
 VARIANTS: dict[str, Ours | HuggingFace] = {
-    "ours": Ours("triton", compiled=True, recorded=True),
-    "ours_compiled": Ours("triton", compiled=True),
+    "ours": Ours("triton", compiled=True, recorded=True, bf16_gradients=True),
+    "ours_float32": Ours("triton", compiled=True, recorded=True),
+    "ours_saving": Ours("triton", compiled=True, recorded=True, bf16_gradients=True, checkpointing="experts"),
+    "ours_compiled": Ours("triton", compiled=True, bf16_gradients=True),
     "ours_eager": Ours("auto", compiled=False),
     "grouped_recorded": Ours("grouped", compiled=True, recorded=True),
     "grouped_compiled": Ours("grouped", compiled=True),
@@ -94,31 +102,32 @@ class Contestant:
         autocast: whether matrix products are in bfloat16.
         resident: experts of each layer that are here.
         recorded: whether forward and backward pass are replayed as a CUDA graph; of our models on a GPU.
+        copies: of our experts' weights, which get the gradients.
         note: what a reader of its row must know.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, device: torch.device, *,
-        autocast: bool, resident: int, recorded: bool = False, note: str = "",
+        autocast: bool, resident: int, recorded: bool = False, copies: ExpertCopies | None = None, note: str = "",
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.device = model, optimizer, device
         self.recorded = RecordedPass(run, model) if recorded and isinstance(model, Transformer) else None
         self.run = self.recorded or run
-        self.autocast, self.resident, self.note = autocast, resident, note
+        self.autocast, self.resident, self.note, self.copies = autocast, resident, note, copies
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.last: TrainingPass | None = None
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
         inputs_BS, targets_BS = (tokens.to(self.device, non_blocking=True) for tokens in batch)
+        if self.copies is not None:
+            self.copies.refresh()
         with torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext():
             done = self.run(inputs_BS, targets_BS)
         if self.recorded is None or not self.recorded.backward():
             done.total.backward()
         if isinstance(self.model, Transformer):
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            skip_step_if(~norm.isfinite(), self.optimizer)
-            clip_next_step(self.optimizer, norm, CLIP_NORM)
+            clip_next_step(self.optimizer, norm_or_skip(self.optimizer), CLIP_NORM)
         else:
             torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
         self.optimizer.step()
@@ -195,7 +204,7 @@ def build_ours(
     Raises:
         ConfigError: for a fraction that cannot be.
     """
-    config = replace(config, expert_backend=build.backend)
+    config = replace(config, expert_backend=build.backend, activation_checkpointing=build.checkpointing)
     residency = residency_of(config, fraction or Fraction(1, config.n_experts))
     torch.manual_seed(0)
     with models.drawn_on_device():
@@ -205,6 +214,11 @@ def build_ours(
     if build.compiled:
         model.compile_blocks()
     optimizer = inner_optimizer(model, OptimizerConfig(lr=LEARNING_RATE, warmup_steps=0))
+    copies = None
+    if build.bf16_gradients and autocast and fraction:
+        assert isinstance(optimizer, RowAdamW)
+        copies = ExpertCopies(model, torch.bfloat16)
+        optimizer.copies = copies.of
 
     def without_router(inputs_BS: Tensor, targets_BS: Tensor) -> TrainingPass:
         return without_statistics(model.loss(model(inputs_BS)[0], targets_BS))
@@ -212,7 +226,7 @@ def build_ours(
     run = partial(training_pass, model) if fraction else without_router
     return Contestant(model, optimizer, run, device, autocast=autocast,
                       resident=len(residency.experts[0]) if fraction else 0,
-                      recorded=build.recorded and device.type == "cuda")  # fmt: skip
+                      recorded=build.recorded and device.type == "cuda", copies=copies)  # fmt: skip
 
 
 def is_olmoe(config: ModelConfig) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 from fomoe_pl.costs.memory import RankMemory
 from fomoe_pl.costs.quality import Measurement
 from fomoe_pl.costs.request import RUNS_TODAY, Layout, Method
+from fomoe_pl.model.config import Checkpointing
 from fomoe_pl.model.residency import Routing
 
 MORE_FOR_LARGER_BATCHES = 0.02
@@ -83,7 +84,7 @@ class Plan:
         choice: the setting.
         batch_size: sequences of a micro-batch of one device.
         accumulate: micro-batches of a local step.
-        checkpointing: whether activations are recomputed.
+        checkpointing: which activations are made again.
         global_batch: sequences of a step, all sites together: what was asked, or a little more.
         length: optimizer steps and validations.
         tokens: of the run.
@@ -104,7 +105,7 @@ class Plan:
     choice: Choice
     batch_size: int
     accumulate: int
-    checkpointing: bool
+    checkpointing: Checkpointing
     global_batch: int
     length: RunLength
     tokens: int

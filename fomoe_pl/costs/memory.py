@@ -4,8 +4,7 @@ The paper counts 18 bytes a parameter (FoMoE, arXiv 2606.19025, cost model). Her
 one of the moments that can be the peak: the end of the forward pass, where activations and the loss's buffers live, and
 with accumulation gradients; the backward pass; the round's averaging; the validation of the global model.
 
-Letters: T tokens of a batch, D width, V vocabulary, W the vocabulary rounded up, N scored experts, K picks of a token,
-I input width of an expert, F expert width, H heads, C rows of a chunk of logits.
+Letters: T tokens of a batch, D width, K picks of a token, I input width of an expert, F expert width.
 """
 
 from __future__ import annotations
@@ -13,51 +12,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fomoe_pl.costs.activations import (
+    Precision,
+    Types,
+    activation_bytes,
+    chunk_bytes,
+    expert_activation_bytes,
+    layer_activation_bytes,
+    loss_bytes,
+)
 from fomoe_pl.costs.rounds import ADAMW_MOMENTS, ITEMSIZE
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.losses import chunk_rows
 from fomoe_pl.model.residency import Routing
 from fomoe_pl.model.sizes import expert_parameters, resident_counts
 
-Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 MIB, GIB = 2**20, 2**30
 
 LIBRARY_BYTES = 64 * MIB
 """Workspaces of the matrix library, from torch's allocator (cuBLAS on Hopper: two of 32 MiB)."""
 DDP_COPIES = 2
 """Copies of the gradients that DDP adds: its buckets, and as much again at the peak (measured on an H100)."""
-
-
-@dataclass(frozen=True)
-class Types:
-    """Bytes of an element by what it is.
-
-    Attributes:
-        parameter: parameters, their gradients and moments.
-        stream: residual stream and the inputs of norms.
-        compute: matrix products.
-        casts: copies of one input that the query, key and value projections keep for the backward pass.
-        kernels: the loss, and experts unless configured otherwise, run in our kernels, as on a GPU.
-    """
-
-    parameter: int
-    stream: int
-    compute: int
-    casts: int
-    kernels: bool = True
-
-    @classmethod
-    def of(cls, precision: Precision, kernels: bool = True) -> Types:
-        """Types of a Trainer's precision."""
-        if precision == "bf16-mixed":
-            return cls(4, 4, 2, casts=3, kernels=kernels)  # autocast casts the input of each product anew
-        itemsize = 4 if precision == "32-true" else 2
-        return cls(itemsize, itemsize, itemsize, casts=1, kernels=kernels)
-
-    def experts_in_kernels(self, config: ModelConfig) -> bool:
-        """Whether experts run in our kernels."""
-        return self.kernels and config.expert_backend in ("auto", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +53,8 @@ class Load:
         kernels: on a GPU for which triton is there; else torch's own operations run.
         accumulate: micro-batches of a step.
         recorded: steps are replayed (``model/recorded.py``), from memory that stays reserved while sites average.
+        bf16_gradients: experts' gradients are of the type of products where that is another and they run in our
+            kernels, and so are lasting copies of their weights, unless activations are made again (`model/copies.py`).
     """
 
     precision: Precision = "bf16-mixed"
@@ -93,6 +70,7 @@ class Load:
     kernels: bool = True
     accumulate: int = 1
     recorded: bool = False
+    bf16_gradients: bool = False
 
     def __post_init__(self) -> None:
         """Refuse empty batches.
@@ -117,7 +95,7 @@ class RankMemory:
     """Bytes of one rank. The parts down to ``outer_momentum`` last as long as the run, the others are of one moment.
 
     Attributes:
-        weights: parameters.
+        weights: parameters, and copies of experts' that last.
         gradients: their gradients, in the backward pass, and until the last micro-batch of a step; and DDP's copies.
         gradients_kept: what of that is there in a forward pass and in a round.
         moments: AdamW's two moments.
@@ -181,79 +159,6 @@ class RankMemory:
         return moment, dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
-def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> int:
-    """Bytes a token that one layer keeps for the backward pass without activation checkpointing.
-
-    Picks of ghosts are laid out like all others on an accelerator: their number does not matter.
-
-    Args:
-        config: the architecture.
-        types: bytes of an element.
-        n_scored: experts N that the router scores.
-    """
-    r, c = types.stream, types.compute
-    d, k, f, i = config.d_model, min(config.top_k, n_scored), config.d_expert, config.expert_in_width
-    q, kv = config.n_heads * config.head_size, config.kv_heads * config.head_size
-    swiglu = config.expert == "swiglu"
-    statistics = 8 if config.norm == "layernorm" else 4
-    norms = (4 if config.norm_placement == "peri" else 2) * (r * d + statistics)
-    if config.qk_norm != "none":
-        norms_of_heads = config.n_heads + config.kv_heads if config.qk_norm == "head" else 2
-        norms += r * (q + kv) + statistics * norms_of_heads
-    attention = types.casts * c * d + 2 * c * (q + kv) + 4 * config.n_heads
-    router = 4 * d + 2 * 4 * n_scored + 4 + (4 if config.gate == "sigmoid" else 0)
-    router += 4 * k + 4 if config.normalize_gates else 0
-    if types.experts_in_kernels(config):
-        picks = k * (8 + 2 * 4 + 4)  # which expert, two orders, gate
-        experts = c * (k * i + (d if c < 4 else 0))  # in float32 their input is the router's
-    else:
-        picks = k * (3 * 8 + 1 + 4 + c)  # which expert, two orders, alive or not, gate twice
-        experts = k * c * (d + i + f * (3 if swiglu else 2))
-    shared = 0
-    if config.n_shared_experts:
-        # In float32 their input is the router's.
-        shared = (c * d if c < 4 else 0) + config.n_shared_experts * c * (i + f * (2 if swiglu else 1))
-    return norms + attention + router + picks + experts + shared
-
-
-def activation_bytes(config: ModelConfig, types: Types, tokens: int, n_resident: int, n_scored: int) -> int:
-    """Bytes that the forward pass keeps: of all layers (or their inputs, with checkpointing), and weights' casts."""
-    r, d = types.stream, config.d_model
-    statistics = 8 if config.norm == "layernorm" else 4
-    ends = (2 if config.embedding_norm else 1) * (r * d + statistics) + 3 * 8  # inputs, targets, domain
-    layer = r * d if config.activation_checkpointing else layer_activation_bytes(config, types, n_scored)
-    casts = 0
-    if not config.activation_checkpointing:
-        counts = resident_counts(config, n_resident, "ghost")
-        if types.parameter != types.compute:
-            casts = types.compute * (counts.attention + counts.experts + counts.shared)
-        elif types.parameter < 4:
-            casts = 4 * config.n_layers * n_scored * d  # the router's products are in float32
-    return tokens * (ends + config.n_layers * layer) + casts
-
-
-def chunk_bytes(config: ModelConfig, types: Types, tokens: int) -> tuple[int, int]:
-    """Bytes of a chunk of logits when its gradient is made, and of the gradient."""
-    width, c = -(-config.vocab_size // 8) * 8, types.compute
-    cells = min(tokens, chunk_rows(width, config.loss_chunk_bytes, c, types.kernels)) * width
-    if types.kernels:
-        return c * cells, c * cells  # the gradient takes the logits' place
-    # Logits, in float32 if they are not yet, and their log-probabilities, which become the gradient.
-    return (c + 4 + (4 if c < 4 else 0)) * cells, c * cells
-
-
-def loss_bytes(config: ModelConfig, types: Types, tokens: int) -> int:
-    """Bytes of the loss at its peak: hidden states, the output matrix and both gradients, and logits by the chunk."""
-    width, d, c = -(-config.vocab_size // 8) * 8, config.d_model, types.compute
-    copied = c != types.parameter or width != config.vocab_size
-    matrix = c * width * d if copied else 0
-    hidden = tokens * d * (types.stream + (c if c != types.stream else 0))
-    gradients = 4 * width * d + tokens * d * types.stream
-    made, used = chunk_bytes(config, types, tokens)
-    product = 0 if types.kernels and c < 4 else c * width * d  # added to the gradient while it is made, or after
-    return matrix + hidden + gradients + max(made, used + product)
-
-
 def _wire_bytes(load: Load, largest_piece: int, resident_elements: int) -> int:
     itemsize = ITEMSIZE[load.wire_dtype]
     elements = max(load.bucket_bytes // itemsize, largest_piece)
@@ -311,9 +216,14 @@ def rank_memory(
     n_scored = config.n_experts if routing == "ghost" else n_resident
     parameters = -(-resident_counts(config, n_resident, routing).total // shards)
     output = config.vocab_size * config.d_model
-    federated, gradients = load.method == "rounds", types.parameter * parameters
+    federated = load.method == "rounds"
+    small = load.bf16_gradients and types.parameter != types.compute and types.experts_in_kernels(config)
+    of_gradient = types.compute if small else types.parameter  # of experts
+    experts = -(-resident_counts(config, n_resident, routing).experts // shards)
+    gradients = types.parameter * (parameters - experts) + of_gradient * experts
+    copies = types.compute * experts if small and config.activation_checkpointing == "none" else 0
     buckets = DDP_COPIES * gradients if load.method == "ddp" else 0
-    activations = activation_bytes(config, types, load.tokens, n_resident, n_scored)
+    activations = activation_bytes(config, types, load.tokens, n_resident, n_scored, copies=bool(copies))
     # Gradients come while activations go. First the output matrix's is made, of its float32 sum; then the last layer,
     # recomputed if it is checkpointed, has gradients of its picks and of the stream in flight.
     stream = load.tokens * config.d_model * types.stream
@@ -321,19 +231,22 @@ def rank_memory(
     i, f, d = config.expert_in_width, config.d_expert, config.d_model
     # Rows of picks: in our kernels the gradient inside the activation, and what is made anew or goes to the tokens.
     rows = picks * ((i + max(f, d)) if types.experts_in_kernels(config) else (3 * d + f))
-    if config.activation_checkpointing:
+    in_flight = 2 * stream + rows
+    if config.activation_checkpointing == "experts":
+        in_flight += load.tokens * expert_activation_bytes(config, types, n_scored)
+        if types.parameter != types.compute:
+            in_flight += types.compute * n_resident * expert_parameters(config)
+    elif config.activation_checkpointing == "blocks":
         again = load.tokens * layer_activation_bytes(config, types, n_scored)
         in_flight = 2 * stream + again + (rows if types.experts_in_kernels(config) else 2 * picks * d)
-    else:
-        in_flight = 2 * stream + rows
     kept = gradients if load.accumulate > 1 else 0
     first = kept + activations + output * (4 + types.parameter) + 2 * stream
-    of_experts = types.parameter * n_resident * expert_parameters(config)  # the last layer's, made before its tokens'
+    of_experts = of_gradient * n_resident * expert_parameters(config)  # the last layer's, made before its tokens'
     last_layer = kept + activations + output * types.parameter + of_experts + in_flight
-    ends = types.parameter * (parameters + output) + in_flight
+    ends = gradients + types.parameter * output + in_flight
     logits, backward = loss_bytes(config, types, load.tokens), max(first, last_layer, ends) + buckets
     return RankMemory(
-        weights=types.parameter * parameters,
+        weights=types.parameter * parameters + copies,
         gradients=gradients + buckets,
         # Freed after the step, with accumulation after the last micro-batch's.
         gradients_kept=kept + buckets,

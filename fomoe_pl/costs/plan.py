@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from fomoe_pl.costs.choices import Choice, Plan, Refusal, RunLength, divisions
 from fomoe_pl.costs.memory import GIB, Load, RankMemory, rank_memory
@@ -24,7 +24,7 @@ from fomoe_pl.costs.rounds import (
 )
 from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work
 from fomoe_pl.federation.placement import valid_overlaps
-from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.config import Checkpointing, ModelConfig
 
 MOST_ROUNDING = 0.05
 """Share by which a step may be larger than asked, so that all sites have the same batch."""
@@ -134,15 +134,18 @@ class Planner:
     def _resident(self, choice: Choice) -> int:
         return self.config.n_experts * choice.overlap // choice.sites
 
-    def _asked(self, choice: Choice, division: tuple[int, int], checkpointing: bool) -> tuple[ModelConfig, Load]:
+    def _asked(
+        self, choice: Choice, division: tuple[int, int], checkpointing: Checkpointing
+    ) -> tuple[ModelConfig, Load]:
         """What a device works on with micro-batches of this size, and of this number."""
         request, (batch, accumulate) = self.request, division
+        whole_steps = choice.method != "ddp" and accumulate == 1  # one backward pass, by nobody watched
         load = Load(
             precision=request.precision, batch_size=batch, sequence_length=request.sequence_length,
             method="ddp" if choice.method == "ddp" else "rounds", outer_momentum=choice.method == "diloco",
             wire_dtype=choice.wire_dtype, bucket_bytes=request.bucket_mib * 2**20, val_batch_size=batch,
             evaluation_window=min(request.evaluation_window, self._validation_batches(choice, batch)),
-            accumulate=accumulate, recorded=choice.method != "ddp" and accumulate == 1,
+            accumulate=accumulate, recorded=whole_steps, bf16_gradients=whole_steps,
         )  # fmt: skip
         return replace(self.config, activation_checkpointing=checkpointing), load
 
@@ -153,7 +156,9 @@ class Planner:
         """Validation sequences of a site."""
         return -(-self.request.val_sequences // choice.sites)
 
-    def _memory(self, choice: Choice, division: tuple[int, int], checkpointing: bool) -> tuple[RankMemory, ...]:
+    def _memory(
+        self, choice: Choice, division: tuple[int, int], checkpointing: Checkpointing
+    ) -> tuple[RankMemory, ...]:
         config, load = self._asked(choice, division, checkpointing)
 
         @cache
@@ -176,16 +181,16 @@ class Planner:
             # Every device has a part of its site's batch; the site of most devices has the smallest ones.
             local = -(-local // max(site.devices for site in request.sites))
         ways = divisions(local)
-        for checkpointing in (False, True):
+        for checkpointing in get_args(Checkpointing):
 
-            def fits(way: tuple[int, int], checkpointing: bool = checkpointing) -> bool:
+            def fits(way: tuple[int, int], checkpointing: Checkpointing = checkpointing) -> bool:
                 return not self._overflow(self._memory(choice, way, checkpointing))
 
             # Smaller batches take less, but the first one keeps no gradients between micro-batches.
             first = 0 if fits(ways[0]) else bisect_left(ways, x=True, lo=1, key=fits)
             if first < len(ways):
                 return self._cost(choice, ways[first], checkpointing)
-        return Misfit(choice, self._memory(choice, ways[-1], checkpointing=True))
+        return Misfit(choice, self._memory(choice, ways[-1], checkpointing="blocks"))
 
     # -- what does not fit ----------------------------------------------------------------------------------------
 
@@ -240,7 +245,7 @@ class Planner:
 
     # -- what fits ------------------------------------------------------------------------------------------------
 
-    def _cost(self, choice: Choice, division: tuple[int, int], checkpointing: bool) -> Plan:
+    def _cost(self, choice: Choice, division: tuple[int, int], checkpointing: Checkpointing) -> Plan:
         request, batch = self.request, division[0]
         config, load = self._asked(choice, division, checkpointing)
         work = step_work(config, load, n_resident=self._resident(choice), routing=choice.routing)

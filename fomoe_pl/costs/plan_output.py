@@ -45,7 +45,7 @@ def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
 def setting_text(plan: Plan) -> str:
     """A plan's choice in words."""
     c = plan.choice
-    checkpointed = ", checkpointed" if plan.checkpointing else ""
+    checkpointed = "" if plan.checkpointing == "none" else f", {plan.checkpointing} checkpointed"
     return (
         f"{c.sites} sites ({c.layout}), overlap {c.overlap}, {c.method}, K {c.local_steps}, {c.routing}, "
         f"{c.wire_dtype}, batch {plan.batch_size}×{plan.accumulate} of {plan.global_batch}{checkpointed}"

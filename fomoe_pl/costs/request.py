@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fomoe_pl.costs.memory import Precision
+from fomoe_pl.costs.activations import Precision
 from fomoe_pl.costs.network import Links
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fomoe_pl.costs.memory import GIB, Precision
+from fomoe_pl.costs.activations import Precision
+from fomoe_pl.costs.memory import GIB
 from fomoe_pl.errors import ConfigError
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fomoe_pl.costs.activations import Precision, Types, expert_activation_bytes, layer_activation_bytes
 from fomoe_pl.costs.flops import token_flops
-from fomoe_pl.costs.memory import Load, Precision, Types, layer_activation_bytes
+from fomoe_pl.costs.memory import Load
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.config import ModelConfig
@@ -64,13 +65,14 @@ def step_work(
     )
     types = Types.of(load.precision, load.kernels)
     n_scored = config.n_experts if routing == "ghost" else n_resident
-    kept = load.tokens * config.n_layers * layer_activation_bytes(config, types, n_scored)
-    moves = MOVES_OF_AN_ACTIVATION + (2 if config.activation_checkpointing else 0)
+    kept = layer_activation_bytes(config, types, n_scored)
+    again = {"none": 0, "experts": expert_activation_bytes(config, types, n_scored), "blocks": kept}
+    moved = MOVES_OF_AN_ACTIVATION * kept + 2 * again[config.activation_checkpointing]
     logits = load.tokens * config.vocab_size * (3 * 4 + 3 * types.compute)
     parameters = resident_counts(config, n_resident, routing).total
     return StepWork(
         flops=load.tokens * flops.training_executed(checkpointing=config.activation_checkpointing),
-        memory_bytes=moves * kept + logits + OPTIMIZER_MOVES * types.parameter * parameters,
+        memory_bytes=load.tokens * config.n_layers * moved + logits + OPTIMIZER_MOVES * types.parameter * parameters,
         precision=load.precision,
     )
 

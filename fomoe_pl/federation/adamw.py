@@ -1,7 +1,8 @@
 """AdamW of one large tensor in one pass over memory, with the factor that clips its gradient.
 
 torch's fused AdamW takes such a factor too, but writes the scaled gradient back; scaling it beforehand reads and writes
-it once more. Here 28 bytes a parameter are moved, and nothing else. A tensor is large where a launch of its own does
+it once more. Here 28 bytes a parameter are moved, and nothing else: of one with a bfloat16 gradient 26, and 28 again
+where a bfloat16 copy of it is written on the way (`model/copies.py`). A tensor is large where a launch of its own does
 not matter.
 
 Shapes: N numbers of a parameter.
@@ -31,7 +32,7 @@ BLOCK = 2048
 
 
 def takes(param: Tensor) -> bool:
-    """Whether the kernel updates this parameter, from a gradient like it."""
+    """Whether the kernel updates this parameter."""
     if triton is None or param.dtype != torch.float32 or param.numel() < LARGE or not param.is_contiguous():
         return False
     return param.is_cuda and _has_kernels(param.device)
@@ -43,15 +44,17 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def step(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, factor: Tensor, found_inf: Tensor,
+    param: Tensor, copy: Tensor | None, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
+    steps: Tensor, factor: Tensor, found_inf: Tensor,
     *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """Update a parameter and its moments in place, as `torch.optim.AdamW` does with the gradient `factor * grad`.
 
     Args:
-        param: float32, contiguous, like the next three.
-        grad: its gradient, which stays.
-        exp_avg: first moment.
+        param: float32, contiguous.
+        copy: of another type, becomes what the parameter is then; None for none.
+        grad: its gradient, of any type, which stays.
+        exp_avg: first moment, like the parameter.
         exp_avg_sq: second moment.
         steps: float32 (), steps including this one.
         factor: float32 (), by which the gradient is scaled.
@@ -63,17 +66,17 @@ def step(
     """
     n = param.numel()
     _step[(triton.cdiv(n, BLOCK),)](
-        param, grad.contiguous(), exp_avg, exp_avg_sq, steps, factor, found_inf, n,
+        param, param if copy is None else copy, grad.contiguous(), exp_avg, exp_avg_sq, steps, factor, found_inf, n,
         # Triton takes float32: what is left of a beta near 1 would have lost most of its digits there.
         lr, betas[1], *(1 - beta for beta in betas), *(math.log2(beta) if beta else -math.inf for beta in betas),
         eps, weight_decay,
-        BLOCK=BLOCK, num_warps=8,
+        COPIED=copy is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
 
 
 def _update(
-    p_N, g_N, m_N, v_N, steps, factor, found_inf, N, lr, beta2, rest1, rest2, log2_beta1, log2_beta2, eps,
-    weight_decay, BLOCK: tl.constexpr,
+    p_N, copy_N, g_N, m_N, v_N, steps, factor, found_inf, N, lr, beta2, rest1, rest2, log2_beta1, log2_beta2, eps,
+    weight_decay, COPIED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates BLOCK numbers: eight a thread, in loads of 16 bytes."""
     if tl.load(found_inf) != 0.0:
@@ -84,7 +87,7 @@ def _update(
     done = tl.load(steps).to(tl.float64)
     correction1 = (1.0 - tl.exp2(done * log2_beta1)).to(tl.float32)
     correction2 = (1.0 - tl.exp2(done * log2_beta2)).to(tl.float32)
-    g = tl.load(g_N + at, mask=inside, other=0.0) * tl.load(factor)
+    g = tl.load(g_N + at, mask=inside, other=0.0).to(tl.float32) * tl.load(factor)
     p = tl.load(p_N + at, mask=inside, other=0.0) * (1.0 - lr * weight_decay)
     m = tl.load(m_N + at, mask=inside, other=0.0)
     v = tl.load(v_N + at, mask=inside, other=0.0)
@@ -94,6 +97,8 @@ def _update(
     tl.store(p_N + at, p, mask=inside)
     tl.store(m_N + at, m, mask=inside)
     tl.store(v_N + at, v, mask=inside)
+    if COPIED:
+        tl.store(copy_N + at, p.to(copy_N.dtype.element_ty), mask=inside)
 
 
 _step = triton.jit(_update) if triton is not None else None

@@ -42,6 +42,8 @@ class RowAdamW(torch.optim.AdamW):
         # For the next step, of fused steps alone.
         self.found_inf: Tensor | None = None  # not zero: it does nothing
         self.grad_factor: Tensor | None = None  # float32 (), by which it scales gradients; none is 1
+        # Of parameters: steps that do not change them in place, as torch counts it, write these too.
+        self.copies: Mapping[Tensor, Tensor] = {}
 
     def replace_rows(self, param: Tensor, sources: Sequence[int | None]) -> None:
         """Rearrange the state's rows: new row r takes the state of old row `sources[r]`, or starts fresh for None.
@@ -90,6 +92,10 @@ class RowAdamW(torch.optim.AdamW):
         live = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         rowwise = [(group, p) for group, p in live if "warmup" in self.state[p]]
         large = [(group, p) for group, p in live if "warmup" not in self.state[p] and _in_kernel(group, p)]
+        in_kernel = {p for _, p in large}
+        for _, p in live:
+            if p not in in_kernel and p.grad.dtype != p.dtype:
+                p.grad = p.grad.to(p.dtype)  # torch's steps take no other
         grads: dict[Tensor, Tensor] = {p: p.grad for _, p in (*rowwise, *large)}
         for p in grads:  # hidden from the stock step, which skips parameters without a gradient
             p.grad = None
@@ -121,7 +127,8 @@ class RowAdamW(torch.optim.AdamW):
         for group, p in large:
             state = self.state[p]
             adamw_kernel.step(
-                p, grads[p], state["exp_avg"], state["exp_avg_sq"], state["step"], factor, found_inf,
+                p, self.copies.get(p), grads[p], state["exp_avg"], state["exp_avg_sq"],
+                state["step"], factor, found_inf,
                 lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
             )  # fmt: skip
 

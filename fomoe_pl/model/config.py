@@ -13,6 +13,7 @@ QKNorm = Literal["none", "full", "head"]
 Parametrization = Literal["completep", "standard"]
 Balance = Literal["none", "aux_loss", "bias"]
 ExpertBackend = Literal["auto", "loop", "grouped", "triton"]
+Checkpointing = Literal["none", "experts", "blocks"]
 
 _KEY = "model.architecture."
 
@@ -52,7 +53,8 @@ class ModelConfig:
         bias_update_rate: Step of the balance bias per optimizer step; used with ``balance: bias``.
         expert_backend: ``triton`` is our kernels, ``grouped`` torch's grouped GEMM, ``loop`` the reference; ``auto`` is
             the first of them that works.
-        activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more compute.
+        activation_checkpointing: What is computed again in the backward pass instead of kept: ``experts`` is what the
+            experts keep, a large part of all for about a tenth more time; ``blocks`` is all, for about a third more.
         loss_chunk_bytes: Upper bound, in bytes, of one chunk of logits in the loss; they are float32, and of the
             precision's type where our kernels run.
 
@@ -89,7 +91,7 @@ class ModelConfig:
     z_loss_weight: float = 0.0
     bias_update_rate: float = 1e-3
     expert_backend: ExpertBackend = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = "none"
     loss_chunk_bytes: int = 512 * 2**20
 
     def __post_init__(self) -> None:

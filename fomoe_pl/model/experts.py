@@ -7,10 +7,11 @@ F expert width.
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.backends import grouped, kernels, loop
@@ -40,6 +41,8 @@ class Experts(nn.Module):
         super().__init__()
         self.kind = config.expert
         self.backend = config.expert_backend
+        self.checkpointing = config.activation_checkpointing == "experts"
+        self.copies: kernels.Copies | None = None  # read by our kernels alone
         shape_in = (n_resident, config.d_model, config.expert_in_width)
         shape_out = (n_resident, config.d_expert, config.d_model)
         self.w_in = nn.Parameter(torch.empty(shape_in, device=device, dtype=dtype))
@@ -63,25 +66,36 @@ class Experts(nn.Module):
         dtype = compute_dtype(x_TD)
         backend = choose_backend(self.backend, x_TD.device, dtype, *self.w_out.shape[1:])
         x_TD = x_TD.to(dtype)
-        # Triton's takes float32 weights, and gives float32 gradients.
-        w_in_RDI, w_out_RFD = (w if backend == "triton" else w.to(dtype) for w in (self.w_in, self.w_out))
+        picks = (x_TD, gates_TK, slots_TK)
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            run = _dispatch_of(backend, x_TD.device.type)
-            return run(x_TD, gates_TK, slots_TK, w_in_RDI, w_out_RFD, self.kind)
+            if backend == "triton":
+                # A validation has other experts' weights in their place.
+                copies = self.copies if torch.is_grad_enabled() else None
+                return kernels.dispatch(*picks, self.w_in, self.w_out, self.kind, copies, self.checkpointing)
+            run = _dispatch_of(backend, x_TD.device.type, self.checkpointing and torch.is_grad_enabled())
+            return run(*picks, self.w_in, self.w_out, self.kind)
 
 
-def _dispatch_of(backend: str, device_type: str) -> Callable[..., Tensor]:
-    if backend == "triton":
-        return kernels.dispatch
+def _dispatch_of(backend: str, device_type: str, checkpointing: bool) -> Callable[..., Tensor]:
     if backend == "grouped" and device_type == "cuda":
-        return grouped.dispatch
-    return _OUTSIDE_OF_GRAPHS[backend]
+        return _grouped_again if checkpointing else grouped.dispatch
+    return _OUTSIDE_OF_GRAPHS[backend, checkpointing]
+
+
+def _grouped_again(*arguments: Any) -> Tensor:
+    return checkpoint(grouped.dispatch, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _loop_again(*arguments: Any) -> Tensor:
+    return checkpoint(loop.dispatch, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 # On a CPU both take shapes from the numbers in the tensors, which compiled code cannot.
 _OUTSIDE_OF_GRAPHS = {
-    "grouped": torch.compiler.disable(grouped.dispatch),
-    "loop": torch.compiler.disable(loop.dispatch),
+    ("grouped", False): torch.compiler.disable(grouped.dispatch),
+    ("grouped", True): torch.compiler.disable(_grouped_again),
+    ("loop", False): torch.compiler.disable(loop.dispatch),
+    ("loop", True): torch.compiler.disable(_loop_again),
 }
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomoe_pl.model.backends import kernels
+from fomoe_pl.model.backends import rows as row_kernels
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.parts import compute_dtype
 from fomoe_pl.model.residency import Residency
@@ -71,7 +72,7 @@ def _chunk_gradients(
     """Add a chunk's part to the weight's gradient; return its loss and its hidden states' gradient."""
     d_logits_CW = hidden_CD @ weight_WD.t()
     if in_kernel:
-        losses_C = kernels.cross_entropy(d_logits_CW, targets_C, vocab_size, with_gradient=True)
+        losses_C = row_kernels.cross_entropy(d_logits_CW, targets_C, vocab_size, with_gradient=True)
     else:
         losses_C, d_logits_CW = _cross_entropy(d_logits_CW, targets_C, vocab_size)
     counted_C1 = (targets_C != IGNORED)[:, None]
@@ -156,7 +157,7 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
         for hidden_CD, targets_C in zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True):
             logits_CW = hidden_CD @ weight_WD.t()
             if in_kernel:
-                losses_C = kernels.cross_entropy(logits_CW, targets_C, len(weight_VD), with_gradient=False)
+                losses_C = row_kernels.cross_entropy(logits_CW, targets_C, len(weight_VD), with_gradient=False)
             else:
                 counted_C = targets_C != IGNORED
                 log_p_CW = _log_probabilities(logits_CW, len(weight_VD))

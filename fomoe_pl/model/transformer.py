@@ -46,7 +46,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.multiplier = branch_multiplier(config)
-        self.checkpointing = config.activation_checkpointing
+        self.checkpointing = config.activation_checkpointing == "blocks"
         self.compiled: Callable[..., tuple[Tensor, RoutingStats]] | None = None
         self.attention_norm = Norm(config.d_model, config, device=device, dtype=dtype)
         self.attention = Attention(config, device=device, dtype=dtype)

@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from fomoe_pl.costs.memory import Load, Types, activation_bytes, chunk_bytes, loss_bytes, rank_memory
+from fomoe_pl.costs.activations import Types, activation_bytes, chunk_bytes, loss_bytes
+from fomoe_pl.costs.memory import Load, rank_memory
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.attention import rotary_tables
 from fomoe_pl.model.config import ModelConfig
@@ -28,7 +29,7 @@ VARIANTS = {
     "paper": SMALL,
     "swiglu": replace(SMALL, expert="swiglu", norm_placement="pre", gate="softmax", normalize_gates=True),
     "shared": replace(SMALL, n_shared_experts=2, n_kv_heads=2),
-    "checkpointed": replace(SMALL, activation_checkpointing=True),
+    "checkpointed": replace(SMALL, activation_checkpointing="blocks"),
 }
 
 
@@ -115,9 +116,11 @@ def step_peaks(config: ModelConfig, precision: str, batch: int, length: int) -> 
     ("changes", "batch"),
     [
         ({"vocab_size": 5003}, 4),  # the loss makes the peak
-        ({"vocab_size": 5003, "activation_checkpointing": True}, 4),
-        ({"vocab_size": 5003, "activation_checkpointing": True, "n_layers": 12}, 16),  # the backward pass, in float32
+        ({"vocab_size": 5003, "activation_checkpointing": "blocks"}, 4),
+        # The backward pass, in float32.
+        ({"vocab_size": 5003, "activation_checkpointing": "blocks", "n_layers": 12}, 16),
         ({"vocab_size": 256, "n_layers": 8}, 8),  # activations
+        ({"vocab_size": 256, "n_layers": 8, "activation_checkpointing": "experts"}, 8),
     ],
 )
 def test_the_peak_of_a_step_is_what_lives_in_it(changes: dict[str, Any], batch: int, precision: Any) -> None:
@@ -209,7 +212,7 @@ def test_the_largest_part_at_the_peak_is_named() -> None:
 @pytest.mark.parametrize("batch", [1, 64])
 def test_what_is_sharded_is_divided_at_every_moment(batch: int) -> None:
     """Against the difference that halving makes: the parts that last, and gradients, also in the backward pass."""
-    config = replace(SMALL, vocab_size=256, n_layers=12, activation_checkpointing=True)
+    config = replace(SMALL, vocab_size=256, n_layers=12, activation_checkpointing="blocks")
     load = Load(precision="32-true", batch_size=batch, sequence_length=128, outer_momentum=True)
     whole, half = (rank_memory(config, load, n_resident=8, shards=n) for n in (1, 2))
     parameters = resident_counts(config, 8, "ghost").total

@@ -48,7 +48,8 @@ def test_parts_sum_to_the_models_flops() -> None:
     assert ghost.training == pytest.approx(training_flops_per_token(SMALL, 128, executed_picks=0.8))
     partitioned = token_flops(SMALL, 128, n_resident=4, routing="partitioned")
     assert partitioned.forward == forward_flops_per_token(SMALL, 128, n_scored=4)
-    assert ghost.training_executed(checkpointing=True) == ghost.training + ghost.forward - ghost.output
+    assert ghost.training_executed(checkpointing="blocks") == ghost.training + ghost.forward - ghost.output
+    assert ghost.training_executed(checkpointing="experts") == ghost.training + ghost.experts
 
 
 def test_ghosts_are_skipped_and_residents_are_not() -> None:

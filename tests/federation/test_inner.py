@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fomoe_pl.federation import adamw
 from fomoe_pl.federation.inner import RowAdamW, moments
-from fomoe_pl.optimizer import clip_next_step, skip_step_if
+from fomoe_pl.optimizer import clip_next_step, norm_or_skip, skip_step_if
 
 OPTIONS: dict[str, Any] = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -204,6 +204,45 @@ def test_state_of_another_device_leaves_the_kind_of_step_alone(saved_fused: bool
         assert torch.equal(found, kept)
 
 
+def test_gradients_of_another_type_are_taken() -> None:
+    """Of rows in warm-up and of others; and their norm is that of all."""
+    found = []
+    for cast in (torch.Tensor.bfloat16, lambda grad: grad.bfloat16().float()):
+        params = [start().requires_grad_() for _ in range(3)]
+        optimizer = RowAdamW(params, row_warmup_steps=3, **OPTIONS)
+        norms = []
+        for step in range(4):
+            for i, p in enumerate(params):
+                p.grad_dtype = None
+                p.grad = grad(step) if i == 2 else cast(grad(10 * i + step))
+            norms.append(norm_or_skip(optimizer))
+            clip_next_step(optimizer, norms[-1], 2.0 * float(norms[-1]))
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                optimizer.replace_rows(params[0], [0, None, 2, 3])
+        found.append([*params, *norms])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    expected = torch.stack([grad(10 * i + 3).bfloat16().float() if i < 2 else grad(3) for i in range(3)]).norm()
+    assert found[0][-1].dtype == torch.float32
+    torch.testing.assert_close(found[0][-1], expected)
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_step_without_finite_gradients_does_nothing(bad: int) -> None:
+    params = [start().requires_grad_() for _ in range(3)]
+    optimizer = RowAdamW(params, **OPTIONS)
+    for i, p in enumerate(params):
+        p.grad_dtype = None
+        p.grad = grad(i).bfloat16() if i < 2 else grad(i)
+    assert params[bad].grad is not None
+    params[bad].grad[1, 2, 0] = torch.nan
+    assert not norm_or_skip(optimizer).isfinite()
+    optimizer.step()
+    assert all(torch.equal(p, start()) for p in params)
+
+
 def against_torch(device: str, weight_decay: float, n: int) -> None:
     """Steps of the kernel and of torch's AdamW on gradients scaled beforehand; one of them does nothing."""
     generator = torch.Generator().manual_seed(0)
@@ -215,7 +254,7 @@ def against_torch(device: str, weight_decay: float, n: int) -> None:
         factor = torch.tensor(0.5, device=device)
         steps += 1 - found_inf
         with torch.no_grad():
-            adamw.step(ours, grad, *moments, steps, factor, found_inf,
+            adamw.step(ours, None, grad, *moments, steps, factor, found_inf,
                        lr=0.1, betas=(0.9, 0.9999), eps=1e-6, weight_decay=weight_decay)  # fmt: skip
         if not found_inf:
             theirs.grad = grad * factor

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -59,9 +60,9 @@ def test_one_graph_serves_layers_and_placements(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "experts", "blocks"])
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
-def test_compiled_is_plain_on_a_gpu(make_config: Callable[..., ModelConfig], backend: str, checkpointing: bool) -> None:
+def test_compiled_is_plain_on_a_gpu(make_config: Callable[..., ModelConfig], backend: str, checkpointing: Any) -> None:
     config = make_config(expert_backend=backend, activation_checkpointing=checkpointing)
     residency = replace(Residency.full(config), experts=((0, 2, 3), (1, 4, 5)))
     model = Transformer(config, residency, device=torch.device("cuda"))

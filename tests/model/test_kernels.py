@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.model.backends import kernels
+from fomoe_pl.model.backends import kernels, rows
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.experts import Experts, choose_backend
 from fomoe_pl.model.losses import IGNORED
@@ -46,10 +46,33 @@ def test_cross_entropy_is_torchs(vocab: int, width: int, with_gradient: bool) ->
     each = F.cross_entropy(reference, targets, reduction="none", ignore_index=IGNORED)
     each.sum().backward()
     given = logits.to(DEVICE, copy=True)
-    losses = kernels.cross_entropy(given, targets.to(DEVICE), vocab, with_gradient=with_gradient).cpu()
+    losses = rows.cross_entropy(given, targets.to(DEVICE), vocab, with_gradient=with_gradient).cpu()
     torch.testing.assert_close(losses, each.detach(), rtol=1e-5, atol=1e-5)
     expected = F.pad(reference.grad, (0, width - vocab)) if with_gradient else logits
     torch.testing.assert_close(given.cpu(), expected, rtol=1e-4, atol=1e-6)
+
+
+@runnable
+@pytest.mark.parametrize(("tokens", "scored", "top_k"), [(1, 1, 1), (70, 6, 2), (33, 64, 8), (16, 5, 5), (5, 130, 3)])
+def test_the_largest_scores_are_chosen_and_counted(tokens: int, scored: int, top_k: int) -> None:
+    scores = torch.randn(tokens, scored)
+    chosen, counts = (t.cpu() for t in rows.choose_experts(scores.to(DEVICE), top_k))
+    assert torch.equal(chosen, scores.topk(top_k).indices)
+    assert torch.equal(counts.sum(0), torch.bincount(chosen.flatten(), minlength=scored).int())
+
+
+@runnable
+def test_there_are_always_so_many_different_experts_to_choose() -> None:
+    scores = torch.zeros(20, 7)  # all alike: the first ones
+    scores[1, :] = torch.nan
+    scores[2, 1:] = torch.nan
+    scores[3, 4] = torch.inf
+    scores[4, 0] = -torch.inf
+    chosen, counts = (t.cpu() for t in rows.choose_experts(scores.to(DEVICE), 3))
+    expected = torch.arange(3).repeat(20, 1)
+    expected[3], expected[4] = torch.tensor([4, 0, 1]), torch.tensor([1, 2, 3])
+    assert torch.equal(chosen, expected)
+    assert counts.sum() == 60
 
 
 @runnable

@@ -155,11 +155,21 @@ def test_expert_tensors(make_config: Callable[..., ModelConfig]) -> None:
     assert all(tensors[name].shape[0] == 3 and f"layers.{layer}." in name for name, layer in partitioned.items())
 
 
-def test_checkpointing_changes_nothing(make_config: Callable[..., ModelConfig], tokens: Tensor) -> None:
-    residency = Residency("ghost", RESIDENT)
-    plain, recomputed = (
-        gradients(Transformer(make_config(activation_checkpointing=on), residency), tokens) for on in (False, True)
-    )
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize("mode", ["experts", "blocks"])
+def test_checkpointing_changes_nothing(
+    make_config: Callable[..., ModelConfig], tokens: Tensor, mode: str, backend: str, compiled: bool
+) -> None:
+    torch._dynamo.reset()
+    models = [
+        Transformer(make_config(activation_checkpointing=m, expert_backend=backend), Residency("ghost", RESIDENT))
+        for m in ("none", mode)
+    ]
+    if compiled:
+        for block in (block for model in models for block in model.layers):
+            block.compiled = torch.compile(block.plain, backend="aot_eager")
+    plain, recomputed = (gradients(model, tokens) for model in models)
     assert all(torch.equal(recomputed[name], gradient) for name, gradient in plain.items())
 
 

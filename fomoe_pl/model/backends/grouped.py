@@ -94,6 +94,7 @@ def dispatch(
 
     The gate multiplies before the output matrix, where a row has F channels instead of D.
     """
+    w_in_RDI, w_out_RFD = w_in_RDI.to(x_TD.dtype), w_out_RFD.to(x_TD.dtype)
     n_resident, n_picks = w_in_RDI.shape[0], slots_TK.numel()
     slots_P, order_P = slots_TK.flatten().sort(stable=True)
     ends_R = torch.searchsorted(slots_P, torch.arange(1, n_resident + 1, device=x_TD.device)).int()

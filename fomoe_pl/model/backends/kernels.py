@@ -2,10 +2,11 @@
 
 Six kernels forward and five backward, all of static shape: nothing waits for the number of live picks, and so a
 layer can be compiled. Kept for the backward pass are the tokens, what is inside the activation (P,I), the places of
-the picks, and the weights in the type of the products; the activations are made again.
+the picks, and the weights in the type of the products; the activations are made again. With checkpointing the
+tokens and places alone are kept: one of the forward pass's two products is made again, and the other not.
 
 With float32 weights and bfloat16 products (mixed precision) the weights' gradients leave the products' accumulators as
-float32: they are neither rounded nor converted in another pass.
+float32, neither rounded nor converted in another pass; or as bfloat16, where there are copies (`copies.py`).
 
 Shapes: T tokens, D model, R resident experts, K picks of a token, P = T·K picks, I input width of an expert (F, or 2F
 with swiglu), F expert width.
@@ -32,7 +33,6 @@ except ImportError:
     INTERPRETED = False
 
 BLOCK = 512  # picks that one program counts and places
-LONG_ROW = 100_000  # logits of a token from which on the loss takes larger blocks
 
 
 class Tiles(NamedTuple):
@@ -119,6 +119,20 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
+class Copies(NamedTuple):
+    """A layer's weights in the type of the products, which get the gradients; see ``copies.py``.
+
+    Attributes:
+        w_in: (R,D,I).
+        w_out: (R,F,D).
+        has_values: Otherwise products take the weights themselves.
+    """
+
+    w_in: Tensor
+    w_out: Tensor
+    has_values: bool
+
+
 class _Launch(NamedTuple):
     """What all launches of one call share."""
 
@@ -190,24 +204,34 @@ def _sum_picks(y_LD: Tensor, place_P: Tensor, like_TD: Tensor, top_k: int) -> Te
 
 @torch.library.custom_op("fomoe::skip_experts", mutates_args=())
 def skip_experts(
-    x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, w_in: Tensor, w_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, w_in: Tensor, w_out: Tensor,
+    checkpointing: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the experts; returns y (T,D), and for the backward pass pre (P,I), order, place and offsets.
 
-    ``w_in`` and ``w_out`` are the weights that have the gradients, ``w_in_RDI`` and ``w_out_RFD`` the same ones in the
-    type of the products.
+    ``w_in`` and ``w_out`` have the gradients, ``w_in_RDI`` and ``w_out_RFD`` are what is multiplied: the same weights
+    in the type of the products, or with ``checkpointing``, which leaves ``pre`` empty, in any.
     """
-    n_picks = slots_TK.numel()
     launch = _Launch.of(x_TD, slots_TK, w_in_RDI, w_out_RFD)
     order_P, place_P, offsets_R1 = index_picks(slots_TK, launch.n_resident)
-    pre_LI, h_LF = x_TD.new_empty(n_picks, w_in_RDI.shape[2]), x_TD.new_empty(n_picks, launch.d_expert)
-    tiles = launch.tuning.up
-    on_device.up[launch.grid(tiles, launch.d_expert)](
-        x_TD, order_P, offsets_R1, w_in_RDI, gates_TK, pre_LI, h_LF, launch.d_model, launch.d_expert, launch.n_resident,
-        K=launch.top_k, SWIGLU=launch.swiglu, **launch.constants, **_shape(tiles),
-    )  # fmt: skip
-    y_LD = _product(launch, launch.tuning.down, h_LF, offsets_R1, w_out_RFD)
+    pre_LI, h_LF = _up(launch, x_TD, gates_TK, w_in_RDI, order_P, offsets_R1, with_pre=not checkpointing)
+    y_LD = _product(launch, launch.tuning.down, h_LF, offsets_R1, w_out_RFD.to(x_TD.dtype))
     return _sum_picks(y_LD, place_P, x_TD, launch.top_k), pre_LI, order_P, place_P, offsets_R1
+
+
+def _up(
+    launch: _Launch, x_TD: Tensor, gates_TK: Tensor, w_in_RDI: Tensor, order_P: Tensor, offsets_R1: Tensor,
+    *, with_pre: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what is inside the activation (P,I), or nothing (0,I), and gate · activation (P,F)."""
+    pre_LI = x_TD.new_empty(launch.n_picks if with_pre else 0, w_in_RDI.shape[2])
+    h_LF, tiles = x_TD.new_empty(launch.n_picks, launch.d_expert), launch.tuning.up
+    on_device.up[launch.grid(tiles, launch.d_expert)](
+        x_TD, order_P, offsets_R1, w_in_RDI.to(x_TD.dtype), gates_TK, pre_LI, h_LF,
+        launch.d_model, launch.d_expert, launch.n_resident,
+        K=launch.top_k, SWIGLU=launch.swiglu, WITH_PRE=with_pre, **launch.constants, **_shape(tiles),
+    )  # fmt: skip
+    return pre_LI, h_LF
 
 
 def _product(launch: _Launch, tiles: Tiles, a_LC: Tensor, offsets_R1: Tensor, w_RCN: Tensor) -> Tensor:
@@ -222,12 +246,14 @@ def _product(launch: _Launch, tiles: Tiles, a_LC: Tensor, offsets_R1: Tensor, w_
 
 @skip_experts.register_fake
 def _(
-    x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, w_in: Tensor, w_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, w_in: Tensor, w_out: Tensor,
+    checkpointing: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n_picks, index = slots_TK.numel(), slots_TK.new_empty
     order_P, place_P = index(n_picks, dtype=torch.int32), index(n_picks, dtype=torch.int32)
     offsets_R1 = index(len(w_in) + 1, dtype=torch.int32)
-    return torch.empty_like(x_TD), x_TD.new_empty(n_picks, w_in_RDI.shape[2]), order_P, place_P, offsets_R1
+    pre_LI = x_TD.new_empty(0 if checkpointing else n_picks, w_in_RDI.shape[2])
+    return torch.empty_like(x_TD), pre_LI, order_P, place_P, offsets_R1
 
 
 @torch.library.custom_op("fomoe::skip_experts_backward", mutates_args=())
@@ -239,7 +265,12 @@ def skip_experts_backward(
     launch = _Launch.of(x_TD, gates_TK, w_in_RDI, w_out_RFD)
     n_picks, d_model, d_expert = launch.n_picks, launch.d_model, launch.d_expert
     tiles = launch.tuning.down_backward
-    dpre_LI, h_LF = torch.empty_like(pre_LI), x_TD.new_empty(n_picks, d_expert)
+    w_in_RDI, w_out_RFD = w_in_RDI.to(x_TD.dtype), w_out_RFD.to(x_TD.dtype)
+    if len(pre_LI) < n_picks:
+        pre_LI, h_LF = _up(launch, x_TD, gates_TK, w_in_RDI, order_P, offsets_R1, with_pre=True)
+    else:
+        h_LF = x_TD.new_empty(n_picks, d_expert)
+    dpre_LI = torch.empty_like(pre_LI)
     parts = gates_TK.new_empty(triton.cdiv(d_expert, tiles.columns), n_picks)
     on_device.down_backward[launch.grid(tiles, d_expert)](
         dy_TD, order_P, offsets_R1, w_out_RFD, gates_TK, pre_LI, dpre_LI, h_LF, parts, d_model, d_expert, n_picks,
@@ -280,7 +311,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, gates_TK, _, w_in_RDI, w_out_RFD, w_in, _ = inputs
+    x_TD, gates_TK, _, w_in_RDI, w_out_RFD, w_in, *_ = inputs
     ctx.save_for_backward(x_TD, gates_TK, w_in_RDI, w_out_RFD, *output[1:])
     ctx.dtype = w_in.dtype
     ctx.mark_non_differentiable(*output[1:])
@@ -288,39 +319,26 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> N
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     dx_TD, dgates_TK, dw_in, dw_out = skip_experts_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.dtype)
-    return dx_TD, dgates_TK, None, None, None, dw_in, dw_out
+    return dx_TD, dgates_TK, None, None, None, dw_in, dw_out, None
 
 
 skip_experts.register_autograd(_backward, setup_context=_save)
 
 
-def cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int, *, with_gradient: bool) -> Tensor:
-    """Return the cross entropies, float32 (C,), 0 where a target does not count.
-
-    Args:
-        logits_CW: Logits, contiguous (C,W); columns from V on are padding.
-        targets_C: Next tokens, int64 (C,); -100 does not count.
-        vocab_size: V.
-        with_gradient: Put the gradient of the losses' sum in the logits' place.
-    """
-    n_rows, width = logits_CW.shape
-    losses_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CW.device)
-    # Of a longer row less stays in a cache until it is read again, and fewer rows at a time leave more for each.
-    block = min(_up_to_power(width), 8192 if width < LONG_ROW else 16384)
-    on_device.cross_entropy[(n_rows,)](
-        logits_CW, targets_C, losses_C, vocab_size, width, IGNORED=-100, GRADIENT=with_gradient, BLOCK=block,
-        num_warps=max(1, block // 512),
-    )  # fmt: skip
-    return losses_C
-
-
 def dispatch(
-    x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, kind: ExpertKind
-) -> Tensor:
-    """Run all resident experts; arguments and result as in ``loop.dispatch``, but the weights may be float32."""
+    x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, kind: ExpertKind,
+    copies: Copies | None = None, checkpointing: bool = False,
+) -> Tensor:  # fmt: skip
+    """Run all resident experts; arguments and result as in ``loop.dispatch``.
+
+    Copies, if there are any, get the gradients in the weights' place; with checkpointing less is kept for the backward
+    pass.
+    """
     if not w_in_RDI.shape[0]:
         return x_TD * 0
-    in_type = (w.detach().to(x_TD.dtype) for w in (w_in_RDI, w_out_RFD))
+    learning = (w_in_RDI, w_out_RFD) if copies is None else copies[:2]
+    values = learning if copies is None or copies.has_values else (w_in_RDI, w_out_RFD)
+    given = [w.detach() if checkpointing else w.detach().to(x_TD.dtype) for w in values]
     picks = (gates_TK.contiguous(), slots_TK.contiguous())
-    y_TD: Tensor = skip_experts(x_TD.contiguous(), *picks, *in_type, w_in_RDI, w_out_RFD)[0]
+    y_TD: Tensor = skip_experts(x_TD.contiguous(), *picks, *given, *learning, checkpointing)[0]
     return y_TD

@@ -20,13 +20,14 @@ def dispatch(
         x_TD: Tokens (T,D).
         gates_TK: Gates, float32 (T,K).
         slots_TK: Row of each pick in the stacked weights, int64 (T,K); R is a ghost and adds nothing.
-        w_in_RDI: Input matrices, of the dtype of x.
-        w_out_RFD: Output matrices, of the dtype of x.
+        w_in_RDI: Input matrices.
+        w_out_RFD: Output matrices.
         kind: The expert's activation.
 
     Returns:
         The sum over a token's picks (T,D), of the dtype of x.
     """
+    w_in_RDI, w_out_RFD = w_in_RDI.to(x_TD.dtype), w_out_RFD.to(x_TD.dtype)
     n_tokens, top_k = slots_TK.shape
     slots_P, gates_P = slots_TK.flatten(), gates_TK.flatten()
     rows, outputs = [], []

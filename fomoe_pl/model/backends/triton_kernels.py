@@ -95,10 +95,10 @@ def _tile(offsets_R1, n_resident, n_columns, BM: tl.constexpr, BN: tl.constexpr,
 @triton.jit
 def up(
     x_TD, order_P, offsets_R1, w_in_RDI, gates_P, pre_LI, h_LF, D, F, n_resident,
-    K: tl.constexpr, SWIGLU: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, SWIGLU: tl.constexpr, WITH_PRE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """Write h = gate · activation(x[token] @ w_in[expert]), and what is inside the activation.
+    """Write h = gate · activation(x[token] @ w_in[expert]), and with WITH_PRE what is inside the activation.
 
     The tokens' rows are gathered while the product reads them. The two halves of swiglu are two accumulators of one
     program, so the activation needs no other program's numbers. The gate multiplies here, where a row has F channels
@@ -126,10 +126,11 @@ def up(
             second_MN = tl.dot(a, b, second_MN, input_precision=PRECISION)
     write = live_M[:, None] & in_N[None, :]
     row_M = row_M.to(tl.int64)
-    pre_MN = pre_LI + row_M[:, None] * width + f_N[None, :]
-    tl.store(pre_MN, first_MN.to(pre_LI.dtype.element_ty), mask=write)
-    if SWIGLU:
-        tl.store(pre_MN + F, second_MN.to(pre_LI.dtype.element_ty), mask=write)
+    if WITH_PRE:
+        pre_MN = pre_LI + row_M[:, None] * width + f_N[None, :]
+        tl.store(pre_MN, first_MN.to(pre_LI.dtype.element_ty), mask=write)
+        if SWIGLU:
+            tl.store(pre_MN + F, second_MN.to(pre_LI.dtype.element_ty), mask=write)
     h_MN = first_MN * tl.sigmoid(first_MN)
     if SWIGLU:
         h_MN *= second_MN
@@ -260,39 +261,3 @@ def weight_gradient(
         dw_AB = tl.dot(tl.trans(a_KA), b_KB, dw_AB, input_precision=PRECISION)
     at = expert.to(tl.int64) * A * B + a_A[:, None] * B + b_B[None, :]
     tl.store(dw_RAB + at, dw_AB.to(dw_RAB.dtype.element_ty), mask=in_A[:, None] & in_B[None, :])
-
-
-@triton.jit
-def cross_entropy(
-    logits_CW, targets_C, losses_C, V, W, IGNORED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Write a row's cross entropy, and with GRADIENT its gradient in the logits' place; zeros where not counted.
-
-    One program a row, read twice: for the sum of exponentials, each lane with a maximum of its own until the end, and
-    for the gradient. The second time most of the row is still in a cache. Columns from V on are padding.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_C + row)
-    counted = target != IGNORED
-    logits = logits_CW + row * W
-    at = tl.arange(0, BLOCK)
-    largest = tl.full([BLOCK], -1e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        x = tl.load(logits + start + at, mask=start + at < V, other=-float("inf")).to(tl.float32)
-        larger = tl.maximum(largest, x)
-        total = total * tl.exp(largest - larger) + tl.exp(x - larger)
-        largest = larger
-    top = tl.max(largest, axis=0)
-    log_total = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
-    chosen = tl.load(logits + tl.where(counted, target, 0)).to(tl.float32)
-    tl.store(losses_C + row, tl.where(counted, log_total - chosen, 0.0))
-    if GRADIENT:
-        # All threads must have read the target's logit before one of them overwrites it.
-        tl.debug_barrier()
-        for start in range(0, W, BLOCK):
-            column = start + at
-            x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
-            gradient = tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)
-            gradient = tl.where(counted, gradient, 0.0).to(logits_CW.dtype.element_ty)
-            tl.store(logits + column, gradient, mask=column < W)

@@ -11,10 +11,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from fomoe_pl.callbacks import RoutingStability
+from fomoe_pl.model.backends import kernels
+from fomoe_pl.model.copies import ExpertCopies
 from fomoe_pl.model.recorded import WARM_UP, RecordedPass
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import SingleSiteStrategy
-from fomoe_pl.strategies.recording import recorded_pass
+from fomoe_pl.strategies.passes import expert_copies, recorded_pass
 from tests.distributed import run_distributed
 from tests.training import Run, fit, launched_as, parameters
 
@@ -54,6 +56,99 @@ def test_what_prevents_it_is_told(
     assert "model.cuda_graphs" in caplog.text
 
 
+needs_kernels = pytest.mark.skipif(not kernels.INTERPRETED, reason="runs on a CPU in Triton's interpreter")
+TRITON = {"expert_backend": "triton"}
+MIXED = {"precision": "bf16-mixed"}
+
+
+def copies_of(
+    trainer: dict[str, Any], architecture: dict[str, Any], optimizer: dict[str, Any] | None = None
+) -> ExpertCopies | None:
+    module = Run(root="", folder="", architecture=architecture, optimizer=optimizer or {}).module()
+    made = L.Trainer(accelerator="cpu", strategy=SingleSiteStrategy(), logger=False, enable_checkpointing=False,
+                     enable_progress_bar=False, enable_model_summary=False, **trainer)  # fmt: skip
+    made.strategy.connect(module)
+    module.trainer = made
+    module.configure_model()
+    made.strategy.optimizers = [module.configure_optimizers()["optimizer"]]
+    found = expert_copies(made, module, module.transformer)
+    if found is not None:
+        assert made.optimizers[0].copies is found.of  # type: ignore[attr-defined]
+    return found
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("trainer", "architecture", "optimizer", "has_copies"),
+    [
+        (MIXED, TRITON, {}, True),
+        (MIXED, TRITON | {"activation_checkpointing": "experts"}, {}, True),
+        ({}, TRITON, {}, False),  # products are float32
+        ({"precision": "bf16-true"}, TRITON, {}, False),  # weights are bfloat16
+        (MIXED, GROUPED, {}, False),
+        (MIXED, TRITON, {"kind": "sgd"}, False),
+        (MIXED | {"accumulate_grad_batches": 2}, TRITON, {}, False),
+    ],
+)
+def test_which_runs_have_copies(
+    trainer: dict[str, Any], architecture: dict[str, Any], optimizer: dict[str, Any], has_copies: bool
+) -> None:
+    assert (copies_of(trainer, architecture, optimizer) is not None) == has_copies
+
+
+class InStep(L.Callback):
+    """Fails if a pass has other weights than the optimizer; counts steps."""
+
+    steps = 0
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        assert isinstance(pl_module, FoMoEModule)
+        for block in pl_module.transformer.layers:
+            for weight in (block.moe.experts.w_in, block.moe.experts.w_out):
+                assert weight.grad is not None
+                assert weight.grad.dtype == torch.bfloat16
+        self.steps += 1
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        assert isinstance(pl_module, FoMoEModule)
+        assert pl_module._passes is not None
+        copies = pl_module._passes.copies
+        assert copies is not None
+        assert len(copies.of) == 2 * pl_module.config.n_layers
+        assert all(torch.equal(copy, weight.bfloat16()) for weight, copy in copies.of.items())
+
+
+def _fit_with_copies(rank: int, run: Run, other: Run) -> tuple[int, int]:
+    watch = [InStep(), InStep()]
+    with launched_as(rank, 2, run.folder):
+        trainer = fit(run, rank, 2, [watch[0]])
+        path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    with launched_as(rank, 2, other.folder):
+        trainer = fit(other, rank, 2, [watch[1]], ckpt_path=path)
+        module = trainer.lightning_module
+        assert isinstance(module, FoMoEModule)
+        assert module._passes is None
+        assert all(block.moe.experts.copies is None for block in module.transformer.layers)
+    return watch[0].steps, watch[1].steps
+
+
+@needs_kernels
+def test_copies_follow_rounds_rows_that_were_sent_validations_and_checkpoints(root: str, tmp_path: Path) -> None:
+    runs = []
+    for steps in (6, 9):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        runs.append(
+            Run(
+                root=root, folder=str(folder), architecture=TRITON,
+                settings={"local_steps": 2, "overlap": 1, "placement": "random", "reshuffle_rounds": 1},
+                trainer={"max_steps": steps, "precision": "bf16-mixed", "gradient_clip_val": 0.5,
+                         "val_check_interval": 3, "limit_val_batches": None, "enable_checkpointing": True},
+            )
+        )  # fmt: skip
+    assert run_distributed(_fit_with_copies, 2, *runs) == [(6, 3)] * 2
+
+
 def test_what_it_took_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = ask({})
     assert recorded is not None
@@ -75,8 +170,8 @@ class Count(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         assert isinstance(pl_module, FoMoEModule)
-        if pl_module._recorded is not None:
-            self.recordings = pl_module._recorded.recordings
+        if pl_module._passes is not None and pl_module._passes.recorded is not None:
+            self.recordings = pl_module._passes.recorded.recordings
 
 
 def _fit(rank: int, run: Run) -> tuple[dict[str, Tensor], float, int]:

@@ -1,0 +1,149 @@
+"""A run's training passes, with the shortcuts that it can take: recorded, with copies of experts' weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from fomoe_pl.federation.inner import RowAdamW
+from fomoe_pl.model.copies import ExpertCopies
+from fomoe_pl.model.experts import choose_backend
+from fomoe_pl.model.parts import compute_dtype
+from fomoe_pl.model.passes import TrainingPass, training_pass
+from fomoe_pl.model.recorded import WARM_UP, RecordedPass
+from fomoe_pl.model.transformer import Transformer
+
+
+class Passes:
+    """Forward passes, and backward passes where they are recorded, as `FoMoEModule`'s settings want them.
+
+    Args:
+        trainer: Of the run, about to start.
+        module: What it trains.
+        model: The transformer in it, on its device.
+        graphs: Record them, on a GPU, if that can be.
+        bf16_gradients: Experts have copies, if that can be.
+
+    Attributes:
+        recorded: What records them.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, model: Transformer, *, graphs: bool, bf16_gradients: bool
+    ) -> None:
+        self.model = model
+        self.copies = expert_copies(trainer, module, model) if bf16_gradients else None
+        self.recorded: RecordedPass | None = None
+        if graphs and model.output_weight.is_cuda:
+            self.recorded = recorded_pass(trainer, module, model)
+
+    def __call__(self, inputs_BS: Tensor, targets_BS: Tensor) -> TrainingPass:
+        """Run forward on a micro-batch of int64 token ids."""
+        if self.copies is not None:
+            self.copies.refresh()
+        if self.recorded is None:
+            return training_pass(self.model, inputs_BS, targets_BS)
+        return self.recorded(inputs_BS, targets_BS, variant=self.model.layers[0].moe.router.measures_entropy)
+
+    def backward(self) -> bool:
+        """As `RecordedPass.backward`."""
+        return self.recorded is not None and self.recorded.backward()
+
+    def release(self) -> None:
+        """Give memory to others for a while."""
+        if self.recorded is not None:
+            self.recorded.release()
+
+    def close(self) -> None:
+        """Take no more."""
+        self.recorded = None
+        if self.copies is not None:
+            self.copies.remove()
+
+
+class ReportedPass(RecordedPass):
+    """Says once how long after its start a run got there: it compiles kernels and blocks in these steps."""
+
+    def __init__(self, run: Callable[[Tensor, Tensor], TrainingPass], model: Transformer) -> None:
+        super().__init__(run, model)
+        self._began = time.perf_counter()
+
+    def _record(self, inputs_BS: Tensor, targets_BS: Tensor) -> torch.cuda.CUDAGraph:
+        graph = super()._record(inputs_BS, targets_BS)
+        if self.recordings == 1:
+            seconds = time.perf_counter() - self._began
+            rank_zero_info(f"The first {WARM_UP} steps, with all that they compile and wait for, and recording took "
+                           f"{seconds:.1f} s; from here on steps are replayed")  # fmt: skip
+        return graph
+
+
+def recorded_pass(trainer: Trainer, module: LightningModule, model: Transformer) -> RecordedPass | None:
+    """Return what records a run's passes; None where it cannot be, which a line says.
+
+    Args:
+        trainer: Of the run, about to start.
+        module: What it trains.
+        model: The transformer in it, on its device.
+    """
+    reason = _why_not(trainer, module, model)
+    if reason is None:
+        return ReportedPass(partial(training_pass, model), model)
+    rank_zero_info(f"model.cuda_graphs: this run's steps are not recorded: {reason}")
+    return None
+
+
+def expert_copies(trainer: Trainer, module: LightningModule, model: Transformer) -> ExpertCopies | None:
+    """Return copies that a run's experts use from now on; None where their gradients stay float32.
+
+    Args:
+        trainer: Of the run, about to start.
+        module: What it trains.
+        model: The transformer in it, on its device.
+    """
+    adamw = trainer.optimizers[0]
+    weight_RFD = model.layers[0].moe.experts.w_out
+    if not isinstance(adamw, RowAdamW) or weight_RFD.dtype != torch.float32:
+        return None
+    backend, dtype = _experts_run(trainer, model)
+    if backend != "triton" or dtype != torch.bfloat16 or _more_than_one_backward_pass(trainer, module):
+        return None
+    copies = ExpertCopies(model, dtype)
+    adamw.copies = copies.of
+    return copies
+
+
+def _why_not(trainer: Any, module: LightningModule, model: Transformer) -> str | None:
+    if reason := _more_than_one_backward_pass(trainer, module):
+        return reason
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return "float16 scales the loss by another factor now and then"
+    if torch.is_anomaly_enabled():
+        return "the search for anomalies reads gradients on the host"
+    if _experts_run(trainer, model)[0] == "loop":
+        return "expert_backend loop waits for the device"
+    return None
+
+
+def _more_than_one_backward_pass(trainer: Any, module: LightningModule) -> str | None:
+    if trainer.strategy.model is not module:
+        return "its strategy averages gradients during the backward pass"
+    several = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
+    if several or trainer.accumulate_grad_batches > 1:
+        return "gradients of several micro-batches are added up"
+    return None
+
+
+def _experts_run(trainer: Any, model: Transformer) -> tuple[str, torch.dtype]:
+    """By which backend, in which type of products."""
+    weight_RFD = model.layers[0].moe.experts.w_out
+    with trainer.precision_plugin.train_step_context():
+        dtype = compute_dtype(weight_RFD)
+    return choose_backend(model.config.expert_backend, weight_RFD.device, dtype, *weight_RFD.shape[1:]), dtype
