@@ -63,7 +63,7 @@ class ObservedStrategy(Protocol):
         """Have every round fill a `Movement`; None where there are no rounds."""
 
     def agreed_bytes(self) -> int:
-        """Bytes of anchors and outer momentum on this rank."""
+        """Bytes of anchors and outer momentum on this rank's device."""
 
     def describe(self) -> str:
         """One line that says which method this is."""

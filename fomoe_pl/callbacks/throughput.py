@@ -116,12 +116,17 @@ class TimedCallback(Callback):
 
 
 def held_bytes(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
-    """Bytes of what this rank keeps in memory: parameters, gradients, moments, and anchors with outer momentum."""
+    """Bytes of what this rank keeps on its device: parameters, gradients, moments, and anchors with outer momentum."""
     parameters = list(pl_module.parameters())
+    experts = [block.moe.experts for block in observed_module(pl_module).transformer.layers]
+    copies = [(copy, e.copies.has_values) for e in experts if e.copies for copy in (e.copies.w_in, e.copies.w_out)]
+    saved = sum(
+        copy.numel() * (4 - copy.itemsize) for copy, _ in copies
+    )  # of gradients: theirs are of the copies' type
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
     return {
-        "parameters": sum(p.nbytes for p in parameters),
-        "gradients": sum(p.nbytes for p in parameters if p.requires_grad),  # which are there in the backward pass
+        "parameters": sum(p.nbytes for p in parameters) + sum(copy.nbytes for copy, lasts in copies if lasts),
+        "gradients": sum(p.nbytes for p in parameters if p.requires_grad) - saved,  # there in the backward pass
         "moments": sum(t.nbytes for state in states for t in state.values() if isinstance(t, torch.Tensor)),
         "anchors": observed_strategy(trainer).agreed_bytes(),
     }
@@ -141,7 +146,8 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
     - `time/train_s`, `time/watch_s`: since this process started to train, validation and checkpoints excluded;
     - `time/save_stall_s`: for which training stood still for a save, once after each;
     - `memory/peak_MiB`: tensors on a GPU, or the process's resident set on a CPU;
-    - `memory/<part>_MiB`: parameters, gradients, moments, anchors (with outer momentum), and on a GPU
+    - `memory/<part>_MiB`: parameters (with experts' copies), gradients, moments, anchors (with outer momentum, unless
+      they are on the host), and on a GPU
       `activations_and_rest`, what the peak has beyond them.
 
     Args:

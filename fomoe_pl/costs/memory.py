@@ -48,6 +48,7 @@ class Load:
         wire_on_device: wire buffers are on the device (NCCL), not on the host (gloo).
         wire_dtype: dtype of averaged values on the wire.
         bucket_bytes: size of a wire buffer; there are two.
+        state_on_host: anchors and outer momentum are not on the device.
         val_batch_size: sequences of a validation batch; 0 for no validation.
         evaluation_window: validation batches that go through a layer together, at most the validation's.
         kernels: on a GPU for which triton is there; else torch's own operations run.
@@ -65,6 +66,7 @@ class Load:
     wire_on_device: bool = True
     wire_dtype: str = "float32"
     bucket_bytes: int = 64 * MIB
+    state_on_host: bool = False
     val_batch_size: int = 0
     evaluation_window: int = 64
     kernels: bool = True
@@ -163,6 +165,8 @@ def _wire_bytes(load: Load, largest_piece: int, resident_elements: int) -> int:
     itemsize = ITEMSIZE[load.wire_dtype]
     elements = max(load.bucket_bytes // itemsize, largest_piece)
     temporary = 4 * largest_piece * (3 if load.outer_momentum else 1)
+    if load.state_on_host:
+        temporary += 4 * largest_piece * (2 if load.outer_momentum else 1)
     if not load.wire_on_device:
         return temporary + 4 * largest_piece
     mean = 4 * min(elements, resident_elements) if itemsize < 4 else 0  # of one buffer, while the next one travels
@@ -217,6 +221,7 @@ def rank_memory(
     parameters = -(-resident_counts(config, n_resident, routing).total // shards)
     output = config.vocab_size * config.d_model
     federated = load.method == "rounds"
+    of_state = federated and not load.state_on_host
     small = load.bf16_gradients and types.parameter != types.compute and types.experts_in_kernels(config)
     of_gradient = types.compute if small else types.parameter  # of experts
     experts = -(-resident_counts(config, n_resident, routing).experts // shards)
@@ -251,8 +256,8 @@ def rank_memory(
         # Freed after the step, with accumulation after the last micro-batch's.
         gradients_kept=kept + buckets,
         moments=ADAMW_MOMENTS * types.parameter * parameters,
-        anchors=4 * parameters if federated else 0,
-        outer_momentum=4 * parameters if federated and load.outer_momentum else 0,
+        anchors=4 * parameters if of_state else 0,
+        outer_momentum=4 * parameters if of_state and load.outer_momentum else 0,
         activations=activations,
         logits=logits,
         wire=_wire_bytes(load, -(-output // shards), parameters) if federated else 0,

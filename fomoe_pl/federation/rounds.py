@@ -37,6 +37,10 @@ class Piece(NamedTuple):
         return tensor if self.row is None else tensor[self.row]
 
 
+def _on_host(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=torch.float32, device="cpu", pin_memory=like.is_cuda)
+
+
 class Federation:
     """One site's side of the rounds.
 
@@ -46,6 +50,8 @@ class Federation:
         wire: counted collectives.
         outer: outer rule.
         inner_moments: what a round does to the inner optimizer's moments.
+        state_on_host: anchors and outer momentum live in memory of the host, page-locked where there is a GPU, and come
+            to the device piece by piece.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class Federation:
         *,
         outer: OuterRule,
         inner_moments: InnerMoments = "keep",
+        state_on_host: bool = False,
     ) -> None:
         self.layout = layout
         self.placement = placement
@@ -64,8 +71,9 @@ class Federation:
         self.inner_moments = inner_moments
         self.site = wire.topology.site
         # Agreed values and outer state are float32 whatever the training precision: bf16 would lose small updates.
-        self.anchors = {n: t.detach().to(torch.float32, copy=True) for n, t in layout.tensors.items()}
-        self.momenta = {n: torch.zeros_like(self.anchors[n]) for n in layout.trained if outer.has_momentum}
+        state = _on_host if state_on_host else partial(torch.empty_like, dtype=torch.float32)
+        self.anchors = {n: state(t.detach()).copy_(t.detach()) for n, t in layout.tensors.items()}
+        self.momenta = {n: state(layout.tensors[n].detach()).zero_() for n in layout.trained if outer.has_momentum}
         self._stash: dict[str, Tensor] | None = None
         self.movement: Movement | None = None  # filled by each round, if somebody wants to know
 
@@ -111,7 +119,7 @@ class Federation:
             self._average_moments(optimizer, left_out)
         elif self.inner_moments == "reset" or self.site in left_out:
             optimizer.state.clear()
-        self.layout.fill(self.anchors)
+        self.layout.fill(self.anchors)  # waits for what is on its way to the host
 
     def _pseudo_gradient(self, pieces: Sequence[Piece], i: int) -> Tensor:
         return self._change(pieces[i])
@@ -120,12 +128,18 @@ class Federation:
         local = piece.of(self.layout.tensors[piece.name])
         # The site started from the anchor in the training dtype. What that rounded off is no change, and stays in the
         # anchor: else an outer step would feed it back round after round.
-        start = piece.of(self.anchors[piece.name]).to(local.dtype)
+        start = self._beside(local, piece.of(self.anchors[piece.name])).to(local.dtype)
         return start.float() - local.float()
+
+    @staticmethod
+    def _beside(local: Tensor, state: Tensor) -> Tensor:
+        """Anchor or momentum on the device of this site's values: itself, or a copy of what is on the host."""
+        return state.to(local.device, non_blocking=True)
 
     def _outer_step(self, kind: Kind, pieces: Sequence[Piece], measured: bool, i: int, mean: Tensor) -> None:
         piece = pieces[i]
-        anchor = piece.of(self.anchors[piece.name])
+        local, kept = piece.of(self.layout.tensors[piece.name]), piece.of(self.anchors[piece.name])
+        anchor = self._beside(local, kept)
         delta = mean.to(anchor.device).view_as(anchor)
         if measured and piece.name in self.layout.trained:
             movement = cast(Movement, self.movement)
@@ -134,9 +148,16 @@ class Federation:
                 movement.add(MEAN, layer, experts if piece.row is None else [experts[piece.row]], delta)
         if piece.name not in self.layout.trained:
             anchor.sub_(delta)
-            return
-        momentum = piece.of(self.momenta[piece.name]) if self.outer.has_momentum else None
-        outer_step_(self.outer, anchor, delta, momentum, freeze_if_zero=kind == "expert")
+        elif self.outer.has_momentum:
+            kept_momentum = piece.of(self.momenta[piece.name])
+            momentum = self._beside(local, kept_momentum)
+            outer_step_(self.outer, anchor, delta, momentum, freeze_if_zero=kind == "expert")
+            if momentum is not kept_momentum:
+                kept_momentum.copy_(momentum, non_blocking=True)
+        else:
+            outer_step_(self.outer, anchor, delta, None, freeze_if_zero=kind == "expert")
+        if anchor is not kept:
+            kept.copy_(anchor, non_blocking=True)
 
     def _note_movement(self) -> None:
         """This site's changes and what they started from: whole tensors, not expert by expert."""
@@ -145,7 +166,7 @@ class Federation:
         for name in sorted(self.layout.trained):
             layer, experts = self._experts_of(name)
             movement.add(OWN, layer, experts, self._change(Piece(name, None)))
-            movement.add(AGREED, layer, experts, self.anchors[name])
+            movement.add(AGREED, layer, experts, self._beside(self.layout.tensors[name], self.anchors[name]))
         movement.settle()  # before the anchors change
 
     def _experts_of(self, name: str) -> tuple[int | None, Sequence[int]]:

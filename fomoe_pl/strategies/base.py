@@ -135,9 +135,9 @@ class SiteStrategy(CheckpointingStrategy):
         return None if self.federation is None else self.federation.placement
 
     def agreed_bytes(self) -> int:
-        """Bytes of anchors and outer momentum on this rank."""
+        """Bytes of anchors and outer momentum on this rank's device."""
         kept = () if self.federation is None else (self.federation.anchors, self.federation.momenta)
-        return sum(tensor.nbytes for tensors in kept for tensor in tensors.values())
+        return sum(t.nbytes for tensors in kept for t in tensors.values() if t.device == self.root_device)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """One step, after which gradients are freed: Lightning would keep them beside the next step's activations."""

@@ -27,6 +27,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import KINDS, Ledger
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.metrics import RoutingHealth
+from fomoe_pl.model.backends.kernels import Copies
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.sizes import training_flops_per_token
@@ -71,7 +72,7 @@ class Run:
             vocab_size=8, d_model=4, n_layers=2, n_heads=1, n_experts=4, top_k=2, d_expert=4
         )
         residency = Residency("ghost", ((0, 1), (2, 3)))
-        self.module.transformer = SimpleNamespace(residency=residency)
+        self.module.transformer = SimpleNamespace(residency=residency, layers=[])
 
     def start(self, callback: Any) -> None:
         callback.on_train_start(self.trainer, self.module)
@@ -301,6 +302,16 @@ def test_throughput_by_hand(run: Run, clock: SimpleNamespace) -> None:
         "throughput/executed_TFLOP_per_s", "time/train_s", "time/watch_s", "memory/peak_MiB",
         *(f"memory/{part}_MiB" for part in ("parameters", "gradients", "moments", "anchors")),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("has_values", [True, False])
+def test_copies_count_with_the_parameters_and_halve_gradients(run: Run, has_values: bool) -> None:
+    places = [torch.empty(n, dtype=torch.bfloat16) for n in (3, 2)]
+    experts = SimpleNamespace(copies=Copies(places[0], places[1], has_values))
+    run.module.transformer.layers = [SimpleNamespace(moe=SimpleNamespace(experts=experts))]
+    held = throughput_module.held_bytes(run.trainer, run.module)
+    assert held["parameters"] == 8 * 4 + (5 * 2 if has_values else 0)
+    assert held["gradients"] == 8 * 4 - 5 * 2
 
 
 def test_watching_is_no_part_of_local_steps(run: Run, clock: SimpleNamespace) -> None:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.model.backends import kernels, rows
+from fomoe_pl.model.backends import kernels, loop, rows
+from fomoe_pl.model.backends.tuning import TUNED, tuned
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.experts import Experts, choose_backend
 from fomoe_pl.model.losses import IGNORED
@@ -91,6 +92,53 @@ def test_float32_weights_have_float32_gradients_of_bfloat16_products() -> None:
 
 
 @runnable
+@pytest.mark.parametrize(("d_model", "d_expert", "by_descriptor"), [(64, 32, True), (256, 128, True), (48, 40, False)])
+def test_tiles_by_descriptor_give_the_same(
+    d_model: int, d_expert: int, by_descriptor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of no, one, few and many rows, and nobody's rows behind the last, which hold what the memory held."""
+    if cuda and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no such GPU")
+    low, top_k, n_tokens = (torch.bfloat16 if cuda else torch.float16), 2, 300
+    slots = torch.full((n_tokens, top_k), 5)
+    slots[:, 0], slots[::3, 1], slots[5, 1], slots[6:40, 1] = 4, 1, 0, 3
+    given = [torch.randn(n_tokens, d_model).to(low), torch.rand(n_tokens, top_k)]
+    given += [torch.randn(5, d_model, 2 * d_expert) / d_model**0.5, torch.randn(5, d_expert, d_model) / d_expert**0.5]
+    taken = []
+
+    def run(backend: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        x, gates, *weights = leaves = [t.to(DEVICE).requires_grad_() for t in given]
+        y = backend(x, gates, slots.to(DEVICE), *weights, "swiglu")
+        y.float().square().sum().backward()
+        return [y.detach(), *[leaf.grad for leaf in leaves if leaf.grad is not None]]
+
+    by = kernels._by_descriptor
+    monkeypatch.setattr(kernels, "_by_descriptor", lambda *given: taken.append(by(*given)) or taken[-1])
+    found = run(kernels.dispatch)
+    assert taken == [by_descriptor] * 2
+    monkeypatch.setattr(kernels, "_by_descriptor", lambda *given: False)
+    for a, b, c in zip(found, run(kernels.dispatch), run(loop.dispatch), strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        assert (a.float() - c.float()).norm() < 0.02 * c.float().norm()
+
+
+@pytest.mark.parametrize(
+    ("shared", "hopper"), [(99 * 1024, False), (163 * 1024, False), (227 * 1024, True), (99 * 1024, True)]
+)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_fit_the_shared_memory(itemsize: int, shared: int, hopper: bool) -> None:
+    for d_model, d_expert, rows_per_expert in ((1024, 512, 2048), (4096, 1024, 64), (16, 8, 1)):
+        given = tuned(itemsize, d_model, d_expert, rows_per_expert, shared_bytes=shared, hopper=hopper)
+        for name, tiles in given._asdict().items():
+            blocks = (tiles.rows + tiles.columns * (2 if name == "up" else 1)) * tiles.depth * itemsize
+            assert tiles.stages >= 2
+            assert 2 * blocks <= shared
+            assert all(n & (n - 1) == 0 and n >= 16 for n in tiles[:3])
+    assert tuned(2, 1024, 512, 2048, shared_bytes=227 * 1024, hopper=True) == TUNED[2]
+
+
+@runnable
 def test_the_same_bits_again(make_config: Callable[..., ModelConfig]) -> None:
     experts = Experts(make_config(expert_backend="triton"), 3, device=torch.device(DEVICE))
     torch.nn.init.normal_(experts.w_in)
@@ -123,8 +171,6 @@ def test_why_the_kernels_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("resident", [64, 32, 8])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 7e-3), (torch.float32, 3e-6)])
 def test_close_to_float64_on_fresh_data(dtype: torch.dtype, tolerance: float, resident: int) -> None:
-    from fomoe_pl.model.backends import loop
-
     x, gates = torch.randn(2048, 256, device="cuda").to(dtype), torch.rand(2048, 8, device="cuda")
     slots = torch.rand(2048, 64, device="cuda").topk(8).indices.clamp(max=resident)
     weights = (torch.randn(resident, 256, 256, device="cuda") / 16, torch.randn(resident, 128, 256, device="cuda") / 11)

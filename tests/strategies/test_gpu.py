@@ -85,6 +85,21 @@ def test_sites_share_a_gpu_over_gloo(root: str, tmp_path: Path, precision: str, 
     assert ours["validation"] == pytest.approx(theirs["validation"], rel=tolerance)
 
 
+def test_outer_state_on_the_host_changes_nothing(root: str, tmp_path: Path) -> None:
+    """Sites that share a GPU, with experts that move, outer momentum, saved and resumed; memory is what is left."""
+    changes = ["--trainer.accelerator", "gpu", "--trainer.devices", "1", f"{STRATEGY}.sites", "2"]
+    changes += [f"{STRATEGY}.share_device", "true", f"{STRATEGY}.placement", "random", f"{STRATEGY}.overlap", "1"]
+    changes += [f"{STRATEGY}.outer", "{rule: nesterov, lr: 0.7, momentum: 0.9}"]
+    found = {}
+    for where in ("device", "host"):
+        arguments = [*small(root, tmp_path, where), *changes, f"{STRATEGY}.outer_state", where]
+        run(["fit", *arguments], tmp_path)
+        run(["fit", *arguments, "--trainer.max_steps", "8", "--ckpt_path", "auto"], tmp_path)
+        found[where] = report(tmp_path, where)
+    assert found["host"]["validation"] == found["device"]["validation"]
+    assert found["host"]["bytes"] == found["device"]["bytes"]
+
+
 def test_the_paper_vocabulary_fits_beside_the_54m_model_in_16_gb() -> None:
     settings = yaml.safe_load((ROOT / "configs/model/fomoe-54m.yaml").read_text())["model"]["architecture"]
     config = replace(ModelConfig(**settings), expert_backend="grouped")

@@ -15,15 +15,17 @@ with swiglu), F expert width.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from fomoe_pl.model.backends.tuning import Tiles, Tuning, tuned, up_to_power
 from fomoe_pl.model.config import ExpertKind
 
 try:
     import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     from fomoe_pl.model.backends import triton_kernels as on_device
 
@@ -35,40 +37,25 @@ except ImportError:
 BLOCK = 512  # picks that one program counts and places
 
 
-class Tiles(NamedTuple):
-    """Tile of a product: rows, columns, summands a step, and how many warps and pipeline stages make it."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    registers: int | None = None  # the most of a thread, so that another program fits beside it
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return (9, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
 
 
-class Tuning(NamedTuple):
-    """Tiles of the five products. For swiglu `up` has two accumulators of rows × columns."""
-
-    up: Tiles
-    down: Tiles
-    down_backward: Tiles
-    up_backward: Tiles
-    weights: Tiles
+@lru_cache
+def _programs(device: torch.device) -> int:
+    """Programs of a kernel that goes through many tiles: one a multiprocessor."""
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-TUNED = {
-    2: Tuning(
-        up=Tiles(128, 128, 32, 8, 5),
-        down=Tiles(128, 256, 64, 8, 3),
-        down_backward=Tiles(64, 128, 64, 8, 3, registers=128),
-        up_backward=Tiles(128, 256, 64, 8, 3),
-        weights=Tiles(128, 128, 32, 4, 5),
-    ),
-    4: Tuning(*[Tiles(64, 64, 32, 4, 3)] * 5),
-}
-"""By the bytes of a number. Found by sweeps on an H100 (docs/benchmarks). A tile of 128 × 256 float32
-accumulators fills the registers of 8 warps; where a product has much to read or write beside its sums, two programs
-a multiprocessor do better, one computing while the other waits: tiles of half that size, 96 KiB of shared memory."""
+@lru_cache
+def _limits(device: torch.device) -> dict[str, Any]:
+    """What tiles have to fit."""
+    own = None if INTERPRETED else cast(Any, torch.cuda.get_device_properties(device))
+    return {
+        "shared_bytes": own.shared_memory_per_block_optin if own else 227 * 1024,
+        "hopper": _capability(device) >= (9, 0),
+    }
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -86,33 +73,9 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if device.type != "cuda":
         return f"triton does not run on {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if _capability(device) < (8, 0):
         return "they need compute capability 8.0 or above"
     return None
-
-
-def _up_to_power(n: int, least: int = 1) -> int:
-    return max(least, 1 << (n - 1).bit_length())
-
-
-@lru_cache(maxsize=64)
-def _tuning(itemsize: int, d_model: int, d_expert: int, rows_per_expert: int) -> Tuning:
-    """Tiles no larger than what there is of rows and channels."""
-
-    def fit(tiles: Tiles, rows: int, columns: int, depth: int) -> Tiles:
-        most = [_up_to_power(n, 16) for n in (rows, columns, depth)]
-        return tiles._replace(
-            rows=min(tiles.rows, most[0]), columns=min(tiles.columns, most[1]), depth=min(tiles.depth, most[2])
-        )
-
-    tuned = TUNED[itemsize]
-    return Tuning(
-        up=fit(tuned.up, rows_per_expert, d_expert, d_model),
-        down=fit(tuned.down, rows_per_expert, d_model, d_expert),
-        down_backward=fit(tuned.down_backward, rows_per_expert, d_expert, d_model),
-        up_backward=fit(tuned.up_backward, rows_per_expert, d_model, d_expert),
-        weights=fit(tuned.weights, min(d_model, d_expert), d_model, rows_per_expert),
-    )
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -148,8 +111,9 @@ class _Launch(NamedTuple):
     @classmethod
     def of(cls, x_TD: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor) -> _Launch:
         n_resident, d_expert, d_model = w_out_RFD.shape
-        tuning = _tuning(x_TD.element_size(), d_model, d_expert, max(1, slots_TK.numel() // n_resident))
-        constants = {"PRECISION": _precision(x_TD.dtype), "RP": _up_to_power(n_resident, 2)}
+        rows_per_expert = max(1, slots_TK.numel() // n_resident)
+        tuning = tuned(x_TD.element_size(), d_model, d_expert, rows_per_expert, **_limits(x_TD.device))
+        constants = {"PRECISION": _precision(x_TD.dtype), "RP": up_to_power(n_resident, 2)}
         swiglu = w_in_RDI.shape[2] == 2 * d_expert
         return cls(len(x_TD), d_model, d_expert, n_resident, slots_TK.shape[1], swiglu, tuning, constants)
 
@@ -179,7 +143,7 @@ def index_picks(slots_TK: Tensor, n_resident: int) -> tuple[Tensor, Tensor, Tens
         pick, -1 for a ghost's; ``offsets`` (R+1,), where each expert's rows begin.
     """
     n_picks, slots_P = slots_TK.numel(), slots_TK.reshape(-1)
-    n_blocks, padded = triton.cdiv(n_picks, BLOCK), _up_to_power(n_resident, 2)
+    n_blocks, padded = triton.cdiv(n_picks, BLOCK), up_to_power(n_resident, 2)
     step = min(BLOCK, max(16, 8192 // padded))
     counts_BR = torch.empty(n_blocks, padded, dtype=torch.int32, device=slots_TK.device)
     offsets_R1 = torch.empty(n_resident + 1, dtype=torch.int32, device=slots_TK.device)
@@ -187,7 +151,7 @@ def index_picks(slots_TK: Tensor, n_resident: int) -> tuple[Tensor, Tensor, Tens
     place_P = torch.empty_like(order_P)
     sizes = {"BLOCK": BLOCK, "STEP": step, "RP": padded}
     on_device.count_picks[(n_blocks,)](slots_P, counts_BR, n_picks, **sizes)
-    scan_step = min(_up_to_power(n_blocks, 2), max(2, 4096 // padded))
+    scan_step = min(up_to_power(n_blocks, 2), max(2, 4096 // padded))
     on_device.scan_counts[(1,)](counts_BR, offsets_R1, n_blocks, n_resident, STEP=scan_step, RP=padded)
     on_device.place_picks[(n_blocks,)](slots_P, counts_BR, order_P, place_P, n_picks, n_resident, **sizes)
     return order_P, place_P, offsets_R1
@@ -196,7 +160,7 @@ def index_picks(slots_TK: Tensor, n_resident: int) -> tuple[Tensor, Tensor, Tens
 def _sum_picks(y_LD: Tensor, place_P: Tensor, like_TD: Tensor, top_k: int) -> Tensor:
     y_TD = torch.empty_like(like_TD)
     d_model = like_TD.shape[1]
-    block = min(_up_to_power(d_model), 1024)
+    block = min(up_to_power(d_model), 1024)
     grid = (len(like_TD), triton.cdiv(d_model, block))
     on_device.sum_picks[grid](y_LD, place_P, y_TD, d_model, K=top_k, BLOCK=block, num_warps=max(1, block // 256))
     return y_TD
@@ -234,9 +198,27 @@ def _up(
     return pre_LI, h_LF
 
 
-def _product(launch: _Launch, tiles: Tiles, a_LC: Tensor, offsets_R1: Tensor, w_RCN: Tensor) -> Tensor:
+def _product(
+    launch: _Launch, tiles: Tiles, a_LC: Tensor, offsets_R1: Tensor, w_in_memory: Tensor, *, transposed: bool = False
+) -> Tensor:
+    """Rows times their experts' weights (R,C,N), or with ``transposed`` (R,N,C)."""
+    w_RCN = w_in_memory.transpose(1, 2) if transposed else w_in_memory
     n_channels, n_columns = w_RCN.shape[1:]
     y_LN = a_LC.new_empty(len(a_LC), n_columns)
+    if _by_descriptor(a_LC, tiles, n_channels, n_columns):
+        n_tiles = triton.cdiv(launch.n_picks, tiles.rows) + launch.n_resident
+        tiles_N4 = torch.empty(triton.cdiv(n_tiles, 128) * 128, 4, dtype=torch.int32, device=a_LC.device)
+        on_device.list_tiles[(len(tiles_N4) // 128,)](
+            offsets_R1, tiles_N4, launch.n_resident, BM=tiles.rows, BLOCK=128, RP=launch.constants["RP"]
+        )
+        block = [tiles.columns, tiles.depth] if transposed else [tiles.depth, tiles.columns]
+        n_programs = min(n_tiles * (n_columns // tiles.columns), _programs(a_LC.device))
+        on_device.rows_times_weight_by_descriptor[(n_programs,)](
+            _described(a_LC, [tiles.rows, tiles.depth]), _described(w_in_memory.flatten(0, 1), block), tiles_N4, y_LN,
+            C=n_channels, N=n_columns, TRANSPOSED=transposed, PRECISION=launch.constants["PRECISION"],
+            **_shape(tiles),
+        )  # fmt: skip
+        return y_LN
     on_device.rows_times_weight[launch.grid(tiles, n_columns)](
         a_LC, offsets_R1, w_RCN, y_LN, n_channels, n_columns, *w_RCN.stride(), launch.n_resident,
         **launch.constants, **_shape(tiles),
@@ -279,10 +261,20 @@ def skip_experts_backward(
     dw_out_RFD = _weight_gradient(launch, h_LF, dy_TD, "b", order_P, offsets_R1, w_out_RFD, dtype)
     del h_LF  # its memory serves the tokens' gradients
     dw_in_RDI = _weight_gradient(launch, x_TD, dpre_LI, "a", order_P, offsets_R1, w_in_RDI, dtype)
-    dx_LD = _product(launch, launch.tuning.up_backward, dpre_LI, offsets_R1, w_in_RDI.transpose(1, 2))
+    dx_LD = _product(launch, launch.tuning.up_backward, dpre_LI, offsets_R1, w_in_RDI, transposed=True)
     # A ghost's column of the parts holds whatever the memory held.
     dgates_TK = parts.sum(dim=0).where(place_P >= 0, 0).view_as(gates_TK)
     return _sum_picks(dx_LD, place_P, x_TD, launch.top_k), dgates_TK, dw_in_RDI, dw_out_RFD
+
+
+def _by_descriptor(a_LC: Tensor, tiles: Tiles, n_channels: int, n_columns: int) -> bool:
+    if a_LC.element_size() != 2 or n_channels % tiles.depth or n_columns % tiles.columns:
+        return False
+    return _capability(a_LC.device) >= (9, 0)
+
+
+def _described(matrix: Tensor, block: list[int]) -> Any:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
 
 
 def _weight_gradient(

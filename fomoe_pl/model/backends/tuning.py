@@ -1,0 +1,90 @@
+"""Tiles of the kernels' products: found by sweeps on an H100, cut to the rows, channels and shared memory there are."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    """Tile of a product: rows, columns, summands a step, and how many warps and pipeline stages make it."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    registers: int | None = None  # the most of a thread, so that another program fits beside it
+
+
+class Tuning(NamedTuple):
+    """Tiles of the five products. For swiglu `up` has two accumulators of rows × columns."""
+
+    up: Tiles
+    down: Tiles
+    down_backward: Tiles
+    up_backward: Tiles
+    weights: Tiles
+
+
+TUNED = {
+    2: Tuning(
+        up=Tiles(128, 128, 32, 8, 5),
+        down=Tiles(128, 256, 64, 8, 4),
+        down_backward=Tiles(64, 128, 64, 8, 3, registers=128),
+        up_backward=Tiles(128, 256, 64, 8, 4),
+        weights=Tiles(128, 256, 64, 8, 5),
+    ),
+    4: Tuning(*[Tiles(64, 64, 32, 4, 3)] * 5),
+}
+"""By the bytes of a number. Found by sweeps on an H100 (docs/benchmarks). A tile of 128 × 256 float32
+accumulators fills the registers of 8 warps; where a product has much to read or write beside its sums, two programs
+a multiprocessor do better, one computing while the other waits: tiles of half that size, 96 KiB of shared memory."""
+
+
+def up_to_power(n: int, least: int = 1) -> int:
+    """The smallest power of two that is not below n and least."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@lru_cache(maxsize=64)
+def tuned(
+    itemsize: int, d_model: int, d_expert: int, rows_per_expert: int, *, shared_bytes: int, hopper: bool
+) -> Tuning:
+    """Tiles for these sizes.
+
+    Args:
+        itemsize: Bytes of a number.
+        d_model: D.
+        d_expert: F.
+        rows_per_expert: Picks of an expert, about.
+        shared_bytes: Shared memory that a program may have.
+        hopper: Whether the GPU is of compute capability 9.0 or above.
+    """
+    stage_at_work = 0 if hopper else 1  # before Hopper it is in registers
+
+    def fit(tiles: Tiles, rows: int, columns: int, depth: int, accumulators: int = 1, elsewhere: int = 0) -> Tiles:
+        most = [up_to_power(n, 16) for n in (rows, columns, depth)]
+        tiles = tiles._replace(
+            rows=min(tiles.rows, most[0]), columns=min(tiles.columns, most[1]), depth=min(tiles.depth, most[2])
+        )
+        while True:
+            block = (tiles.rows + accumulators * tiles.columns) * tiles.depth * itemsize
+            # A descriptor's kernel writes a tile while it fetches the blocks of the next.
+            written = tiles.rows * tiles.columns * itemsize // 2 if hopper and not elsewhere else 0
+            if (tiles.stages - stage_at_work - elsewhere) * block + written <= shared_bytes or tiles.columns <= 16:
+                return tiles
+            if tiles.stages > 2 + elsewhere:
+                tiles = tiles._replace(stages=tiles.stages - 1)
+            else:
+                tiles = tiles._replace(columns=tiles.columns // 2)
+
+    tuning = TUNED[itemsize]
+    return Tuning(
+        up=fit(tuning.up, rows_per_expert, d_expert, d_model, accumulators=2),
+        down=fit(tuning.down, rows_per_expert, d_model, d_expert),
+        down_backward=fit(tuning.down_backward, rows_per_expert, d_expert, d_model),
+        up_backward=fit(tuning.up_backward, rows_per_expert, d_model, d_expert),
+        # Of its stages two have but numbers of tokens, by which rows are fetched.
+        weights=fit(tuning.weights, min(d_model, d_expert), d_model, rows_per_expert, elsewhere=2 if hopper else 0),
+    )
