@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 
 from tests.tools import load
@@ -103,6 +104,38 @@ def test_bench_gpus_compares_runs_on_several_ranks(root: str, tmp_path: Path) ->
     # On a CPU both backends are gloo, and a run is repeated to the bit.
     assert {found["largest"] for found in results["loss_distances"].values()} == {0.0}
     assert len(results["scaling_efficiency"]["pairs"]) == 2
+
+
+def test_bench_round_measures_each_wire_and_place(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(ROOT / "tools/bench_round.py"), "--model", "tiny", "--output", str(tmp_path)]
+    done = subprocess.run([*command, "--rounds", "2", "--wires", "gloo"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench_round.json").read_text())["rows"]
+    assert [(row["wire"], row["outer_state"], row["overlap"]) for row in rows] == [
+        ("gloo", state, overlap) for overlap in (1, 2) for state in ("device", "host")
+    ]
+    for row in rows:
+        assert row["round_seconds"] > 0
+        assert row["averages_seconds"] > 0
+        if not torch.cuda.is_available():
+            assert row["bus_bytes"] == [0, 0]
+            assert row["ratio"] == row["round_seconds"] / row["averages_seconds"]
+    assert rows[0]["parameters"] < rows[2]["parameters"]
+    assert len((tmp_path / "bench_round.md").read_text().splitlines()) == 15
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"momentum": False, "on_host": False, "by_host": False}, (0, 0)),
+        ({"momentum": True, "on_host": False, "by_host": True}, (4 * 7, 2 * 7)),
+        ({"momentum": False, "on_host": True, "by_host": False}, (12 * 10, 4 * 10)),
+        ({"momentum": True, "on_host": True, "by_host": True}, (16 * 10 + 4 * 7, 8 * 10 + 2 * 7)),
+    ],
+)
+def test_bytes_of_a_round_over_the_bus(options: dict[str, bool], expected: tuple[int, int]) -> None:
+    assert load("bench_round").bus_bytes(10, 7, 2, **options) == expected
 
 
 def test_a_ledger_that_differs_from_the_formula_is_seen() -> None:
