@@ -130,13 +130,12 @@ def bus_bytes(
         sent: of these, that are averaged with other sites.
         itemsize: bytes of a number on the wire.
         momentum: there is outer momentum.
-        on_host: it and the anchors are on the host: anchors come for the change and for the step, and what is new goes
-            back, and comes once more into the model.
+        on_host: it and the anchors are on the host: they come to the device, and what is new goes back.
         by_host: the wire's buffers are on the host; means come as float32.
     """
     up, down = (4 * sent, itemsize * sent) if by_host else (0, 0)
     if on_host:
-        up += (12 + 4 * momentum) * elements
+        up += (4 + 4 * momentum) * elements
         down += (4 + 4 * momentum) * elements
     return up, down
 
@@ -172,7 +171,7 @@ def measure(
     wire = NotedWire(
         Topology(n_sites, 1, rank), all_arcs(config.n_experts, config.n_layers, n_sites, overlap), Ledger(),
         device=torch.device("cpu") if by_host else device, dtype=options.wire_dtype,
-        bucket_bytes=options.bucket_mib * MIB, pinned=by_host and device.type == "cuda",
+        bucket_bytes=options.bucket_mib * MIB, home=device,
     )  # fmt: skip
     outer = OuterRule("nesterov", 0.7) if options.rule == "nesterov" else OuterRule()
     layout = ParameterLayout.of(model, model.expert_tensors())

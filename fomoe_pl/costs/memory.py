@@ -164,13 +164,14 @@ class RankMemory:
 def _wire_bytes(load: Load, largest_piece: int, resident_elements: int) -> int:
     itemsize = ITEMSIZE[load.wire_dtype]
     elements = max(load.bucket_bytes // itemsize, largest_piece)
-    temporary = 4 * largest_piece * (3 if load.outer_momentum else 1)
-    if load.state_on_host:
-        temporary += 4 * largest_piece * (2 if load.outer_momentum else 1)
+    one, two = min(elements, resident_elements), min(2 * elements, resident_elements)
+    state = 4 * two * (2 if load.outer_momentum else 1) if load.state_on_host else 0
+    steps = 4 * one if load.outer_momentum else 0
     if not load.wire_on_device:
-        return temporary + 4 * largest_piece
-    mean = 4 * min(elements, resident_elements) if itemsize < 4 else 0  # of one buffer, while the next one travels
-    return temporary + min(2 * elements, resident_elements) * itemsize + mean
+        # Changes and the buffer to be sent; later means, of the wire's type and as float32, and steps.
+        return state + 4 * one + max(itemsize * one, (itemsize * one if itemsize < 4 else 0) + steps)
+    mean = 4 * one if itemsize < 4 else 0  # of one buffer, while the next one travels
+    return state + two * itemsize + max(4 * one, mean + steps)
 
 
 def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident: int, routing: Routing) -> int:

@@ -48,25 +48,39 @@ class OuterRule:
         return self.rule == "nesterov"
 
 
-def outer_step_(
-    rule: OuterRule, anchor: Tensor, delta: Tensor, momentum: Tensor | None, *, freeze_if_zero: bool
+def outer_steps_(
+    rule: OuterRule,
+    anchors: list[Tensor],
+    deltas: list[Tensor],
+    momenta: list[Tensor] | None,
+    *,
+    freeze_if_zero: bool,
 ) -> None:
-    """One outer step in place, in float32.
+    """One outer step of several values in place, in float32.
 
     Args:
         rule: the outer rule.
-        anchor: last agreed values, any shape.
-        delta: averaged pseudo-gradient, anchor - mean of the holders, same shape.
-        momentum: momentum buffer for `nesterov`, same shape, else None.
-        freeze_if_zero: leave anchor and momentum untouched where the whole pseudo-gradient is zero: an expert that
-            nobody trained must not coast on old momentum.
+        anchors: last agreed values, any shapes, on one device.
+        deltas: averaged pseudo-gradients, anchor - mean of the holders, of the same shapes.
+        momenta: momentum buffers for `nesterov`, of the same shapes, else None.
+        freeze_if_zero: leave anchor and momentum untouched where the whole pseudo-gradient of a value is zero: an
+            expert that nobody trained must not coast on old momentum.
     """
-    if momentum is None:
-        anchor.sub_(delta, alpha=rule.lr)
+    # All at once: there are thousands of experts' tensors, and a GPU is faster with each than Python.
+    if momenta is None:
+        torch._foreach_sub_(anchors, deltas, alpha=rule.lr)
         return
-    # A 0-dim tensor instead of an `if`: no host synchronisation on a GPU.
-    active = (delta != 0).any() if freeze_if_zero else torch.ones((), dtype=torch.bool, device=delta.device)
-    new_momentum = torch.where(active, momentum * rule.momentum + delta, momentum)
-    step = torch.where(active, delta + rule.momentum * new_momentum, 0.0)
-    momentum.copy_(new_momentum)
-    anchor.sub_(step, alpha=rule.lr)
+    if not freeze_if_zero:
+        torch._foreach_mul_(momenta, rule.momentum)
+        torch._foreach_add_(momenta, deltas)
+        steps = torch._foreach_mul(momenta, rule.momentum)
+        torch._foreach_add_(steps, deltas)
+    else:
+        # Factors on the device instead of an `if`: the host does not wait.
+        largest = torch.stack(torch._foreach_norm(deltas, torch.inf))
+        active, factor = largest != 0, torch.full_like(largest, rule.momentum)
+        torch._foreach_mul_(momenta, list(factor.where(active, 1.0).unbind()))
+        torch._foreach_add_(momenta, deltas)
+        steps = torch._foreach_mul(momenta, list(factor.where(active, 0.0).unbind()))
+        torch._foreach_add_(steps, deltas)  # of what is frozen both are zero
+    torch._foreach_sub_(anchors, steps, alpha=rule.lr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -19,26 +19,12 @@ from fomoe_pl.federation.inner import RowAdamW, moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
-from fomoe_pl.federation.outer import OuterRule, outer_step_
+from fomoe_pl.federation.outer import OuterRule, outer_steps_
+from fomoe_pl.federation.outer_state import OuterState, Piece
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
 from fomoe_pl.federation.wire import Wire
 
 InnerMoments = Literal["keep", "reset", "average"]
-
-
-class Piece(NamedTuple):
-    """A tensor, or one expert's row of a stacked tensor."""
-
-    name: str
-    row: int | None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor that has the layout's shape, as a view."""
-        return tensor if self.row is None else tensor[self.row]
-
-
-def _on_host(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=torch.float32, device="cpu", pin_memory=like.is_cuda)
 
 
 class Federation:
@@ -70,10 +56,8 @@ class Federation:
         self.outer = outer
         self.inner_moments = inner_moments
         self.site = wire.topology.site
-        # Agreed values and outer state are float32 whatever the training precision: bf16 would lose small updates.
-        state = _on_host if state_on_host else partial(torch.empty_like, dtype=torch.float32)
-        self.anchors = {n: state(t.detach()).copy_(t.detach()) for n, t in layout.tensors.items()}
-        self.momenta = {n: state(layout.tensors[n].detach()).zero_() for n in layout.trained if outer.has_momentum}
+        self._state = OuterState(layout, has_momentum=outer.has_momentum, on_host=state_on_host)
+        self.anchors, self.momenta = self._state.anchors, self._state.momenta
         self._stash: dict[str, Tensor] | None = None
         self.movement: Movement | None = None  # filled by each round, if somebody wants to know
 
@@ -113,51 +97,46 @@ class Federation:
                 self._note_movement()
         for kind, sites, pieces in self._groups():
             numels = [piece.of(self.anchors[piece.name]).numel() for piece in pieces]
-            read, write = partial(self._pseudo_gradient, pieces), partial(self._outer_step, kind, pieces, measured)
+            read, write = partial(self._pseudo_gradients, pieces), partial(self._outer_steps, kind, pieces, measured)
             self.wire.average(kind, sites, numels, read, write, left_out)
+            if left_out.issuperset(sites):
+                for piece in pieces:
+                    piece.of(self.layout.tensors[piece.name]).copy_(piece.of(self.anchors[piece.name]))
         if self.inner_moments == "average":
             self._average_moments(optimizer, left_out)
         elif self.inner_moments == "reset" or self.site in left_out:
             optimizer.state.clear()
-        self.layout.fill(self.anchors)  # waits for what is on its way to the host
+        self._state.settle()
 
-    def _pseudo_gradient(self, pieces: Sequence[Piece], i: int) -> Tensor:
-        return self._change(pieces[i])
+    def _pseudo_gradients(self, pieces: Sequence[Piece], bucket: Sequence[int]) -> list[Tensor]:
+        taken = [pieces[i] for i in bucket]
+        return _changes(self._locals(taken), self._state.fetch(taken).anchors)
 
-    def _change(self, piece: Piece) -> Tensor:
-        local = piece.of(self.layout.tensors[piece.name])
-        # The site started from the anchor in the training dtype. What that rounded off is no change, and stays in the
-        # anchor: else an outer step would feed it back round after round.
-        start = self._beside(local, piece.of(self.anchors[piece.name])).to(local.dtype)
-        return start.float() - local.float()
+    def _locals(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        return [piece.of(self.layout.tensors[piece.name]) for piece in pieces]
 
-    @staticmethod
-    def _beside(local: Tensor, state: Tensor) -> Tensor:
-        """Anchor or momentum on the device of this site's values: itself, or a copy of what is on the host."""
-        return state.to(local.device, non_blocking=True)
-
-    def _outer_step(self, kind: Kind, pieces: Sequence[Piece], measured: bool, i: int, mean: Tensor) -> None:
-        piece = pieces[i]
-        local, kept = piece.of(self.layout.tensors[piece.name]), piece.of(self.anchors[piece.name])
-        anchor = self._beside(local, kept)
-        delta = mean.to(anchor.device).view_as(anchor)
-        if measured and piece.name in self.layout.trained:
+    def _outer_steps(
+        self, kind: Kind, pieces: Sequence[Piece], measured: bool, bucket: Sequence[int], means: Sequence[Tensor]
+    ) -> None:
+        taken = [pieces[i] for i in bucket]
+        anchors, momenta = self._state.fetch(taken)
+        deltas = [mean.view_as(anchor) for mean, anchor in zip(means, anchors, strict=True)]
+        trained = [i for i, piece in enumerate(taken) if piece.name in self.layout.trained]
+        if measured:
             movement = cast(Movement, self.movement)
             with movement.watched(wait=False):  # there are hundreds of pieces, and next to nothing to wait for
-                layer, experts = self._experts_of(piece.name)
-                movement.add(MEAN, layer, experts if piece.row is None else [experts[piece.row]], delta)
-        if piece.name not in self.layout.trained:
-            anchor.sub_(delta)
-        elif self.outer.has_momentum:
-            kept_momentum = piece.of(self.momenta[piece.name])
-            momentum = self._beside(local, kept_momentum)
-            outer_step_(self.outer, anchor, delta, momentum, freeze_if_zero=kind == "expert")
-            if momentum is not kept_momentum:
-                kept_momentum.copy_(momentum, non_blocking=True)
-        else:
-            outer_step_(self.outer, anchor, delta, None, freeze_if_zero=kind == "expert")
-        if anchor is not kept:
-            kept.copy_(anchor, non_blocking=True)
+                for i in trained:
+                    layer, experts = self._experts_of(taken[i].name)
+                    row = taken[i].row
+                    movement.add(MEAN, layer, experts if row is None else [experts[row]], deltas[i])
+        if trained:
+            moved, by = [anchors[i] for i in trained], [deltas[i] for i in trained]
+            outer_steps_(self.outer, moved, by, momenta, freeze_if_zero=kind == "expert")
+        for i in range(len(taken)):
+            if taken[i].name not in self.layout.trained:
+                anchors[i].sub_(deltas[i])
+        torch._foreach_copy_(self._locals(taken), anchors)
+        self._state.store(taken)
 
     def _note_movement(self) -> None:
         """This site's changes and what they started from: whole tensors, not expert by expert."""
@@ -165,8 +144,10 @@ class Federation:
         movement.start()
         for name in sorted(self.layout.trained):
             layer, experts = self._experts_of(name)
-            movement.add(OWN, layer, experts, self._change(Piece(name, None)))
-            movement.add(AGREED, layer, experts, self._beside(self.layout.tensors[name], self.anchors[name]))
+            local = self.layout.tensors[name]
+            anchor = self.anchors[name].to(local.device, non_blocking=True)
+            movement.add(OWN, layer, experts, _changes([local], [anchor])[0])
+            movement.add(AGREED, layer, experts, anchor)
         movement.settle()  # before the anchors change
 
     def _experts_of(self, name: str) -> tuple[int | None, Sequence[int]]:
@@ -191,10 +172,14 @@ class Federation:
             self._average_in_place(sites, views, left_out)
 
     def _average_in_place(self, sites: tuple[int, ...], views: Sequence[Tensor], left_out: frozenset[int]) -> None:
-        def write(i: int, mean: Tensor) -> None:
-            views[i].copy_(mean.view_as(views[i]))
+        def read(bucket: Sequence[int]) -> list[Tensor]:
+            return [views[i].float() for i in bucket]
 
-        self.wire.average("moments", sites, [v.numel() for v in views], lambda i: views[i].float(), write, left_out)
+        def write(bucket: Sequence[int], means: Sequence[Tensor]) -> None:
+            for i, mean in zip(bucket, means, strict=True):
+                views[i].copy_(mean.view_as(views[i]))
+
+        self.wire.average("moments", sites, [v.numel() for v in views], read, write, left_out)
 
     def is_finite(self) -> bool:
         """Whether all local values of this site are finite; waits for the device."""
@@ -335,3 +320,12 @@ class Federation:
         for name, anchor in self.anchors.items():
             anchor.copy_(weights[name])
         self.layout.fill(self.anchors)
+
+
+def _changes(local: list[Tensor], anchors: list[Tensor]) -> list[Tensor]:
+    """Anchor less local value of each, float32."""
+    if all(t.dtype == torch.float32 for t in local):
+        return list(torch._foreach_sub(anchors, local))
+    # A site started from the anchor in the training dtype. What that rounded off is no change, and stays in the anchor:
+    # else an outer step would feed it back round after round.
+    return [anchor.to(t.dtype).float() - t.float() for t, anchor in zip(local, anchors, strict=True)]

@@ -30,7 +30,8 @@ class Wire:
         dtype: dtype of averaged values on the wire; sums are decoded to float32.
         bucket_bytes: upper bound of one buffer (a single larger tensor gets a buffer of its own).
         timeout: after which a collective raises.
-        pinned: host buffers are page-locked, for values that come from a GPU.
+        home: where the values live that are averaged; None is the wire's device. Host buffers for values of a GPU are
+            page-locked.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Wire:
         dtype: WireDtype = "float32",
         bucket_bytes: int = 64 * 2**20,
         timeout: timedelta | None = None,
-        pinned: bool = False,
+        home: torch.device | None = None,
     ) -> None:
         self.topology = topology
-        self.pinned = pinned
+        self.home = device if home is None else home
+        self.pinned = self.home.type == "cuda" and device.type == "cpu"
         self.ledger = ledger
         self.device = device
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -67,8 +69,8 @@ class Wire:
         kind: Kind,
         sites: tuple[int, ...],
         numels: Sequence[int],
-        read: Callable[[int], Tensor],
-        write: Callable[[int, Tensor], None],
+        read: Callable[[list[int]], Sequence[Tensor]],
+        write: Callable[[list[int], Sequence[Tensor]], None],
         left_out: frozenset[int] = frozenset(),
     ) -> None:
         """Average pieces over the sites of a holder set, bucket by bucket.
@@ -79,20 +81,21 @@ class Wire:
             kind: ledger kind.
             sites: the holder set; this rank's site is one of it.
             numels: number of elements of each piece, equal on all holders.
-            read: gives piece i as a float32 tensor.
-            write: takes the mean of piece i, flat, float32, on the wire's device.
+            read: gives the pieces of a bucket as float32 tensors, at home.
+            write: takes the pieces' means, flat, float32, at home.
             left_out: sites whose weight is zero, the same on all sites: the mean is over the others, and where no
                 site is left nothing is sent or written.
         """
         n_taken = len([site for site in sites if site not in left_out])
         if n_taken == 0:
             return
+        buckets = _buckets(numels, self.bucket_bytes // self.dtype.itemsize)
         if len(sites) == 1:  # nothing crosses, so nothing is rounded to the wire's dtype either
-            for i in range(len(numels)):
-                write(i, read(i).reshape(-1))
+            for bucket in buckets:
+                write(bucket, [value.reshape(-1) for value in read(bucket)])
             return
         end_last: Callable[[], None] | None = None
-        for bucket in _buckets(numels, self.bucket_bytes // self.dtype.itemsize):
+        for bucket in buckets:
             sizes = [numels[i] for i in bucket]
             buffer = self._filled(bucket, sizes, read, left_out)
             wait = self._start_all_reduce(kind, buffer, sites)
@@ -103,27 +106,28 @@ class Wire:
             end_last()
 
     def _filled(
-        self, bucket: list[int], sizes: list[int], read: Callable[[int], Tensor], left_out: frozenset[int]
-    ) -> Tensor:
+        self, bucket: list[int], sizes: list[int], read: Callable[[list[int]], Sequence[Tensor]],
+        left_out: frozenset[int],
+    ) -> Tensor:  # fmt: skip
         buffer = torch.empty(sum(sizes), dtype=self.dtype, device=self.device, pin_memory=self.pinned)
-        for i, part in zip(bucket, buffer.split(sizes), strict=True):
-            if self.topology.site in left_out:
-                part.zero_()  # what it has may be no number, and then zero times it is none either
-            else:
-                part.copy_(read(i).reshape(-1), non_blocking=self.pinned)
+        if self.topology.site in left_out:
+            return buffer.zero_()  # what it has may be no number, and then zero times it is none either
+        there = torch.empty_like(buffer, device=self.home, pin_memory=False) if self.pinned else buffer
+        torch._foreach_copy_(there.split(sizes), [value.reshape(-1) for value in read(bucket)])
         if self.pinned:
+            buffer.copy_(there, non_blocking=True)  # in one piece: the bus has its latencies, too
             torch.cuda.current_stream().synchronize()
         return buffer
 
-    @staticmethod
     def _end(
-        wait: Callable[[], None], buffer: Tensor, bucket: list[int], sizes: list[int], n_taken: int,
-        write: Callable[[int, Tensor], None],
+        self, wait: Callable[[], None], buffer: Tensor, bucket: list[int], sizes: list[int], n_taken: int,
+        write: Callable[[list[int], Sequence[Tensor]], None],
     ) -> None:  # fmt: skip
         wait()
-        mean = buffer.float().div_(n_taken)
-        for i, part in zip(bucket, mean.split(sizes), strict=True):
-            write(i, part)
+        mean = buffer.to(self.home, non_blocking=True).float()
+        # A tensor: by a number a GPU multiplies with its inverse, and a site on a CPU would get other bits.
+        mean /= torch.full((), n_taken, dtype=torch.float32, device=self.home)
+        write(bucket, mean.split(sizes))
 
     def sum(self, kind: Kind, values: Tensor) -> Tensor:
         """Sum a small tensor over all sites; returns a new tensor on the input's device and in its dtype."""

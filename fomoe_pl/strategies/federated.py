@@ -196,7 +196,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
             dtype=self.wire_dtype,
             bucket_bytes=self.bucket_mib * 2**20,
             timeout=self._timeout,
-            pinned=gloo and self.root_device.type == "cuda",
+            home=self.root_device,
         )
         self.federation = Federation(
             self.layout(), self.placed(config, self.redraws), wire,

@@ -82,7 +82,7 @@ def test_less_overlap_is_smaller_and_faster_and_larger_k_is_faster() -> None:
 def test_what_overflows_is_told_for_each_method_with_what_would_fit() -> None:
     """Full replicas of DDP and DiLoCo do not fit where LocalAdamW does: that is told beside the plans."""
     small = [dict(SITES[0], name="cramped", memory_gib=0.0885), *SITES[1:]]
-    plans, refusals = planned(sites=small, wire_dtypes=["float32"])
+    plans, refusals = planned(sites=small, wire_dtypes=["float32"], bucket_mib=1)
     fitting = {(p.choice.method, p.choice.overlap) for p in plans}
     refused = {(method, o): r.reason for r in refusals for method in r.methods for o in r.overlaps}
     tried = {(method, o) for method in ("local_adamw", "diloco") for o in (1, 2, 3, 4)} | {("ddp", 4)}

@@ -37,7 +37,7 @@ class Case:
     reshuffle_rounds: int = 1
     untouched: int | None = None  # an expert that gets no gradient after the first round
     n_sites: int = SITES
-    far: bool = False  # anchors and momentum lie elsewhere than the values, and are copied for each use
+    on_host: bool = False  # anchors and momentum, which are copied for each use
 
     def place(self, epoch: int) -> Placement:
         return place(self.placement, n_layers=LAYERS, n_experts=EXPERTS, n_sites=self.n_sites, overlap=self.overlap,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.outer import OuterRule, outer_step_
+from fomoe_pl.federation.outer import OuterRule, outer_steps_
 
 
 def deltas(n: int) -> list[torch.Tensor]:
@@ -19,36 +19,36 @@ def test_nesterov_is_torchs_sgd(freeze: bool) -> None:
     for delta in deltas(5):
         parameter.grad = delta.clone()
         sgd.step()
-        outer_step_(rule, anchor, delta, momentum, freeze_if_zero=freeze)
+        outer_steps_(rule, [anchor], [delta], [momentum], freeze_if_zero=freeze)
         torch.testing.assert_close(anchor, parameter.detach())
 
 
 def test_average_moves_to_the_mean() -> None:
     anchor, [delta] = torch.ones(3, 2), deltas(1)
-    outer_step_(OuterRule(), anchor, delta, None, freeze_if_zero=False)
+    outer_steps_(OuterRule(), [anchor], [delta], None, freeze_if_zero=False)
     torch.testing.assert_close(anchor, 1 - delta)
-    outer_step_(OuterRule("average", 0.5), anchor, delta, None, freeze_if_zero=True)
+    outer_steps_(OuterRule("average", 0.5), [anchor], [delta], None, freeze_if_zero=True)
     torch.testing.assert_close(anchor, 1 - 1.5 * delta)
 
 
 def test_only_a_frozen_tensor_ignores_a_zero_pseudo_gradient() -> None:
     rule, zero = OuterRule("nesterov", 0.7, 0.9), torch.zeros(2)
     anchor, momentum = torch.ones(2), torch.ones(2)
-    outer_step_(rule, anchor, zero, momentum, freeze_if_zero=True)
+    outer_steps_(rule, [anchor], [zero], [momentum], freeze_if_zero=True)
     assert anchor.tolist() == [1, 1]
     assert momentum.tolist() == [1, 1]
-    outer_step_(rule, anchor, zero, momentum, freeze_if_zero=False)
+    outer_steps_(rule, [anchor], [zero], [momentum], freeze_if_zero=False)
     assert anchor.max() < 1
     assert momentum.max() < 1
     # One element that moved is enough: the rest of the tensor is trained too.
     anchor, momentum = torch.ones(2), torch.ones(2)
-    outer_step_(rule, anchor, torch.tensor([0.0, 1.0]), momentum, freeze_if_zero=True)
+    outer_steps_(rule, [anchor], [torch.tensor([0.0, 1.0])], [momentum], freeze_if_zero=True)
     assert anchor.max() < 1
 
 
 def test_a_diverged_site_is_not_hidden() -> None:
     anchor, momentum = torch.ones(2), torch.zeros(2)
-    outer_step_(OuterRule("nesterov"), anchor, torch.tensor([float("nan"), 0.0]), momentum, freeze_if_zero=True)
+    outer_steps_(OuterRule("nesterov"), [anchor], [torch.tensor([float("nan"), 0.0])], [momentum], freeze_if_zero=True)
     assert anchor.isnan().tolist() == [True, False]
 
 

@@ -25,8 +25,8 @@ CASES = [
     *(Case(o, "random", inner_moments="reset", **NESTEROV) for o in (2, 4)),
     Case(2, "random", reshuffle_rounds=2, rounds=4, warmup=0, **NESTEROV),
     Case(2, "fixed", untouched=1, inner_moments="reset", **NESTEROV),
-    Case(2, "random", far=True),
-    Case(2, "random", far=True, untouched=1, inner_moments="average", **NESTEROV),
+    Case(2, "random", on_host=True),
+    Case(2, "random", on_host=True, untouched=1, inner_moments="average", **NESTEROV),
 ]
 
 

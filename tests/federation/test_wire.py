@@ -43,7 +43,10 @@ def _average(rank: int, sites: tuple[int, ...], dtype: Any, bucket_bytes: int) -
                 bucket_bytes=bucket_bytes)  # fmt: skip
     means: dict[int, Tensor] = {}
     if rank in sites:
-        wire.average("expert", sites, NUMELS, lambda i: value(rank, i), lambda i, mean: means.update({i: mean.clone()}))
+        wire.average(
+            "expert", sites, NUMELS, lambda bucket: [value(rank, i) for i in bucket],
+            lambda bucket, found: means.update({i: mean.clone() for i, mean in zip(bucket, found, strict=True)}),
+        )  # fmt: skip
     wire.close()
     return [means[i] for i in sorted(means)], wire.ledger
 
@@ -79,11 +82,11 @@ def test_a_bucket_travels_while_its_neighbours_are_written_and_read(monkeypatch:
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     wire = Wire(Topology(2, 1, 0), [(0, 1)], Ledger(), device=torch.device("cpu"), bucket_bytes=4)
 
-    def read(i: int) -> Tensor:
-        done.append(f"read {i}")
-        return torch.ones(1)
+    def read(bucket: list[int]) -> list[Tensor]:
+        done.append(f"read {bucket[0]}")
+        return [torch.ones(1)]
 
-    wire.average("dense", (0, 1), [1, 1, 1], read, lambda i, mean: done.append(f"write {i}"))
+    wire.average("dense", (0, 1), [1, 1, 1], read, lambda bucket, means: done.append(f"write {bucket[0]}"))
     assert done == ["read 0", "send", "read 1", "send", "wait", "write 0", "read 2", "send", "wait", "write 1", "wait",
                     "write 2"]  # fmt: skip
 

@@ -56,10 +56,9 @@ def make(case: Case, rank: int, **wire_options: Any) -> tuple[Federation, RowAda
     wire = Wire(Topology(case.n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"), **wire_options)
     federation = Federation(
         layout, placement, wire,
-        outer=OuterRule(case.rule, case.lr, case.momentum), inner_moments=case.inner_moments, state_on_host=case.far,
+        outer=OuterRule(case.rule, case.lr, case.momentum), inner_moments=case.inner_moments,
+        state_on_host=case.on_host,
     )  # fmt: skip
-    if case.far:
-        federation._beside = lambda local, state: state.clone()  # type: ignore[method-assign]
     trained = [layout.tensors[name] for name in sorted(layout.trained)]
     return federation, RowAdamW(trained, row_warmup_steps=case.warmup, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
 

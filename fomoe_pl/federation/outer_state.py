@@ -1,0 +1,106 @@
+"""What sites agreed on last, and the outer rule's momentum: on the device, or on the host and fetched in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomoe_pl.federation.layout import ParameterLayout
+
+
+class Piece(NamedTuple):
+    """A tensor, or one expert's row of a stacked tensor."""
+
+    name: str
+    row: int | None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece of a tensor that has the layout's shape, as a view."""
+        return tensor if self.row is None else tensor[self.row]
+
+
+class Fetched(NamedTuple):
+    """State of some pieces where their values live.
+
+    Attributes:
+        anchors: of each piece.
+        momenta: of each piece that is trained; None without outer momentum.
+    """
+
+    anchors: list[Tensor]
+    momenta: list[Tensor] | None
+
+
+class OuterState:
+    """Anchors and outer momentum, float32 whatever the training precision: bfloat16 would lose small updates.
+
+    Args:
+        layout: this site's tensors.
+        has_momentum: whether there is outer momentum, of what is trained.
+        on_host: keep both in memory of the host, page-locked where the tensors are on a GPU.
+
+    Attributes:
+        anchors: by the layout's names.
+        momenta: likewise; empty without outer momentum.
+    """
+
+    def __init__(self, layout: ParameterLayout, *, has_momentum: bool, on_host: bool) -> None:
+        new = _on_host if on_host else partial(torch.empty_like, dtype=torch.float32)
+        self.layout = layout
+        self.anchors = {n: new(t.detach()).copy_(t.detach()) for n, t in layout.tensors.items()}
+        self.momenta = {n: new(layout.tensors[n].detach()).zero_() for n in layout.trained if has_momentum}
+        self._elsewhere = on_host
+        self._on_their_way: dict[Piece, Fetched] = {}
+        on_gpu = on_host and any(t.is_cuda for t in layout.tensors.values())
+        self._back: torch.cuda.Stream | None = torch.cuda.Stream() if on_gpu else None
+
+    def fetch(self, pieces: Sequence[Piece]) -> Fetched:
+        """The state of pieces on the device of their values: itself, or a copy, which stays there until `store`."""
+        if not self._elsewhere:
+            return self._of(pieces)
+        if pieces[0] not in self._on_their_way:
+            kept, device = self._of(pieces), self.layout.tensors[pieces[0].name].device
+            anchors, momenta = (
+                None if of is None else [t.to(device, copy=True, non_blocking=True) for t in of] for of in kept
+            )
+            self._on_their_way[pieces[0]] = Fetched(anchors or [], momenta)
+        return self._on_their_way[pieces[0]]
+
+    def store(self, pieces: Sequence[Piece]) -> None:
+        """Keep what was made of the state that `fetch` gave, and forget that."""
+        if not self._elsewhere:
+            return
+        there, kept = self._on_their_way.pop(pieces[0]), self._of(pieces)
+        if self._back is None:
+            _copy(there, kept)
+            return
+        # Beside what is fetched meanwhile: the bus goes both ways at once.
+        self._back.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._back):
+            _copy(there, kept)
+        for tensor in (*there.anchors, *(there.momenta or ())):
+            tensor.record_stream(self._back)
+
+    def settle(self) -> None:
+        """Wait until the host has everything."""
+        if self._back is not None:
+            self._back.synchronize()
+
+    def _of(self, pieces: Sequence[Piece]) -> Fetched:
+        trained = [piece for piece in pieces if piece.name in self.momenta]
+        momenta = [piece.of(self.momenta[piece.name]) for piece in trained] if self.momenta else None
+        return Fetched([piece.of(self.anchors[piece.name]) for piece in pieces], momenta)
+
+
+def _on_host(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=torch.float32, device="cpu", pin_memory=like.is_cuda)
+
+
+def _copy(there: Fetched, kept: Fetched) -> None:
+    for source, target in ((there.anchors, kept.anchors), (there.momenta or [], kept.momenta or [])):
+        for a, b in zip(source, target, strict=True):
+            b.copy_(a, non_blocking=True)
