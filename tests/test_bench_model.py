@@ -118,6 +118,8 @@ def test_targets_of_model_r() -> None:
     }  # fmt: skip
     large = [replace(row, peak_bytes=21 * 2**30) for row in made_rows("olmoe-1.3b", ours_1=1.0)]
     assert verdicts(large)["memory, all resident (GiB)"] == (21.0, 20.0, False)
+    saving = [*large, *made_rows("olmoe-1.3b", ours_saving_1=0.9)]
+    assert verdicts(saving)["memory, all resident, experts checkpointed (GiB)"] == (20.0, 20.0, True)
     worse = verdicts(made_rows("olmoe-1.3b", **{**speeds, "hf_compiled_1": 0.7, "ours_2": 1.1, "ours_4": 1.05}))
     assert [met for _, _, met in worse.values()] == [True, False, True, False, True, False, False]
 

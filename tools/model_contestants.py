@@ -78,6 +78,7 @@ VARIANTS: dict[str, Ours | HuggingFace] = {
     "ours": Ours("triton", compiled=True, recorded=True, bf16_gradients=True),
     "ours_float32": Ours("triton", compiled=True, recorded=True),
     "ours_saving": Ours("triton", compiled=True, recorded=True, bf16_gradients=True, checkpointing="experts"),
+    "ours_least": Ours("triton", compiled=True, recorded=True, bf16_gradients=True, checkpointing="blocks"),
     "ours_compiled": Ours("triton", compiled=True, bf16_gradients=True),
     "ours_eager": Ours("auto", compiled=False),
     "grouped_recorded": Ours("grouped", compiled=True, recorded=True),
