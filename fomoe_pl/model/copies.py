@@ -68,7 +68,9 @@ class ExpertCopies:
             for weight in (experts.w_in, experts.w_out):
                 weight.grad = None
                 weight.grad_dtype = weight.dtype
-        self._experts, self.of = [], {}
+        self._experts = []
+        self.of.clear()  # an optimizer has it, too
+        self._versions.clear()
 
 
 def _hand_over(weight: nn.Parameter) -> Callable[[Tensor], None]:

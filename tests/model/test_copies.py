@@ -70,7 +70,9 @@ def test_gradients_are_rounded_and_nothing_else_changes(make_config: Callable[..
         assert ours.grad.is_contiguous()
         assert torch.equal(ours.grad, theirs.grad.to(ours.grad.dtype)), name
     assert bool(copies.of) == (mode == "none")
+    of = copies.of
     copies.remove()
+    assert not of  # which an optimizer has
     assert all(w.grad is None for w in expert_weights(model))
     model.zero_grad()
     backward(model)
