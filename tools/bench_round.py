@@ -57,21 +57,18 @@ class NotedWire(Wire):
 
     def alone(self) -> float:
         """Seconds of the noted averages, two of them on their way at a time, as in a round."""
-        noted = [*self.noted]
-        largest = max((n for _, n, _ in noted), default=0)
+        largest = max((n for _, n, _ in self.noted), default=0)
         buffers = [torch.zeros(largest, dtype=self.dtype, device=self.device, pin_memory=self.pinned) for _ in range(2)]
         start = started()
         last: Callable[[], None] | None = None
-        for i, (kind, numel, sites) in enumerate(noted):
+        for i, (kind, numel, sites) in enumerate(self.noted):
             wait = super()._start_all_reduce(kind, buffers[i % 2][:numel], sites)
             if last is not None:
                 last()
             last = wait
         if last is not None:
             last()
-        seconds = finished(start)
-        self.noted = noted
-        return seconds
+        return finished(start)
 
 
 @dataclass(frozen=True)

@@ -120,9 +120,8 @@ def held_bytes(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
     parameters = list(pl_module.parameters())
     experts = [block.moe.experts for block in observed_module(pl_module).transformer.layers]
     copies = [(copy, e.copies.has_values) for e in experts if e.copies for copy in (e.copies.w_in, e.copies.w_out)]
-    saved = sum(
-        copy.numel() * (4 - copy.itemsize) for copy, _ in copies
-    )  # of gradients: theirs are of the copies' type
+    # Of gradients: experts' are of the copies' type, in the place of float32.
+    saved = sum(copy.numel() * (4 - copy.itemsize) for copy, _ in copies)
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
     return {
         "parameters": sum(p.nbytes for p in parameters) + sum(copy.nbytes for copy, lasts in copies if lasts),
@@ -147,8 +146,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
     - `time/save_stall_s`: for which training stood still for a save, once after each;
     - `memory/peak_MiB`: tensors on a GPU, or the process's resident set on a CPU;
     - `memory/<part>_MiB`: parameters (with experts' copies), gradients, moments, anchors (with outer momentum, unless
-      they are on the host), and on a GPU
-      `activations_and_rest`, what the peak has beyond them.
+      they are on the host), and on a GPU `activations_and_rest`, what the peak has beyond them.
 
     Args:
         every_n_steps: Length of a window in optimizer steps.

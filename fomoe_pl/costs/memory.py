@@ -219,13 +219,13 @@ def rank_memory(
                           f"give 1 to {config.n_experts}")  # fmt: skip
     types = Types.of(load.precision, load.kernels)
     n_scored = config.n_experts if routing == "ghost" else n_resident
-    parameters = -(-resident_counts(config, n_resident, routing).total // shards)
+    counts = resident_counts(config, n_resident, routing)
+    parameters, experts = (-(-n // shards) for n in (counts.total, counts.experts))
     output = config.vocab_size * config.d_model
     federated = load.method == "rounds"
     of_state = federated and not load.state_on_host
     small = load.bf16_gradients and types.parameter != types.compute and types.experts_in_kernels(config)
     of_gradient = types.compute if small else types.parameter  # of experts
-    experts = -(-resident_counts(config, n_resident, routing).experts // shards)
     gradients = types.parameter * (parameters - experts) + of_gradient * experts
     copies = types.compute * experts if small and config.activation_checkpointing == "none" else 0
     buckets = DDP_COPIES * gradients if load.method == "ddp" else 0

@@ -28,11 +28,11 @@ class Fetched(NamedTuple):
 
     Attributes:
         anchors: of each piece.
-        momenta: of each piece that is trained; None without outer momentum.
+        momenta: of each piece that is trained, if there is outer momentum.
     """
 
     anchors: list[Tensor]
-    momenta: list[Tensor] | None
+    momenta: list[Tensor]
 
 
 class OuterState:
@@ -64,10 +64,8 @@ class OuterState:
             return self._of(pieces)
         if pieces[0] not in self._on_their_way:
             kept, device = self._of(pieces), self.layout.tensors[pieces[0].name].device
-            anchors, momenta = (
-                None if of is None else [t.to(device, copy=True, non_blocking=True) for t in of] for of in kept
-            )
-            self._on_their_way[pieces[0]] = Fetched(anchors or [], momenta)
+            there = ([t.to(device, copy=True, non_blocking=True) for t in of] for of in kept)
+            self._on_their_way[pieces[0]] = Fetched(*there)
         return self._on_their_way[pieces[0]]
 
     def store(self, pieces: Sequence[Piece]) -> None:
@@ -82,7 +80,7 @@ class OuterState:
         self._back.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._back):
             _copy(there, kept)
-        for tensor in (*there.anchors, *(there.momenta or ())):
+        for tensor in (*there.anchors, *there.momenta):
             tensor.record_stream(self._back)
 
     def settle(self) -> None:
@@ -91,8 +89,7 @@ class OuterState:
             self._back.synchronize()
 
     def _of(self, pieces: Sequence[Piece]) -> Fetched:
-        trained = [piece for piece in pieces if piece.name in self.momenta]
-        momenta = [piece.of(self.momenta[piece.name]) for piece in trained] if self.momenta else None
+        momenta = [piece.of(self.momenta[piece.name]) for piece in pieces if piece.name in self.momenta]
         return Fetched([piece.of(self.anchors[piece.name]) for piece in pieces], momenta)
 
 
@@ -101,6 +98,5 @@ def _on_host(like: Tensor) -> Tensor:
 
 
 def _copy(there: Fetched, kept: Fetched) -> None:
-    for source, target in ((there.anchors, kept.anchors), (there.momenta or [], kept.momenta or [])):
-        for a, b in zip(source, target, strict=True):
-            b.copy_(a, non_blocking=True)
+    for source, target in zip((*there.anchors, *there.momenta), (*kept.anchors, *kept.momenta), strict=True):
+        target.copy_(source, non_blocking=True)

@@ -100,8 +100,8 @@ class Federation:
             read, write = partial(self._pseudo_gradients, pieces), partial(self._outer_steps, kind, pieces, measured)
             self.wire.average(kind, sites, numels, read, write, left_out)
             if left_out.issuperset(sites):
-                for piece in pieces:
-                    piece.of(self.layout.tensors[piece.name]).copy_(piece.of(self.anchors[piece.name]))
+                for local, piece in zip(self._locals(pieces), pieces, strict=True):
+                    local.copy_(piece.of(self.anchors[piece.name]))
         if self.inner_moments == "average":
             self._average_moments(optimizer, left_out)
         elif self.inner_moments == "reset" or self.site in left_out:
@@ -131,7 +131,7 @@ class Federation:
                     movement.add(MEAN, layer, experts if row is None else [experts[row]], deltas[i])
         if trained:
             moved, by = [anchors[i] for i in trained], [deltas[i] for i in trained]
-            outer_steps_(self.outer, moved, by, momenta, freeze_if_zero=kind == "expert")
+            outer_steps_(self.outer, moved, by, momenta or None, freeze_if_zero=kind == "expert")
         for i in range(len(taken)):
             if taken[i].name not in self.layout.trained:
                 anchors[i].sub_(deltas[i])

@@ -77,26 +77,25 @@ class Experts(nn.Module):
 
 
 def _dispatch_of(backend: str, device_type: str, checkpointing: bool) -> Callable[..., Tensor]:
-    if backend == "grouped" and device_type == "cuda":
-        return _grouped_again if checkpointing else grouped.dispatch
-    return _OUTSIDE_OF_GRAPHS[backend, checkpointing]
+    in_graphs = backend == "grouped" and device_type == "cuda"
+    return (_DISPATCH if in_graphs else _OUTSIDE_OF_GRAPHS)[backend, checkpointing]
 
 
-def _grouped_again(*arguments: Any) -> Tensor:
-    return checkpoint(grouped.dispatch, *arguments, use_reentrant=False, preserve_rng_state=False)
+def _again(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def dispatch(*arguments: Any) -> Tensor:
+        return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    return dispatch
 
 
-def _loop_again(*arguments: Any) -> Tensor:
-    return checkpoint(loop.dispatch, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
-# On a CPU both take shapes from the numbers in the tensors, which compiled code cannot.
-_OUTSIDE_OF_GRAPHS = {
-    ("grouped", False): torch.compiler.disable(grouped.dispatch),
-    ("grouped", True): torch.compiler.disable(_grouped_again),
-    ("loop", False): torch.compiler.disable(loop.dispatch),
-    ("loop", True): torch.compiler.disable(_loop_again),
+_DISPATCH: dict[tuple[str, bool], Callable[..., Tensor]] = {
+    ("grouped", False): grouped.dispatch,
+    ("grouped", True): _again(grouped.dispatch),
+    ("loop", False): loop.dispatch,
+    ("loop", True): _again(loop.dispatch),
 }
+# On a CPU both take shapes from the numbers in the tensors, which compiled code cannot.
+_OUTSIDE_OF_GRAPHS = {key: torch.compiler.disable(run) for key, run in _DISPATCH.items()}
 
 
 @torch.compiler.assume_constant_result

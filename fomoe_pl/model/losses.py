@@ -44,10 +44,6 @@ def _output_matrix(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
     return F.pad(weight_VD.to(dtype), (0, 0, 0, missing)) if missing else weight_VD.to(dtype)
 
 
-def _in_kernel(hidden_ND: Tensor, dtype: torch.dtype) -> bool:
-    return hidden_ND.is_cuda and kernels.unsupported(hidden_ND.device, dtype) is None
-
-
 def _log_probabilities(logits_CW: Tensor, vocab_size: int) -> Tensor:
     """Return float32 (C,W) of the vocabulary, -inf in the padding."""
     logits_CW[:, vocab_size:] = -torch.inf
@@ -102,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_WD = _output_matrix(weight_VD, dtype)
             # Over many chunks a bfloat16 sum would lose the small ones.
             d_weight_WD = torch.zeros_like(weight_WD, dtype=torch.float32)
-            in_kernel = _in_kernel(hidden_ND, dtype)
+            in_kernel = kernels.taken(hidden_ND.device, dtype)
             rows = chunk_rows(len(weight_WD), max_bytes, dtype.itemsize, in_kernel)
             chunks = zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True)
             for i, (hidden_CD, targets_C) in enumerate(chunks):
@@ -152,7 +148,7 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
     losses = []
     with torch.autocast(device_type=hidden_ND.device.type, enabled=False):
         weight_WD = _output_matrix(weight_VD, dtype)
-        in_kernel = _in_kernel(hidden_ND, dtype)
+        in_kernel = kernels.taken(hidden_ND.device, dtype)
         rows = chunk_rows(len(weight_WD), max_bytes, dtype.itemsize, in_kernel)
         for hidden_CD, targets_C in zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True):
             logits_CW = hidden_CD @ weight_WD.t()

@@ -188,14 +188,9 @@ class Router(nn.Module):
         self.balance_bias += rate * torch.sign(load_N.mean() - load_N)
 
 
-@torch.compiler.assume_constant_result
-def _in_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and kernels.unsupported(device, dtype) is None
-
-
 def _choose(scores_TN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Return the places of each token's K largest scores (T,K), and how often each is among them, float32 (N,)."""
-    if _in_kernel(scores_TN.device, scores_TN.dtype):
+    if kernels.taken(scores_TN.device, scores_TN.dtype):
         # torch's selection, sorting and counting take ten times as long (docs/benchmarks).
         chosen_TK, counts_BN = rows.choose_experts(scores_TN, top_k)
         return chosen_TK, counts_BN.sum(dim=0).float()

@@ -78,6 +78,17 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def taken(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels that no setting asks for run here: on GPUs that have them; the interpreter is for tests.
+
+    Args:
+        device: Where the tokens are.
+        dtype: In which type the products run.
+    """
+    return device.type == "cuda" and unsupported(device, dtype) is None
+
+
 def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
 

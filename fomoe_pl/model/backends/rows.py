@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fomoe_pl.model.backends.tuning import up_to_power
+
 try:
     import triton
     import triton.language as tl
@@ -37,7 +39,7 @@ def choose_experts(scores_TN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     n_blocks = triton.cdiv(n_tokens, TOKENS)
     chosen_TK = torch.empty(n_tokens, top_k, dtype=torch.int64, device=scores_TN.device)
     counts_BN = torch.empty(n_blocks, n_scored, dtype=torch.int32, device=scores_TN.device)
-    padded = max(2, triton.next_power_of_2(n_scored))
+    padded = up_to_power(n_scored, 2)
     _choose[(n_blocks,)](scores_TN.contiguous(), chosen_TK, counts_BN, n_tokens, n_scored,
                          K=top_k, BT=TOKENS, NP=padded, num_warps=4)  # fmt: skip
     return chosen_TK, counts_BN
@@ -82,7 +84,7 @@ def cross_entropy(logits_CW: Tensor, targets_C: Tensor, vocab_size: int, *, with
     n_rows, width = logits_CW.shape
     losses_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CW.device)
     # Of a longer row less stays in a cache until it is read again, and fewer rows at a time leave more for each.
-    block = min(triton.next_power_of_2(width), 8192 if width < LONG_ROW else 16384)
+    block = min(up_to_power(width), 8192 if width < LONG_ROW else 16384)
     _cross_entropy[(n_rows,)](
         logits_CW, targets_C, losses_C, vocab_size, width, IGNORED=-100, GRADIENT=with_gradient, BLOCK=block,
         num_warps=max(1, block // 512),
