@@ -120,6 +120,8 @@ class FoMoEModule(L.LightningModule):
         """A run that goes on with another length has another schedule, from its first step on."""
         for block in self.transformer.layers:
             block.moe.router.measures_entropy = self.routing_watched
+        if self._passes is not None:  # of a run that was interrupted
+            self._passes.close()
         self._passes = Passes(
             self.trainer, self, self.transformer, graphs=self.cuda_graphs, bf16_gradients=self.bf16_gradients
         )

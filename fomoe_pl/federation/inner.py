@@ -42,7 +42,7 @@ class RowAdamW(torch.optim.AdamW):
         # For the next step, of fused steps alone.
         self.found_inf: Tensor | None = None  # not zero: it does nothing
         self.grad_factor: Tensor | None = None  # float32 (), by which it scales gradients; none is 1
-        # Of parameters: steps that do not change them in place, as torch counts it, write these too.
+        # Of parameters: a step writes these too, or counts a version of the parameter (`Tensor._version`).
         self.copies: Mapping[Tensor, Tensor] = {}
 
     def replace_rows(self, param: Tensor, sources: Sequence[int | None]) -> None:
@@ -89,21 +89,18 @@ class RowAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        live = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        rowwise = [(group, p) for group, p in live if "warmup" in self.state[p]]
-        large = [(group, p) for group, p in live if "warmup" not in self.state[p] and _in_kernel(group, p)]
-        in_kernel = {p for _, p in large}
-        for _, p in live:
-            if p not in in_kernel and p.grad.dtype != p.dtype:
+        stock, rowwise, large = self._by_way_of_stepping()
+        for _, p in (*stock, *rowwise):
+            if p.grad.dtype != p.dtype:
                 p.grad = p.grad.to(p.dtype)  # torch's steps take no other
+        if self.grad_factor is not None and (scaled := [p.grad for _, p in (*stock, *rowwise)]):
+            torch._foreach_mul_(scaled, self.grad_factor)
         grads: dict[Tensor, Tensor] = {p: p.grad for _, p in (*rowwise, *large)}
         for p in grads:  # hidden from the stock step, which skips parameters without a gradient
             p.grad = None
-        if self.grad_factor is not None:
-            scaled = [p.grad for _, p in live if p.grad is not None] + [grads[p] for _, p in rowwise]
-            if scaled:
-                torch._foreach_mul_(scaled, self.grad_factor)
         super().step()
+        if stale := [p for _, p in stock if p in self.copies]:
+            torch.autograd.graph.increment_version(stale)  # fused steps do not count themselves
         self._large_steps(large, grads)
         for p, grad in grads.items():
             p.grad = grad
@@ -112,6 +109,16 @@ class RowAdamW(torch.optim.AdamW):
                 self._row_step(group, p, grads[p])
         self.found_inf = self.grad_factor = None
         return loss
+
+    def _by_way_of_stepping(self) -> tuple[list[tuple[dict[str, Any], Any]], ...]:
+        """Parameters with gradients, each with its group: torch's own step, rows one by one, our kernel."""
+        stock, rowwise, large = [], [], []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    way = rowwise if "warmup" in self.state[p] else large if _in_kernel(group, p) else stock
+                    way.append((group, p))
+        return stock, rowwise, large
 
     def _large_steps(self, large: list[tuple[dict[str, Any], Tensor]], grads: dict[Tensor, Tensor]) -> None:
         if not large:

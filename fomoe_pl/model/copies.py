@@ -23,8 +23,9 @@ from fomoe_pl.model.transformer import Transformer
 class ExpertCopies:
     """Copies of all experts' weights, in use from now on until `remove`.
 
-    Whoever changes weights in between must do so in place, with operations that torch counts (`Tensor._version`):
-    `copy_` or `add_` on the parameter under `no_grad`, not on its `.data`. Or write the copy too.
+    Whoever changes weights in between writes the copy too, or counts a version (`Tensor._version`): `copy_`, `add_` and
+    `torch._foreach_` operations on the parameter under `no_grad` do; writing to its `.data`, and torch's fused
+    optimizer steps, do not (`RowAdamW` does it for them).
 
     Args:
         model: Of float32 weights, on its device.
