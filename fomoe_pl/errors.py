@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn, get_args
 
 EXIT_CONFIG = 2
 
@@ -31,6 +31,22 @@ class ConfigError(ValueError):
     def __str__(self) -> str:
         """Return ``KEY = VALUE: RULE. HINT`` on one line."""
         return f"{self.key} = {self.value!r}: {self.rule}. {self.hint[:1].upper()}{self.hint[1:]}"
+
+
+def check_choice(key: str, value: object, choices: Any) -> None:
+    """Refuse what is none of a Literal's values: a command line checks that itself, Python does not.
+
+    Args:
+        key: As of `ConfigError`.
+        value: What was given.
+        choices: The Literal.
+
+    Raises:
+        ConfigError: naming the choices.
+    """
+    valid = get_args(choices)
+    if value not in valid:
+        raise ConfigError(key, value, "is not one of the choices", f"use {', '.join(map(str, valid))}")
 
 
 class SiteLostError(RuntimeError):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, get_args
 
 import models
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer_state import OuterPlace
 from fomoe_pl.federation.placement import all_arcs, place
 from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.federation.topology import Topology
@@ -128,9 +129,9 @@ def bus_bytes(
         itemsize: bytes of a number on the wire.
         momentum: there is outer momentum.
         on_host: it and the anchors are on the host: they come to the device, and what is new goes back.
-        by_host: the wire's buffers are on the host; means come as float32.
+        by_host: the wire's buffers are on the host.
     """
-    up, down = (4 * sent, itemsize * sent) if by_host else (0, 0)
+    up = down = itemsize * sent if by_host else 0
     if on_host:
         up += (4 + 4 * momentum) * elements
         down += (4 + 4 * momentum) * elements
@@ -156,7 +157,7 @@ def bus_alone(up: int, down: int, device: torch.device, bucket_bytes: int) -> fl
 
 
 def measure(
-    config: ModelConfig, device: torch.device, wire_name: str, outer_state: Literal["device", "host"], overlap: int,
+    config: ModelConfig, device: torch.device, wire_name: str, outer_state: OuterPlace, overlap: int,
     options: Any,
 ) -> Row:  # fmt: skip
     """A case; every process calls it."""
@@ -209,6 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = models.architecture(options.model)
     n_sites, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     enough = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    if "nccl" in (options.wires or ()) and not enough:
+        parser.error(f"--wires nccl wants a GPU for each of {os.environ['LOCAL_WORLD_SIZE']} processes; take gloo")
     device = torch.device("cuda", local) if enough else torch.device("cpu")
     if enough:
         torch.cuda.set_device(device)
@@ -216,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for overlap in options.overlaps or sorted({1, n_sites}):
         for wire in options.wires or (("nccl", "gloo") if enough else ("gloo",)):
-            for state in ("device", "host"):
+            for state in get_args(OuterPlace):
                 row = measure(config, device, wire, state, overlap, options)
                 rows.append(row)
                 if dist.get_rank() == 0:

@@ -82,6 +82,7 @@ def measure(config: ModelConfig, device: torch.device, build: Ours, rank: Rank, 
     load = Load(
         precision="bf16-mixed" if device.type == "cuda" else "32-true", batch_size=batch_size, sequence_length=length,
         method="rounds" if rank.rounds else "single", outer_momentum=rank.rounds,
+        bf16_gradients=build.bf16_gradients,
     )  # fmt: skip
     row = SiteRow(what=rank.what, predicted_bytes=rank_memory(config, load, n_resident=n_resident).peak)
     if device.type == "cuda":

@@ -164,8 +164,9 @@ class RankMemory:
 def _wire_bytes(load: Load, largest_piece: int, resident_elements: int) -> int:
     itemsize = ITEMSIZE[load.wire_dtype]
     elements = max(load.bucket_bytes // itemsize, largest_piece)
-    one, two = min(elements, resident_elements), min(2 * elements, resident_elements)
-    state = 4 * two * (2 if load.outer_momentum else 1) if load.state_on_host else 0
+    one, two, three = (min(n * elements, resident_elements) for n in (1, 2, 3))
+    # Of the bucket that is read, of the one that is written, and of the one before, on its way back to the host.
+    state = 4 * three * (2 if load.outer_momentum else 1) if load.state_on_host else 0
     steps = 4 * one if load.outer_momentum else 0
     if not load.wire_on_device:
         # Changes and the buffer to be sent; later means, of the wire's type and as float32, and steps.

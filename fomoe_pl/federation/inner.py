@@ -112,7 +112,8 @@ class RowAdamW(torch.optim.AdamW):
 
     def _by_way_of_stepping(self) -> tuple[list[tuple[dict[str, Any], Any]], ...]:
         """Parameters with gradients, each with its group: torch's own step, rows one by one, our kernel."""
-        stock, rowwise, large = [], [], []
+        stock: list[tuple[dict[str, Any], Any]] = []
+        rowwise, large = stock.copy(), stock.copy()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

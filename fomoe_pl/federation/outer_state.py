@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fomoe_pl.federation.layout import ParameterLayout
+
+OuterPlace = Literal["device", "host"]
 
 
 class Piece(NamedTuple):
@@ -57,6 +59,11 @@ class OuterState:
         self._on_their_way: dict[Piece, Fetched] = {}
         on_gpu = on_host and any(t.is_cuda for t in layout.tensors.values())
         self._back: torch.cuda.Stream | None = torch.cuda.Stream() if on_gpu else None
+        self._storing: tuple[torch.cuda.Event, Fetched] | None = None
+
+    def begin(self) -> None:
+        """Forget what a round that broke off has fetched."""
+        self._on_their_way.clear()
 
     def fetch(self, pieces: Sequence[Piece]) -> Fetched:
         """The state of pieces on the device of their values: itself, or a copy, which stays there until `store`."""
@@ -76,17 +83,19 @@ class OuterState:
         if self._back is None:
             _copy(there, kept)
             return
-        # Beside what is fetched meanwhile: the bus goes both ways at once.
+        # One store at a time, beside the next fetch: the bus goes both ways at once. A host that runs ahead, with many
+        # stores to come, would hold the memory of all of them.
+        self.settle()
         self._back.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._back):
             _copy(there, kept)
-        for tensor in (*there.anchors, *there.momenta):
-            tensor.record_stream(self._back)
+            self._storing = self._back.record_event(), there
 
     def settle(self) -> None:
         """Wait until the host has everything."""
-        if self._back is not None:
-            self._back.synchronize()
+        if self._storing is not None:
+            self._storing[0].synchronize()
+            self._storing = None
 
     def _of(self, pieces: Sequence[Piece]) -> Fetched:
         momenta = [piece.of(self.momenta[piece.name]) for piece in pieces if piece.name in self.momenta]

@@ -91,6 +91,7 @@ class Federation:
             left_out: sites that have nothing to give, the same on all sites. They take the agreed values; their
                 moments are the others' average, or start fresh. What all holders lack stays as it was.
         """
+        self._state.begin()
         measured = self.movement is not None and self.movement.active
         if measured:
             with cast(Movement, self.movement).watched():

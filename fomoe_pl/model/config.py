@@ -1,9 +1,9 @@
 """The architecture as one frozen dataclass. Everything else in ``model/`` and ``costs/`` is a function of it."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_origin
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_choice
 
 Gate = Literal["sigmoid", "softmax"]
 ExpertKind = Literal["silu", "swiglu"]
@@ -59,7 +59,7 @@ class ModelConfig:
             precision's type where our kernels run.
 
     Raises:
-        ConfigError: If a size is not positive, or sizes do not fit each other.
+        ConfigError: If a size is not positive, sizes do not fit each other, or a choice is none of a setting's.
     """
 
     vocab_size: int
@@ -95,6 +95,9 @@ class ModelConfig:
     loss_chunk_bytes: int = 512 * 2**20
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if get_origin(field.type) is Literal:
+                check_choice(_KEY + field.name, getattr(self, field.name), field.type)
         positive = """vocab_size d_model n_layers n_heads n_experts top_k d_expert n_kv_heads head_dim norm_eps
             rope_theta base_width base_depth init_std loss_chunk_bytes"""
         for name in positive.split():

@@ -10,8 +10,11 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_choice
 from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
+from fomoe_pl.federation.outer_state import OuterPlace
+from fomoe_pl.federation.rounds import InnerMoments
+from fomoe_pl.federation.wire import WireDtype
 from fomoe_pl.model.config import ModelConfig
 
 KEY = "trainer.strategy.init_args"
@@ -38,6 +41,7 @@ def check_settings(
     share_device: bool,
     wire_dtype: str,
     inner_moments: str,
+    outer_state: str,
     timeout_seconds: float,
 ) -> None:
     """Check what can be checked without a model or a trainer.
@@ -45,6 +49,12 @@ def check_settings(
     Raises:
         ConfigError: naming the setting, the rule and what would be valid.
     """
+    for setting, chosen, choices in (
+        ("wire_dtype", wire_dtype, WireDtype),
+        ("inner_moments", inner_moments, InnerMoments),
+        ("outer_state", outer_state, OuterPlace),
+    ):
+        check_choice(f"{KEY}.{setting}", chosen, choices)
     if ranks_per_site != 1:
         rule = "several ranks in a site are not supported yet"
         raise ConfigError(f"{KEY}.ranks_per_site", ranks_per_site, rule, "set it to 1 and let every rank be a site")

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.loss import raise_if_lost
 from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer_state import OuterPlace
 from fomoe_pl.federation.placement import Placement, PlacementKind, all_arcs, check_placement, place
 from fomoe_pl.federation.rounds import Federation, InnerMoments
 from fomoe_pl.federation.schedule import RoundSchedule
@@ -86,7 +87,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         inner_moments: InnerMoments = "keep",
         wire_dtype: WireDtype = "float32",
         bucket_mib: int = 64,
-        outer_state: Literal["device", "host"] = "device",
+        outer_state: OuterPlace = "device",
         share_device: bool = False,
         check_agreement: bool = False,
         async_save: bool = True,
@@ -98,6 +99,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         check_settings(
             wire_dtype=wire_dtype,
             inner_moments=inner_moments,
+            outer_state=outer_state,
             timeout_seconds=timeout_seconds,
             sites=sites,
             ranks_per_site=ranks_per_site,

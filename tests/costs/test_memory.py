@@ -157,6 +157,34 @@ def test_lasting_parts_are_bytes_of_the_built_model(routing: Any) -> None:
     assert alone.anchors == alone.outer_momentum == alone.wire == 0
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "experts", "blocks"])
+def test_bfloat16_gradients_of_experts_and_their_copies(checkpointing: Any) -> None:
+    config = replace(SMALL, expert_backend="triton", activation_checkpointing=checkpointing)
+    load = Load(batch_size=4, sequence_length=128)
+    plain, small = (rank_memory(config, replace(load, bf16_gradients=on), n_resident=4) for on in (False, True))
+    experts = resident_counts(config, 4, "ghost").experts
+    copies = 2 * experts if checkpointing == "none" else 0
+    assert small.weights == plain.weights + copies
+    assert small.activations == plain.activations - copies  # else each pass casts the weights, and keeps that
+    assert small.gradients == plain.gradients - 2 * experts
+    assert small.backward + small.weights <= plain.backward + plain.weights
+    for unlike in (replace(load, precision="32-true"), replace(load, kernels=False)):
+        other = replace(unlike, bf16_gradients=True)
+        assert rank_memory(config, other, n_resident=4) == rank_memory(config, unlike, n_resident=4)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_outer_state_on_the_host_comes_bucket_by_bucket(momentum: bool) -> None:
+    load = Load(outer_momentum=momentum, bucket_bytes=4 * 1000)
+    device, host = (rank_memory(SMALL, replace(load, state_on_host=on), n_resident=4) for on in (False, True))
+    assert device.anchors == 4 * resident_counts(SMALL, 4, "ghost").total
+    assert host.anchors == host.outer_momentum == 0
+    largest = SMALL.vocab_size * SMALL.d_model  # a bucket can be as large
+    fetched = min(3 * largest, resident_counts(SMALL, 4, "ghost").total)
+    assert host.wire - device.wire == 4 * fetched * (2 if momentum else 1)
+    assert device.lasting - host.lasting == device.anchors + device.outer_momentum
+
+
 def test_the_peak_grows_with_what_a_site_holds() -> None:
     load = Load(batch_size=4, sequence_length=128)
     peaks = [rank_memory(SMALL, load, n_resident=r).peak for r in range(1, 9)]

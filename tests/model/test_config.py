@@ -20,6 +20,8 @@ from fomoe_pl.model.config import ModelConfig
         ({"d_expert": -1}, "d_expert"),
         ({"loss_chunk_bytes": 0}, "loss_chunk_bytes"),
         ({"n_shared_experts": -1}, "n_shared_experts"),
+        ({"activation_checkpointing": True}, "activation_checkpointing"),
+        ({"gate": "relu"}, "gate"),
     ],
 )
 def test_bad_settings_name_their_key(make_config: Callable[..., ModelConfig], changes: Any, key: str) -> None:

@@ -27,8 +27,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fixed": {"overlap": 1, "inner_moments": "average"},
     "random": {"overlap": 2, "placement": "random", "reshuffle_rounds": 1, "outer": NESTEROV},
     "partitioned": {"overlap": 2, "routing": "partitioned", "placement": "random", "inner_moments": "average"},
-    "full": {"overlap": SITES},
+    "full": {"overlap": SITES, "outer_state": "host"},
 }
+# Where the outer state lives is of the run, not of the checkpoint.
+GOES_ON_WITH = {"random": {"outer_state": "host"}, "full": {"outer_state": "device"}}
 SAVED_AT = {"round": 4, "middle": 5, "end": 6}  # experts are not dealt anew at the end, which is a round's end too
 
 
@@ -74,7 +76,8 @@ def _save_and_load(rank: int, root: str, folder: str) -> dict[str, dict[str, Any
                 trainer.fit(module, run.datamodule())
             loaded = {}
             for when in SAVED_AT:
-                again, callback = replace(run, trainer={"max_steps": 8}), Loaded()
+                settings = run.settings | GOES_ON_WITH.get(name, {})
+                again, callback = replace(run, settings=settings, trainer={"max_steps": 8}), Loaded()
                 trainer = make_trainer(again, rank, SITES, [callback])
                 path = f"{saving.path}-{when}.ckpt"
                 trainer.fit(again.module(), again.datamodule(), ckpt_path=path, weights_only=False)

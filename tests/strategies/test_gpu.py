@@ -86,7 +86,7 @@ def test_sites_share_a_gpu_over_gloo(root: str, tmp_path: Path, precision: str, 
 
 
 def test_outer_state_on_the_host_changes_nothing(root: str, tmp_path: Path) -> None:
-    """Sites that share a GPU, with experts that move, outer momentum, saved and resumed; memory is what is left."""
+    """Sites that share a GPU, with experts that move, outer momentum, saved and resumed."""
     changes = ["--trainer.accelerator", "gpu", "--trainer.devices", "1", f"{STRATEGY}.sites", "2"]
     changes += [f"{STRATEGY}.share_device", "true", f"{STRATEGY}.placement", "random", f"{STRATEGY}.overlap", "1"]
     changes += [f"{STRATEGY}.outer", "{rule: nesterov, lr: 0.7, momentum: 0.9}"]

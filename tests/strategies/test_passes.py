@@ -18,7 +18,7 @@ from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import SingleSiteStrategy
 from fomoe_pl.strategies.passes import expert_copies, recorded_pass
 from tests.distributed import run_distributed
-from tests.training import Run, fit, launched_as, parameters
+from tests.training import Run, fit, launched_as, make_trainer, parameters
 
 GROUPED = {"expert_backend": "grouped"}
 
@@ -97,9 +97,13 @@ def test_which_runs_have_copies(
 
 
 class InStep(L.Callback):
-    """Fails if a pass has other weights than the optimizer; counts steps."""
+    """Fails if a pass has other weights than the optimizer, which is fused as on a GPU; counts steps."""
 
     steps = 0
+
+    def on_train_start(self, trainer: L.Trainer, *_: object) -> None:
+        for group in trainer.optimizers[0].param_groups:
+            group["fused"] = True
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         assert isinstance(pl_module, FoMoEModule)
@@ -147,6 +151,30 @@ def test_copies_follow_rounds_rows_that_were_sent_validations_and_checkpoints(ro
             )
         )  # fmt: skip
     assert run_distributed(_fit_with_copies, 2, *runs) == [(6, 3)] * 2
+
+
+class Interrupt(L.Callback):
+    def on_train_batch_end(self, *_: object) -> None:
+        raise ArithmeticError
+
+
+def _fit_interrupted_and_without_copies(rank: int, run: Run) -> tuple[bool, bool, torch.dtype | None]:
+    with launched_as(rank, 1, run.folder):
+        module = run.module()
+        with pytest.raises(ArithmeticError):
+            make_trainer(run, rank, 1, [Interrupt()]).fit(module, run.datamodule())
+        experts = module.transformer.layers[0].moe.experts
+        had = experts.copies is not None
+        module.bf16_gradients = False
+        make_trainer(run, rank, 1).fit(module, run.datamodule())
+        return had, experts.copies is not None, experts.w_in.grad_dtype
+
+
+@needs_kernels
+def test_copies_of_an_interrupted_run_are_gone_in_the_next(root: str, tmp_path: Path) -> None:
+    trainer = {"max_steps": 1, "precision": "bf16-mixed"}
+    run = Run(root=root, folder=str(tmp_path), strategy="single", architecture=TRITON, trainer=trainer)
+    assert run_distributed(_fit_interrupted_and_without_copies, 1, run) == [(True, False, torch.float32)]
 
 
 def test_what_it_took_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
