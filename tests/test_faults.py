@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fomoe_pl.federation.checkpoint import newest, read_manifest
@@ -21,13 +22,16 @@ from tests.test_cli import CHECKPOINT, environment, report, run, small
 
 LONG = ["--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000"]
 pytestmark = pytest.mark.timeout(240)
+few_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+# Over gloo, and with a GPU for each site over NCCL.
+accelerators = pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=[pytest.mark.gpu, few_gpus])])
 
 
 @contextmanager
-def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+def started(command: list[str], folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """A run in a process group of its own, of which nothing is left afterwards."""
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=folder, env=environment(), start_new_session=True,
+        [sys.executable, *command], cwd=folder, env=environment() | variables, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -67,9 +71,12 @@ def test_ctrl_c_saves_and_the_printed_line_goes_on(root: str, tmp_path: Path) ->
     assert report(tmp_path)["tokens"]["global"] == (steps + 4) * 2 * 2 * 16
 
 
-def test_a_signal_stops_all_sites_in_the_middle_of_a_round_if_asked_to(root: str, tmp_path: Path) -> None:
+@accelerators
+def test_a_signal_stops_all_sites_in_the_middle_of_a_round_if_asked_to(
+    root: str, tmp_path: Path, accelerator: str
+) -> None:
     endless = ["--trainer.strategy.init_args.local_steps", "1000000", "--trainer.strategy.init_args.stop_at", "step"]
-    command = [*small(root, tmp_path), *LONG, *endless]
+    command = [*small(root, tmp_path), *LONG, *endless, "--trainer.accelerator", accelerator]
     with started(["-m", "fomoe_pl", "fit", *command], tmp_path) as process:
         trains(tmp_path)
         os.kill(children(process.pid)[0], signal.SIGTERM)  # to the second site alone
@@ -100,9 +107,13 @@ def test_ctrl_c_saves_one_process_too(root: str, tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+@accelerators
 @pytest.mark.parametrize("site", [0, 1])
-def test_a_killed_site_is_named_and_the_newest_checkpoint_goes_on(root: str, tmp_path: Path, site: int) -> None:
-    with started(["-m", "fomoe_pl", "fit", *small(root, tmp_path), *LONG], tmp_path) as process:
+def test_a_killed_site_is_named_and_the_newest_checkpoint_goes_on(
+    root: str, tmp_path: Path, site: int, accelerator: str
+) -> None:
+    command = ["fit", *small(root, tmp_path), "--trainer.accelerator", accelerator]
+    with started(["-m", "fomoe_pl", *command, *LONG], tmp_path) as process:
         trains(tmp_path)
         [child] = children(process.pid)
         os.kill(process.pid if site == 0 else child, signal.SIGKILL)
@@ -114,9 +125,7 @@ def test_a_killed_site_is_named_and_the_newest_checkpoint_goes_on(root: str, tmp
     found, _ = newest((tmp_path / CHECKPOINT).parent)
     assert found is not None
     steps = read_manifest(found)["optimizer_steps"]
-    output = run(
-        ["fit", *small(root, tmp_path), "--ckpt_path", "auto", "--trainer.max_steps", str(steps + 2)], tmp_path
-    )
+    output = run([*command, "--ckpt_path", "auto", "--trainer.max_steps", str(steps + 2)], tmp_path)
     assert f"going on from {found.relative_to(tmp_path)}" in output
     assert report(tmp_path)["steps"] == steps + 2
 
@@ -159,11 +168,13 @@ def test_auto_starts_from_scratch_where_the_first_save_was_interrupted(root: str
         run(["fit", *small(root, tmp_path), "--ckpt_path", "auto"], tmp_path)
 
 
-def test_torchrun_restarts_from_the_last_round(root: str, tmp_path: Path) -> None:
+@accelerators
+def test_torchrun_restarts_from_the_last_round(root: str, tmp_path: Path, accelerator: str) -> None:
     steps = 60
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
     command = ["-m", "fomoe_pl", "fit", *small(root, tmp_path), "--ckpt_path", "auto"]
     command += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+    command += ["--trainer.accelerator", accelerator]
     with started([*launcher, *command], tmp_path) as process:
         trains(tmp_path)
         os.kill(children(process.pid)[1], signal.SIGKILL)
@@ -178,7 +189,8 @@ def descendants(pid: int) -> list[int]:
     return found + [below for child in found for below in descendants(child)]
 
 
-def test_a_machine_less_and_the_run_goes_on_to_the_planned_tokens(root: str, tmp_path: Path) -> None:
+@accelerators
+def test_a_machine_less_and_the_run_goes_on_to_the_planned_tokens(root: str, tmp_path: Path, accelerator: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -190,9 +202,10 @@ def test_a_machine_less_and_the_run_goes_on_to_the_planned_tokens(root: str, tmp
     command = ["-m", "fomoe_pl", "fit", *small(root, tmp_path), "--ckpt_path", "auto", "--trainer.devices", "1"]
     command += ["--trainer.num_nodes", "2", "--trainer.strategy.init_args.min_sites", "1"]
     command += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(10 * steps)]
-    with started([*launcher, *command], tmp_path) as first:
+    command += ["--trainer.accelerator", accelerator]
+    with started([*launcher, *command], tmp_path, CUDA_VISIBLE_DEVICES="0") as first:
         time.sleep(2)  # the first keeps the store
-        with started([*launcher, *command], tmp_path) as second:
+        with started([*launcher, *command], tmp_path, CUDA_VISIBLE_DEVICES="1") as second:
             trains(tmp_path)
             for pid in (*descendants(second.pid), second.pid):
                 os.kill(pid, signal.SIGKILL)

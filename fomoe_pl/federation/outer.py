@@ -63,10 +63,9 @@ def outer_steps_(
         anchors: last agreed values, any shapes, on one device.
         deltas: averaged pseudo-gradients, anchor - mean of the holders, of the same shapes.
         momenta: momentum buffers for `nesterov`, of the same shapes, else None.
-        freeze_if_zero: leave anchor and momentum untouched where the whole pseudo-gradient of a value is zero: an
-            expert that nobody trained must not coast on old momentum.
+        freeze_if_zero: values are rows, of one expert each. Leave anchor and momentum of a row untouched whose whole
+            pseudo-gradient is zero: an expert that nobody trained must not coast on old momentum.
     """
-    # All at once: there are thousands of experts' tensors, and a GPU is faster with each than Python.
     if momenta is None:
         torch._foreach_sub_(anchors, deltas, alpha=rule.lr)
         return
@@ -77,10 +76,9 @@ def outer_steps_(
         torch._foreach_add_(steps, deltas)
     else:
         # Factors on the device instead of an `if`: the host does not wait.
-        largest = torch.stack(torch._foreach_norm(deltas, torch.inf))
-        active, factor = largest != 0, torch.full_like(largest, rule.momentum)
-        torch._foreach_mul_(momenta, list(factor.where(active, 1.0).unbind()))
+        active = [delta.flatten(1).any(dim=1).view(-1, *[1] * (delta.dim() - 1)) for delta in deltas]
+        torch._foreach_mul_(momenta, [torch.where(rows, rule.momentum, 1.0) for rows in active])
         torch._foreach_add_(momenta, deltas)
-        steps = torch._foreach_mul(momenta, list(factor.where(active, 0.0).unbind()))
+        steps = torch._foreach_mul(momenta, [torch.where(rows, rule.momentum, 0.0) for rows in active])
         torch._foreach_add_(steps, deltas)  # of what is frozen both are zero
     torch._foreach_sub_(anchors, steps, alpha=rule.lr)

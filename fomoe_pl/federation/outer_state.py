@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -15,14 +15,27 @@ OuterPlace = Literal["device", "host"]
 
 
 class Piece(NamedTuple):
-    """A tensor, or one expert's row of a stacked tensor."""
+    """A tensor, or rows of a stacked tensor, of one expert each: first and last + 1."""
 
     name: str
-    row: int | None
+    rows: tuple[int, int] | None
 
     def of(self, tensor: Tensor) -> Tensor:
         """This piece of a tensor that has the layout's shape, as a view."""
-        return tensor if self.row is None else tensor[self.row]
+        return tensor if self.rows is None else tensor[slice(*self.rows)]
+
+
+def joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """The same in fewer pieces: rows that lie one after the other are one."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if piece.rows and found and found[-1].name == piece.name:
+            first, end = found[-1].rows or (0, 0)
+            if end == piece.rows[0]:
+                found[-1] = Piece(piece.name, (first, piece.rows[1]))
+                continue
+        found.append(piece)
+    return found
 
 
 class Fetched(NamedTuple):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby, product
+from operator import itemgetter
 from typing import Any, Literal, cast
 
 import torch
@@ -20,7 +22,7 @@ from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
 from fomoe_pl.federation.outer import OuterRule, outer_steps_
-from fomoe_pl.federation.outer_state import OuterState, Piece
+from fomoe_pl.federation.outer_state import OuterState, Piece, joined
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
 from fomoe_pl.federation.wire import Wire
 
@@ -72,10 +74,11 @@ class Federation:
         rows = [{expert: row for row, expert in enumerate(layer)} for layer in residents]
         for sites in self.placement.holder_sets():
             if self.site in sites:
+                # Tensor by tensor, so that experts that follow each other are one piece of a bucket.
                 pieces = [
-                    Piece(name, rows[layer][expert])
-                    for layer, expert in self.placement.experts_of(sites)
-                    for name in self.layout.sparse(layer)
+                    Piece(name, (rows[layer][expert], rows[layer][expert] + 1))
+                    for layer, experts in groupby(self.placement.experts_of(sites), key=itemgetter(0))
+                    for name, (_, expert) in product(self.layout.sparse(layer), experts)
                 ]
                 groups.append(("expert", sites, pieces))
         return groups
@@ -101,8 +104,8 @@ class Federation:
             read, write = partial(self._pseudo_gradients, pieces), partial(self._outer_steps, kind, pieces, measured)
             self.wire.average(kind, sites, numels, read, write, left_out)
             if left_out.issuperset(sites):
-                for local, piece in zip(self._locals(pieces), pieces, strict=True):
-                    local.copy_(piece.of(self.anchors[piece.name]))
+                for piece in joined(pieces):
+                    piece.of(self.layout.tensors[piece.name]).copy_(piece.of(self.anchors[piece.name]))
         if self.inner_moments == "average":
             self._average_moments(optimizer, left_out)
         elif self.inner_moments == "reset" or self.site in left_out:
@@ -110,26 +113,26 @@ class Federation:
         self._state.settle()
 
     def _pseudo_gradients(self, pieces: Sequence[Piece], bucket: Sequence[int]) -> list[Tensor]:
-        taken = [pieces[i] for i in bucket]
+        taken = joined(pieces[i] for i in bucket)
         return _changes(self._locals(taken), self._state.fetch(taken).anchors)
 
     def _locals(self, pieces: Sequence[Piece]) -> list[Tensor]:
         return [piece.of(self.layout.tensors[piece.name]) for piece in pieces]
 
     def _outer_steps(
-        self, kind: Kind, pieces: Sequence[Piece], measured: bool, bucket: Sequence[int], means: Sequence[Tensor]
+        self, kind: Kind, pieces: Sequence[Piece], measured: bool, bucket: Sequence[int], mean: Tensor
     ) -> None:
-        taken = [pieces[i] for i in bucket]
+        taken = joined(pieces[i] for i in bucket)
         anchors, momenta = self._state.fetch(taken)
-        deltas = [mean.view_as(anchor) for mean, anchor in zip(means, anchors, strict=True)]
+        parts = mean.split([anchor.numel() for anchor in anchors])
+        deltas = [part.view_as(anchor) for part, anchor in zip(parts, anchors, strict=True)]
         trained = [i for i, piece in enumerate(taken) if piece.name in self.layout.trained]
         if measured:
             movement = cast(Movement, self.movement)
-            with movement.watched(wait=False):  # there are hundreds of pieces, and next to nothing to wait for
+            with movement.watched(wait=False):  # there is next to nothing to wait for
                 for i in trained:
                     layer, experts = self._experts_of(taken[i].name)
-                    row = taken[i].row
-                    movement.add(MEAN, layer, experts if row is None else [experts[row]], deltas[i])
+                    movement.add(MEAN, layer, experts[slice(*taken[i].rows or (0, 0))], deltas[i])
         if trained:
             moved, by = [anchors[i] for i in trained], [deltas[i] for i in trained]
             outer_steps_(self.outer, moved, by, momenta or None, freeze_if_zero=kind == "expert")
@@ -176,9 +179,9 @@ class Federation:
         def read(bucket: Sequence[int]) -> list[Tensor]:
             return [views[i].float() for i in bucket]
 
-        def write(bucket: Sequence[int], means: Sequence[Tensor]) -> None:
-            for i, mean in zip(bucket, means, strict=True):
-                views[i].copy_(mean.view_as(views[i]))
+        def write(bucket: Sequence[int], mean: Tensor) -> None:
+            for i, part in zip(bucket, mean.split([views[i].numel() for i in bucket]), strict=True):
+                views[i].copy_(part.view_as(views[i]))
 
         self.wire.average("moments", sites, [v.numel() for v in views], read, write, left_out)
 

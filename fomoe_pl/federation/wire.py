@@ -70,7 +70,7 @@ class Wire:
         sites: tuple[int, ...],
         numels: Sequence[int],
         read: Callable[[list[int]], Sequence[Tensor]],
-        write: Callable[[list[int], Sequence[Tensor]], None],
+        write: Callable[[list[int], Tensor], None],
         left_out: frozenset[int] = frozenset(),
     ) -> None:
         """Average pieces over the sites of a holder set, bucket by bucket.
@@ -81,8 +81,8 @@ class Wire:
             kind: ledger kind.
             sites: the holder set; this rank's site is one of it.
             numels: number of elements of each piece, equal on all holders.
-            read: gives the pieces of a bucket as float32 tensors, at home.
-            write: takes the pieces' means, flat, float32, at home.
+            read: gives the pieces of a bucket one after the other, as float32 tensors, at home; they may be joined.
+            write: takes their means in one flat tensor, float32, at home.
             left_out: sites whose weight is zero, the same on all sites: the mean is over the others, and where no
                 site is left nothing is sent or written.
         """
@@ -92,42 +92,41 @@ class Wire:
         buckets = _buckets(numels, self.bucket_bytes // self.dtype.itemsize)
         if len(sites) == 1:  # nothing crosses, so nothing is rounded to the wire's dtype either
             for bucket in buckets:
-                write(bucket, [value.reshape(-1) for value in read(bucket)])
+                write(bucket, torch.cat([value.reshape(-1) for value in read(bucket)]))
             return
         end_last: Callable[[], None] | None = None
         for bucket in buckets:
-            sizes = [numels[i] for i in bucket]
-            buffer = self._filled(bucket, sizes, read, left_out)
+            buffer = self._filled(bucket, sum(numels[i] for i in bucket), read, left_out)
             wait = self._start_all_reduce(kind, buffer, sites)
             if end_last is not None:
                 end_last()
-            end_last = partial(self._end, wait, buffer, bucket, sizes, n_taken, write)
+            end_last = partial(self._end, wait, buffer, bucket, n_taken, write)
         if end_last is not None:
             end_last()
 
     def _filled(
-        self, bucket: list[int], sizes: list[int], read: Callable[[list[int]], Sequence[Tensor]],
-        left_out: frozenset[int],
-    ) -> Tensor:  # fmt: skip
-        buffer = torch.empty(sum(sizes), dtype=self.dtype, device=self.device, pin_memory=self.pinned)
+        self, bucket: list[int], numel: int, read: Callable[[list[int]], Sequence[Tensor]], left_out: frozenset[int]
+    ) -> Tensor:
+        buffer = torch.empty(numel, dtype=self.dtype, device=self.device, pin_memory=self.pinned)
         if self.topology.site in left_out:
             return buffer.zero_()  # what it has may be no number, and then zero times it is none either
         there = torch.empty_like(buffer, device=self.home, pin_memory=False) if self.pinned else buffer
-        torch._foreach_copy_(there.split(sizes), [value.reshape(-1) for value in read(bucket)])
+        values = [value.reshape(-1) for value in read(bucket)]
+        torch._foreach_copy_(there.split([len(value) for value in values]), values)
         if self.pinned:
             buffer.copy_(there, non_blocking=True)  # in one piece: the bus has its latencies, too
             torch.cuda.current_stream().synchronize()
         return buffer
 
     def _end(
-        self, wait: Callable[[], None], buffer: Tensor, bucket: list[int], sizes: list[int], n_taken: int,
-        write: Callable[[list[int], Sequence[Tensor]], None],
+        self, wait: Callable[[], None], buffer: Tensor, bucket: list[int], n_taken: int,
+        write: Callable[[list[int], Tensor], None],
     ) -> None:  # fmt: skip
         wait()
         mean = buffer.to(self.home, non_blocking=True).float()
         # A tensor: by a number a GPU multiplies with its inverse, and a site on a CPU would get other bits.
         mean /= torch.full((), n_taken, dtype=torch.float32, device=self.home)
-        write(bucket, mean.split(sizes))
+        write(bucket, mean)
 
     def sum(self, kind: Kind, values: Tensor) -> Tensor:
         """Sum a small tensor over all sites; returns a new tensor on the input's device and in its dtype."""

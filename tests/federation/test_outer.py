@@ -31,25 +31,25 @@ def test_average_moves_to_the_mean() -> None:
     torch.testing.assert_close(anchor, 1 - 1.5 * delta)
 
 
-def test_only_a_frozen_tensor_ignores_a_zero_pseudo_gradient() -> None:
-    rule, zero = OuterRule("nesterov", 0.7, 0.9), torch.zeros(2)
-    anchor, momentum = torch.ones(2), torch.ones(2)
-    outer_steps_(rule, [anchor], [zero], [momentum], freeze_if_zero=True)
-    assert anchor.tolist() == [1, 1]
-    assert momentum.tolist() == [1, 1]
-    outer_steps_(rule, [anchor], [zero], [momentum], freeze_if_zero=False)
+def test_only_frozen_rows_ignore_a_zero_pseudo_gradient() -> None:
+    rule, delta = OuterRule("nesterov", 0.7, 0.9), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    anchor, momentum = torch.ones(2, 2), torch.ones(2, 2)
+    outer_steps_(rule, [anchor], [delta], [momentum], freeze_if_zero=True)
+    assert anchor[0].tolist() == [1, 1]
+    assert momentum[0].tolist() == [1, 1]
+    # One element that moved is enough: the rest of the row is trained too.
+    assert anchor[1].max() < 1
+    assert momentum[1].tolist() == pytest.approx([0.9, 1.9])
+    outer_steps_(rule, [anchor], [torch.zeros(2, 2)], [momentum], freeze_if_zero=False)
     assert anchor.max() < 1
-    assert momentum.max() < 1
-    # One element that moved is enough: the rest of the tensor is trained too.
-    anchor, momentum = torch.ones(2), torch.ones(2)
-    outer_steps_(rule, [anchor], [torch.tensor([0.0, 1.0])], [momentum], freeze_if_zero=True)
-    assert anchor.max() < 1
+    assert momentum[0].max() < 1
 
 
 def test_a_diverged_site_is_not_hidden() -> None:
-    anchor, momentum = torch.ones(2), torch.zeros(2)
-    outer_steps_(OuterRule("nesterov"), [anchor], [torch.tensor([float("nan"), 0.0])], [momentum], freeze_if_zero=True)
-    assert anchor.isnan().tolist() == [True, False]
+    anchor, momentum = torch.ones(1, 2), torch.zeros(1, 2)
+    delta = torch.tensor([[float("nan"), 0.0]])
+    outer_steps_(OuterRule("nesterov"), [anchor], [delta], [momentum], freeze_if_zero=True)
+    assert anchor.isnan().tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize(

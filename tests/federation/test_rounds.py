@@ -10,6 +10,7 @@ from fomoe_pl.federation.inner import moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer_state import Piece, joined
 from fomoe_pl.federation.placement import Placement, place
 from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.federation.topology import Topology
@@ -76,6 +77,13 @@ def test_random_cases_do_move_experts() -> None:
     case = Case(2, "random")
     assert len({case.place(epoch) for epoch in range(case.rounds)}) == case.rounds
     assert any(set(keys(case.place(0), s)) != set(keys(case.place(1), s)) for s in range(SITES))
+
+
+def test_rows_that_follow_each_other_are_one_piece() -> None:
+    pieces = [Piece("a", None), Piece("b", (0, 1)), Piece("b", (1, 2)), Piece("b", (3, 4)), Piece("c", (4, 5))]
+    assert joined(pieces) == [Piece("a", None), Piece("b", (0, 2)), *pieces[3:]]
+    assert joined([Piece("a", None), Piece("a", None)]) == [Piece("a", None)] * 2
+    assert joined([]) == []
 
 
 def test_outer_steps_of_dense_tensors_are_torchs_sgd(histories: list[Any]) -> None:

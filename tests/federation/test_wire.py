@@ -42,11 +42,12 @@ def _average(rank: int, sites: tuple[int, ...], dtype: Any, bucket_bytes: int) -
     wire = Wire(Topology(3, 1, rank), [sites], Ledger(), device=torch.device("cpu"), dtype=dtype,
                 bucket_bytes=bucket_bytes)  # fmt: skip
     means: dict[int, Tensor] = {}
+
+    def write(bucket: list[int], mean: Tensor) -> None:
+        means.update(zip(bucket, mean.clone().split([NUMELS[i] for i in bucket]), strict=True))
+
     if rank in sites:
-        wire.average(
-            "expert", sites, NUMELS, lambda bucket: [value(rank, i) for i in bucket],
-            lambda bucket, found: means.update({i: mean.clone() for i, mean in zip(bucket, found, strict=True)}),
-        )  # fmt: skip
+        wire.average("expert", sites, NUMELS, lambda bucket: [value(rank, i) for i in bucket], write)
     wire.close()
     return [means[i] for i in sorted(means)], wire.ledger
 
@@ -86,7 +87,7 @@ def test_a_bucket_travels_while_its_neighbours_are_written_and_read(monkeypatch:
         done.append(f"read {bucket[0]}")
         return [torch.ones(1)]
 
-    wire.average("dense", (0, 1), [1, 1, 1], read, lambda bucket, means: done.append(f"write {bucket[0]}"))
+    wire.average("dense", (0, 1), [1, 1, 1], read, lambda bucket, mean: done.append(f"write {bucket[0]}"))
     assert done == ["read 0", "send", "read 1", "send", "wait", "write 0", "read 2", "send", "wait", "write 1", "wait",
                     "write 2"]  # fmt: skip
 
