@@ -51,7 +51,9 @@ def trains(folder: Path) -> None:
 
 
 def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Processes that this one has started; not those that only compile kernels for it."""
+    found = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in found if b"fomoe_pl" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_ctrl_c_saves_and_the_printed_line_goes_on(root: str, tmp_path: Path) -> None:

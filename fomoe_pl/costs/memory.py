@@ -162,6 +162,7 @@ class RankMemory:
 
 
 def _wire_bytes(load: Load, largest_piece: int, resident_elements: int) -> int:
+    # Tensors are cut between rows, and one of an expert's weight is the largest.
     itemsize = ITEMSIZE[load.wire_dtype]
     elements = max(load.bucket_bytes // itemsize, largest_piece)
     one, two, three = (min(n * elements, resident_elements) for n in (1, 2, 3))
@@ -262,7 +263,7 @@ def rank_memory(
         outer_momentum=4 * parameters if of_state and load.outer_momentum else 0,
         activations=activations,
         logits=logits,
-        wire=_wire_bytes(load, -(-output // shards), parameters) if federated else 0,
+        wire=_wire_bytes(load, -(-i * d // shards), parameters) if federated else 0,
         validation=_validation_bytes(config, load, types, n_resident, routing),
         library=LIBRARY_BYTES,
         backward=backward,

@@ -15,7 +15,7 @@ OuterPlace = Literal["device", "host"]
 
 
 class Piece(NamedTuple):
-    """A tensor, or rows of a stacked tensor, of one expert each: first and last + 1."""
+    """A tensor, or rows of it (its first dimension: of stacked tensors an expert each), first and last + 1."""
 
     name: str
     rows: tuple[int, int] | None
@@ -23,6 +23,15 @@ class Piece(NamedTuple):
     def of(self, tensor: Tensor) -> Tensor:
         """This piece of a tensor that has the layout's shape, as a view."""
         return tensor if self.rows is None else tensor[slice(*self.rows)]
+
+
+def cut(name: str, tensor: Tensor, numel: int) -> list[Piece]:
+    """A tensor in pieces of so many numbers, or of one row each if that is more."""
+    n_rows = len(tensor) if tensor.dim() else 1
+    step = max(1, numel * n_rows // max(1, tensor.numel()))
+    if n_rows <= step:
+        return [Piece(name, None)]
+    return [Piece(name, (row, min(row + step, n_rows))) for row in range(0, n_rows, step)]
 
 
 def joined(pieces: Iterable[Piece]) -> list[Piece]:
@@ -71,6 +80,7 @@ class OuterState:
         self._elsewhere = on_host
         self._on_their_way: dict[Piece, Fetched] = {}
         on_gpu = on_host and any(t.is_cuda for t in layout.tensors.values())
+        self._there: torch.cuda.Stream | None = torch.cuda.Stream() if on_gpu else None
         self._back: torch.cuda.Stream | None = torch.cuda.Stream() if on_gpu else None
         self._storing: tuple[torch.cuda.Event, Fetched] | None = None
 
@@ -84,7 +94,11 @@ class OuterState:
             return self._of(pieces)
         if pieces[0] not in self._on_their_way:
             kept, device = self._of(pieces), self.layout.tensors[pieces[0].name].device
-            there = ([t.to(device, copy=True, non_blocking=True) for t in of] for of in kept)
+            # Beside the work on the bucket before. What was in that memory has ended: `store` waits for it.
+            with torch.cuda.stream(self._there):
+                there = [[t.to(device, copy=True, non_blocking=True) for t in of] for of in kept]
+            if self._there is not None:
+                torch.cuda.current_stream().wait_stream(self._there)
             self._on_their_way[pieces[0]] = Fetched(*there)
         return self._on_their_way[pieces[0]]
 

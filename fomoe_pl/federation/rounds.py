@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from operator import itemgetter
 from typing import Any, Literal, cast
 
@@ -22,7 +22,7 @@ from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
 from fomoe_pl.federation.outer import OuterRule, outer_steps_
-from fomoe_pl.federation.outer_state import OuterState, Piece, joined
+from fomoe_pl.federation.outer_state import OuterState, Piece, cut, joined
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
 from fomoe_pl.federation.wire import Wire
 
@@ -67,9 +67,8 @@ class Federation:
 
     def _groups(self) -> list[tuple[Kind, tuple[int, ...], list[Piece]]]:
         """(kind, sites, pieces) of every average that this site takes part in, in the global order."""
-        groups: list[tuple[Kind, tuple[int, ...], list[Piece]]] = [
-            ("dense", self.wire.everyone, [Piece(name, None) for name in self.layout.dense])
-        ]
+        whole = [cut(name, self.layout.tensors[name], self.wire.bucket_numel) for name in self.layout.dense]
+        groups: list[tuple[Kind, tuple[int, ...], list[Piece]]] = [("dense", self.wire.everyone, list(chain(*whole)))]
         residents = self.placement.residents(self.site)
         rows = [{expert: row for row, expert in enumerate(layer)} for layer in residents]
         for sites in self.placement.holder_sets():

@@ -28,7 +28,7 @@ class Wire:
         ledger: where bytes are counted.
         device: where wire buffers live: the CPU for gloo, the rank's device for NCCL.
         dtype: dtype of averaged values on the wire; sums are decoded to float32.
-        bucket_bytes: upper bound of one buffer (a single larger tensor gets a buffer of its own).
+        bucket_bytes: upper bound of one buffer (a single larger piece gets a buffer of its own).
         timeout: after which a collective raises.
         home: where the values live that are averaged; None is the wire's device. Host buffers for values of a GPU are
             page-locked.
@@ -52,7 +52,7 @@ class Wire:
         self.ledger = ledger
         self.device = device
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.bucket_bytes = bucket_bytes
+        self.bucket_numel = bucket_bytes // self.dtype.itemsize
         self.patience = PATIENCE if timeout is None else min(PATIENCE, timeout.total_seconds())
         everyone = tuple(range(topology.n_sites))
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
@@ -89,7 +89,7 @@ class Wire:
         n_taken = len([site for site in sites if site not in left_out])
         if n_taken == 0:
             return
-        buckets = _buckets(numels, self.bucket_bytes // self.dtype.itemsize)
+        buckets = _buckets(numels, self.bucket_numel)
         if len(sites) == 1:  # nothing crosses, so nothing is rounded to the wire's dtype either
             for bucket in buckets:
                 write(bucket, torch.cat([value.reshape(-1) for value in read(bucket)]))

@@ -10,7 +10,7 @@ from fomoe_pl.federation.inner import moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.outer import OuterRule
-from fomoe_pl.federation.outer_state import Piece, joined
+from fomoe_pl.federation.outer_state import Piece, cut, joined
 from fomoe_pl.federation.placement import Placement, place
 from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.federation.topology import Topology
@@ -32,7 +32,8 @@ CASES = [
 
 
 def _run_all(rank: int) -> list[list[dict[str, Any]]]:
-    return [run_case(case, rank)[0] for case in CASES]
+    # In every other case tensors are cut, and buckets hold some of an expert's neighbours.
+    return [run_case(case, rank, bucket_bytes=40 if i % 2 else 2**20)[0] for i, case in enumerate(CASES)]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,15 @@ def test_rows_that_follow_each_other_are_one_piece() -> None:
     assert joined(pieces) == [Piece("a", None), Piece("b", (0, 2)), *pieces[3:]]
     assert joined([Piece("a", None), Piece("a", None)]) == [Piece("a", None)] * 2
     assert joined([]) == []
+
+
+def test_tensors_are_cut_between_rows() -> None:
+    matrix = torch.zeros(5, 3)
+    assert cut("a", matrix, 15) == [Piece("a", None)]
+    assert cut("a", matrix, 8) == [Piece("a", (0, 2)), Piece("a", (2, 4)), Piece("a", (4, 5))]
+    assert cut("a", matrix, 2) == [Piece("a", (row, row + 1)) for row in range(5)]
+    assert cut("a", torch.zeros(()), 1) == [Piece("a", None)]
+    assert torch.cat([piece.of(matrix) for piece in cut("a", matrix, 8)]).shape == matrix.shape
 
 
 def test_outer_steps_of_dense_tensors_are_torchs_sgd(histories: list[Any]) -> None:
