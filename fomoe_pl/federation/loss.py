@@ -4,6 +4,9 @@ Only ranks that were talking to the lost site find their connection broken. Othe
 members are all there, or be in the middle of their local steps: a thread of each rank listens, so that they answer
 too. It waits for one key in the store through which the processes met, and sends nothing until a connection breaks, or
 until a rank that was sent a signal asks all to stop before their round ends.
+
+NCCL does not always notice that a site is gone: between GPUs of one machine a collective waits for ever. There the
+thread also counts every few seconds that it lives, and who waits for long looks at the counts of the others.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.topology import Topology
 
 PATIENCE = 10.0  # seconds in which the others answer, once a connection has broken
+BEAT = timedelta(seconds=PATIENCE / 4)  # between two signs of life, with NCCL
 _BROKEN = re.compile(r"gloo|nccl|connection|timed out|timeout|broken pipe|socket", re.IGNORECASE)
 _FOR_LONG = timedelta(days=20)  # in milliseconds it has to fit 32 bits
 _CALLED, _THERE, _CONCLUSION, _STOP = "fomoe/called/", "fomoe/there/", "fomoe/conclusion", "fomoe/stop/"
+_BEATS = "fomoe/beats/"
 _ROLL_CALL, _PLEASE_STOP, _OVER = b"roll call", b"please stop", b"over"  # what a rank is called for; the last by itself
 
 
@@ -53,13 +58,14 @@ class Listener:
     Args:
         topology: this rank's place.
         store: the store through which the processes met; a connection of its own to it is made.
+        beats: whether it counts that it lives.
 
     Attributes:
         conclusion: what the ranks agree on once somebody has asked who is there; None before.
     """
 
-    def __init__(self, topology: Topology, store: dist.Store) -> None:
-        self.topology = topology
+    def __init__(self, topology: Topology, store: dist.Store, *, beats: bool = False) -> None:
+        self.topology, self._beats = topology, beats
         self.conclusion: Conclusion | None = None
         self._store, self._own, self._over = store, store.clone(), False  # type: ignore[attr-defined]
         self._lock, self._asked_to_stop, self._next_stop = threading.Lock(), False, 0
@@ -96,8 +102,10 @@ class Listener:
         """Wait until this rank is called for something else."""
         call = f"{_CALLED}{self.topology.rank}"
         while not self._own.check([call]):
-            with suppress(dist.DistStoreError):  # a long time is over
-                self._own.wait([call], _FOR_LONG)
+            if self._beats:
+                self._own.add(f"{_BEATS}{self.topology.rank}", 1)
+            with suppress(dist.DistStoreError):  # its time is over
+                self._own.wait([call], BEAT if self._beats else _FOR_LONG)
         while (called := self._own.get(call)) == before:
             time.sleep(0.2)  # a run that was asked to stop has not long to go
         return bytes(called)
@@ -137,7 +145,8 @@ def listen(topology: Topology) -> None:
     global _listener
     stop_listening()
     if dist.is_initialized() and topology.world_size > 1:
-        _listener = Listener(topology, dist.distributed_c10d._get_default_store())
+        store = dist.distributed_c10d._get_default_store()
+        _listener = Listener(topology, store, beats=_by_nccl())
 
 
 def stop_listening() -> None:
@@ -161,6 +170,7 @@ def raise_if_lost(topology: Topology) -> None:
     """
     if _listener is not None and _listener.conclusion is not None:
         silent, speaker = _listener.conclusion
+        _abandon_collectives()
         raise SiteLostError(silent, "told by the other sites", speaks=speaker == topology.rank)
 
 
@@ -183,7 +193,53 @@ def sites_watched(topology: Topology, patience: float = PATIENCE) -> Iterator[No
         if not is_broken_connection(error):
             raise
         silent, speaker = roll_call(topology, patience)
+        _abandon_collectives()
         raise SiteLostError(silent, str(error).splitlines()[0], speaks=speaker == topology.rank) from error
+
+
+def wait_watching(work: dist.Work, topology: Topology) -> None:
+    """Wait until a collective is done; with NCCL on the host, and no longer than all sites live.
+
+    Args:
+        work: the collective, begun asynchronously.
+        topology: this rank's place.
+
+    Raises:
+        RuntimeError: if it failed, or a rank gives no sign of life.
+        SiteLostError: if others have found sites gone.
+    """
+    if _by_nccl():
+        began, beats = time.monotonic(), dict[int, int]()
+        looked = began
+        while not work.is_completed():
+            raise_if_lost(topology)
+            now = time.monotonic()
+            if now - looked > PATIENCE:
+                # Its store fails if its keeper is gone. A rank that ends counts no more, but then ends the run.
+                store = dist.distributed_c10d._get_default_store()
+                before, beats = beats, {rank: store.add(f"{_BEATS}{rank}", 0) for rank in range(topology.world_size)}
+                if dead := [rank for rank in before if beats[rank] == before[rank]]:
+                    raise RuntimeError(f"NCCL waits for rank {dead[0]}, which gives no sign of life")
+                looked = now
+            if now - began > 0.002:  # until then it may be a bucket between GPUs of one machine
+                time.sleep(0.001)
+    work.wait()
+
+
+def all_here(topology: Topology) -> None:
+    """With NCCL wait until all ranks are here, before a collective that others wait for: see `wait_watching`."""
+    if _by_nccl():
+        wait_watching(dist.barrier(async_op=True), topology)
+
+
+def _by_nccl() -> bool:
+    return dist.is_initialized() and "nccl" in dist.get_backend()
+
+
+def _abandon_collectives() -> None:
+    """Take NCCL's unfinished work off the GPU: whoever waits for the device next would wait for ever."""
+    if _by_nccl():
+        dist.distributed_c10d._abort_process_group()
 
 
 def roll_call(topology: Topology, patience: float) -> Conclusion:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fomoe_pl.federation.ledger import Kind, Ledger
-from fomoe_pl.federation.loss import PATIENCE, sites_watched
+from fomoe_pl.federation.loss import PATIENCE, sites_watched, wait_watching
 from fomoe_pl.federation.topology import Topology
 
 WireDtype = Literal["float32", "bfloat16", "float16"]
@@ -142,7 +142,7 @@ class Wire:
         if self.topology.n_sites > 1:
             self.ledger.all_reduce(kind, buffer.nbytes, self.topology.n_sites)
             with sites_watched(self.topology, self.patience):
-                dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
+                wait_watching(dist.all_reduce(buffer, op=dist.ReduceOp.MAX, async_op=True), self.topology)
         return buffer.to(values.device)
 
     def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], None]:
@@ -153,7 +153,7 @@ class Wire:
 
         def wait() -> None:
             with sites_watched(self.topology, self.patience):
-                work.wait()
+                wait_watching(work, self.topology)
 
         return wait
 
@@ -185,7 +185,7 @@ class Wire:
         target = torch.empty(sum(receives), dtype=dtype, device=self.device)
         self.ledger.send(kind, source.nbytes)
         with sites_watched(self.topology, self.patience):
-            dist.all_to_all_single(target, source, receives, sends)
+            wait_watching(dist.all_to_all_single(target, source, receives, sends, async_op=True), self.topology)
         return {site: part for site, part in zip(sites, target.split(receives), strict=True) if part.numel()}
 
     def barrier(self) -> None:
@@ -196,7 +196,7 @@ class Wire:
     def close(self) -> None:
         """Drop the process groups, so that the backend ends cleanly."""
         for group in self._groups.values():
-            if group is not None:
+            if group is not None and dist.is_initialized():  # else they went with the world
                 dist.destroy_process_group(group)
         self._groups.clear()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.loss import listen, sites_watched, stop_listening
+from fomoe_pl.federation.loss import all_here, listen, sites_watched, stop_listening
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
@@ -156,6 +156,7 @@ class SiteStrategy(CheckpointingStrategy):
         if self._joined:
             self.ledger.send("control", 0)
             with sites_watched(self.topology):
+                all_here(self.topology)
                 super().barrier(*args, **kwargs)  # type: ignore[safe-super]
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -163,6 +164,7 @@ class SiteStrategy(CheckpointingStrategy):
         if self._joined:
             self.ledger.send("control", len(pickle.dumps(obj)) if dist.get_rank() == src else 0)
         with sites_watched(self.topology):
+            all_here(self.topology)
             return super().broadcast(obj, src)  # type: ignore[safe-super]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -171,6 +173,7 @@ class SiteStrategy(CheckpointingStrategy):
             self.ledger.send("control", 0)  # Lightning's barrier before it
             self.ledger.all_reduce("control", tensor.nbytes, dist.get_world_size())
         with sites_watched(self.topology):
+            all_here(self.topology)
             return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
 
     # -- the end --------------------------------------------------------------------------------------------------

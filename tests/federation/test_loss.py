@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ import torch.distributed as dist
 
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation import loss
-from fomoe_pl.federation.loss import listen, listener, raise_if_lost, sites_watched, stop_listening
+from fomoe_pl.federation.loss import (
+    listen,
+    listener,
+    raise_if_lost,
+    sites_watched,
+    stop_listening,
+    wait_watching,
+)
 from fomoe_pl.federation.topology import Topology
 
 SITES, PATIENCE = 4, 2.0
@@ -31,6 +39,12 @@ def run_all(site: Any, n: int, *args: Any, killed: int | None = None) -> None:
         process.join(30)
         process.kill()
     assert [process.exitcode for process in processes] == [-9 if rank == killed else 0 for rank in range(n)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _site(rank: int, lost: int, folder: str, port: int) -> None:
@@ -65,14 +79,48 @@ def _site(rank: int, lost: int, folder: str, port: int) -> None:
 
 @pytest.mark.parametrize(("lost", "kept_by_0"), [(1, False), (2, True), (0, True)])
 def test_all_that_are_left_name_the_lost_site(tmp_path: Path, lost: int, kept_by_0: bool) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1] if kept_by_0 else 0
+    port = free_port() if kept_by_0 else 0
     run_all(_site, SITES, lost, str(tmp_path), port, killed=lost)
     found = {rank: json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(SITES) if rank != lost}
     assert {tuple(one["sites"]) for one in found.values()} == {(lost,)}
     assert [rank for rank, one in found.items() if one["speaks"]] == [min(found)]
     assert max(one["seconds"] for one in found.values()) < 2 * PATIENCE + 1
+
+
+class Endless:
+    """A collective as NCCL's is, of which a rank is gone."""
+
+    def is_completed(self) -> bool:
+        return False
+
+
+def _as_with_nccl(rank: int, folder: str, port: int) -> None:
+    loss.PATIENCE, loss.BEAT = 1.0, timedelta(seconds=0.2)
+    store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
+    loss._by_nccl, loss._abandon_collectives = lambda: True, lambda: None
+    topology = Topology(3, 1, rank)
+    listen(topology)
+    dist.barrier()
+    start = time.monotonic()
+    if rank == 1:
+        time.sleep(3)  # all others wait for a slow one, but it lives
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        with sites_watched(topology, 1.0):
+            wait_watching(Endless(), topology)  # type: ignore[arg-type]
+    except SiteLostError as error:
+        found = {"sites": error.sites, "speaks": error.speaks, "seconds": time.monotonic() - start}
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    stop_listening()
+
+
+def test_a_rank_without_a_sign_of_life_is_named_where_connections_do_not_break(tmp_path: Path) -> None:
+    run_all(_as_with_nccl, 3, str(tmp_path), free_port(), killed=1)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2)]
+    assert [one["sites"] for one in found] == [[1], [1]]
+    assert [one["speaks"] for one in found] == [True, False]
+    assert all(3 < one["seconds"] < 12 for one in found)
 
 
 def _quiet(rank: int, folder: str) -> None:
