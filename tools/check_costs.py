@@ -41,7 +41,9 @@ from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
 def case_text(case: Case) -> str:
     """A case in words."""
     changed = "".join(f" {name} {value}" for name, value in case.architecture.items())
-    where = " on one GPU" if case.host_wire else ""
+    where = (" on one GPU" if case.host_wire else "") + (
+        ", outer state on the host" if case.outer_state == "host" else ""
+    )
     return (f"{case.model}{changed}, overlap {case.overlap or case.sites} of {case.sites} sites{where}, "
             f"batch {case.batch_size}, {case.outer}")  # fmt: skip
 

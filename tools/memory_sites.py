@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from fomoe_pl.costs.activations import Precision
 from fomoe_pl.costs.memory import Load, RankMemory, rank_memory
 from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer_state import OuterPlace
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import Batch, FoMoEModule
 from fomoe_pl.strategies import FederatedStrategy
@@ -53,6 +54,7 @@ class Case:
         outer: rule of the outer step.
         evaluation_window: validation batches that go through a layer together.
         host_wire: wire buffers are on the host: all sites share the first GPU, over gloo.
+        outer_state: where anchors and outer momentum are.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Case:
     outer: str = "average"
     evaluation_window: int = 4
     host_wire: bool = False
+    outer_state: OuterPlace = "device"
 
     def config(self) -> ModelConfig:
         """The architecture."""
@@ -76,6 +79,7 @@ class Case:
             precision=self.precision, batch_size=self.batch_size, sequence_length=self.sequence_length,
             outer_momentum=self.outer == "nesterov", wire_on_device=not self.host_wire,
             val_batch_size=self.batch_size, evaluation_window=self.evaluation_window, bf16_gradients=True,
+            state_on_host=self.outer_state == "host",
         )  # fmt: skip
 
     def resident(self) -> int:
@@ -177,6 +181,7 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
         where = {"sites": case.sites, "share_device": True}
     strategy = WatchedStrategy(
         overlap=case.overlap or case.sites, local_steps=K, outer=OuterRule(case.outer), inner_moments="average",  # type: ignore[arg-type]
+        outer_state=case.outer_state,
         **where,
     )  # fmt: skip
     trainer = L.Trainer(
