@@ -82,7 +82,11 @@ def test_sites_share_a_gpu_over_gloo(root: str, tmp_path: Path, precision: str, 
     run(["fit", *on_gpu, *shared, "--trainer.precision", precision], tmp_path)
     ours, theirs = report(tmp_path, "gpu"), report(tmp_path, "cpu")
     assert ours["bytes"] == theirs["bytes"]
-    assert ours["validation"] == pytest.approx(theirs["validation"], rel=tolerance)
+    # In bfloat16 single picks go elsewhere, and there are but some hundred to be counted in an expert's load.
+    counted = {key for key in theirs["validation"] if "max_violation" in key and precision == "bf16-mixed"}
+    for key, value in theirs["validation"].items():
+        assert ours["validation"][key] == pytest.approx(value, rel=tolerance, abs=0.03 * (key in counted)), key
+    assert ours["validation"].keys() == theirs["validation"].keys()
 
 
 def test_outer_state_on_the_host_changes_nothing(root: str, tmp_path: Path) -> None:
@@ -92,10 +96,11 @@ def test_outer_state_on_the_host_changes_nothing(root: str, tmp_path: Path) -> N
     changes += [f"{STRATEGY}.outer", "{rule: nesterov, lr: 0.7, momentum: 0.9}"]
     found = {}
     for where in ("device", "host"):
-        arguments = [*small(root, tmp_path, where), *changes, f"{STRATEGY}.outer_state", where]
+        name = f"{where:_<6}"  # of one length: sites tell each other the paths of checkpoints, which is counted
+        arguments = [*small(root, tmp_path, name), *changes, f"{STRATEGY}.outer_state", where]
         run(["fit", *arguments], tmp_path)
         run(["fit", *arguments, "--trainer.max_steps", "8", "--ckpt_path", "auto"], tmp_path)
-        found[where] = report(tmp_path, where)
+        found[where] = report(tmp_path, name)
     assert found["host"]["validation"] == found["device"]["validation"]
     assert found["host"]["bytes"] == found["device"]["bytes"]
 
