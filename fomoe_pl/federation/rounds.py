@@ -186,7 +186,9 @@ class Federation:
 
     def is_finite(self) -> bool:
         """Whether all local values of this site are finite; waits for the device."""
-        return bool(torch.stack([t.isfinite().all() for t in self.layout.tensors.values()]).all())
+        # Of each the largest magnitude: isfinite would make a copy of the largest tensor, and more.
+        largest = torch._foreach_norm([t.detach() for t in self.layout.tensors.values() if t.numel()], torch.inf)
+        return bool(torch.stack([norm.float() for norm in largest]).isfinite().all())
 
     # -- moving experts -------------------------------------------------------------------------------------------
 
