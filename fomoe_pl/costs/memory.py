@@ -161,10 +161,10 @@ class RankMemory:
         return moment, dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
-def _wire_bytes(load: Load, largest_piece: int, resident_elements: int) -> int:
-    # Tensors are cut between rows, and one of an expert's weight is the largest.
+def _wire_bytes(config: ModelConfig, load: Load, resident_elements: int, shards: int) -> int:
     itemsize = ITEMSIZE[load.wire_dtype]
-    elements = max(load.bucket_bytes // itemsize, largest_piece)
+    largest_row = -(-config.d_model * config.expert_in_width // shards)  # tensors are cut between rows: an expert's
+    elements = max(load.bucket_bytes // itemsize, largest_row)
     one, two, three = (min(n * elements, resident_elements) for n in (1, 2, 3))
     # Of the bucket that is read, of the one that is written, and of the one before, on its way back to the host.
     state = 4 * three * (2 if load.outer_momentum else 1) if load.state_on_host else 0
@@ -196,6 +196,22 @@ def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident:
     width = -(-config.vocab_size // 8) * 8
     logits = chunk_bytes(config, types, tokens)[0] + c * width * d + tokens * d * (r + c)
     return streams + cached + max(layer + through, logits)
+
+
+def _layer_in_flight(config: ModelConfig, types: Types, tokens: int, n_resident: int, n_scored: int) -> int:
+    """What the backward pass through one layer holds for a while, beside the stream: what is made again, and rows."""
+    i, f, d = config.expert_in_width, config.d_expert, config.d_model
+    picks = tokens * min(config.top_k, n_scored) * types.compute
+    in_kernels = types.experts_in_kernels(config)
+    # Rows of picks: in our kernels the gradient inside the activation, and what is made anew or goes to the tokens.
+    rows = picks * (i + max(f, d) if in_kernels else 3 * d + f)
+    if config.activation_checkpointing == "blocks":
+        return tokens * layer_activation_bytes(config, types, n_scored) + (rows if in_kernels else 2 * picks * d)
+    if config.activation_checkpointing == "experts":
+        rows += tokens * expert_activation_bytes(config, types, n_scored)
+        if types.parameter != types.compute:
+            rows += types.compute * n_resident * expert_parameters(config)
+    return rows
 
 
 def rank_memory(
@@ -232,24 +248,13 @@ def rank_memory(
     copies = types.compute * experts if small and config.activation_checkpointing == "none" else 0
     buckets = DDP_COPIES * gradients if load.method == "ddp" else 0
     activations = activation_bytes(config, types, load.tokens, n_resident, n_scored, copies=bool(copies))
-    # Gradients come while activations go. First the output matrix's is made, of its float32 sum; then the last layer,
-    # recomputed if it is checkpointed, has gradients of its picks and of the stream in flight.
     stream = load.tokens * config.d_model * types.stream
-    picks = load.tokens * min(config.top_k, n_scored) * types.compute
-    i, f, d = config.expert_in_width, config.d_expert, config.d_model
-    # Rows of picks: in our kernels the gradient inside the activation, and what is made anew or goes to the tokens.
-    rows = picks * ((i + max(f, d)) if types.experts_in_kernels(config) else (3 * d + f))
-    in_flight = 2 * stream + rows
-    if config.activation_checkpointing == "experts":
-        in_flight += load.tokens * expert_activation_bytes(config, types, n_scored)
-        if types.parameter != types.compute:
-            in_flight += types.compute * n_resident * expert_parameters(config)
-    elif config.activation_checkpointing == "blocks":
-        again = load.tokens * layer_activation_bytes(config, types, n_scored)
-        in_flight = 2 * stream + again + (rows if types.experts_in_kernels(config) else 2 * picks * d)
+    in_flight = 2 * stream + _layer_in_flight(config, types, load.tokens, n_resident, n_scored)
     kept = gradients if load.accumulate > 1 else 0
+    # Gradients come while activations go. First the output matrix's is made, of its float32 sum; then the last layer
+    # has gradients in flight, its experts' made before their tokens'.
     first = kept + activations + output * (4 + types.parameter) + 2 * stream
-    of_experts = of_gradient * n_resident * expert_parameters(config)  # the last layer's, made before its tokens'
+    of_experts = of_gradient * n_resident * expert_parameters(config)
     last_layer = kept + activations + output * types.parameter + of_experts + in_flight
     ends = gradients + types.parameter * output + in_flight
     logits, backward = loss_bytes(config, types, load.tokens), max(first, last_layer, ends) + buckets
@@ -263,7 +268,7 @@ def rank_memory(
         outer_momentum=4 * parameters if of_state and load.outer_momentum else 0,
         activations=activations,
         logits=logits,
-        wire=_wire_bytes(load, -(-i * d // shards), parameters) if federated else 0,
+        wire=_wire_bytes(config, load, parameters, shards) if federated else 0,
         validation=_validation_bytes(config, load, types, n_resident, routing),
         library=LIBRARY_BYTES,
         backward=backward,
