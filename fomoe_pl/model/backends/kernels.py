@@ -334,8 +334,8 @@ def dispatch(
 ) -> Tensor:  # fmt: skip
     """Run all resident experts; arguments and result as in ``loop.dispatch``.
 
-    Copies, if there are any, get the gradients in the weights' place; with checkpointing less is kept for the backward
-    pass.
+    Copies, if there are any, get the gradients in the weights' place, and those with values are multiplied in it; with
+    checkpointing less is kept for the backward pass, and weights are cast inside the operation, in both passes.
     """
     if not w_in_RDI.shape[0]:
         return x_TD * 0
