@@ -120,8 +120,8 @@ def test_a_killed_site_is_named_and_the_newest_checkpoint_goes_on(
         [child] = children(process.pid)
         os.kill(process.pid if site == 0 else child, signal.SIGKILL)
         started_at = time.monotonic()
-        errors = process.communicate(timeout=60)[1]  # ends when no process of the run holds the pipe any more
-        assert time.monotonic() - started_at < 60
+        errors = process.communicate(timeout=80)[1]  # ends when no process of the run holds the pipe any more
+        assert time.monotonic() - started_at < (60 if accelerator == "cpu" else 80)
     assert errors.count(f"fomoe: site {site} is gone") == 1, errors
     assert f"go on with --ckpt_path {CHECKPOINT}" in errors
     found, _ = newest((tmp_path / CHECKPOINT).parent)

@@ -16,6 +16,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -28,6 +29,7 @@ from fomoe_pl.federation.topology import Topology
 
 PATIENCE = 10.0  # seconds in which the others answer, once a connection has broken
 BEAT = timedelta(seconds=PATIENCE / 4)  # between two signs of life, with NCCL
+SILENT_LOOKS = 2  # with so many patiences between them; Python's lock may be held for a while
 _BROKEN = re.compile(r"gloo|nccl|connection|timed out|timeout|broken pipe|socket", re.IGNORECASE)
 _FOR_LONG = timedelta(days=20)  # in milliseconds it has to fit 32 bits
 _CALLED, _THERE, _CONCLUSION, _STOP = "fomoe/called/", "fomoe/there/", "fomoe/conclusion", "fomoe/stop/"
@@ -209,16 +211,17 @@ def wait_watching(work: dist.Work, topology: Topology) -> None:
         SiteLostError: if others have found sites gone.
     """
     if _by_nccl():
-        began, beats = time.monotonic(), dict[int, int]()
+        began, beats, silent = time.monotonic(), dict[int, int](), Counter[int]()
         looked = began
         while not work.is_completed():
             raise_if_lost(topology)
             now = time.monotonic()
             if now - looked > PATIENCE:
-                # Its store fails if its keeper is gone. A rank that ends counts no more, but then ends the run.
+                # It fails if the store's keeper is gone.
                 store = dist.distributed_c10d._get_default_store()
                 before, beats = beats, {rank: store.add(f"{_BEATS}{rank}", 0) for rank in range(topology.world_size)}
-                if dead := [rank for rank in before if beats[rank] == before[rank]]:
+                silent = Counter({rank: silent[rank] + 1 for rank in before if beats[rank] == before[rank]})
+                if dead := [rank for rank, looks in silent.items() if looks == SILENT_LOOKS]:
                     raise RuntimeError(f"NCCL waits for rank {dead[0]}, which gives no sign of life")
                 looked = now
             if now - began > 0.002:  # until then it may be a bucket between GPUs of one machine
