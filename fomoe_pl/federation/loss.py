@@ -71,6 +71,7 @@ class Listener:
         self.conclusion: Conclusion | None = None
         self._store, self._own, self._over = store, store.clone(), False  # type: ignore[attr-defined]
         self._lock, self._asked_to_stop, self._next_stop = threading.Lock(), False, 0
+        self._next_beat = 0.0
         self._thread = threading.Thread(target=self._listen, name="fomoe-listener", daemon=True)
         self._thread.start()
 
@@ -79,14 +80,13 @@ class Listener:
             try:
                 self._answer()
                 return
-            except dist.DistStoreError:  # those that asked did not come to a conclusion
-                return
             except RuntimeError:
                 if not self._over and not _answers(self._store):
                     self.conclusion = _keeper_is_gone(self.topology)
                     return
             time.sleep(1)
-            self._own = self._store.clone()  # type: ignore[attr-defined]  # something on the way cut an idle connection
+            with suppress(RuntimeError):  # something on the way cut an idle connection, and may still do
+                self._own = self._store.clone()  # type: ignore[attr-defined]
 
     def _answer(self) -> None:
         called = self._next_call(b"")
@@ -97,19 +97,22 @@ class Listener:
             called = self._next_call(_PLEASE_STOP)
         if called == _ROLL_CALL:
             self._own.set(f"{_THERE}{self.topology.rank}", "1")
-            self._own.wait([_CONCLUSION], timedelta(seconds=6 * PATIENCE))
-            self.conclusion = Conclusion(*json.loads(self._own.get(_CONCLUSION)))
+            with suppress(dist.DistStoreError):  # those that asked did not come to a conclusion
+                self._own.wait([_CONCLUSION], timedelta(seconds=6 * PATIENCE))
+                self.conclusion = Conclusion(*json.loads(self._own.get(_CONCLUSION)))
 
     def _next_call(self, before: bytes) -> bytes:
         """Wait until this rank is called for something else."""
         call = f"{_CALLED}{self.topology.rank}"
-        while not self._own.check([call]):
-            if self._beats:
+        while (called := self._own.get(call) if self._own.check([call]) else b"") == before:
+            if self._beats and time.monotonic() > self._next_beat:
                 self._own.add(f"{_BEATS}{self.topology.rank}", 1)
-            with suppress(dist.DistStoreError):  # its time is over
-                self._own.wait([call], BEAT if self._beats else _FOR_LONG)
-        while (called := self._own.get(call)) == before:
-            time.sleep(0.2)  # a run that was asked to stop has not long to go
+                self._next_beat = time.monotonic() + BEAT.total_seconds()
+            if self._beats or before:  # waits in the store that time out are told in two lines each
+                time.sleep(BEAT.total_seconds() / 5)
+                continue
+            with suppress(dist.DistStoreError):  # a long time is over
+                self._own.wait([call], _FOR_LONG)
         return bytes(called)
 
     def ask_to_stop(self) -> None:
@@ -217,10 +220,13 @@ def wait_watching(work: dist.Work, topology: Topology) -> None:
             raise_if_lost(topology)
             now = time.monotonic()
             if now - looked > PATIENCE:
-                # It fails if the store's keeper is gone.
-                store = dist.distributed_c10d._get_default_store()
-                before, beats = beats, {rank: store.add(f"{_BEATS}{rank}", 0) for rank in range(topology.world_size)}
-                silent = Counter({rank: silent[rank] + 1 for rank in before if beats[rank] == before[rank]})
+                store = dist.distributed_c10d._get_default_store()  # it fails if its keeper is gone
+                others = {*range(topology.world_size)} - {topology.rank}
+                before, beats = beats, {rank: store.add(f"{_BEATS}{rank}", 0) for rank in sorted(others)}
+                now = time.monotonic()
+                # A store that stalls, or this process, has kept others' counts back as well.
+                again = before if now - looked < 1.5 * PATIENCE else {}
+                silent = Counter({rank: silent[rank] + 1 for rank in again if beats[rank] == before[rank]})
                 if dead := [rank for rank, looks in silent.items() if looks == SILENT_LOOKS]:
                     raise RuntimeError(f"NCCL waits for rank {dead[0]}, which gives no sign of life")
                 looked = now

@@ -94,7 +94,7 @@ class Endless:
         return False
 
 
-def _as_with_nccl(rank: int, folder: str, port: int) -> None:
+def _as_with_nccl(rank: int, folder: str, port: int, stopping: bool) -> None:
     loss.PATIENCE, loss.BEAT = 1.0, timedelta(seconds=0.2)
     store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
@@ -103,8 +103,10 @@ def _as_with_nccl(rank: int, folder: str, port: int) -> None:
     listen(topology)
     dist.barrier()
     start = time.monotonic()
+    if rank == 0 and stopping:
+        listener().ask_to_stop()  # type: ignore[union-attr]
     if rank == 1:
-        time.sleep(3)  # all others wait for a slow one, but it lives
+        time.sleep(6)  # all others wait for a slow one, but it lives
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         with sites_watched(topology, 1.0):
@@ -115,12 +117,13 @@ def _as_with_nccl(rank: int, folder: str, port: int) -> None:
     stop_listening()
 
 
-def test_a_rank_without_a_sign_of_life_is_named_where_connections_do_not_break(tmp_path: Path) -> None:
-    run_all(_as_with_nccl, 3, str(tmp_path), free_port(), killed=1)
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_rank_without_a_sign_of_life_is_named_where_connections_do_not_break(tmp_path: Path, stopping: bool) -> None:
+    run_all(_as_with_nccl, 3, str(tmp_path), free_port(), stopping, killed=1)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2)]
     assert [one["sites"] for one in found] == [[1], [1]]
     assert [one["speaks"] for one in found] == [True, False]
-    assert all(3 < one["seconds"] < 12 for one in found)
+    assert all(6 < one["seconds"] < 16 for one in found)
 
 
 def _quiet(rank: int, folder: str) -> None:
