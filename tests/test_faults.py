@@ -5,7 +5,6 @@ import re
 import resource
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fomoe_pl.federation.checkpoint import newest, read_manifest
+from tests.distributed import free_port
 from tests.test_cli import CHECKPOINT, environment, report, run, small
 
 LONG = ["--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000"]
@@ -193,9 +193,7 @@ def descendants(pid: int) -> list[int]:
 
 @accelerators
 def test_a_machine_less_and_the_run_goes_on_to_the_planned_tokens(root: str, tmp_path: Path, accelerator: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     steps = 120
     # Seconds after which a machine that says nothing is gone, and in which further ones may still join.
     waits = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=15"

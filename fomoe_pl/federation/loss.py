@@ -214,25 +214,40 @@ def wait_watching(work: dist.Work, topology: Topology) -> None:
         SiteLostError: if others have found sites gone.
     """
     if _by_nccl():
-        began, beats, silent = time.monotonic(), dict[int, int](), Counter[int]()
-        looked = began
+        began, signs = time.monotonic(), _SignsOfLife(topology)
         while not work.is_completed():
             raise_if_lost(topology)
-            now = time.monotonic()
-            if now - looked > PATIENCE:
-                store = dist.distributed_c10d._get_default_store()  # it fails if its keeper is gone
-                others = {*range(topology.world_size)} - {topology.rank}
-                before, beats = beats, {rank: store.add(f"{_BEATS}{rank}", 0) for rank in sorted(others)}
-                now = time.monotonic()
-                # A store that stalls, or this process, has kept others' counts back as well.
-                again = before if now - looked < 1.5 * PATIENCE else {}
-                silent = Counter({rank: silent[rank] + 1 for rank in again if beats[rank] == before[rank]})
-                if dead := [rank for rank, looks in silent.items() if looks == SILENT_LOOKS]:
-                    raise RuntimeError(f"NCCL waits for rank {dead[0]}, which gives no sign of life")
-                looked = now
-            if now - began > 0.002:  # until then it may be a bucket between GPUs of one machine
+            signs.look()
+            if time.monotonic() - began > 0.002:  # until then it may be a bucket between GPUs of one machine
                 time.sleep(0.001)
     work.wait()
+
+
+class _SignsOfLife:
+    """What a rank that waits knows of the others' counts."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._others = [rank for rank in range(topology.world_size) if rank != topology.rank]
+        self._looked, self._beats, self._silent = time.monotonic(), dict[int, int](), Counter[int]()
+
+    def look(self) -> None:
+        """Look at them, if it is time to.
+
+        Raises:
+            RuntimeError: if a rank has not counted for long, or the store is gone.
+        """
+        if time.monotonic() - self._looked <= PATIENCE:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        before, self._beats = self._beats, {rank: store.add(f"{_BEATS}{rank}", 0) for rank in self._others}
+        now = time.monotonic()
+        # A store that stalls, or this process, has kept others' counts back as well.
+        again = before if now - self._looked < 1.5 * PATIENCE else {}
+        self._silent = Counter({rank: self._silent[rank] + 1 for rank in again if self._beats[rank] == before[rank]})
+        for rank, looks in self._silent.items():
+            if looks == SILENT_LOOKS:
+                raise RuntimeError(f"NCCL waits for rank {rank}, which gives no sign of life")
+        self._looked = now
 
 
 def all_here(topology: Topology) -> None:

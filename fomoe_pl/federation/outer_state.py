@@ -38,12 +38,11 @@ def joined(pieces: Iterable[Piece]) -> list[Piece]:
     """The same in fewer pieces: rows that lie one after the other are one."""
     found: list[Piece] = []
     for piece in pieces:
-        if piece.rows and found and found[-1].name == piece.name:
-            first, end = found[-1].rows or (0, 0)
-            if end == piece.rows[0]:
-                found[-1] = Piece(piece.name, (first, piece.rows[1]))
-                continue
-        found.append(piece)
+        last = found[-1] if found else None
+        if last and last.rows and piece.rows and last.name == piece.name and last.rows[1] == piece.rows[0]:
+            found[-1] = Piece(piece.name, (last.rows[0], piece.rows[1]))
+        else:
+            found.append(piece)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain, groupby, product
+from itertools import groupby, product
 from operator import itemgetter
 from typing import Any, Literal, cast
 
@@ -67,8 +67,9 @@ class Federation:
 
     def _groups(self) -> list[tuple[Kind, tuple[int, ...], list[Piece]]]:
         """(kind, sites, pieces) of every average that this site takes part in, in the global order."""
-        whole = [cut(name, self.layout.tensors[name], self.wire.bucket_numel) for name in self.layout.dense]
-        groups: list[tuple[Kind, tuple[int, ...], list[Piece]]] = [("dense", self.wire.everyone, list(chain(*whole)))]
+        tensors, numel = self.layout.tensors, self.wire.bucket_numel
+        dense = [piece for name in self.layout.dense for piece in cut(name, tensors[name], numel)]
+        groups: list[tuple[Kind, tuple[int, ...], list[Piece]]] = [("dense", self.wire.everyone, dense)]
         residents = self.placement.residents(self.site)
         rows = [{expert: row for row, expert in enumerate(layer)} for layer in residents]
         for sites in self.placement.holder_sets():

@@ -4,7 +4,6 @@ import json
 import multiprocessing as mp
 import os
 import signal
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +24,7 @@ from fomoe_pl.federation.loss import (
     wait_watching,
 )
 from fomoe_pl.federation.topology import Topology
+from tests.distributed import free_port
 
 SITES, PATIENCE = 4, 2.0
 
@@ -39,12 +39,6 @@ def run_all(site: Any, n: int, *args: Any, killed: int | None = None) -> None:
         process.join(30)
         process.kill()
     assert [process.exitcode for process in processes] == [-9 if rank == killed else 0 for rank in range(n)]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _site(rank: int, lost: int, folder: str, port: int) -> None:

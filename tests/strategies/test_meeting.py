@@ -3,7 +3,6 @@
 import json
 import multiprocessing as mp
 import os
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.strategies.meeting import meet
+from tests.distributed import free_port
 
 SITES = 3
 
@@ -40,9 +40,7 @@ def _comes(rank: int, folder: str, port: int, seconds: float, attempts: int, rea
 
 
 def run(ranks: list[int], folder: Path, seconds: float, attempts: int = 1) -> list[list]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     kept = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if attempts > 1 else None
     context = mp.get_context("forkserver")
     same = (str(folder), port, seconds, attempts, context.Barrier(len(ranks)))
