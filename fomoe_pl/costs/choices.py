@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fomoe_pl.costs.memory import RankMemory
 from fomoe_pl.costs.quality import Measurement
 from fomoe_pl.costs.request import RUNS_TODAY, Layout, Method
+from fomoe_pl.federation.outer_state import OuterPlace
 from fomoe_pl.model.config import Checkpointing
 from fomoe_pl.model.residency import Routing
 
@@ -24,6 +25,18 @@ def divisions(sequences: int) -> list[tuple[int, int]]:
         if batch * accumulate <= sequences * (1 + MORE_FOR_LARGER_BATCHES):
             found.setdefault(batch, accumulate)
     return list(found.items())
+
+
+class Saving(NamedTuple):
+    """What is given for memory.
+
+    Attributes:
+        checkpointing: which activations are made again: time of each step.
+        outer_state: where anchors and outer momentum live: on the host they cross its bus twice a round.
+    """
+
+    checkpointing: Checkpointing = "none"
+    outer_state: OuterPlace = "device"
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class Plan:
         choice: the setting.
         batch_size: sequences of a micro-batch of one device.
         accumulate: micro-batches of a local step.
-        checkpointing: which activations are made again.
+        saving: what is given for memory.
         global_batch: sequences of a step, all sites together: what was asked, or a little more.
         length: optimizer steps and validations.
         tokens: of the run.
@@ -105,7 +118,7 @@ class Plan:
     choice: Choice
     batch_size: int
     accumulate: int
-    checkpointing: Checkpointing
+    saving: Saving
     global_batch: int
     length: RunLength
     tokens: int

@@ -110,6 +110,7 @@ class RankMemory:
         library: workspace of the matrix library.
         backward: most of what the backward pass holds beside weights, moments, anchors and outer momentum.
         recorded: what stays reserved of a step's passes while sites average.
+        on_host: anchors and outer momentum in the host's memory, which is no part of any moment of the device.
     """
 
     weights: int
@@ -125,6 +126,7 @@ class RankMemory:
     library: int
     backward: int
     recorded: int
+    on_host: int
 
     @property
     def lasting(self) -> int:
@@ -241,7 +243,8 @@ def rank_memory(
     parameters, experts = (-(-n // shards) for n in (counts.total, counts.experts))
     output = config.vocab_size * config.d_model
     federated = load.method == "rounds"
-    of_state = federated and not load.state_on_host
+    agreed, momentum = (4 * parameters if kept else 0 for kept in (federated, federated and load.outer_momentum))
+    on_host = load.state_on_host
     small = load.bf16_gradients and types.parameter != types.compute and types.experts_in_kernels(config)
     of_gradient = types.compute if small else types.parameter  # of experts
     gradients = types.parameter * (parameters - experts) + of_gradient * experts
@@ -264,8 +267,8 @@ def rank_memory(
         # Freed after the step, with accumulation after the last micro-batch's.
         gradients_kept=kept + buckets,
         moments=ADAMW_MOMENTS * types.parameter * parameters,
-        anchors=4 * parameters if of_state else 0,
-        outer_momentum=4 * parameters if of_state and load.outer_momentum else 0,
+        anchors=0 if on_host else agreed,
+        outer_momentum=0 if on_host else momentum,
         activations=activations,
         logits=logits,
         wire=_wire_bytes(config, load, parameters, shards) if federated else 0,
@@ -273,4 +276,5 @@ def rank_memory(
         library=LIBRARY_BYTES,
         backward=backward,
         recorded=max(activations + logits, backward) if load.recorded else 0,
+        on_host=agreed + momentum if on_host else 0,
     )

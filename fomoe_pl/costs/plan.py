@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Literal, get_args
 
-from fomoe_pl.costs.choices import Choice, Plan, Refusal, RunLength, divisions
+from fomoe_pl.costs.choices import Choice, Plan, Refusal, RunLength, Saving, divisions
 from fomoe_pl.costs.memory import GIB, Load, RankMemory, rank_memory
 from fomoe_pl.costs.quality import measured_quality
 from fomoe_pl.costs.request import Layout, Method, PlanRequest
@@ -23,6 +23,7 @@ from fomoe_pl.costs.rounds import (
     round_collectives,
 )
 from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work
+from fomoe_pl.federation.outer_state import OuterPlace
 from fomoe_pl.federation.placement import valid_overlaps
 from fomoe_pl.model.config import Checkpointing, ModelConfig
 
@@ -134,9 +135,12 @@ class Planner:
     def _resident(self, choice: Choice) -> int:
         return self.config.n_experts * choice.overlap // choice.sites
 
-    def _asked(
-        self, choice: Choice, division: tuple[int, int], checkpointing: Checkpointing
-    ) -> tuple[ModelConfig, Load]:
+    def _savings(self, choice: Choice) -> list[Saving]:
+        """Ways to save memory, first the one that saves nothing."""
+        places = self.request.outer_states if choice.method != "ddp" else get_args(OuterPlace)[:1]
+        return [Saving(checkpointing, place) for checkpointing in get_args(Checkpointing) for place in places]
+
+    def _asked(self, choice: Choice, division: tuple[int, int], saving: Saving) -> tuple[ModelConfig, Load]:
         """What a device works on with micro-batches of this size, and of this number."""
         request, (batch, accumulate) = self.request, division
         whole_steps = choice.method != "ddp" and accumulate == 1  # one backward pass, by nobody watched
@@ -146,8 +150,9 @@ class Planner:
             wire_dtype=choice.wire_dtype, bucket_bytes=request.bucket_mib * 2**20, val_batch_size=batch,
             evaluation_window=min(request.evaluation_window, self._validation_batches(choice, batch)),
             accumulate=accumulate, recorded=whole_steps, bf16_gradients=whole_steps,
+            state_on_host=saving.outer_state == "host",
         )  # fmt: skip
-        return replace(self.config, activation_checkpointing=checkpointing), load
+        return replace(self.config, activation_checkpointing=saving.checkpointing), load
 
     def _validation_batches(self, choice: Choice, batch: int) -> int:
         return -(-self._own_validation(choice) // batch)
@@ -156,10 +161,8 @@ class Planner:
         """Validation sequences of a site."""
         return -(-self.request.val_sequences // choice.sites)
 
-    def _memory(
-        self, choice: Choice, division: tuple[int, int], checkpointing: Checkpointing
-    ) -> tuple[RankMemory, ...]:
-        config, load = self._asked(choice, division, checkpointing)
+    def _memory(self, choice: Choice, division: tuple[int, int], saving: Saving) -> tuple[RankMemory, ...]:
+        config, load = self._asked(choice, division, saving)
 
         @cache
         def on_one_of(devices: int) -> RankMemory:
@@ -181,16 +184,22 @@ class Planner:
             # Every device has a part of its site's batch; the site of most devices has the smallest ones.
             local = -(-local // max(site.devices for site in request.sites))
         ways = divisions(local)
-        for checkpointing in get_args(Checkpointing):
+        savings, found = self._savings(choice), list[Plan]()
+        for saving in savings:
 
-            def fits(way: tuple[int, int], checkpointing: Checkpointing = checkpointing) -> bool:
-                return not self._overflow(self._memory(choice, way, checkpointing))
+            def fits(way: tuple[int, int], saving: Saving = saving) -> bool:
+                return not self._overflow(self._memory(choice, way, saving))
 
             # Smaller batches take less, but the first one keeps no gradients between micro-batches.
             first = 0 if fits(ways[0]) else bisect_left(ways, x=True, lo=1, key=fits)
             if first < len(ways):
-                return self._cost(choice, ways[first], checkpointing)
-        return Misfit(choice, self._memory(choice, ways[-1], checkpointing="blocks"))
+                found.append(self._cost(choice, ways[first], saving))
+                if saving == savings[0]:
+                    break
+        if found:
+            return min(found, key=lambda plan: plan.hours)
+        return min((Misfit(choice, self._memory(choice, ways[-1], saving)) for saving in savings),
+                   key=lambda misfit: misfit.least)  # fmt: skip
 
     # -- what does not fit ----------------------------------------------------------------------------------------
 
@@ -209,6 +218,7 @@ class Planner:
 
     def _why(self, misfit: Misfit) -> str:
         choice, over = misfit.choice, self._overflow(misfit.memory)
+        held = ", outer state on the host" if any(memory.on_host for memory in misfit.memory) else ""
         needed = "; ".join(
             f"{self.request.sites[i].name} needs {misfit.memory[i].peak / GIB:.2f} GiB a device, usable are "
             f"{self._usable(i) / GIB:.2f} of {self.request.sites[i].memory_gib:g}"
@@ -218,7 +228,8 @@ class Planner:
         largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in list(parts.items())[:PARTS_TOLD])
         fitting = max(misfit.memory[i].peak for i in over) / (1 - self.request.headroom) / GIB
         return (
-            f"the smallest (overlap {choice.overlap}, {choice.method}, one sequence a batch, checkpointed): {needed}. "
+            f"the smallest (overlap {choice.overlap}, {choice.method}, one sequence a batch, checkpointed{held}): "
+            f"{needed}. "
             f"Peak at the {moment}: {largest} GiB. Devices of {math.ceil(10 * fitting) / 10:g} GiB would do"
             f"{self._without(choice, over)}"
         )
@@ -245,9 +256,10 @@ class Planner:
 
     # -- what fits ------------------------------------------------------------------------------------------------
 
-    def _cost(self, choice: Choice, division: tuple[int, int], checkpointing: Checkpointing) -> Plan:
+    def _cost(self, choice: Choice, division: tuple[int, int], saving: Saving) -> Plan:
         request, batch = self.request, division[0]
-        config, load = self._asked(choice, division, checkpointing)
+        config, load = self._asked(choice, division, saving)
+        memory = self._memory(choice, division, saving)
         work = step_work(config, load, n_resident=self._resident(choice), routing=choice.routing)
         accumulate = [division[1]] * len(request.sites)
         global_batch = choice.sites * batch * division[1]
@@ -265,7 +277,9 @@ class Planner:
         links = request.links(choice.layout)
         calls = self._averages(replace(choice, local_steps=1))
         control = [] if choice.method == "ddp" else control_collectives(choice.sites)
-        round_seconds, sent = links.round_seconds([*calls, *control]), max(links.sent_by_place(calls), default=0.0)
+        # What lives on the host is fetched and stored beside the averages, both ways at once.
+        bus = max(own.on_host / (site.host_gbps * 1e9) for own, site in zip(memory, request.sites, strict=True))
+        round_seconds, sent = max(links.round_seconds([*calls, *control]), bus), max(links.sent_by_place(calls))
         windows = -(-self._validation_batches(choice, batch) // request.evaluation_window)
         gathered = 0.0 if choice.method == "ddp" else evaluation_bytes(
             self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
@@ -280,9 +294,9 @@ class Planner:
         hours = (run + length.validations * validation) / 3600
         prices = [site.price_per_hour for site in request.sites]
         return Plan(
-            choice=choice, batch_size=batch, accumulate=max(accumulate), checkpointing=checkpointing,
+            choice=choice, batch_size=batch, accumulate=max(accumulate), saving=saving,
             global_batch=global_batch, length=length, tokens=length.steps * global_batch * request.sequence_length,
-            memory=self._memory(choice, division, checkpointing), sent_per_round=sent,
+            memory=memory, sent_per_round=sent,
             sent_per_validation=sent_validating,
             sent_in_all=-(-length.steps // k) * sent + length.validations * sent_validating,
             checkpoint=checkpoint_bytes(

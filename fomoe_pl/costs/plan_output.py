@@ -15,7 +15,7 @@ from fomoe_pl.costs.pareto import pareto_front
 from fomoe_pl.costs.request import LAYOUTS, RUNS_TODAY, PlanRequest
 from fomoe_pl.costs.sites import Site
 
-OF_OTHER_SHAPE = ("choice", "length", "memory", "quality")
+OF_OTHER_SHAPE = ("choice", "saving", "length", "memory", "quality")
 
 
 def quality_text(plan: Plan) -> str:
@@ -45,10 +45,12 @@ def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
 def setting_text(plan: Plan) -> str:
     """A plan's choice in words."""
     c = plan.choice
-    checkpointed = "" if plan.checkpointing == "none" else f", {plan.checkpointing} checkpointed"
+    saved = "" if plan.saving.checkpointing == "none" else f", {plan.saving.checkpointing} checkpointed"
+    if plan.saving.outer_state == "host":
+        saved += f", outer state on the host ({max(memory.on_host for memory in plan.memory) / GIB:.1f} GiB a device)"
     return (
         f"{c.sites} sites ({c.layout}), overlap {c.overlap}, {c.method}, K {c.local_steps}, {c.routing}, "
-        f"{c.wire_dtype}, batch {plan.batch_size}×{plan.accumulate} of {plan.global_batch}{checkpointed}"
+        f"{c.wire_dtype}, batch {plan.batch_size}×{plan.accumulate} of {plan.global_batch}{saved}"
     )
 
 
@@ -97,6 +99,9 @@ def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
         "batch: micro-batch × accumulation of a site, of all sites' sequences in a step; checkpointed: activations "
         f"are recomputed. sites: {layouts}. Traffic inside a sharded site is not modelled.",
     ]
+    if any(plan.saving.outer_state == "host" for plan in plans):
+        lines.append("outer state on the host: anchors and outer momentum, page-locked, for which torch may take up to "
+                     "twice as much. Whether the host has it free is not checked.")  # fmt: skip
     for layout in sorted({plan.choice.layout for plan in plans if plan.why_not_today}):
         lines.append(f"fit today: {layout} {RUNS_TODAY[layout]}.")
     measured = {(p.quality.model, p.quality.source) for p in plans if p.quality is not None}
@@ -169,6 +174,7 @@ def as_json(plans: Sequence[Plan], refusals: Sequence[Refusal]) -> dict[str, Any
         "layouts": LAYOUTS,
         "plans": [
             asdict(plan.choice)
+            | plan.saving._asdict()
             | {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in OF_OTHER_SHAPE}
             | {
                 "steps": plan.length.steps,

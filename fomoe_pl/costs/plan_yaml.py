@@ -53,11 +53,14 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
                 "inner_moments": "average" if c.method == "local_adamw" else "keep",
                 "wire_dtype": c.wire_dtype,
                 "bucket_mib": request.bucket_mib,
+                "outer_state": plan.saving.outer_state,
             },
         }
     name = f"plan_{c.model}_{c.layout}_overlap{c.overlap}_{c.method}"
     name = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
-    architecture = asdict(ModelConfig(**model["architecture"])) | {"activation_checkpointing": plan.checkpointing}
+    architecture = asdict(ModelConfig(**model["architecture"])) | {
+        "activation_checkpointing": plan.saving.checkpointing
+    }
     defaults = {f.name: f.default for f in fields(ModelConfig)}
     return {
         "seed_everything": 42,

@@ -10,6 +10,7 @@ from fomoe_pl.costs.activations import Precision
 from fomoe_pl.costs.network import Links
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.outer_state import OuterPlace
 from fomoe_pl.model.residency import Routing
 
 Method = Literal["local_adamw", "diloco", "local_sgd", "ddp"]
@@ -45,6 +46,7 @@ class PlanRequest:
         wire_dtypes: dtypes of averaged values on the wire.
         layouts: `one` device of each site; `each` device a site of its own; `sharded`: a site's devices share its
             model, which `fomoe fit` cannot run yet.
+        outer_states: where anchors and outer momentum may live; on the `host` where memory is short.
         precision: of the Trainer.
         headroom: share of a device's memory that stays free for the driver's context, communicators and fragments: an
             assumption, not a measurement.
@@ -71,6 +73,7 @@ class PlanRequest:
     methods: list[Method] = field(default_factory=lambda: ["local_adamw", "diloco", "ddp"])
     wire_dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
     layouts: list[Layout] = field(default_factory=lambda: ["one", "each", "sharded"])
+    outer_states: list[OuterPlace] = field(default_factory=lambda: ["device", "host"])
     precision: Precision = "bf16-mixed"
     headroom: float = 0.08
     evaluation_window: int = 4
@@ -90,7 +93,7 @@ class PlanRequest:
         Raises:
             ConfigError: for empty lists, sizes below 1, and an overlap above the number of sites.
         """
-        for name in ("models", "sites", "local_steps", "routings", "methods", "wire_dtypes", "layouts"):
+        for name in ("models", "sites", "local_steps", "routings", "methods", "wire_dtypes", "layouts", "outer_states"):
             if not getattr(self, name):
                 raise ConfigError(name, getattr(self, name), "must not be empty", "give at least one")
         if self.overlaps is not None and not self.overlaps:

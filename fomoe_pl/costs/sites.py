@@ -57,8 +57,10 @@ class Site:
         tflops_fp32: the same in float32, which counts for `precision: 32-true` alone.
         memory_gib: memory of an accelerator, GiB.
         memory_gbps: its bandwidth, 10^9 bytes a second.
-        mfu: share of the peak that local steps reach: an assumption; on an H100 0.09 (153M preset) and 0.16 (1.3B) were
-            measured in bf16-mixed.
+        host_gbps: between the memory of an accelerator and the host's, both ways at once, 10^9 bytes a second in each:
+            37 were measured on an H100 (PCIe 5, 64 by its standard); the default is an assumption for PCIe 4.
+        mfu: share of the peak that local steps reach: an assumption; on an H100 0.28 (153M preset) and 0.35 (1.3B) were
+            measured in bf16-mixed, with whole models.
         step_factor: measured seconds of a local step over those at the data sheet's peak, instead of ``mfu``;
             `tools/check_costs.py step` prints it.
         price_per_hour: of the whole site, in any currency.
@@ -74,7 +76,8 @@ class Site:
     tflops_fp32: float | None = None
     memory_gib: float | None = None
     memory_gbps: float | None = None
-    mfu: float = 0.15
+    host_gbps: float = 18.0
+    mfu: float = 0.25
     step_factor: float | None = None
     price_per_hour: float | None = None
 
@@ -95,7 +98,8 @@ class Site:
                     raise self._refuse(name, "is not known", "give it, or an accelerator of the table")
                 object.__setattr__(self, name, getattr(sheet, name, None))
         positive = (
-            "bandwidth_mbit inner_bandwidth_mbit tflops tflops_fp32 memory_gib memory_gbps mfu step_factor devices"
+            "bandwidth_mbit inner_bandwidth_mbit tflops tflops_fp32 memory_gib memory_gbps host_gbps mfu step_factor "
+            "devices"
         )
         for name in (*positive.split(), "latency_ms", "price_per_hour"):
             value = getattr(self, name)
@@ -106,7 +110,7 @@ class Site:
             if value is not None and not value > 0:
                 raise self._refuse(name, "must be above 0", "give a positive number")
         if self.mfu > 1:
-            raise self._refuse("mfu", "is a share of the peak", "give a number in 0..1, such as 0.15")
+            raise self._refuse("mfu", "is a share of the peak", "give a number in 0..1, such as 0.25")
         for name in ("latency_ms", "price_per_hour"):
             if (getattr(self, name) or 0) < 0:
                 raise self._refuse(name, "must not be negative", "give 0 or more")

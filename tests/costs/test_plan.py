@@ -16,7 +16,7 @@ import yaml
 from fomoe_pl import cli
 from fomoe_pl.costs import plan_command
 from fomoe_pl.costs.choices import Plan, RunLength, divisions
-from fomoe_pl.costs.memory import GIB
+from fomoe_pl.costs.memory import GIB, MIB
 from fomoe_pl.costs.plan import Planner
 from fomoe_pl.costs.plan_output import merged, one_of_each, pareto, spans
 from fomoe_pl.costs.plan_yaml import fit_settings, fit_yaml, processes
@@ -77,6 +77,31 @@ def test_less_overlap_is_smaller_and_faster_and_larger_k_is_faster() -> None:
         assert held == sorted(set(held))
         assert by[1, k].sent_per_round < by[2, k].sent_per_round < by[4, k].sent_per_round
     assert all(by[o, 8].hours < by[o, 4].hours for o in (1, 2, 3, 4))
+
+
+def test_where_memory_is_short_the_host_keeps_what_was_agreed_on() -> None:
+    """Not where nothing is short, and only where it is faster than activations that are made again."""
+    config = plan_command.read_model(str(ROOT / "configs/model/fomoe-54m.yaml"))
+
+    def best(sites: list[dict[str, Any]] = SITES, **changes: Any) -> Plan:
+        asked = request(methods=["diloco"], overlaps=[4], wire_dtypes=["float32"], bucket_mib=1, global_batch=4,
+                        sequence_length=512, sites=sites, **changes)  # fmt: skip
+        return Planner("54M", config, asked).results[0][0]
+
+    roomy = best()
+    assert (roomy.saving, roomy.memory[0].on_host) == (("none", "device"), 0)
+    state = roomy.memory[0].anchors + roomy.memory[0].outer_momentum
+    usable = max(roomy.held_bytes) - 10 * MIB  # which blocks that are made again give, too
+    short = [dict(site, memory_gib=usable / 0.92 / GIB) for site in SITES]
+    plan = best(short)
+    assert (plan.saving, plan.memory[0].on_host) == (("none", "host"), state)
+    assert max(plan.held_bytes) < usable
+    assert plan.round_seconds == roomy.round_seconds  # the link takes longer than the bus
+    written = fit_settings(plan, request(), plan_command.read_settings(TINY))
+    assert written["trainer"]["strategy"]["init_args"]["outer_state"] == "host"
+    slow_bus = [dict(site, host_gbps=1e-3) for site in short]
+    assert best(slow_bus).saving == ("blocks", "device")
+    assert best(slow_bus, outer_states=["host"]).round_seconds == pytest.approx(state / 1e6)
 
 
 def test_what_overflows_is_told_for_each_method_with_what_would_fit() -> None:
@@ -207,20 +232,23 @@ def test_three_sites_get_an_answer_in_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(ROOT)
-    start = time.perf_counter()
+    start = time.process_time()  # whatever else the machine is doing
     plan_command.main(["-c", THREE_SITES, "--json", str(tmp_path / "all.json"), "--write", str(tmp_path / "fit.yaml")])
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     told = capsys.readouterr().out
     assert told.splitlines()[0].startswith("fomoe-54m: yes, in ")
     assert "fomoe-1.8b: yes, in " in told
     assert "fomoe-13.3b: no" in told
     assert re.search(r"desk needs [\d.]+ GiB a device, usable are 22.08 of 24", (tmp_path / "all.json").read_text())
-    assert "15% of the peak" in told  # the assumption behind all hours
+    assert "25% of the peak" in told  # the assumption behind all hours
     everything = json.loads((tmp_path / "all.json").read_text())
     hours = {(p["model"], p["layout"], p["overlap"]): p["hours"] for p in everything["plans"]}
     assert ("fomoe-153m", "each", 5) in hours
-    # As a site each, the 4090s have room for a quarter of the experts, and for no more.
-    assert {overlap for model, layout, overlap in hours if (model, layout) == ("fomoe-1.8b", "each")} == {5}
+    # As a site each, the 4090s have room for a quarter or half of the experts, if the host keeps what was agreed on.
+    of_large = [p for p in everything["plans"] if (p["model"], p["layout"]) == ("fomoe-1.8b", "each")]
+    assert {p["overlap"] for p in of_large} == {5, 10}
+    assert {(p["checkpointing"], p["outer_state"]) for p in of_large} == {("blocks", "host")}
+    assert "outer state on the host (7.6 GiB a device)" in " ".join(told.split())
     asked = request(models=["configs/model/fomoe-1.8b.yaml"], tokens=1e9, global_batch=1024, sequence_length=2048,
                     precision="bf16-mixed", layouts=["each"], overlaps=[1, 16], local_steps=[32],
                     sites=[{"name": a, "accelerator": a, "devices": 8} for a in ("h100", "a100-80")])  # fmt: skip
