@@ -3,6 +3,7 @@ import pickle
 import pytest
 
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.strategies import FederatedStrategy
 
 
 def test_message_names_key_value_rule_and_hint() -> None:
@@ -24,3 +25,10 @@ def test_survives_the_way_out_of_a_spawned_process() -> None:
     assert str(copy) == str(error)
     with pytest.raises(ValueError, match="devices = 3"):
         raise copy
+
+
+@pytest.mark.parametrize("setting", ["routing", "placement", "stop_at", "inner_moments", "wire_dtype", "outer_state"])
+def test_python_callers_are_told_the_choices(setting: str) -> None:
+    """A command line checks them by their types."""
+    with pytest.raises(ConfigError, match=rf"init_args.{setting} = 'other': is not one of the choices. Use \w+, "):
+        FederatedStrategy(**{setting: "other"})

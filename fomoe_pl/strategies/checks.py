@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -13,11 +13,15 @@ from lightning.pytorch.callbacks import Timer
 from fomoe_pl.errors import ConfigError, check_choice
 from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
 from fomoe_pl.federation.outer_state import OuterPlace
+from fomoe_pl.federation.placement import PlacementKind
 from fomoe_pl.federation.rounds import InnerMoments
 from fomoe_pl.federation.wire import WireDtype
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Routing
 
 KEY = "trainer.strategy.init_args"
+
+StopAt = Literal["round", "step"]
 
 # Settings that may differ between a checkpoint and the model that reads it: they leave the weights alone.
 IRRELEVANT_TO_WEIGHTS = frozenset(
@@ -42,6 +46,9 @@ def check_settings(
     wire_dtype: str,
     inner_moments: str,
     outer_state: str,
+    routing: str,
+    placement: str,
+    stop_at: str,
     timeout_seconds: float,
 ) -> None:
     """Check what can be checked without a model or a trainer.
@@ -53,6 +60,9 @@ def check_settings(
         ("wire_dtype", wire_dtype, WireDtype),
         ("inner_moments", inner_moments, InnerMoments),
         ("outer_state", outer_state, OuterPlace),
+        ("routing", routing, Routing),
+        ("placement", placement, PlacementKind),
+        ("stop_at", stop_at, StopAt),
     ):
         check_choice(f"{KEY}.{setting}", chosen, choices)
     if ranks_per_site != 1:

@@ -27,13 +27,13 @@ from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.wire import Wire, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
-from fomoe_pl.strategies.checks import check_processes, check_settings, check_skipped
+from fomoe_pl.strategies.checks import StopAt, check_processes, check_settings, check_skipped
 from fomoe_pl.strategies.elastic import check_min_sites
 from fomoe_pl.strategies.evaluation import GlobalValidation
 from fomoe_pl.strategies.global_state import GlobalState
 from fomoe_pl.strategies.signals import end_children, observe_children_every, replace_signal_handling
 from fomoe_pl.strategies.statistics import SiteReport, share
-from fomoe_pl.strategies.stopping import StopAt, StopsTogether
+from fomoe_pl.strategies.stopping import StopsTogether
 
 
 class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrategy):
@@ -100,6 +100,9 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
             wire_dtype=wire_dtype,
             inner_moments=inner_moments,
             outer_state=outer_state,
+            routing=routing,
+            placement=placement,
+            stop_at=stop_at,
             timeout_seconds=timeout_seconds,
             sites=sites,
             ranks_per_site=ranks_per_site,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fomoe_pl.federation.loss import listener, sites_watched
 from fomoe_pl.strategies.base import SiteStrategy
+from fomoe_pl.strategies.checks import StopAt
 from fomoe_pl.strategies.signals import end_children
-
-StopAt = Literal["round", "step"]
 
 
 class StopsTogether(SiteStrategy):

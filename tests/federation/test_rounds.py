@@ -301,6 +301,24 @@ def test_the_global_model_is_entered_and_left_in_mid_round() -> None:
     assert run_distributed(_enter_leave, SITES) == [(True, True)] * SITES
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_value_that_is_no_number_is_found(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max  # of which a sum would be infinite
+    tensors = {"dense": torch.full((3,), largest, dtype=dtype), "layer0.w": torch.full((2, 3), -largest, dtype=dtype)}
+    placement = place("fixed", n_layers=1, n_experts=2, n_sites=1, overlap=1)
+    wire = Wire(Topology(1, 1, 0), [], Ledger(), device=torch.device("cpu"))
+    layout = ParameterLayout(tensors | {"none": torch.empty(0, dtype=dtype)}, {"layer0.w": 0}, frozenset(tensors))
+    federation = Federation(layout, placement, wire, outer=OuterRule())
+    assert federation.is_finite()
+    for tensor in tensors.values():
+        for value in (torch.nan, torch.inf, -torch.inf):
+            kept = tensor.clone()
+            tensor.flatten()[-1] = value
+            assert not federation.is_finite()
+            tensor.copy_(kept)
+    assert federation.is_finite()
+
+
 def test_what_bfloat16_rounds_off_an_anchor_is_no_change() -> None:
     placement = place("fixed", n_layers=1, n_experts=2, n_sites=1, overlap=1)
     exact = {"dense": torch.full((3,), 1 + 2**-12), "layer0.w": torch.full((2, 3), 1 + 2**-12)}
