@@ -68,8 +68,6 @@ def meet(
     if missing:
         sites = sorted({other // topology.ranks_per_site for other in missing})
         raise SiteLostError(sites, _late(timeout), speaks=rank == min({*range(size)} - {*missing}))
-    # NCCL's errors free the GPU and are raised where their collective is waited for: by default torch ends the process.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
 
 

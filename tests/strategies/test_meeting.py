@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.topology import Topology
+from fomoe_pl.strategies import CountedDDPStrategy, FederatedStrategy
+from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.meeting import meet
 from tests.distributed import free_port
 
@@ -67,3 +70,24 @@ def test_who_does_not_come_is_named(tmp_path: Path, missing: int, speaker: int) 
         assert speaks == (rank == speaker)
         assert told.startswith(f"site {missing} is gone (not there within 4 seconds)")
         assert seconds < 40
+
+
+class _ThatFarError(Exception):
+    """Nothing further is set up."""
+
+
+@pytest.mark.parametrize(("strategy", "mode"), [(FederatedStrategy, "2"), (CountedDDPStrategy, None)])
+def test_errors_of_nccl_are_ours_where_the_host_waits(
+    strategy: type[SiteStrategy], mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data parallelism waits on the GPU: it would go on with gradients that were not averaged."""
+
+    def stop(*_: object) -> None:
+        raise _ThatFarError
+
+    monkeypatch.setattr(DDPStrategy, "set_world_ranks", stop)
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")  # so that it is as before at the end
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    with pytest.raises(_ThatFarError):
+        strategy().setup_distributed()
+    assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == mode
