@@ -145,22 +145,23 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
         max_bytes: Upper bound of a chunk of logits, as in `chunk_rows`.
     """
     dtype = compute_dtype(hidden_ND)
-    losses = []
     with torch.autocast(device_type=hidden_ND.device.type, enabled=False):
         weight_WD = _output_matrix(weight_VD, dtype)
         in_kernel = kernels.taken(hidden_ND.device, dtype)
         rows = chunk_rows(len(weight_WD), max_bytes, dtype.itemsize, in_kernel)
-        for hidden_CD, targets_C in zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True):
-            logits_CW = hidden_CD @ weight_WD.t()
-            if in_kernel:
-                losses_C = row_kernels.cross_entropy(logits_CW, targets_C, len(weight_VD), with_gradient=False)
-            else:
-                counted_C = targets_C != IGNORED
-                log_p_CW = _log_probabilities(logits_CW, len(weight_VD))
-                log_p_C1 = log_p_CW.gather(1, targets_C.where(counted_C, 0)[:, None])
-                losses_C = -log_p_C1.squeeze(1).where(counted_C, 0)
-            losses.append(losses_C)
-    return torch.cat(losses)
+        chunks = zip(hidden_ND.to(dtype).split(rows), targets_N.split(rows), strict=True)
+        return torch.cat([_chunk_losses(*chunk, weight_WD, len(weight_VD), in_kernel) for chunk in chunks])
+
+
+def _chunk_losses(hidden_CD: Tensor, targets_C: Tensor, weight_WD: Tensor, vocab_size: int, in_kernel: bool) -> Tensor:
+    """Return losses, float32 (C,); a chunk's logits are gone before the next one's are made."""
+    logits_CW = hidden_CD @ weight_WD.t()
+    if in_kernel:
+        return row_kernels.cross_entropy(logits_CW, targets_C, vocab_size, with_gradient=False)
+    counted_C = targets_C != IGNORED
+    log_p_CW = _log_probabilities(logits_CW, vocab_size)
+    log_p_C1 = log_p_CW.gather(1, targets_C.where(counted_C, 0)[:, None])
+    return -log_p_C1.squeeze(1).where(counted_C, 0)
 
 
 def balance_loss(stats: RoutingStats, n_scored: int) -> Tensor:

@@ -15,7 +15,7 @@ from fomoe_pl.costs.memory import Load, rank_memory
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.attention import rotary_tables
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.losses import auxiliary_loss, token_losses
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.sizes import resident_counts
 from fomoe_pl.model.transformer import Transformer
@@ -109,6 +109,20 @@ def step_peaks(config: ModelConfig, precision: str, batch: int, length: int) -> 
             optimizer.step()
             optimizer.zero_grad()  # as strategies do
     return forward, backward
+
+
+def test_a_validation_has_one_chunk_of_logits_at_a_time() -> None:
+    vocab, width, rows = 4096, 8, 128
+    weight = torch.randn(vocab, width)
+
+    def peak(chunks: int) -> int:
+        hidden, targets = torch.randn(chunks * rows, width), torch.randint(vocab, (chunks * rows,))
+        with LiveBytes() as bytes_:
+            token_losses(hidden, weight, targets, 4 * vocab * rows)
+        return bytes_.peak
+
+    assert peak(1) > 2 * 4 * vocab * rows  # logits and their logarithms
+    assert peak(4) < peak(1) * 1.1
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
