@@ -52,10 +52,16 @@ class Planner:
         name: how tables call the model.
         config: its architecture.
         request: what is asked.
+        cuda_graphs: steps are recorded, as the model's file has it.
+        bf16_gradients: gradients of experts may be bfloat16, likewise.
     """
 
-    def __init__(self, name: str, config: ModelConfig, request: PlanRequest) -> None:
+    def __init__(
+        self, name: str, config: ModelConfig, request: PlanRequest, *, cuda_graphs: bool = True,
+        bf16_gradients: bool = True,
+    ) -> None:  # fmt: skip
         self.name, self.config, self.request = name, config, request
+        self.cuda_graphs, self.bf16_gradients = cuda_graphs, bf16_gradients
         self._averages = cache(self._averages_of)
         self.param_dtype: Literal["float32", "bfloat16"] = "bfloat16" if request.precision == "bf16-true" else "float32"
 
@@ -143,13 +149,17 @@ class Planner:
     def _asked(self, choice: Choice, division: tuple[int, int], saving: Saving) -> tuple[ModelConfig, Load]:
         """What a device works on with micro-batches of this size, and of this number."""
         request, (batch, accumulate) = self.request, division
-        whole_steps = choice.method != "ddp" and accumulate == 1  # one backward pass, by nobody watched
+        method: Literal["rounds", "ddp", "single"] = "rounds"
+        if choice.method == "ddp":
+            method = "ddp" if choice.sites > 1 else "single"
+        whole_steps = method != "ddp" and accumulate == 1  # one backward pass, by nobody watched
         load = Load(
             precision=request.precision, batch_size=batch, sequence_length=request.sequence_length,
-            method="ddp" if choice.method == "ddp" else "rounds", outer_momentum=choice.method == "diloco",
+            method=method, outer_momentum=choice.method == "diloco",
             wire_dtype=choice.wire_dtype, bucket_bytes=request.bucket_mib * 2**20, val_batch_size=batch,
             evaluation_window=min(request.evaluation_window, self._validation_batches(choice, batch)),
-            accumulate=accumulate, recorded=whole_steps, bf16_gradients=whole_steps,
+            accumulate=accumulate, recorded=whole_steps and self.cuda_graphs,
+            bf16_gradients=whole_steps and self.bf16_gradients,
             state_on_host=saving.outer_state == "host",
         )  # fmt: skip
         return replace(self.config, activation_checkpointing=saving.checkpointing), load
@@ -241,7 +251,10 @@ class Planner:
             return ""
         alone = replace(self.request, sites=rest, layouts=[choice.layout], methods=[choice.method], overlaps=None,
                         wire_dtypes=[choice.wire_dtype])  # fmt: skip
-        if not any(isinstance(found, Plan) for found in Planner(self.name, self.config, alone).first_of_each_overlap):
+        of_rest = Planner(
+            self.name, self.config, alone, cuda_graphs=self.cuda_graphs, bf16_gradients=self.bf16_gradients
+        )
+        if not any(isinstance(found, Plan) for found in of_rest.first_of_each_overlap):
             return ""
         names = " and ".join(self.request.sites[i].name for i in over)
         return f"; without {names} it fits"

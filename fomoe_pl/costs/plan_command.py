@@ -89,7 +89,9 @@ def plan_all(request: PlanRequest) -> tuple[list[Plan], list[Refusal]]:
     plans: list[Plan] = []
     refusals: list[Refusal] = []
     for name, path in names_of(request.models).items():
-        found, refused = Planner(name, read_model(path), request).results
+        settings = read_settings(path)
+        kept = {key: settings[key] for key in ("cuda_graphs", "bf16_gradients") if key in settings}
+        found, refused = Planner(name, ModelConfig(**settings["architecture"]), request, **kept).results
         plans += found
         refusals += refused
     return plans, refusals

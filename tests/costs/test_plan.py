@@ -104,6 +104,26 @@ def test_where_memory_is_short_the_host_keeps_what_was_agreed_on() -> None:
     assert best(slow_bus, outer_states=["host"]).round_seconds == pytest.approx(state / 1e6)
 
 
+def test_what_the_models_file_turns_off_is_not_counted(tmp_path: Path) -> None:
+    model = yaml.safe_load((ROOT / "configs/model/fomoe-153m.yaml").read_text())
+    files = {"both": {}, "none": {"cuda_graphs": False, "bf16_gradients": False}}
+    for name, changes in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"model": model["model"] | changes}))
+    asked = request(models=[str(tmp_path / f"{name}.yaml") for name in files], methods=["diloco"], overlaps=[4],
+                    precision="bf16-mixed", sites=[dict(site, memory_gib=80) for site in SITES])  # fmt: skip
+    memory = {plan.choice.model: plan.memory[0] for plan in plan_command.plan_all(asked)[0]}
+    assert memory["both"].recorded > memory["none"].recorded == 0
+    assert memory["both"].gradients < memory["none"].gradients
+    assert memory["both"].weights > memory["none"].weights
+
+
+def test_one_process_has_no_copies_of_gradients() -> None:
+    """Data parallelism of one process is a site alone, which is what is written."""
+    alone, several = (planned(methods=["ddp"], sites=SITES[:n], global_batch=4 * n)[0][0] for n in (1, 4))
+    assert alone.memory[0].gradients == alone.memory[0].weights
+    assert several.memory[0].gradients == 3 * several.memory[0].weights
+
+
 def test_what_overflows_is_told_for_each_method_with_what_would_fit() -> None:
     """Full replicas of DDP and DiLoCo do not fit where LocalAdamW does: that is told beside the plans."""
     small = [dict(SITES[0], name="cramped", memory_gib=0.0885), *SITES[1:]]
