@@ -1,6 +1,11 @@
 """The kernels beside the backends' own tests: sorting of picks, cross entropy, precision, choice of the backend."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,19 +128,40 @@ def test_tiles_by_descriptor_give_the_same(
         assert (a.float() - c.float()).norm() < 0.02 * c.float().norm()
 
 
-@pytest.mark.parametrize(
-    ("shared", "hopper"), [(99 * 1024, False), (163 * 1024, False), (227 * 1024, True), (99 * 1024, True)]
-)
+SHARED = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (12, 0): 99 * 1024}
+"""Bytes that a program may have on an A100, a 4090, an H100, a B200 and a 5090, by compute capability."""
+
+
+@pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles_fit_the_shared_memory(itemsize: int, shared: int, hopper: bool) -> None:
+def test_tiles_fit_sizes_and_shared_memory(itemsize: int, capability: tuple[int, int]) -> None:
+    shared = SHARED[capability]
     for d_model, d_expert, rows_per_expert in ((1024, 512, 2048), (4096, 1024, 64), (16, 8, 1)):
-        given = tuned(itemsize, d_model, d_expert, rows_per_expert, shared_bytes=shared, hopper=hopper)
+        given = tuned(itemsize, d_model, d_expert, rows_per_expert, shared_bytes=shared, capability=capability)
         for name, tiles in given._asdict().items():
             blocks = (tiles.rows + tiles.columns * (2 if name == "up" else 1)) * tiles.depth * itemsize
             assert tiles.stages >= 2
             assert 2 * blocks <= shared
             assert all(n & (n - 1) == 0 and n >= 16 for n in tiles[:3])
-    assert tuned(2, 1024, 512, 2048, shared_bytes=227 * 1024, hopper=True) == TUNED[2]
+    assert tuned(2, 1024, 512, 2048, shared_bytes=227 * 1024, capability=(9, 0)) == TUNED[2]
+
+
+@pytest.mark.skipif(not kernels.triton, reason="triton is not installed")
+def test_what_is_compiled_fits_every_generation(tmp_path: Path) -> None:
+    """For GPUs that are not here; the longest 20 seconds of these tests, and nobody has all of these."""
+    script = Path(__file__).with_name("compiled_kernels.py")
+    asked = [[*capability, shared] for capability, shared in SHARED.items()]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(asked)], capture_output=True, text=True, timeout=300,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert [len(kernels_) for kernels_ in found] == [6] * len(SHARED)
+    for capability, of_kernels in zip(SHARED, found, strict=True):
+        for name, used in of_kernels.items():
+            assert 32 * 1024 < used <= SHARED[capability], (capability, name, used)
 
 
 @runnable

@@ -1,9 +1,10 @@
 """Triton backend: tokens gathered, activated, weighted and summed inside or beside grouped products of our own.
 
-Six kernels forward and five backward, all of static shape: nothing waits for the number of live picks, and so a
-layer can be compiled. Kept for the backward pass are the tokens, what is inside the activation (P,I), the places of
-the picks, and the weights in the type of the products; the activations are made again. With checkpointing the
-tokens and places alone are kept: one of the forward pass's two products is made again, and the other not.
+Six kernels forward and five backward (by descriptor one more in each, with checkpointing one more backward), all of
+static shape: nothing waits for the number of live picks, and so a layer can be compiled. Kept for the backward pass are
+the tokens, what is inside the activation (P,I), the places of the picks, and the weights in the type of the products;
+the activations are made again. With checkpointing the tokens and places alone are kept: one of the forward pass's two
+products is made again, and the other not.
 
 With float32 weights and bfloat16 products (mixed precision) the weights' gradients leave the products' accumulators as
 float32, neither rounded nor converted in another pass; or as bfloat16, where there are copies (`copies.py`).
@@ -35,6 +36,7 @@ except ImportError:
     INTERPRETED = False
 
 BLOCK = 512  # picks that one program counts and places
+HELD = 8192  # numbers of a table of picks by experts that it holds at a time; of blocks by experts half as many
 
 
 @lru_cache
@@ -51,11 +53,9 @@ def _programs(device: torch.device) -> int:
 @lru_cache
 def _limits(device: torch.device) -> dict[str, Any]:
     """What tiles have to fit."""
-    own = None if INTERPRETED else cast(Any, torch.cuda.get_device_properties(device))
-    return {
-        "shared_bytes": own.shared_memory_per_block_optin if own else 227 * 1024,
-        "hopper": _capability(device) >= (9, 0),
-    }
+    of_device = None if INTERPRETED else cast(Any, torch.cuda.get_device_properties(device))
+    shared_bytes = of_device.shared_memory_per_block_optin if of_device else 227 * 1024
+    return {"shared_bytes": shared_bytes, "capability": _capability(device)}
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -73,6 +73,8 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if device.type != "cuda":
         return f"triton does not run on {device.type}"
+    if torch.version.hip is not None:
+        return "they were written for NVIDIA's GPUs"
     if _capability(device) < (8, 0):
         return "they need compute capability 8.0 or above"
     return None
@@ -90,6 +92,7 @@ def taken(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied; numbers of two bytes are not asked."""
     return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
@@ -155,14 +158,14 @@ def index_picks(slots_TK: Tensor, n_resident: int) -> tuple[Tensor, Tensor, Tens
     """
     n_picks, slots_P = slots_TK.numel(), slots_TK.reshape(-1)
     n_blocks, padded = triton.cdiv(n_picks, BLOCK), up_to_power(n_resident, 2)
-    step = min(BLOCK, max(16, 8192 // padded))
+    step = min(BLOCK, max(16, HELD // padded))
     counts_BR = torch.empty(n_blocks, padded, dtype=torch.int32, device=slots_TK.device)
     offsets_R1 = torch.empty(n_resident + 1, dtype=torch.int32, device=slots_TK.device)
     order_P = torch.empty(n_picks, dtype=torch.int32, device=slots_TK.device)
     place_P = torch.empty_like(order_P)
     sizes = {"BLOCK": BLOCK, "STEP": step, "RP": padded}
     on_device.count_picks[(n_blocks,)](slots_P, counts_BR, n_picks, **sizes)
-    scan_step = min(up_to_power(n_blocks, 2), max(2, 4096 // padded))
+    scan_step = min(up_to_power(n_blocks, 2), max(2, HELD // 2 // padded))
     on_device.scan_counts[(1,)](counts_BR, offsets_R1, n_blocks, n_resident, STEP=scan_step, RP=padded)
     on_device.place_picks[(n_blocks,)](slots_P, counts_BR, order_P, place_P, n_picks, n_resident, **sizes)
     return order_P, place_P, offsets_R1

@@ -77,7 +77,11 @@ def place_picks(
 
 @triton.jit
 def _tile(offsets_R1, n_resident, n_columns, BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr):
-    """Return what this program works on: the expert (R behind the last live tile), rows, which are live, columns."""
+    """Return what this program works on: the expert (R behind the last live tile), rows, which are live, columns.
+
+    Each program finds its own tile, once, in R numbers: that is less than a list of tiles that another kernel writes
+    first. Programs that go through many tiles read one (`list_tiles`).
+    """
     across = tl.cdiv(n_columns, BN)
     tile, column = tl.program_id(0) // across, tl.program_id(0) % across
     slot = tl.arange(0, RP)
@@ -164,7 +168,10 @@ def rows_times_weight(
 
 @triton.jit
 def list_tiles(offsets_R1, tiles_N4, n_resident, BM: tl.constexpr, BLOCK: tl.constexpr, RP: tl.constexpr):
-    """Write of each tile of BM rows: its expert (R behind the last tile), first row, the end of the expert's rows."""
+    """Write of each tile of BM rows: its expert (R behind the last tile), first row, the end of the expert's rows.
+
+    In the fourth place of each how many tiles there are: nobody else knows.
+    """
     tile_N = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.arange(0, RP)
     start = tl.load(offsets_R1 + slot, mask=slot < n_resident, other=0)
@@ -178,7 +185,7 @@ def list_tiles(offsets_R1, tiles_N4, n_resident, BM: tl.constexpr, BLOCK: tl.con
     tl.store(tiles_N4 + tile_N * 4, expert_N)
     tl.store(tiles_N4 + tile_N * 4 + 1, tl.sum(tl.where(own, row, 0), axis=1))
     tl.store(tiles_N4 + tile_N * 4 + 2, tl.sum(tl.where(own, end[None, :], 0), axis=1))
-    tl.store(tiles_N4 + tile_N * 4 + 3, tl.sum(tiles, axis=0) + tile_N * 0)  # how many there are
+    tl.store(tiles_N4 + tile_N * 4 + 3, tl.sum(tiles, axis=0) + tile_N * 0)  # as long as the others
 
 
 @triton.jit
@@ -190,8 +197,9 @@ def rows_times_weight_by_descriptor(
 
     `a` describes (P,C) in blocks (BM,BK); `w` describes (R·C,N) in blocks (BK,BN), or with TRANSPOSED (R·N,C) in blocks
     (BN,BK). A tile's rows behind its expert's last one are another expert's, or nobody's: they are computed and not
-    written. A program goes through many tiles in one loop, and fetches the first blocks of one while it writes the one
-    before: without that, at half the experts' width, a third of the time is filling and emptying.
+    written. There is one program a multiprocessor, whose shared memory it fills. It goes through many tiles in one
+    loop (`flatten` makes one of the two), and fetches the first blocks of one while it writes the one before: without
+    that, at half the experts' width, a third of the time is filling and emptying.
     """
     across: tl.constexpr = N // BN
     for i in tl.range(tl.program_id(0), tl.load(tiles_N4 + 3) * across, tl.num_programs(0), flatten=True):

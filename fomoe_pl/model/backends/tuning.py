@@ -37,9 +37,14 @@ TUNED = {
     ),
     4: Tuning(*[Tiles(64, 64, 32, 4, 3)] * 5),
 }
-"""By the bytes of a number. Found by sweeps on an H100 (docs/benchmarks). A tile of 128 × 256 float32
-accumulators fills the registers of 8 warps; where a product has much to read or write beside its sums, two programs
-a multiprocessor do better, one computing while the other waits: tiles of half that size, 96 KiB of shared memory."""
+"""By the bytes of a number. Found by sweeps on an H100 (docs/benchmarks), with swiglu.
+
+Of two bytes: a tile of 128 × 256 float32 accumulators fills the registers of 8 warps, and its program has a
+multiprocessor for itself; that is fastest where a product is all there is (`down`, `up_backward`, `weights`). So it is
+for `up`, whose two accumulators of 128 × 128 are as many; short steps there leave room for five stages of gathered
+rows. `down_backward` reads and writes five numbers beside each sum: half the tile with half the registers lets a second
+program compute while one waits for memory. Of four bytes: for tests and small models, not swept.
+"""
 
 
 def up_to_power(n: int, least: int = 1) -> int:
@@ -49,32 +54,39 @@ def up_to_power(n: int, least: int = 1) -> int:
 
 @lru_cache(maxsize=64)
 def tuned(
-    itemsize: int, d_model: int, d_expert: int, rows_per_expert: int, *, shared_bytes: int, hopper: bool
+    itemsize: int, d_model: int, d_expert: int, rows_per_expert: int, *, shared_bytes: int, capability: tuple[int, int]
 ) -> Tuning:
-    """Tiles for these sizes.
+    """Tiles for these sizes: no larger than what there is, and as many stages, then columns, as fit.
+
+    Rows stay: a tile of fewer would read its expert's weights more often. That the result fits is checked by compiling
+    for each generation (tests).
 
     Args:
         itemsize: Bytes of a number.
         d_model: D.
         d_expert: F.
-        rows_per_expert: Picks of an expert, about.
+        rows_per_expert: Picks of an expert, ghosts' picks included: how many are live is known on the device alone.
         shared_bytes: Shared memory that a program may have.
-        hopper: Whether the GPU is of compute capability 9.0 or above.
+        capability: Compute capability of the GPU.
     """
-    stage_at_work = 0 if hopper else 1  # before Hopper it is in registers
+    descriptors = capability >= (9, 0)
+    # Before, a step's blocks are in registers while they are multiplied, and one stage less is in shared memory.
+    at_work = 0 if descriptors else 1
 
-    def fit(tiles: Tiles, rows: int, columns: int, depth: int, accumulators: int = 1, elsewhere: int = 0) -> Tiles:
+    def fit(tiles: Tiles, rows: int, columns: int, depth: int, accumulators: int = 1, of_numbers: int = 0) -> Tiles:
+        # The first `of_numbers` stages hold no blocks, but the tokens' numbers by which their rows are fetched.
         most = [up_to_power(n, 16) for n in (rows, columns, depth)]
         tiles = tiles._replace(
             rows=min(tiles.rows, most[0]), columns=min(tiles.columns, most[1]), depth=min(tiles.depth, most[2])
         )
         while True:
             block = (tiles.rows + accumulators * tiles.columns) * tiles.depth * itemsize
-            # A descriptor's kernel writes a tile while it fetches the blocks of the next.
-            written = tiles.rows * tiles.columns * itemsize // 2 if hopper and not elsewhere else 0
-            if (tiles.stages - stage_at_work - elsewhere) * block + written <= shared_bytes or tiles.columns <= 16:
+            # A descriptor's kernel writes a tile, half of it at a time, while it fetches the blocks of the next.
+            written = tiles.rows * tiles.columns * itemsize // 2 if descriptors and not of_numbers else 0
+            # 16 columns are the least of a product: what does not fit then is for the compiler to say.
+            if (tiles.stages - at_work - of_numbers) * block + written <= shared_bytes or tiles.columns <= 16:
                 return tiles
-            if tiles.stages > 2 + elsewhere:
+            if tiles.stages > 2 + of_numbers:
                 tiles = tiles._replace(stages=tiles.stages - 1)
             else:
                 tiles = tiles._replace(columns=tiles.columns // 2)
@@ -85,6 +97,5 @@ def tuned(
         down=fit(tuning.down, rows_per_expert, d_model, d_expert),
         down_backward=fit(tuning.down_backward, rows_per_expert, d_expert, d_model),
         up_backward=fit(tuning.up_backward, rows_per_expert, d_model, d_expert),
-        # Of its stages two have but numbers of tokens, by which rows are fetched.
-        weights=fit(tuning.weights, min(d_model, d_expert), d_model, rows_per_expert, elsewhere=2 if hopper else 0),
+        weights=fit(tuning.weights, min(d_model, d_expert), d_model, rows_per_expert, of_numbers=2),
     )
