@@ -99,7 +99,8 @@ class RankMemory:
     Attributes:
         weights: parameters, and copies of experts' that last.
         gradients: their gradients, in the backward pass, and until the last micro-batch of a step; and DDP's copies.
-        gradients_kept: what of that is there in a forward pass and in a round.
+        gradients_kept: what of that is there in a forward pass; in rounds and validations DDP's copies alone are.
+        gradient_buckets: DDP's copies.
         moments: AdamW's two moments.
         anchors: the last agreed values, float32.
         outer_momentum: of the outer rule, float32.
@@ -116,6 +117,7 @@ class RankMemory:
     weights: int
     gradients: int
     gradients_kept: int
+    gradient_buckets: int
     moments: int
     anchors: int
     outer_momentum: int
@@ -136,12 +138,11 @@ class RankMemory:
     @property
     def moments_of_peak(self) -> dict[str, int]:
         """Bytes at each moment that can be the peak."""
-        held = self.lasting + self.gradients_kept
         return {
-            "end of the forward pass": held + self.activations + self.logits,
+            "end of the forward pass": self.lasting + self.gradients_kept + self.activations + self.logits,
             "backward pass": self.lasting + self.backward,
-            "averaging": held + self.wire + self.recorded,
-            "global validation": held + self.validation,
+            "averaging": self.lasting + self.wire + self.recorded,
+            "global validation": self.lasting + self.gradient_buckets + self.validation,
         }
 
     @property
@@ -155,8 +156,8 @@ class RankMemory:
         of_moment = {
             "end of the forward pass": ("gradients_kept", "activations", "logits"),
             "backward pass": ("backward",),
-            "averaging": ("gradients_kept", "wire", "recorded"),
-            "global validation": ("gradients_kept", "validation"),
+            "averaging": ("wire", "recorded"),
+            "global validation": ("gradient_buckets", "validation"),
         }[moment]
         names = ("weights", "moments", "anchors", "outer_momentum", "library", *of_moment)
         parts = {name.removesuffix("_kept"): getattr(self, name) for name in names}
@@ -266,6 +267,7 @@ def rank_memory(
         gradients=gradients + buckets,
         # Freed after the step, with accumulation after the last micro-batch's.
         gradients_kept=kept + buckets,
+        gradient_buckets=buckets,
         moments=ADAMW_MOMENTS * types.parameter * parameters,
         anchors=0 if on_host else agreed,
         outer_momentum=0 if on_host else momentum,

@@ -34,9 +34,10 @@ PARTS_TOLD = 3
 
 @dataclass(frozen=True)
 class Misfit:
-    """A setting that does not fit with the smallest batch, and its memory on a device of each place."""
+    """A setting that does not fit, the micro-batch that takes the least, and its memory on a device of each place."""
 
     choice: Choice
+    batch_size: int
     memory: tuple[RankMemory, ...]
 
     @property
@@ -142,8 +143,9 @@ class Planner:
         return self.config.n_experts * choice.overlap // choice.sites
 
     def _savings(self, choice: Choice) -> list[Saving]:
-        """Ways to save memory, first the one that saves nothing."""
-        places = self.request.outer_states if choice.method != "ddp" else get_args(OuterPlace)[:1]
+        """Ways to save memory, those that save less first, so that of equally fast ones they are taken."""
+        asked = self.request.outer_states if choice.method != "ddp" else ["device"]
+        places = [place for place in get_args(OuterPlace) if place in asked]
         return [Saving(checkpointing, place) for checkpointing in get_args(Checkpointing) for place in places]
 
     def _asked(self, choice: Choice, division: tuple[int, int], saving: Saving) -> tuple[ModelConfig, Load]:
@@ -194,8 +196,8 @@ class Planner:
             # Every device has a part of its site's batch; the site of most devices has the smallest ones.
             local = -(-local // max(site.devices for site in request.sites))
         ways = divisions(local)
-        savings, found = self._savings(choice), list[Plan]()
-        for saving in savings:
+        found, unfit = list[Plan](), list[Misfit]()
+        for saving in self._savings(choice):
 
             def fits(way: tuple[int, int], saving: Saving = saving) -> bool:
                 return not self._overflow(self._memory(choice, way, saving))
@@ -204,12 +206,8 @@ class Planner:
             first = 0 if fits(ways[0]) else bisect_left(ways, x=True, lo=1, key=fits)
             if first < len(ways):
                 found.append(self._cost(choice, ways[first], saving))
-                if saving == savings[0]:
-                    break
-        if found:
-            return min(found, key=lambda plan: plan.hours)
-        return min((Misfit(choice, self._memory(choice, ways[-1], saving)) for saving in savings),
-                   key=lambda misfit: misfit.least)  # fmt: skip
+            unfit += [Misfit(choice, way[0], self._memory(choice, way, saving)) for way in (ways[0], ways[-1])]
+        return min(found, key=lambda plan: plan.hours) if found else min(unfit, key=lambda misfit: misfit.least)
 
     # -- what does not fit ----------------------------------------------------------------------------------------
 
@@ -238,8 +236,8 @@ class Planner:
         largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in list(parts.items())[:PARTS_TOLD])
         fitting = max(misfit.memory[i].peak for i in over) / (1 - self.request.headroom) / GIB
         return (
-            f"the smallest (overlap {choice.overlap}, {choice.method}, one sequence a batch, checkpointed{held}): "
-            f"{needed}. "
+            f"the smallest (overlap {choice.overlap}, {choice.method}, micro-batches of {misfit.batch_size}, "
+            f"checkpointed{held}): {needed}. "
             f"Peak at the {moment}: {largest} GiB. Devices of {math.ceil(10 * fitting) / 10:g} GiB would do"
             f"{self._without(choice, over)}"
         )
@@ -290,9 +288,10 @@ class Planner:
         links = request.links(choice.layout)
         calls = self._averages(replace(choice, local_steps=1))
         control = [] if choice.method == "ddp" else control_collectives(choice.sites)
-        # What lives on the host is fetched and stored beside the averages, both ways at once.
+        round_seconds, sent = links.round_seconds([*calls, *control]), max(links.sent_by_place(calls))
+        # What lives on the host is fetched and stored, both ways at once, beside the averages of what it is of.
         bus = max(own.on_host / (site.host_gbps * 1e9) for own, site in zip(memory, request.sites, strict=True))
-        round_seconds, sent = max(links.round_seconds([*calls, *control]), bus), max(links.sent_by_place(calls))
+        round_seconds += max(0.0, bus - links.round_seconds([call for call in calls if call.kind != "moments"]))
         windows = -(-self._validation_batches(choice, batch) // request.evaluation_window)
         gathered = 0.0 if choice.method == "ddp" else evaluation_bytes(
             self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,

@@ -101,7 +101,8 @@ def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
     ]
     if any(plan.saving.outer_state == "host" for plan in plans):
         lines.append("outer state on the host: anchors and outer momentum, page-locked, for which torch may take up to "
-                     "twice as much. Whether the host has it free is not checked.")  # fmt: skip
+                     "twice as much; saves make copies there of all that they write (`async_save: false`: none). "
+                     "Whether the host has that much is not checked.")  # fmt: skip
     for layout in sorted({plan.choice.layout for plan in plans if plan.why_not_today}):
         lines.append(f"fit today: {layout} {RUNS_TODAY[layout]}.")
     measured = {(p.quality.model, p.quality.source) for p in plans if p.quality is not None}

@@ -59,8 +59,8 @@ class Site:
         memory_gbps: its bandwidth, 10^9 bytes a second.
         host_gbps: between the memory of an accelerator and the host's, both ways at once, 10^9 bytes a second in each:
             37 were measured on an H100 (PCIe 5, 64 by its standard); the default is an assumption for PCIe 4.
-        mfu: share of the peak that local steps reach: an assumption; on an H100 0.28 (153M preset) and 0.35 (1.3B) were
-            measured in bf16-mixed, with whole models.
+        mfu: share of the peak that local steps reach: an assumption; on an H100 0.14 (153M preset) and 0.21 (1.3B) were
+            measured in bf16-mixed, and 0.29 and 0.35 where blocks are compiled and steps recorded.
         step_factor: measured seconds of a local step over those at the data sheet's peak, instead of ``mfu``;
             `tools/check_costs.py step` prints it.
         price_per_hour: of the whole site, in any currency.
@@ -77,7 +77,7 @@ class Site:
     memory_gib: float | None = None
     memory_gbps: float | None = None
     host_gbps: float = 18.0
-    mfu: float = 0.25
+    mfu: float = 0.2
     step_factor: float | None = None
     price_per_hour: float | None = None
 
@@ -110,7 +110,7 @@ class Site:
             if value is not None and not value > 0:
                 raise self._refuse(name, "must be above 0", "give a positive number")
         if self.mfu > 1:
-            raise self._refuse("mfu", "is a share of the peak", "give a number in 0..1, such as 0.25")
+            raise self._refuse("mfu", "is a share of the peak", "give a number in 0..1, such as 0.2")
         for name in ("latency_ms", "price_per_hour"):
             if (getattr(self, name) or 0) < 0:
                 raise self._refuse(name, "must not be negative", "give 0 or more")

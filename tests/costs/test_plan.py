@@ -84,8 +84,9 @@ def test_where_memory_is_short_the_host_keeps_what_was_agreed_on() -> None:
     config = plan_command.read_model(str(ROOT / "configs/model/fomoe-54m.yaml"))
 
     def best(sites: list[dict[str, Any]] = SITES, **changes: Any) -> Plan:
-        asked = request(methods=["diloco"], overlaps=[4], wire_dtypes=["float32"], bucket_mib=1, global_batch=4,
-                        sequence_length=512, sites=sites, **changes)  # fmt: skip
+        settings = {"methods": ["diloco"], "overlaps": [4], "wire_dtypes": ["float32"], "bucket_mib": 1,
+                    "global_batch": 4, "sequence_length": 512} | changes  # fmt: skip
+        asked = request(sites=sites, **settings)
         return Planner("54M", config, asked).results[0][0]
 
     roomy = best()
@@ -101,7 +102,13 @@ def test_where_memory_is_short_the_host_keeps_what_was_agreed_on() -> None:
     assert written["trainer"]["strategy"]["init_args"]["outer_state"] == "host"
     slow_bus = [dict(site, host_gbps=1e-3) for site in short]
     assert best(slow_bus).saving == ("blocks", "device")
-    assert best(slow_bus, outer_states=["host"]).round_seconds == pytest.approx(state / 1e6)
+    held = best(slow_bus, outer_states=["host"])
+    assert held.round_seconds == pytest.approx(state / 1e6, rel=1e-3)  # and two small messages
+    averaging = best(slow_bus, outer_states=["host"], methods=["local_adamw"])
+    anchors = averaging.memory[0].on_host / 1e6
+    assert averaging.round_seconds > anchors + 0.6 * best(short, methods=["local_adamw"]).round_seconds  # its moments
+    for order in (["device", "host"], ["host", "device"]):  # what is asked for, not what is preferred
+        assert best(outer_states=order).saving == ("none", "device")
 
 
 def test_what_the_models_file_turns_off_is_not_counted(tmp_path: Path) -> None:
@@ -260,7 +267,7 @@ def test_three_sites_get_an_answer_in_seconds(
     assert "fomoe-1.8b: yes, in " in told
     assert "fomoe-13.3b: no" in told
     assert re.search(r"desk needs [\d.]+ GiB a device, usable are 22.08 of 24", (tmp_path / "all.json").read_text())
-    assert "25% of the peak" in told  # the assumption behind all hours
+    assert "20% of the peak" in told  # the assumption behind all hours
     everything = json.loads((tmp_path / "all.json").read_text())
     hours = {(p["model"], p["layout"], p["overlap"]): p["hours"] for p in everything["plans"]}
     assert ("fomoe-153m", "each", 5) in hours
