@@ -267,6 +267,9 @@ def test_three_sites_get_an_answer_in_seconds(
     assert "fomoe-1.8b: yes, in " in told
     assert "fomoe-13.3b: no" in told
     assert re.search(r"desk needs [\d.]+ GiB a device, usable are 22.08 of 24", (tmp_path / "all.json").read_text())
+    assert (
+        "micro-batches of 1, checkpointed, outer state on the host): desk needs" in (tmp_path / "all.json").read_text()
+    )
     assert "20% of the peak" in told  # the assumption behind all hours
     everything = json.loads((tmp_path / "all.json").read_text())
     hours = {(p["model"], p["layout"], p["overlap"]): p["hours"] for p in everything["plans"]}
