@@ -79,8 +79,8 @@ def place_picks(
 def _tile(offsets_R1, n_resident, n_columns, BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr):
     """Return what this program works on: the expert (R behind the last live tile), rows, which are live, columns.
 
-    Each program finds its own tile, once, in R numbers: that is less than a list of tiles that another kernel writes
-    first. Programs that go through many tiles read one (`list_tiles`).
+    Each program finds its own tile, once, in R numbers. Programs that go through many tiles read a list of them instead
+    (`list_tiles`).
     """
     across = tl.cdiv(n_columns, BN)
     tile, column = tl.program_id(0) // across, tl.program_id(0) % across
