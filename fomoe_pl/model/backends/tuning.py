@@ -42,8 +42,8 @@ TUNED = {
 Of two bytes: a tile of 128 × 256 float32 accumulators fills the registers of 8 warps, and its program has a
 multiprocessor for itself; that is fastest where a product is all there is (`down`, `up_backward`, `weights`). So it is
 for `up`, whose two accumulators of 128 × 128 are as many; short steps there leave room for five stages of gathered
-rows. `down_backward` reads and writes five numbers beside each sum: a quarter of the tile with half the registers lets a
-second program compute while one waits for memory. Of four bytes: for tests and small models, not swept.
+rows. `down_backward` reads and writes five numbers beside each sum: a quarter of the tile with half the registers lets
+a second program compute while one waits for memory. Of four bytes: for tests and small models, not swept.
 """
 
 
