@@ -190,6 +190,9 @@ def test_why_the_kernels_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, "triton", have)
         with pytest.raises(ConfigError, match=f"expert_backend = 'triton': does not work here: {reason}"):
             choose_backend("triton", device, torch.float32, 16, 32)
+    monkeypatch.setattr(kernels, "triton", object())
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # where torch calls AMD's GPUs cuda
+    assert kernels.unsupported(torch.device("cuda"), torch.bfloat16) == "they were written for NVIDIA's GPUs"
 
 
 @pytest.mark.gpu
