@@ -19,12 +19,14 @@ class Accelerator:
         memory_gib: memory that the driver shows, GiB.
         memory_gbps: bandwidth of the memory, 10^9 bytes a second.
         tflops_fp32: float32 products, 10^12 FLOP a second; not TensorFloat-32, which torch leaves off and so do we.
+        kernels: our kernels run there; else torch's own operations do, which take more memory.
     """
 
     tflops: float
     memory_gib: float
     memory_gbps: float
     tflops_fp32: float
+    kernels: bool = True
 
 
 ACCELERATORS = {
@@ -33,7 +35,7 @@ ACCELERATORS = {
     "h100": Accelerator(989, 79.6, 3350, 67),
     "a100-80": Accelerator(312, 80, 2039, 19.5),
     "a100-40": Accelerator(312, 40, 1555, 19.5),
-    "mi300x": Accelerator(1307, 192, 5300, 163),
+    "mi300x": Accelerator(1307, 192, 5300, 163, kernels=False),
     "l40s": Accelerator(362, 45, 864, 91.6),
     "rtx4090": Accelerator(165, 24, 1008, 82.6),
     "rtx3090": Accelerator(71, 24, 936, 35.6),
@@ -117,6 +119,11 @@ class Site:
 
     def _refuse(self, key: str, rule: str, hint: str) -> ConfigError:
         return ConfigError(f"sites.{self.name}.{key}", getattr(self, key), rule, hint)
+
+    @property
+    def kernels(self) -> bool:
+        """Whether our kernels run there; of an accelerator that is not in the table it is assumed."""
+        return self.accelerator is None or ACCELERATORS[self.accelerator].kernels
 
     def peak_flops(self, precision: Precision = "bf16-mixed") -> float:
         """FLOP a second of one accelerator.

@@ -124,6 +124,17 @@ def test_what_the_models_file_turns_off_is_not_counted(tmp_path: Path) -> None:
     assert memory["both"].weights > memory["none"].weights
 
 
+def test_without_our_kernels_more_is_kept() -> None:
+    config = plan_command.read_model(str(ROOT / "configs/model/fomoe-153m.yaml"))
+    places = [{"name": "a", "accelerator": "h200"}, {"name": "b", "accelerator": "h100"}]
+    found = []
+    for sites in (places, [places[0] | {"accelerator": "mi300x"}, places[1]]):
+        asked = request(sites=sites, methods=["diloco"], precision="bf16-mixed", sequence_length=2048)
+        found.append(Planner("153M", config, asked).results[0][0].memory[1])
+    assert found[0].activations < found[1].activations
+    assert found[0].gradients < found[1].gradients
+
+
 def test_one_process_has_no_copies_of_gradients() -> None:
     """Data parallelism of one process is a site alone, which is what is written."""
     alone, several = (planned(methods=["ddp"], sites=SITES[:n], global_batch=4 * n)[0][0] for n in (1, 4))
