@@ -95,6 +95,7 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
             ],
         },
         "model": {
+            **({"compile_blocks": True} if request.accelerator == "gpu" and c.method != "ddp" else {}),
             **model,
             "architecture": {name: value for name, value in architecture.items() if value != defaults[name]},
             "evaluation_window": request.evaluation_window,
