@@ -140,6 +140,11 @@ class Plan:
         return tuple(memory.peak for memory in self.memory)
 
     @property
+    def on_host(self) -> int:
+        """Most bytes of a device's outer state in the host's memory."""
+        return max(memory.on_host for memory in self.memory)
+
+    @property
     def why_not_today(self) -> str | None:
         """Why `fomoe fit` cannot run it today; None if it can."""
         return RUNS_TODAY[self.choice.layout]

@@ -9,6 +9,7 @@ Letters: T tokens of a batch, D width, K picks of a token, I input width of an e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,6 +93,16 @@ class Load:
         return self.batch_size * self.sequence_length
 
 
+LASTING = ("weights", "moments", "anchors", "outer_momentum", "library")
+OF_MOMENT = {
+    "end of the forward pass": ("gradients_kept", "activations", "logits"),
+    "backward pass": ("backward",),
+    "averaging": ("wire", "recorded"),
+    "global validation": ("gradient_buckets", "validation"),
+}
+"""Parts of `RankMemory` that are always there, and those that are there at each moment that can be the peak."""
+
+
 @dataclass(frozen=True)
 class RankMemory:
     """Bytes of one rank. The parts down to ``outer_momentum`` last as long as the run, the others are of one moment.
@@ -133,17 +144,15 @@ class RankMemory:
     @property
     def lasting(self) -> int:
         """Bytes that are always there: weights, moments, anchors, outer momentum and the library's."""
-        return self.weights + self.moments + self.anchors + self.outer_momentum + self.library
+        return self._sum(LASTING)
 
     @property
     def moments_of_peak(self) -> dict[str, int]:
         """Bytes at each moment that can be the peak."""
-        return {
-            "end of the forward pass": self.lasting + self.gradients_kept + self.activations + self.logits,
-            "backward pass": self.lasting + self.backward,
-            "averaging": self.lasting + self.wire + self.recorded,
-            "global validation": self.lasting + self.gradient_buckets + self.validation,
-        }
+        return {moment: self.lasting + self._sum(parts) for moment, parts in OF_MOMENT.items()}
+
+    def _sum(self, parts: Iterable[str]) -> int:
+        return sum(getattr(self, part) for part in parts)
 
     @property
     def peak(self) -> int:
@@ -153,14 +162,7 @@ class RankMemory:
     def at_peak(self) -> tuple[str, dict[str, int]]:
         """The moment of the peak, and what is held then by part, the largest part first."""
         moment = max(self.moments_of_peak, key=self.moments_of_peak.__getitem__)
-        of_moment = {
-            "end of the forward pass": ("gradients_kept", "activations", "logits"),
-            "backward pass": ("backward",),
-            "averaging": ("wire", "recorded"),
-            "global validation": ("gradient_buckets", "validation"),
-        }[moment]
-        names = ("weights", "moments", "anchors", "outer_momentum", "library", *of_moment)
-        parts = {name.removesuffix("_kept"): getattr(self, name) for name in names}
+        parts = {name.removesuffix("_kept"): getattr(self, name) for name in (*LASTING, *OF_MOMENT[moment])}
         return moment, dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
@@ -244,8 +246,8 @@ def rank_memory(
     parameters, experts = (-(-n // shards) for n in (counts.total, counts.experts))
     output = config.vocab_size * config.d_model
     federated = load.method == "rounds"
-    agreed, momentum = (4 * parameters if kept else 0 for kept in (federated, federated and load.outer_momentum))
-    on_host = load.state_on_host
+    agreed = 4 * parameters if federated else 0
+    momentum = agreed if load.outer_momentum else 0
     small = load.bf16_gradients and types.parameter != types.compute and types.experts_in_kernels(config)
     of_gradient = types.compute if small else types.parameter  # of experts
     gradients = types.parameter * (parameters - experts) + of_gradient * experts
@@ -269,8 +271,8 @@ def rank_memory(
         gradients_kept=kept + buckets,
         gradient_buckets=buckets,
         moments=ADAMW_MOMENTS * types.parameter * parameters,
-        anchors=0 if on_host else agreed,
-        outer_momentum=0 if on_host else momentum,
+        anchors=0 if load.state_on_host else agreed,
+        outer_momentum=0 if load.state_on_host else momentum,
         activations=activations,
         logits=logits,
         wire=_wire_bytes(config, load, parameters, shards) if federated else 0,
@@ -278,5 +280,5 @@ def rank_memory(
         library=LIBRARY_BYTES,
         backward=backward,
         recorded=max(activations + logits, backward) if load.recorded else 0,
-        on_host=agreed + momentum if on_host else 0,
+        on_host=agreed + momentum if load.state_on_host else 0,
     )

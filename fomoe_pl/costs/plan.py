@@ -196,8 +196,8 @@ class Planner:
             # Every device has a part of its site's batch; the site of most devices has the smallest ones.
             local = -(-local // max(site.devices for site in request.sites))
         ways = divisions(local)
-        found, unfit = list[Plan](), list[Misfit]()
-        for saving in self._savings(choice):
+        savings, found = self._savings(choice), list[Plan]()
+        for saving in savings:
 
             def fits(way: tuple[int, int], saving: Saving = saving) -> bool:
                 return not self._overflow(self._memory(choice, way, saving))
@@ -206,8 +206,14 @@ class Planner:
             first = 0 if fits(ways[0]) else bisect_left(ways, x=True, lo=1, key=fits)
             if first < len(ways):
                 found.append(self._cost(choice, ways[first], saving))
-            unfit += [Misfit(choice, way[0], self._memory(choice, way, saving)) for way in (ways[0], ways[-1])]
-        return min(found, key=lambda plan: plan.hours) if found else min(unfit, key=lambda misfit: misfit.least)
+        if found:
+            return min(found, key=lambda plan: plan.hours)
+        unfit = [
+            Misfit(choice, way[0], self._memory(choice, way, saving))
+            for saving in savings
+            for way in (ways[0], ways[-1])
+        ]
+        return min(unfit, key=lambda misfit: misfit.least)
 
     # -- what does not fit ----------------------------------------------------------------------------------------
 
@@ -291,7 +297,8 @@ class Planner:
         round_seconds, sent = links.round_seconds([*calls, *control]), max(links.sent_by_place(calls))
         # What lives on the host is fetched and stored, both ways at once, beside the averages of what it is of.
         bus = max(own.on_host / (site.host_gbps * 1e9) for own, site in zip(memory, request.sites, strict=True))
-        round_seconds += max(0.0, bus - links.round_seconds([call for call in calls if call.kind != "moments"]))
+        if bus:
+            round_seconds += max(0.0, bus - links.round_seconds([call for call in calls if call.kind != "moments"]))
         windows = -(-self._validation_batches(choice, batch) // request.evaluation_window)
         gathered = 0.0 if choice.method == "ddp" else evaluation_bytes(
             self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,

@@ -47,7 +47,7 @@ def setting_text(plan: Plan) -> str:
     c = plan.choice
     saved = "" if plan.saving.checkpointing == "none" else f", {plan.saving.checkpointing} checkpointed"
     if plan.saving.outer_state == "host":
-        saved += f", outer state on the host ({max(memory.on_host for memory in plan.memory) / GIB:.1f} GiB a device)"
+        saved += f", outer state on the host ({plan.on_host / GIB:.1f} GiB a device)"
     return (
         f"{c.sites} sites ({c.layout}), overlap {c.overlap}, {c.method}, K {c.local_steps}, {c.routing}, "
         f"{c.wire_dtype}, batch {plan.batch_size}×{plan.accumulate} of {plan.global_batch}{saved}"

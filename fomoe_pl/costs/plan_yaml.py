@@ -118,8 +118,7 @@ def fit_yaml(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> str:
         start = (f"torchrun --nnodes {nodes} --nproc_per_node {devices} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
                  "-m fomoe_pl fit -c THIS_FILE")  # fmt: skip
     total = parameter_counts(ModelConfig(**model["architecture"])).total
-    held = max(memory.on_host for memory in plan.memory)
-    on_host = f" and {held / GIB:.1f} GiB of its host's memory" if held else ""
+    on_host = f" and {plan.on_host / GIB:.1f} GiB of its host's memory" if plan.on_host else ""
     lines = [
         f"Planned: {total / 1e6:,.0f} million parameters, {plan.length.steps:,} steps of {plan.global_batch:,} "
         f"sequences, {plan.tokens:,} tokens, {plan.hours:,.1f} hours with {plan.length.validations} validations, "

@@ -392,17 +392,17 @@ def test_what_fit_cannot_run_is_not_written(tmp_path: Path) -> None:
 
 
 def test_settings_name_what_was_planned() -> None:
-    plans, _ = planned(methods=["ddp"])
-    assert fit_settings(plans[0], request(), plan_command.read_settings(TINY))["trainer"]["strategy"] == "ddp_counted"
-    plans, _ = planned(methods=["diloco"], overlaps=[2], wire_dtypes=["bfloat16"])
     model = plan_command.read_settings(TINY)
+    plans, _ = planned(methods=["ddp"])
+    assert fit_settings(plans[0], request(), model)["trainer"]["strategy"] == "ddp_counted"
+    plans, _ = planned(methods=["diloco"], overlaps=[2], wire_dtypes=["bfloat16"])
     on_gpu = [
         fit_settings(plans[0], request(accelerator="gpu"), model | own)["model"]
         for own in ({}, {"compile_blocks": False})
     ]
     assert [settings["compile_blocks"] for settings in on_gpu] == [True, False]  # unless the model's file says it
     assert "compile_blocks" not in fit_settings(plans[0], request(), model)["model"]
-    strategy = fit_settings(plans[0], request(), plan_command.read_settings(TINY))["trainer"]["strategy"]["init_args"]
+    strategy = fit_settings(plans[0], request(), model)["trainer"]["strategy"]["init_args"]
     assert (strategy["overlap"], strategy["wire_dtype"], strategy["outer"]["rule"]) == (2, "bfloat16", "nesterov")
 
 
