@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 import time
@@ -71,11 +70,6 @@ class SiteStrategy(CheckpointingStrategy):
     def setup_distributed(self) -> None:
         """Meet the other processes, also those of a restarted run."""
         own: Any = self
-        if self.has_rounds:
-            # NCCL's errors free the GPU and are raised where their collective is waited for: all waits between sites
-            # are on the host. Data parallelism waits on the GPU, and would go on with what is no average: there torch
-            # ends the process, as it does by default.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         own.set_world_ranks()
         environment, device = own.cluster_environment, own.root_device
         meet(

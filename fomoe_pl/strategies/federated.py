@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -171,6 +172,10 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
 
     def setup_distributed(self) -> None:
         """Join the world; several sites on one GPU must not bind it to the group (gloo cannot make sub-groups then)."""
+        # NCCL's errors free the GPU and are raised where their collective is waited for: all waits between sites are on
+        # the host. Data parallelism waits on the GPU, and would go on with what is no average: there torch ends the
+        # process, as it does by default.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         super().setup_distributed()
         if self.share_device:
             dist.distributed_c10d._get_default_group().bound_device_id = None
