@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fomoe_pl.model.backends import triton_kernels as on_device
-from fomoe_pl.model.backends.tuning import Tiles, tuned
+from fomoe_pl.model.backends.tuning import DESCRIPTORS_FROM, Tiles, tuned
 
 D, F, R, K, ROWS = 1024, 512, 64, 8, 2048  # of the 1.3B preset, whose tiles are the largest
 TYPES = {"order_P": "*i32", "offsets_R1": "*i32", "tiles_N4": "*i32", "gates_P": "*fp32", "dgate_parts": "*fp32"}
@@ -55,7 +55,7 @@ def of_kernels(major: int, minor: int, shared: int) -> dict[str, int]:
         ("down", tuning.down, False, F, D),
         ("up_backward", tuning.up_backward, True, 2 * F, D),
     ):
-        if major < 9:
+        if (major, minor) < DESCRIPTORS_FROM:
             stride = {"stride_c": 1} if transposed else {"stride_n": 1}
             found[name] = shared_bytes(on_device.rows_times_weight, at, tiles, RP=R, **stride)
             continue

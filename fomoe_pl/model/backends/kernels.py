@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fomoe_pl.model.backends.tuning import Tiles, Tuning, tuned, up_to_power
+from fomoe_pl.model.backends.tuning import DESCRIPTORS_FROM, Tiles, Tuning, tuned, up_to_power
 from fomoe_pl.model.config import ExpertKind
 
 try:
@@ -284,7 +284,7 @@ def skip_experts_backward(
 def _by_descriptor(a_LC: Tensor, tiles: Tiles, n_channels: int, n_columns: int) -> bool:
     if a_LC.element_size() != 2 or n_channels % tiles.depth or n_columns % tiles.columns:
         return False
-    return _capability(a_LC.device) >= (9, 0)
+    return _capability(a_LC.device) >= DESCRIPTORS_FROM
 
 
 def _described(matrix: Tensor, block: list[int]) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+DESCRIPTORS_FROM = (9, 0)
+"""Compute capability from which on a copy engine fetches whole tiles, and products read them where they arrive."""
+
 
 class Tiles(NamedTuple):
     """Tile of a product: rows, columns, summands a step, and how many warps and pipeline stages make it."""
@@ -69,7 +72,7 @@ def tuned(
         shared_bytes: Shared memory that a program may have.
         capability: Compute capability of the GPU.
     """
-    descriptors = capability >= (9, 0)
+    descriptors = capability >= DESCRIPTORS_FROM
     # Before, a step's blocks are in registers while they are multiplied, and one stage less is in shared memory.
     at_work = 0 if descriptors else 1
 
