@@ -2,7 +2,6 @@
 
 import multiprocessing as mp
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,13 +13,6 @@ import torch.distributed as dist
 import torch.multiprocessing as tmp
 
 TIMEOUT = timedelta(seconds=60)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fomoe_pl.federation.checkpoint import newest, read_manifest
-from tests.distributed import free_port
 from tests.test_cli import CHECKPOINT, environment, report, run, small
 
 LONG = ["--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000"]
@@ -193,7 +193,7 @@ def descendants(pid: int) -> list[int]:
 
 @accelerators
 def test_a_machine_less_and_the_run_goes_on_to_the_planned_tokens(root: str, tmp_path: Path, accelerator: str) -> None:
-    port = free_port()
+    port = find_free_network_port()
     steps = 120
     # Seconds after which a machine that says nothing is gone, and in which further ones may still join.
     waits = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=15"

@@ -6,7 +6,6 @@ import json
 import multiprocessing as mp
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 import chaos_site
 import torch
 import yaml
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import MANIFEST, newest, read_manifest, verify
@@ -283,9 +283,7 @@ class Run:
     def attempt(self, number: int, faults: list[dict[str, Any]]) -> list[int | None]:
         """Start all sites and wait for them; returns their exit codes (None for one that hung)."""
         context = mp.get_context("forkserver")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = find_free_network_port()
         words, started, processes = self.arguments(newest(self.checkpoints)[0] is not None), time.time(), []
         for site in range(self.sites):
             environment = {

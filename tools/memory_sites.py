@@ -9,7 +9,6 @@ import logging
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ import lightning.pytorch as L
 import models
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch.utils.data import DataLoader, Dataset
 
 from fomoe_pl.costs.activations import Precision
@@ -247,9 +247,7 @@ def be_a_site(cases: list[Case]) -> None:
 @contextlib.contextmanager
 def processes(cases: list[Case], script: Path) -> Iterator[queue.Queue[str | None]]:
     """Start a process for each site; gives the lines that the first one prints, None at their end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_network_port()
     n = cases[0].sites
     told: queue.Queue[str | None] = queue.Queue()
     started: list[subprocess.Popen[str]] = []

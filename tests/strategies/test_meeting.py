@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies import DDPStrategy
 
 from fomoe_pl.errors import SiteLostError
@@ -18,7 +19,6 @@ from fomoe_pl.federation.topology import Topology
 from fomoe_pl.strategies import CountedDDPStrategy, FederatedStrategy
 from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.meeting import meet
-from tests.distributed import free_port
 
 SITES = 3
 
@@ -43,7 +43,7 @@ def _comes(rank: int, folder: str, port: int, seconds: float, attempts: int, rea
 
 
 def run(ranks: list[int], folder: Path, seconds: float, attempts: int = 1) -> list[list]:
-    port = free_port()
+    port = find_free_network_port()
     kept = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if attempts > 1 else None
     context = mp.get_context("forkserver")
     same = (str(folder), port, seconds, attempts, context.Barrier(len(ranks)))
