@@ -21,7 +21,7 @@ from fomoe_pl.costs.request import PlanRequest
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.data.prepare import prepare
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.optimizer import OptimizerConfig
@@ -140,8 +140,8 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
             continue
         if value is parameter.empty:
             found[name] = "required"
-        elif isinstance(value, OuterRule | OptimizerConfig):
-            found[name] = "below" if isinstance(value, OuterRule) else "above"
+        elif isinstance(value, OptimizerConfig):
+            found[name] = "above"
         else:
             value = list(value) if isinstance(value, tuple) else value
             found[name] = f"`{YAML.get(str(value), value)}`"
@@ -152,7 +152,7 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
     ("page", "key", "owner"),
     [
         ("configuration", "overlap", FederatedStrategy),
-        ("configuration", "rule", OuterRule),
+        ("configuration", "momentum", Nesterov),
         ("configuration", "betas", OptimizerConfig),
         ("configuration", "evaluation_window", FoMoEModule),
         ("configuration", "top_k", ModelConfig),

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch.distributed as dist
 import yaml
 
 from fomoe_pl.data import FoMoEData
-from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.optimizer import OptimizerConfig
@@ -80,7 +80,8 @@ def from_yaml(name: str) -> tuple[str, dict[str, Any]]:
     strategy = yaml.safe_load(STRATEGIES[name].read_text())["trainer"]["strategy"]
     settings = dict(strategy.get("init_args", {}))
     if "outer" in settings:
-        settings["outer"] = OuterRule(**settings["outer"])
+        module, _, name = settings["outer"]["class_path"].rpartition(".")
+        settings["outer"] = getattr(import_module(module), name)(**settings["outer"].get("init_args", {}))
     return ("ddp" if strategy["class_path"].endswith("CountedDDPStrategy") else "federated"), settings
 
 

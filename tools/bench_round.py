@@ -26,14 +26,14 @@ import torch.distributed as dist
 from model_rows import markdown
 from torch import Tensor
 
+from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
-from fomoe_pl.federation.outer import OuterRule
-from fomoe_pl.federation.outer_state import OuterPlace
+from fomoe_pl.federation.outer import Average, Nesterov
 from fomoe_pl.federation.placement import all_arcs, place
-from fomoe_pl.federation.rounds import Federation
+from fomoe_pl.federation.state import OuterPlace
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.federation.wire import Wire
+from fomoe_pl.federation.transport import Transport
 from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
@@ -45,7 +45,7 @@ COLUMNS = ("wire", "outer state", "overlap", "outer rule", "parameters", "round 
            "bus alone (s)", "up, down (MiB)", "round / longest")  # fmt: skip
 
 
-class NotedWire(Wire):
+class NotedTransport(Transport):
     """Notes what a round averages, and does it again with nothing around it."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -166,19 +166,19 @@ def measure(
     with models.drawn_on_device():
         model = Transformer(config, Residency("ghost", placement.residents(rank)), device=device)
     by_host = wire_name == "gloo"
-    wire = NotedWire(
+    wire = NotedTransport(
         Topology(n_sites, 1, rank), all_arcs(config.n_experts, config.n_layers, n_sites, overlap), Ledger(),
         device=torch.device("cpu") if by_host else device, dtype=options.wire_dtype,
         bucket_bytes=options.bucket_mib * MIB, home=device,
     )  # fmt: skip
-    outer = OuterRule("nesterov", 0.7) if options.rule == "nesterov" else OuterRule()
+    outer = Nesterov(0.7) if options.rule == "nesterov" else Average()
     layout = ParameterLayout.of(model, model.expert_tensors())
     federation = Federation(layout, placement, wire, outer=outer, state_on_host=outer_state == "host")
     optimizer = inner_optimizer(model, OptimizerConfig())
     elements = sum(t.numel() for t in layout.tensors.values())
     federation.synchronize(optimizer)  # opens connections, reserves memory
     sent = sum(n for _, n, _ in wire.noted)
-    carried = bus_bytes(elements, sent, wire.dtype.itemsize, momentum=outer.has_momentum,
+    carried = bus_bytes(elements, sent, wire.dtype.itemsize, momentum=bool(outer.slots),
                         on_host=outer_state == "host" and device.type == "cuda", by_host=wire.pinned)  # fmt: skip
     seconds: dict[str, list[float]] = {"round": [], "averages": [], "bus": []}
     for _ in range(options.rounds):

@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 
 from fomoe_pl.data import FoMoEData
-from fomoe_pl.federation.checkpoint import MOMENTUM, read_manifest
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.checkpoint import of_slot, read_manifest
+from fomoe_pl.federation.outer import Average, Nesterov
 from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.sizes import parameter_counts
@@ -105,7 +105,7 @@ def work(phase: str, architecture: ModelConfig, settings: Mapping[str, Any]) -> 
     rank = int(os.environ["LOCAL_RANK"])
     store = dist.FileStore(str(folder / f"store-{phase}"), sites)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=sites, timeout=timedelta(seconds=120))
-    outer = OuterRule(rule="nesterov", lr=0.7) if settings["outer"] == "nesterov" else OuterRule()
+    outer = Nesterov(0.7) if settings["outer"] == "nesterov" else Average()
     strategy = FederatedStrategy(
         sites=sites, overlap=settings["overlap"], local_steps=settings["local_steps"], outer=outer, share_device=gpu
     )
@@ -156,7 +156,7 @@ def disk(folder: Path) -> dict[str, int]:
     """Bytes of a checkpoint by what they are."""
     sizes = {"weights": 0, "outer momentum": 0, "sites' own state": 0, "trainer": 0}
     for name, about in read_manifest(folder)["files"].items():
-        own, momentum = name.startswith("site-"), name.startswith(MOMENTUM)
+        own, momentum = name.startswith("site-"), name.startswith(of_slot("momentum"))
         kind = "sites' own state" if own else "trainer" if name == "trainer.pt" else "weights"
         sizes["outer momentum" if momentum else kind] += about["bytes"]
     return sizes

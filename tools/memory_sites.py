@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fomoe_pl.costs.activations import Precision
 from fomoe_pl.costs.memory import Load, RankMemory, rank_memory
-from fomoe_pl.federation.outer import OuterRule
-from fomoe_pl.federation.outer_state import OuterPlace
+from fomoe_pl.federation.outer import Average, Nesterov
+from fomoe_pl.federation.state import OuterPlace
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import Batch, FoMoEModule
 from fomoe_pl.strategies import FederatedStrategy
@@ -168,7 +168,7 @@ class WatchedStrategy(FederatedStrategy):
     def teardown(self) -> None:
         """All but the end of the process group."""
         if self.federation is not None:
-            self.federation.wire.close()
+            self.federation.transport.close()
         L.strategies.ParallelStrategy.teardown(self)
 
 
@@ -180,8 +180,8 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
     if case.host_wire and device.type == "cuda":
         where = {"sites": case.sites, "share_device": True}
     strategy = WatchedStrategy(
-        overlap=case.overlap or case.sites, local_steps=K, outer=OuterRule(case.outer), inner_moments="average",  # type: ignore[arg-type]
-        outer_state=case.outer_state,
+        overlap=case.overlap or case.sites, local_steps=K, inner_moments="average",
+        outer=Nesterov() if case.outer == "nesterov" else Average(), outer_state=case.outer_state,
         **where,
     )  # fmt: skip
     trainer = L.Trainer(

@@ -22,22 +22,22 @@ from model_rows import GIB, SiteRow
 from torch import Tensor
 
 from fomoe_pl.costs.memory import Load, rank_memory
+from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.federation.placement import place
-from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.federation.wire import Wire
+from fomoe_pl.federation.transport import Transport
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
 
 SITES, LOCAL_STEPS, ROUNDS = 4, 4, 3
 CARD_BYTES = 80 * GIB
-OUTER = OuterRule("nesterov", lr=0.7, momentum=0.9)
+OUTER = Nesterov(lr=0.7, momentum=0.9)
 
 
-class MirrorWire(Wire):
+class MirrorTransport(Transport):
     """A wire whose far ends answer with this site's own values."""
 
     def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], Any]:
@@ -133,7 +133,7 @@ def _train(
 def _federation(model: torch.nn.Module, config: ModelConfig, device: torch.device, overlap: int) -> Federation:
     assert isinstance(model, Transformer)
     placement = place("fixed", n_layers=config.n_layers, n_experts=config.n_experts, n_sites=SITES, overlap=overlap)
-    wire = MirrorWire(Topology(SITES, 1, 0), placement.holder_sets(), Ledger(), device=device)
+    wire = MirrorTransport(Topology(SITES, 1, 0), placement.holder_sets(), Ledger(), device=device)
     return Federation(ParameterLayout.of(model, model.expert_tensors()), placement, wire, outer=OUTER)
 
 

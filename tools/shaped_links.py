@@ -34,14 +34,14 @@ from namespaces import INTERFACE, NO_LIMIT, call, finish_checksums, latency, lim
 from fomoe_pl.costs.network import Links, framed
 from fomoe_pl.costs.rounds import Collective, count, round_collectives
 from fomoe_pl.costs.sites import Site
+from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Average
 from fomoe_pl.federation.placement import all_arcs, place
-from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.federation.wire import Wire
+from fomoe_pl.federation.transport import Transport
 from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
@@ -74,7 +74,7 @@ class Work(Protocol):
     def __call__(self, n: int, what: str = "round") -> Readings: ...  # noqa: D102
 
 
-class TimedWire(Wire):
+class TimedTransport(Transport):
     """Adds up the seconds of waiting for collectives."""
 
     seconds = 0.0
@@ -111,9 +111,9 @@ def work(settings: dict[str, Any]) -> None:
     model = Transformer(ARCHITECTURE, Residency("ghost", placement.residents(rank)))
     layout = ParameterLayout.of(model, model.expert_tensors())
     arcs = all_arcs(ARCHITECTURE.n_experts, ARCHITECTURE.n_layers, n_sites, overlap)
-    wire = TimedWire(Topology(n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"),
+    wire = TimedTransport(Topology(n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"),
                      bucket_bytes=settings["bucket_bytes"])  # fmt: skip
-    federation = Federation(layout, placement, wire, outer=OuterRule(), inner_moments=settings["moments"])
+    federation = Federation(layout, placement, wire, outer=Average(), inner_moments=settings["moments"])
     optimizer = RowAdamW(model.parameters(), lr=1e-3)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -137,7 +137,7 @@ def probe() -> dict[str, float]:
     return {"seconds": time.perf_counter() - start}
 
 
-def one_round(federation: Federation, wire: TimedWire, optimizer: RowAdamW) -> dict[str, float]:
+def one_round(federation: Federation, wire: TimedTransport, optimizer: RowAdamW) -> dict[str, float]:
     """Readings of a round that all sites start together."""
     optimizer.step()
     dist.barrier()

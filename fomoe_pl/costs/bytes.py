@@ -17,9 +17,9 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
 
 if TYPE_CHECKING:  # these modules speak to other processes, of which a calculation needs none
+    from fomoe_pl.federation.federation import InnerMoments
     from fomoe_pl.federation.outer import OuterRule
-    from fomoe_pl.federation.rounds import InnerMoments
-    from fomoe_pl.federation.wire import WireDtype
+    from fomoe_pl.federation.transport import WireDtype
 
 
 def predict_bytes(
@@ -51,7 +51,7 @@ def predict_bytes(
         site: the site whose bytes are predicted, 0..M-1.
         steps: optimizer steps of the run.
         local_steps: K, or a schedule {first step: K}.
-        outer: outer rule; with momentum, migrating experts carry it along.
+        outer: outer rule, whose state migrating experts carry along.
         inner_moments: `average` sends both of AdamW's moments as well.
         routing: in partitioned mode router rows and balance biases travel with their experts.
         placement: `fixed`, or `random`.
@@ -92,7 +92,7 @@ def predict_bytes(
             count(ledger, averages, site)
             if placement == "random" and reshuffle_rounds and rounds % reshuffle_rounds == 0 and step < steps:
                 new = placed(rounds // reshuffle_rounds)
-                _migration(ledger, current, new, site, sizes, with_momentum=outer.has_momentum)
+                _migration(ledger, current, new, site, sizes, n_slots=len(outer.slots))
                 current, averages = new, averaged(new)
         for _ in range(list(validations).count(step)):
             for _ in range(evaluation_windows):
@@ -149,11 +149,11 @@ def control_bytes(
 
 
 def _migration(
-    ledger: Ledger, old: Placement, new: Placement, site: int, sizes: SynchronizedSizes, *, with_momentum: bool
+    ledger: Ledger, old: Placement, new: Placement, site: int, sizes: SynchronizedSizes, *, n_slots: int
 ) -> None:
-    """Anchors, and outer momentum of what is trained, of the experts that this site gives away; float32."""
+    """Anchors, and the outer rule's slots of what is trained, of the experts that this site gives away; float32."""
     given = sum(transfer.giver == site for transfer in migration(old, new))
-    elements = sizes.expert + sizes.expert_buffers + (sizes.expert if with_momentum else 0)
+    elements = sizes.expert + sizes.expert_buffers + n_slots * sizes.expert
     ledger.send("migration", given * elements * ITEMSIZE["float32"])
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from fomoe_pl.costs.bytes import predict_bytes
 from fomoe_pl.costs.rounds import ITEMSIZE, ddp_collectives
 from fomoe_pl.federation.ledger import ring_all_reduce_bytes
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from fomoe_pl.federation.wire import WireDtype
+    from fomoe_pl.federation.transport import WireDtype
 
 
 def ddp_step_bytes(architecture: ModelConfig, n_sites: int, param_dtype: WireDtype = "float32") -> int:
@@ -38,6 +38,6 @@ def replica_round_bytes(architecture: ModelConfig, n_sites: int, wire_dtype: Wir
     """
     ledger = predict_bytes(
         architecture, n_sites=n_sites, overlap=n_sites, site=0, steps=1, local_steps=1,
-        outer=OuterRule("nesterov", 0.7, 0.9), wire_dtype=wire_dtype,
+        outer=Nesterov(0.7, 0.9), wire_dtype=wire_dtype,
     )  # fmt: skip
     return ledger.total_wire

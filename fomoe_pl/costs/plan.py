@@ -23,8 +23,8 @@ from fomoe_pl.costs.rounds import (
     round_collectives,
 )
 from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work
-from fomoe_pl.federation.outer_state import OuterPlace
 from fomoe_pl.federation.placement import valid_overlaps
+from fomoe_pl.federation.state import OuterPlace
 from fomoe_pl.model.config import Checkpointing, ModelConfig
 
 MOST_ROUNDING = 0.05

@@ -13,8 +13,8 @@ from fomoe_pl.model.residency import Routing
 from fomoe_pl.model.sizes import dense_parameters, expert_parameters, parameter_counts, resident_counts
 
 if TYPE_CHECKING:  # these modules speak to other processes, of which a calculation needs none
-    from fomoe_pl.federation.rounds import InnerMoments
-    from fomoe_pl.federation.wire import WireDtype
+    from fomoe_pl.federation.federation import InnerMoments
+    from fomoe_pl.federation.transport import WireDtype
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 ADAMW_MOMENTS = 2

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.placement import Placement
-from fomoe_pl.federation.wire import Wire
+from fomoe_pl.federation.transport import Transport
 
 # Elements that are hashed together: on a CPU so few that what is calculated stays in the cache, in memory that is used
 # again; more cost ten times the time.
@@ -41,13 +41,15 @@ def fingerprints(tensor: Tensor, rows: bool) -> Tensor:
     return total
 
 
-def disagreements(wire: Wire, layout: ParameterLayout, placement: Placement, values: Mapping[str, Tensor]) -> list[str]:
+def disagreements(
+    transport: Transport, layout: ParameterLayout, placement: Placement, values: Mapping[str, Tensor]
+) -> list[str]:
     """Compare the dense tensors of all sites and each expert's of its holders; every site must call it.
 
     Sends 16 bytes for each dense tensor and for each expert of each stacked one, and more only where sites differ.
 
     Args:
-        wire: counted collectives.
+        transport: counted collectives.
         layout: which tensor is dense, and which rows of which are which expert.
         placement: who holds which expert.
         values: what is compared, by the layout's names (not all of them need be there).
@@ -55,7 +57,7 @@ def disagreements(wire: Wire, layout: ParameterLayout, placement: Placement, val
     Returns:
         What differs, the same list on all sites: the tensor, the expert, and the sites with each of the values.
     """
-    n_sites, site = wire.topology.n_sites, wire.topology.site
+    n_sites, site = transport.topology.n_sites, transport.topology.site
     if n_sites == 1:
         return []
     residents = placement.residents(site)
@@ -78,13 +80,13 @@ def disagreements(wire: Wire, layout: ParameterLayout, placement: Placement, val
     hash_N, held_N = torch.cat([h.cpu() for h in own]), torch.cat(held)
     # ~h turns the order round without overflow, so that one maximum finds the largest and the smallest.
     extremes = torch.where(held_N, torch.stack([hash_N, ~hash_N]), _LOWEST)
-    largest_N, smallest_N = wire.largest("control", extremes)
+    largest_N, smallest_N = transport.largest("control", extremes)
     differing = (largest_N != ~smallest_N).nonzero().flatten().tolist()
     if not differing:
         return []
     table_MN = torch.zeros(2, n_sites, len(differing), dtype=torch.int64)
     table_MN[0, site], table_MN[1, site] = hash_N[differing], held_N[differing].long()
-    hashes_MN, holds_MN = wire.sum("control", table_MN)
+    hashes_MN, holds_MN = transport.sum("control", table_MN)
     found = []
     for column, index in enumerate(differing):
         name, expert = items[index]

@@ -3,7 +3,7 @@
 Layout of the folder:
     dense.safetensors             tensors that every site holds, written by site 0
     experts-00003.safetensors     the experts that site 3 writes: `<tensor name>#<expert id>`; each expert once
-    momentum-*.safetensors        outer momentum under the same names, where the outer rule has one
+    <slot>-*.safetensors          the outer rule's state under the same names, such as momentum-dense.safetensors
     site-00003.pt                 what site 3 needs beside the global model to go on (inner moments, ledger)
     observers-00003.pt            what site 3's callbacks know of its own routing, if any do
     trainer.pt                    Lightning's own state (loops, schedulers, callbacks) and the position in the data
@@ -34,7 +34,6 @@ from fomoe_pl.files import write_whole
 
 FORMAT = 4
 MANIFEST = "manifest.json"
-MOMENTUM = "momentum-"  # before the names of the files of outer momentum
 _SEALS = "sealed-*.json"
 
 
@@ -61,6 +60,11 @@ def begin(folder: Path) -> None:
 def complete_siblings(folder: Path) -> list[Path]:
     """Complete checkpoints that an interrupted writer left under another name, the newest first."""
     return [path for path in (partial(folder), replaced(folder)) if (path / MANIFEST).is_file()]
+
+
+def of_slot(slot: str) -> str:
+    """What the names of files of the outer rule's state begin with."""
+    return f"{slot}-"
 
 
 def dense_name(prefix: str = "") -> str:
@@ -263,7 +267,7 @@ class WeightFiles:
 
     Args:
         folder: checkpoint folder.
-        prefix: of the files that are read, `MOMENTUM` for outer momentum.
+        prefix: of the files that are read, from `of_slot`; empty for the weights.
 
     Raises:
         ConfigError: if the folder is no complete checkpoint.
@@ -316,7 +320,7 @@ def read_weights(
         expert_layer: name -> layer of the stacked expert tensors among them.
         residents: per layer the expert ids that are wanted.
         n_experts: experts of a layer, E.
-        prefix: of the files that are read, `MOMENTUM` for outer momentum.
+        prefix: of the files that are read, from `of_slot`; empty for the weights.
 
     Raises:
         ConfigError: if a tensor is missing, or a file that has one of them is damaged.

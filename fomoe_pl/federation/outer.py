@@ -1,84 +1,134 @@
-"""Outer rules: what a round does to the anchor once the pseudo-gradient is averaged. Pure functions."""
+"""Outer rules: what a round does to the anchor once the pseudo-gradient is averaged."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
 
+Slots = Mapping[str, list[Tensor]]
 
-@dataclass(frozen=True)
-class OuterRule:
-    """Outer optimizer of a round.
+
+class OuterRule(ABC):
+    """Outer optimizer of a round; a subclass is one method and the names of what it keeps.
 
     Attributes:
-        rule: `average` moves the anchor to the mean of the sites (local SGD, LocalAdamW); `nesterov` is
-            `torch.optim.SGD(nesterov=True)` on the pseudo-gradient (DiLoCo, arXiv 2311.08105).
-        lr: outer learning rate; 1.0 with `average`.
-        momentum: outer momentum; only read by `nesterov`.
+        slots: names of the state tensors that the rule keeps for each trained value, float32 and of its shape, zero at
+            the start. They are saved, resumed, hashed and moved with their experts by these names; `anchor` is taken.
     """
 
-    rule: Literal["average", "nesterov"] = "average"
-    lr: float = 1.0
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        """Refuse rates that cannot train.
-
-        Raises:
-            ConfigError: if lr <= 0 or momentum is outside [0, 1).
-        """
-        key = "trainer.strategy.init_args.outer"
-        if self.lr <= 0:
-            raise ConfigError(f"{key}.lr", self.lr, "must be positive", "1.0 for averaging, 0.7 for DiLoCo")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"{key}.momentum", self.momentum, "must be in [0, 1)", "0.9 for DiLoCo")
+    slots: ClassVar[tuple[str, ...]] = ()
 
     def __str__(self) -> str:
-        """`average 1.0`, or `nesterov 0.7/0.9`."""
-        return f"{self.rule} {self.lr}" + (f"/{self.momentum}" if self.has_momentum else "")
+        """How logs and the identity of a checkpoint name it; settings that may change on resume come after a space."""
+        return type(self).__name__.lower()
 
-    @property
-    def has_momentum(self) -> bool:
-        """Whether the rule keeps a momentum buffer beside the anchor."""
-        return self.rule == "nesterov"
+    @abstractmethod
+    def step_(self, anchors: list[Tensor], changes: list[Tensor], slots: Slots) -> None:
+        """One outer step of several values in place, in float32, on their device.
+
+        Args:
+            anchors: last agreed values, any shapes.
+            changes: averaged pseudo-gradients, anchor - mean of the holders, of the same shapes; not to be changed.
+            slots: name -> state of each value, of the same shapes.
+        """
+
+    def step_rows_(self, anchors: list[Tensor], changes: list[Tensor], slots: Slots) -> None:
+        """As `step_`, of values whose rows are an expert each: rows without a change stay as they are, state included.
+
+        An expert that nobody trained must not coast on old state. The default takes the step and puts such rows back;
+        a rule may do better.
+        """
+        active = [rows_with_a_change(change) for change in changes]
+        touched = [anchors, *slots.values()]
+        before = [[value.clone() for value in values] for values in touched]
+        self.step_(anchors, changes, slots)
+        for values, olds in zip(touched, before, strict=True):
+            for value, old, rows in zip(values, olds, active, strict=True):
+                value.copy_(torch.where(rows, value, old))
 
 
-def outer_steps_(
-    rule: OuterRule,
-    anchors: list[Tensor],
-    deltas: list[Tensor],
-    momenta: list[Tensor] | None,
-    *,
-    freeze_if_zero: bool,
-) -> None:
-    """One outer step of several values in place, in float32.
+def rows_with_a_change(change: Tensor) -> Tensor:
+    """Which rows of a pseudo-gradient (R, ...) are not all zero; bool (R, 1, ...), on its device."""
+    return change.flatten(1).any(dim=1).view(-1, *[1] * (change.dim() - 1))
+
+
+class Average(OuterRule):
+    """Moves the anchor to the mean of the sites (local SGD, LocalAdamW).
 
     Args:
-        rule: the outer rule.
-        anchors: last agreed values, any shapes, on one device.
-        deltas: averaged pseudo-gradients, anchor - mean of the holders, of the same shapes.
-        momenta: momentum buffers for `nesterov`, of the same shapes, else None.
-        freeze_if_zero: values are rows, of one expert each. Leave anchor and momentum of a row untouched whose whole
-            pseudo-gradient is zero: an expert that nobody trained must not coast on old momentum.
+        lr: outer learning rate; 1.0 is the mean itself.
+
+    Raises:
+        ConfigError: if lr <= 0.
     """
-    if momenta is None:
-        torch._foreach_sub_(anchors, deltas, alpha=rule.lr)
-        return
-    if not freeze_if_zero:
-        torch._foreach_mul_(momenta, rule.momentum)
-        torch._foreach_add_(momenta, deltas)
-        steps = torch._foreach_mul(momenta, rule.momentum)
-        torch._foreach_add_(steps, deltas)
-    else:
-        # Factors on the device instead of an `if`: the host does not wait.
-        active = [delta.flatten(1).any(dim=1).view(-1, *[1] * (delta.dim() - 1)) for delta in deltas]
-        torch._foreach_mul_(momenta, [torch.where(rows, rule.momentum, 1.0) for rows in active])
-        torch._foreach_add_(momenta, deltas)
-        steps = torch._foreach_mul(momenta, [torch.where(rows, rule.momentum, 0.0) for rows in active])
-        torch._foreach_add_(steps, deltas)  # of what is frozen both are zero
-    torch._foreach_sub_(anchors, steps, alpha=rule.lr)
+
+    def __init__(self, lr: float = 1.0) -> None:
+        self.lr = positive("lr", lr, "1.0 is plain averaging")
+
+    def __str__(self) -> str:
+        return f"average {self.lr}"
+
+    def step_(self, anchors: list[Tensor], changes: list[Tensor], slots: Slots) -> None:
+        """Anchor - lr x change."""
+        torch._foreach_sub_(anchors, changes, alpha=self.lr)
+
+    step_rows_ = step_  # without a change nothing moves
+
+
+class Nesterov(OuterRule):
+    """`torch.optim.SGD(nesterov=True)` on the pseudo-gradient (DiLoCo, arXiv 2311.08105).
+
+    Args:
+        lr: outer learning rate.
+        momentum: outer momentum.
+
+    Raises:
+        ConfigError: if lr <= 0 or momentum is outside [0, 1).
+    """
+
+    slots = ("momentum",)
+
+    def __init__(self, lr: float = 0.7, momentum: float = 0.9) -> None:
+        self.lr = positive("lr", lr, "0.7 for DiLoCo")
+        if not 0 <= momentum < 1:
+            raise ConfigError("outer.momentum", momentum, "must be in [0, 1)", "0.9 for DiLoCo")
+        self.momentum = momentum
+
+    def __str__(self) -> str:
+        return f"nesterov {self.lr}/{self.momentum}"
+
+    def step_(self, anchors: list[Tensor], changes: list[Tensor], slots: Slots) -> None:
+        """Momentum first, then the anchor, as torch does it."""
+        momenta = slots["momentum"]
+        torch._foreach_mul_(momenta, self.momentum)
+        torch._foreach_add_(momenta, changes)
+        steps = torch._foreach_mul(momenta, self.momentum)
+        torch._foreach_add_(steps, changes)
+        torch._foreach_sub_(anchors, steps, alpha=self.lr)
+
+    def step_rows_(self, anchors: list[Tensor], changes: list[Tensor], slots: Slots) -> None:
+        """As `step_`, by factors on the device: the host does not wait, and nothing is copied."""
+        momenta = slots["momentum"]
+        active = [rows_with_a_change(change) for change in changes]
+        torch._foreach_mul_(momenta, [torch.where(rows, self.momentum, 1.0) for rows in active])
+        torch._foreach_add_(momenta, changes)
+        steps = torch._foreach_mul(momenta, [torch.where(rows, self.momentum, 0.0) for rows in active])
+        torch._foreach_add_(steps, changes)  # of what is frozen both are zero
+        torch._foreach_sub_(anchors, steps, alpha=self.lr)
+
+
+def positive(name: str, value: float, hint: str) -> float:
+    """The value of an outer rule's argument, if it is positive.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if value <= 0:
+        raise ConfigError(f"outer.{name}", value, "must be positive", hint)
+    return value

@@ -36,6 +36,6 @@ class Topology:
         """Number of ranks of all sites."""
         return self.n_sites * self.ranks_per_site
 
-    def peers(self, sites: tuple[int, ...]) -> tuple[int, ...]:
-        """Global ranks of the given sites that have this rank's local rank: they average with each other."""
-        return tuple(site * self.ranks_per_site + self.local_rank for site in sites)
+    def peers(self, sites: tuple[int, ...], local_rank: int) -> tuple[int, ...]:
+        """Global ranks of the given sites at one place inside them: they average with each other."""
+        return tuple(site * self.ranks_per_site + local_rank for site in sites)

@@ -16,13 +16,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from fomoe_pl.errors import SiteLostError
+from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.loss import all_here, listen, sites_watched, stop_listening
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
-from fomoe_pl.federation.rounds import Federation
-from fomoe_pl.federation.wire import WireDtype
+from fomoe_pl.federation.transport import WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
 from fomoe_pl.strategies.elastic import Pace
@@ -135,9 +135,9 @@ class SiteStrategy(CheckpointingStrategy):
         return None if self.federation is None else self.federation.placement
 
     def agreed_bytes(self) -> int:
-        """Bytes of anchors and outer momentum on this rank's device."""
-        kept = () if self.federation is None else (self.federation.anchors, self.federation.momenta)
-        return sum(t.nbytes for tensors in kept for t in tensors.values() if t.device == self.root_device)
+        """Bytes of anchors and of the outer rule's state on this rank's device."""
+        kept = {} if self.federation is None else self.federation.state.slots
+        return sum(t.nbytes for tensors in kept.values() for t in tensors.values() if t.device == self.root_device)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """One step, after which gradients are freed: Lightning would keep them beside the next step's activations."""
@@ -195,7 +195,7 @@ class SiteStrategy(CheckpointingStrategy):
         """Drop every group: without it gloo aborts at exit now and then."""
         stop_listening()  # else it would answer for a rank that is leaving
         if self.federation is not None:
-            self.federation.wire.close()
+            self.federation.transport.close()
         super().teardown()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -66,11 +66,13 @@ class CheckpointingStrategy(SavingStrategy):
         manifest = files.read_manifest(folder)
         self.rounds_done, self.optimizer_steps = manifest["rounds"], manifest["optimizer_steps"]
         self.last_saved = folder
-        momenta = self.outer_momenta()
-        has_momentum = files.dense_name(files.MOMENTUM) in manifest["files"]
-        if momenta and has_momentum:
-            for name, value in self._read(folder, list(momenta), files.MOMENTUM).items():
-                momenta[name].copy_(value)
+        missing = []
+        for slot, values in self.outer_slots().items():
+            if files.dense_name(files.of_slot(slot)) not in manifest["files"]:
+                missing.append(slot)
+                continue
+            for name, value in self._read(folder, list(values), files.of_slot(slot)).items():
+                values[name].copy_(value)
         # Of data-parallel ranks, which are all alike, only the first has written; a site without a file of its own
         # goes on from another's.
         own_files = [name for name in manifest["files"] if name.startswith("site-")]
@@ -95,8 +97,8 @@ class CheckpointingStrategy(SavingStrategy):
         [optimizer] = self.optimizers
         fresh = carry_over(own, optimizer, names, layout.expert_layer, residency.experts, config.n_experts)
         told = f"resuming with other settings ({changed}); site 0 starts {fresh} with fresh inner moments"
-        if momenta and not has_momentum:
-            told += ", and outer momentum at zero"
+        if missing:
+            told += f", and outer {', '.join(missing)} at zero"
         rank_zero_info(told)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fomoe_pl.federation.rounds import Federation
+from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.strategies.base import SiteStrategy
 

@@ -17,15 +17,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from fomoe_pl.federation.federation import Federation, InnerMoments
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.loss import raise_if_lost
-from fomoe_pl.federation.outer import OuterRule
-from fomoe_pl.federation.outer_state import OuterPlace
+from fomoe_pl.federation.outer import Average, OuterRule
 from fomoe_pl.federation.placement import Placement, PlacementKind, all_arcs, check_placement, place
-from fomoe_pl.federation.rounds import Federation, InnerMoments
 from fomoe_pl.federation.schedule import RoundSchedule
+from fomoe_pl.federation.state import OuterPlace
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.federation.wire import Wire, WireDtype
+from fomoe_pl.federation.transport import Transport, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
 from fomoe_pl.strategies.checks import StopAt, check_processes, check_settings, check_skipped
@@ -53,7 +53,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         reshuffle_rounds: T, rounds between two random placements.
         placement_seed: seed of the random placement.
         local_steps: K, optimizer steps of a round, or a schedule {first step: K} such as {0: 1, 64: 32}.
-        outer: outer rule.
+        outer: outer rule, one of `fomoe_pl.federation.outer` or your own subclass of `OuterRule`; None is `Average`.
         inner_moments: what a round does to the inner optimizer's moments: keep, reset or average them.
         wire_dtype: dtype of averaged values on the wire; anchors and outer state are always float32.
         bucket_mib: size of a communication buffer, MiB; one travels while another is read or written.
@@ -84,7 +84,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         reshuffle_rounds: int = 1,
         placement_seed: int = 0,
         local_steps: int | dict[int, int] = 32,
-        outer: OuterRule = OuterRule(),  # noqa: B008  frozen
+        outer: OuterRule | None = None,
         inner_moments: InnerMoments = "keep",
         wire_dtype: WireDtype = "float32",
         bucket_mib: int = 64,
@@ -121,7 +121,8 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         self.min_sites, self.stop_at = min_sites, stop_at
         self.routing, self.placement_kind = routing, placement
         self.reshuffle_rounds, self.placement_seed = reshuffle_rounds, placement_seed
-        self.outer, self.inner_moments = outer, inner_moments
+        self.outer: OuterRule = Average() if outer is None else outer
+        self.inner_moments = inner_moments
         self.wire_dtype, self.bucket_mib, self.check_agreement = wire_dtype, bucket_mib, check_agreement
         self.share_device, self.outer_state = share_device, outer_state
         self._skipped_of_sites: list[int] = []
@@ -198,7 +199,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         n = self.topology.n_sites
         gloo = dist.get_backend() == "gloo"
-        wire = Wire(
+        transport = Transport(
             self.topology,
             all_arcs(config.n_experts, config.n_layers, n, self.overlap(n)),
             self.ledger,
@@ -209,7 +210,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
             home=self.root_device,
         )
         self.federation = Federation(
-            self.layout(), self.placed(config, self.redraws), wire,
+            self.layout(), self.placed(config, self.redraws), transport,
             outer=self.outer, inner_moments=self.inner_moments, state_on_host=self.outer_state == "host",
         )  # fmt: skip
         module = cast(Any, self.lightning_module)
@@ -251,7 +252,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         if due and self.optimizer_steps != self._last_step:
             self.redraws += 1
             new = self.placed(config, self.redraws)
-            self.federation.migrate(new, optimizer)
+            self.federation.adopt(new, optimizer)
             residency = Residency(self.routing, new.residents(self.topology.site))
             self.transformer.set_residency(residency)  # type: ignore[operator]
         if self.check_agreement:
@@ -282,7 +283,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
     def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
         """Sum a small tensor over all sites, counted."""
         assert self.federation is not None
-        return self.federation.wire.sum(cast(Kind, kind), values)
+        return self.federation.transport.sum(cast(Kind, kind), values)
 
     # -- the end --------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 from torch import Tensor
 
 from fomoe_pl.federation.checkpoint import read_manifest
+from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import Placement, PlacementKind
-from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
 from fomoe_pl.strategies.base import SiteStrategy
@@ -40,10 +40,10 @@ class GlobalState(SiteStrategy):
         assert self.federation is not None
         return self.federation.anchors
 
-    def outer_momenta(self) -> Mapping[str, Tensor]:
-        """Outer momentum, float32."""
+    def outer_slots(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The outer rule's state, float32."""
         assert self.federation is not None
-        return self.federation.momenta
+        return self.federation.state.of_rule
 
     def owned_experts(self) -> list[tuple[int, int, int]]:
         """The experts of which this site is the owner."""
@@ -73,11 +73,11 @@ class GlobalState(SiteStrategy):
         return checkpoint
 
     def identity(self, n_sites: int) -> dict[str, Any]:
-        """Who holds what, and whether there is outer momentum."""
+        """Who holds what, and the outer rule, whose state has its names."""
         drawn = {"placement_seed": self.placement_seed, "reshuffle_rounds": self.reshuffle_rounds}
         return {
             **super().identity(n_sites), "overlap": self.overlap(n_sites), "routing": self.routing,
-            "placement": self.placement_kind, "outer.rule": self.outer.rule,
+            "placement": self.placement_kind, "outer.rule": str(self.outer).split()[0],
             **(drawn if self.placement_kind == "random" else {}),
         }  # fmt: skip
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.strategies.ddp import CountedDDPStrategy
 from fomoe_pl.strategies.federated import FederatedStrategy
 from fomoe_pl.strategies.single import SingleSiteStrategy
 
-_DILOCO = OuterRule(rule="nesterov", lr=0.7, momentum=0.9)
+_DILOCO = Nesterov(lr=0.7, momentum=0.9)
 _K = 8  # local steps, as in the files
 _FOMOE: dict[str, Any] = {"overlap": 2, "local_steps": _K, "inner_moments": "average"}
 

@@ -104,8 +104,8 @@ class SavingStrategy(Strategy):
         """Agreed values by name, with this site's rows of expert tensors."""
         return self.layout().tensors
 
-    def outer_momenta(self) -> Mapping[str, Tensor]:
-        """Outer momentum by name, as `global_tensors`; empty without."""
+    def outer_slots(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The outer rule's state: slot -> values by name, as `global_tensors`; empty without."""
         return {}
 
     def owned_experts(self) -> list[tuple[int, int, int]]:
@@ -184,7 +184,8 @@ class SavingStrategy(Strategy):
         layout, site = self.layout(), self.topology.site
         names = {layer: layout.sparse(layer) for layer in set(layout.expert_layer.values())}
         contents: dict[str, Any] = {}
-        for prefix, tensors in (("", self.global_tensors()), (files.MOMENTUM, self.outer_momenta())):
+        slots = {files.of_slot(slot): tensors for slot, tensors in self.outer_slots().items()}
+        for prefix, tensors in {"": self.global_tensors(), **slots}.items():
             if tensors and self.writes_checkpoint():
                 contents[files.experts_name(site, prefix)] = {
                     f"{name}#{e}": tensors[name][row]

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from fomoe_pl.costs.bytes import SynchronizedSizes, predict_bytes
+from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Average, Nesterov, OuterRule
 from fomoe_pl.federation.placement import all_arcs, place
-from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.federation.wire import Wire
+from fomoe_pl.federation.transport import Transport
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
@@ -27,7 +27,7 @@ ARCHITECTURE = ModelConfig(
     vocab_size=37, d_model=12, n_layers=2, n_heads=2, n_experts=6, top_k=2, d_expert=5, n_shared_experts=1
 )
 SWIGLU = replace(ARCHITECTURE, expert="swiglu", qk_norm="full", tie_embeddings=False, balance="bias")
-NESTEROV, AVERAGE = OuterRule("nesterov", 0.7, 0.9), OuterRule()
+NESTEROV, AVERAGE = Nesterov(0.7, 0.9), Average()
 M = 3
 CASES: list[tuple[ModelConfig, dict[str, Any]]] = [
     (ARCHITECTURE, {"overlap": 1, "outer": AVERAGE, "validations": [0, 8]}),
@@ -61,7 +61,9 @@ def _count(
     model.to(getattr(torch, param_dtype))
     layout = ParameterLayout.of(model, model.expert_tensors())
     arcs = all_arcs(architecture.n_experts, architecture.n_layers, M, overlap)
-    wire = Wire(Topology(M, 1, rank), arcs, Ledger(), device=torch.device("cpu"), dtype=wire_dtype, bucket_bytes=2000)
+    wire = Transport(
+        Topology(M, 1, rank), arcs, Ledger(), device=torch.device("cpu"), dtype=wire_dtype, bucket_bytes=2000
+    )
     federation = Federation(layout, placed(0), wire, outer=outer, inner_moments=inner_moments)
     optimizer = RowAdamW(model.parameters(), lr=0.01)
     schedule, rounds = RoundSchedule.parse(local_steps), 0
@@ -74,7 +76,7 @@ def _count(
             rounds += 1
             federation.synchronize(optimizer)
             if placement == "random" and reshuffle_rounds and rounds % reshuffle_rounds == 0 and step != steps:
-                federation.migrate(placed(rounds // reshuffle_rounds), optimizer)
+                federation.adopt(placed(rounds // reshuffle_rounds), optimizer)
         if step in validations:
             for _ in range(evaluation_windows):
                 for layer in range(architecture.n_layers):
@@ -131,7 +133,7 @@ def test_round_bytes_are_the_papers_formula() -> None:
     sizes = SynchronizedSizes.of(architecture, "ghost")
     for overlap in (1, 2, 4, 8):
         ledger = predict_bytes(
-            architecture, n_sites=8, overlap=overlap, site=5, steps=64, local_steps=32, outer=OuterRule()
+            architecture, n_sites=8, overlap=overlap, site=5, steps=64, local_steps=32, outer=Average()
         )
         resident = 3 * 8 * overlap // 8 * sizes.expert * 4
         assert ledger.total_wire == 2 * (2 * 7 * sizes.dense * 4 // 8 + 2 * (overlap - 1) * resident // overlap)

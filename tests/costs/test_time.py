@@ -23,7 +23,7 @@ from fomoe_pl.costs.sites import ACCELERATORS, Site
 from fomoe_pl.costs.time import StepWork, calibration, run_seconds, step_seconds, step_work, validation_work
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.federation.placement import place
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.sizes import forward_flops_per_token, parameter_counts, training_flops_per_token
@@ -175,8 +175,7 @@ def test_mean_bytes_are_the_mean_of_counted_ones() -> None:
 
     def mean(kind: Any, **settings: Any) -> float:
         ledgers = [
-            predict_bytes(SMALL, n_sites=4, overlap=2, site=i, outer=OuterRule("nesterov", 0.7, 0.9), **settings)
-            for i in range(4)
+            predict_bytes(SMALL, n_sites=4, overlap=2, site=i, outer=Nesterov(0.7, 0.9), **settings) for i in range(4)
         ]
         return sum(ledger.payload(kind) for ledger in ledgers) / 4
 

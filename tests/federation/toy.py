@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fomoe_pl.federation.agreement import fingerprints
+from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import RowAdamW, moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Average, Nesterov
 from fomoe_pl.federation.placement import Placement, all_arcs
-from fomoe_pl.federation.rounds import Federation
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.federation.wire import Wire
+from fomoe_pl.federation.transport import Transport
 from tests.federation.simulation import (
     BETAS,
     DENSE,
@@ -53,11 +53,11 @@ def make(case: Case, rank: int, **wire_options: Any) -> tuple[Federation, RowAda
     placement = case.place(0)
     layout = toy_layout(placement, rank)
     arcs = all_arcs(EXPERTS, LAYERS, case.n_sites, case.overlap)
-    wire = Wire(Topology(case.n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"), **wire_options)
+    wire = Transport(Topology(case.n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"), **wire_options)
     federation = Federation(
         layout, placement, wire,
-        outer=OuterRule(case.rule, case.lr, case.momentum), inner_moments=case.inner_moments,
-        state_on_host=case.on_host,
+        outer=Average(case.lr) if case.rule == "average" else Nesterov(case.lr, case.momentum),
+        inner_moments=case.inner_moments, state_on_host=case.on_host,
     )  # fmt: skip
     trained = [layout.tensors[name] for name in sorted(layout.trained)]
     return federation, RowAdamW(trained, row_warmup_steps=case.warmup, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
@@ -109,11 +109,12 @@ def run_case(case: Case, rank: int, **wire_options: Any) -> tuple[list[dict[str,
             local_step(case, federation, optimizer, step)
         federation.synchronize(optimizer)
         if case.placement == "random" and t % case.reshuffle_rounds == 0 and t < case.rounds:
-            federation.migrate(case.place(t // case.reshuffle_rounds), optimizer)
+            federation.adopt(case.place(t // case.reshuffle_rounds), optimizer)
         trained = {name: federation.layout.tensors[name] for name in federation.layout.trained}
         pairs = {name: moments(optimizer, p) for name, p in trained.items()}
         history.append({
-            "anchor": rows(federation, federation.anchors), "momentum": rows(federation, federation.momenta),
+            "anchor": rows(federation, federation.anchors),
+            "momentum": rows(federation, federation.state.slots.get("momentum", {})),
             "local": rows(federation, dict(federation.layout.tensors)),
             "m": rows(federation, {name: pair[0] for name, pair in pairs.items() if pair}),
             "v": rows(federation, {name: pair[1] for name, pair in pairs.items() if pair}),

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.sizes import expert_parameters
 from tests.distributed import run_distributed
@@ -22,7 +22,7 @@ from tests.training import Run, launched_as, make_trainer, validate
 
 SITES = 4
 EXPERTS = 8  # a number that no other first dimension of three has: heads, sequences and batches are fewer or more
-NESTEROV = OuterRule(rule="nesterov", lr=0.7)
+NESTEROV = Nesterov(lr=0.7)
 SETTINGS: dict[str, dict[str, Any]] = {
     "fixed": {"overlap": 1, "inner_moments": "average"},
     "random": {"overlap": 2, "placement": "random", "reshuffle_rounds": 1, "outer": NESTEROV},

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fomoe_pl.federation.inner import moments
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.strategies.loading import load_global_model
 from tests.distributed import run_distributed
 from tests.strategies.observers import snapshot
@@ -124,7 +124,7 @@ def test_interrupted_and_resumed_is_uninterrupted(interrupted: list[Any], name: 
         assert len({tuple(batch.flatten().tolist()) for batch in whole.batches}) == STEPS * micro
 
 
-NESTEROV = OuterRule(rule="nesterov", lr=0.7)
+NESTEROV = Nesterov(lr=0.7)
 FOMOE = {"local_steps": K, "overlap": 2, "inner_moments": "average"}
 WRITERS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "fomoe": (4, "federated", FOMOE),
@@ -180,7 +180,9 @@ class First(L.Callback):
             for name, layer in layout.expert_layer.items()
             for row, expert in enumerate(strategy.transformer.residency.experts[layer])
         }
-        self.momenta = {name: t.clone() for name, t in strategy.outer_momenta().items() if name in self.agreed}
+        self.momenta = {
+            name: t.clone() for name, t in strategy.outer_slots().get("momentum", {}).items() if name in self.agreed
+        }
         self.steps = strategy.optimizer_steps
 
     @property

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.checkpoint import read_manifest
-from fomoe_pl.federation.rounds import Federation
+from fomoe_pl.federation.federation import Federation
 from tests.distributed import run_distributed
 from tests.strategies.observers import EachStep, Traffic
 from tests.strategies.test_checkpoint import differences

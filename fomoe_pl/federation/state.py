@@ -1,8 +1,8 @@
-"""What sites agreed on last, and the outer rule's momentum: on the device, or on the host and fetched in pieces."""
+"""What a site keeps between rounds: named slots of float32 values, on the device or on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -12,6 +12,11 @@ from torch import Tensor
 from fomoe_pl.federation.layout import ParameterLayout
 
 OuterPlace = Literal["device", "host"]
+ANCHOR = "anchor"
+"""The slot of agreed values; others are the outer rule's."""
+
+Fetched = dict[str, list[Tensor]]
+"""Slot -> the values of some pieces, on the device of the layout's tensors."""
 
 
 class Piece(NamedTuple):
@@ -46,36 +51,28 @@ def joined(pieces: Iterable[Piece]) -> list[Piece]:
     return found
 
 
-class Fetched(NamedTuple):
-    """State of some pieces where their values live.
-
-    Attributes:
-        anchors: of each piece.
-        momenta: of each piece that is trained, if there is outer momentum.
-    """
-
-    anchors: list[Tensor]
-    momenta: list[Tensor]
-
-
-class OuterState:
-    """Anchors and outer momentum, float32 whatever the training precision: bfloat16 would lose small updates.
+class State:
+    """Slots of values by the layout's names, float32 in any training precision: bfloat16 would lose small updates.
 
     Args:
-        layout: this site's tensors.
-        has_momentum: whether there is outer momentum, of what is trained.
-        on_host: keep both in memory of the host, page-locked where the tensors are on a GPU.
+        layout: this site's tensors, whose values the anchors start with.
+        slots: further slots, of what is trained, which start at zero.
+        on_host: keep everything in memory of the host, page-locked where the tensors are on a GPU.
 
     Attributes:
-        anchors: by the layout's names.
-        momenta: likewise; empty without outer momentum.
+        slots: slot -> name -> values of the tensor's shape; `ANCHOR` has all names, others those that are trained.
     """
 
-    def __init__(self, layout: ParameterLayout, *, has_momentum: bool, on_host: bool) -> None:
+    def __init__(self, layout: ParameterLayout, *, slots: Sequence[str] = (), on_host: bool = False) -> None:
         new = _on_host if on_host else partial(torch.empty_like, dtype=torch.float32)
         self.layout = layout
-        self.anchors = {n: new(t.detach()).copy_(t.detach()) for n, t in layout.tensors.items()}
-        self.momenta = {n: new(layout.tensors[n].detach()).zero_() for n in layout.trained if has_momentum}
+        self.slots: dict[str, dict[str, Tensor]] = {
+            ANCHOR: {name: new(t.detach()).copy_(t.detach()) for name, t in layout.tensors.items()}
+        }
+        for slot in slots:
+            self.slots[slot] = {
+                name: new(t.detach()).zero_() for name, t in layout.tensors.items() if name in layout.trained
+            }
         self._elsewhere = on_host
         self._on_their_way: dict[Piece, Fetched] = {}
         on_gpu = on_host and any(t.is_cuda for t in layout.tensors.values())
@@ -83,22 +80,36 @@ class OuterState:
         self._back: torch.cuda.Stream | None = torch.cuda.Stream() if on_gpu else None
         self._storing: tuple[torch.cuda.Event, Fetched] | None = None
 
+    @property
+    def anchors(self) -> dict[str, Tensor]:
+        """Agreed values by name."""
+        return self.slots[ANCHOR]
+
+    @property
+    def of_rule(self) -> dict[str, dict[str, Tensor]]:
+        """The outer rule's slots."""
+        return {slot: values for slot, values in self.slots.items() if slot != ANCHOR}
+
     def begin(self) -> None:
         """Forget what a round that broke off has fetched."""
         self._on_their_way.clear()
 
     def fetch(self, pieces: Sequence[Piece]) -> Fetched:
-        """The state of pieces on the device of their values: itself, or a copy, which stays there until `store`."""
+        """The state of pieces on the device of their values: itself, or a copy, which stays there until `store`.
+
+        Returns:
+            Slot -> values in the order of the pieces; a slot of what is trained leaves the other pieces out.
+        """
         if not self._elsewhere:
             return self._of(pieces)
         if pieces[0] not in self._on_their_way:
             kept, device = self._of(pieces), self.layout.tensors[pieces[0].name].device
             # Beside the work on the bucket before. What was in that memory has ended: `store` waits for it.
             with torch.cuda.stream(self._there):
-                there = [[t.to(device, copy=True, non_blocking=True) for t in of] for of in kept]
+                there = {slot: [t.to(device, copy=True, non_blocking=True) for t in of] for slot, of in kept.items()}
             if self._there is not None:
                 torch.cuda.current_stream().wait_stream(self._there)
-            self._on_their_way[pieces[0]] = Fetched(*there)
+            self._on_their_way[pieces[0]] = there
         return self._on_their_way[pieces[0]]
 
     def store(self, pieces: Sequence[Piece]) -> None:
@@ -124,14 +135,17 @@ class OuterState:
             self._storing = None
 
     def _of(self, pieces: Sequence[Piece]) -> Fetched:
-        momenta = [piece.of(self.momenta[piece.name]) for piece in pieces if piece.name in self.momenta]
-        return Fetched([piece.of(self.anchors[piece.name]) for piece in pieces], momenta)
+        return {
+            slot: [piece.of(values[piece.name]) for piece in pieces if piece.name in values]
+            for slot, values in self.slots.items()
+        }
 
 
 def _on_host(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=torch.float32, device="cpu", pin_memory=like.is_cuda)
 
 
-def _copy(there: Fetched, kept: Fetched) -> None:
-    for source, target in zip((*there.anchors, *there.momenta), (*kept.anchors, *kept.momenta), strict=True):
-        target.copy_(source, non_blocking=True)
+def _copy(there: Mapping[str, Sequence[Tensor]], kept: Mapping[str, Sequence[Tensor]]) -> None:
+    for slot, values in there.items():
+        for source, target in zip(values, kept[slot], strict=True):
+            target.copy_(source, non_blocking=True)

@@ -5,12 +5,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fomoe_pl.federation.flight import Bucket, Flight, buckets
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.federation.wire import Wire, _buckets
+from fomoe_pl.federation.transport import Transport
 from tests.distributed import run_distributed
 from tests.federation.simulation import SITES, Case
-from tests.federation.toy import run_case
+from tests.federation.toy import local_step, make, rows, run_case
 
 NUMELS = [3, 5, 1, 40, 2, 7, 16]  # 40 and 16 x 4 bytes are larger than a bucket of 60 bytes
 
@@ -26,36 +27,45 @@ NUMELS = [3, 5, 1, 40, 2, 7, 16]  # 40 and 16 x 4 bytes are larger than a bucket
         (73, [[0, 1, 2, 3, 4, 5], [6]]),
     ],
 )
-def test_buckets(limit: int, expected: list[list[int]]) -> None:
-    assert _buckets(NUMELS, limit) == expected
+def testbuckets(limit: int, expected: list[list[int]]) -> None:
+    assert buckets(NUMELS, limit) == expected
 
 
-def test_no_pieces_no_buckets() -> None:
-    assert _buckets([], 10) == []
+def test_no_pieces_nobuckets() -> None:
+    assert buckets([], 10) == []
 
 
 def value(rank: int, i: int) -> Tensor:
     return torch.randn(NUMELS[i], generator=torch.Generator().manual_seed(100 * rank + i))
 
 
-def _average(rank: int, sites: tuple[int, ...], dtype: Any, bucket_bytes: int) -> tuple[list[Tensor], Ledger]:
-    wire = Wire(Topology(3, 1, rank), [sites], Ledger(), device=torch.device("cpu"), dtype=dtype,
+def _average(
+    rank: int, sites: tuple[int, ...], dtype: Any, bucket_bytes: int, ahead: int | None
+) -> tuple[list[Tensor], Ledger]:
+    wire = Transport(Topology(3, 1, rank), [sites], Ledger(), device=torch.device("cpu"), dtype=dtype,
                 bucket_bytes=bucket_bytes)  # fmt: skip
     means: dict[int, Tensor] = {}
+    planned = []
+    for taken in buckets(NUMELS, wire.bucket_numel):
 
-    def write(bucket: list[int], mean: Tensor) -> None:
-        means.update(zip(bucket, mean.clone().split([NUMELS[i] for i in bucket]), strict=True))
+        def write(mean: Tensor, taken: list[int] = taken) -> None:
+            means.update(zip(taken, mean.clone().split([NUMELS[i] for i in taken]), strict=True))
 
+        numel = sum(NUMELS[i] for i in taken)
+        planned.append(Bucket("expert", sites, numel, lambda taken=taken: [value(rank, i) for i in taken], write))
     if rank in sites:
-        wire.average("expert", sites, NUMELS, lambda bucket: [value(rank, i) for i in bucket], write)
+        Flight(planned, wire, frozenset(), ahead).drain()
     wire.close()
     return [means[i] for i in sorted(means)], wire.ledger
 
 
+@pytest.mark.parametrize("ahead", [1, 2, None])
 @pytest.mark.parametrize("bucket_bytes", [60, 4, 2**20])
 @pytest.mark.parametrize("sites", [(0, 1, 2), (0, 2)])
-def test_uneven_and_oversize_pieces_are_averaged_in_buckets(sites: tuple[int, ...], bucket_bytes: int) -> None:
-    results = run_distributed(_average, 3, sites, "float32", bucket_bytes)
+def test_uneven_and_oversize_pieces_are_averaged_in_buckets(
+    sites: tuple[int, ...], bucket_bytes: int, ahead: int | None
+) -> None:
+    results = run_distributed(_average, 3, sites, "float32", bucket_bytes, ahead)
     calls = {60: 4, 4: 7, 2**20: 1}[bucket_bytes]
     for rank, (means, ledger) in enumerate(results):
         if rank not in sites:
@@ -81,20 +91,25 @@ def test_a_bucket_travels_while_its_neighbours_are_written_and_read(monkeypatch:
         return Work()
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    wire = Wire(Topology(2, 1, 0), [(0, 1)], Ledger(), device=torch.device("cpu"), bucket_bytes=4)
+    wire = Transport(Topology(2, 1, 0), [(0, 1)], Ledger(), device=torch.device("cpu"), bucket_bytes=4)
 
-    def read(bucket: list[int]) -> list[Tensor]:
-        done.append(f"read {bucket[0]}")
-        return [torch.ones(1)]
+    def bucket(i: int) -> Bucket:
+        def read() -> list[Tensor]:
+            done.append(f"read {i}")
+            return [torch.ones(1)]
 
-    wire.average("dense", (0, 1), [1, 1, 1], read, lambda bucket, mean: done.append(f"write {bucket[0]}"))
+        return Bucket("dense", (0, 1), 1, read, lambda mean: done.append(f"write {i}"))
+
+    flight = Flight([bucket(i) for i in range(3)], wire, frozenset(), ahead=1)
+    assert done == ["read 0", "send"]
+    flight.drain()
     assert done == ["read 0", "send", "read 1", "send", "wait", "write 0", "read 2", "send", "wait", "write 1", "wait",
                     "write 2"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 2e-3)])
 def test_half_precision_on_the_wire(dtype: Any, tolerance: float) -> None:
-    results = run_distributed(_average, 3, (0, 1, 2), dtype, 60)
+    results = run_distributed(_average, 3, (0, 1, 2), dtype, 60, 1)
     for means, ledger in results:
         assert ledger.payload("expert") == 2 * sum(NUMELS)
         for i, mean in enumerate(means):
@@ -112,7 +127,7 @@ def test_a_set_of_one_site_sends_nothing_and_rounds_nothing() -> None:
 
 
 def _sum_and_largest(rank: int) -> tuple[Tensor, Tensor]:
-    wire = Wire(Topology(3, 1, rank), [], Ledger(), device=torch.device("cpu"))
+    wire = Transport(Topology(3, 1, rank), [], Ledger(), device=torch.device("cpu"))
     mine = torch.tensor([rank, 1.5], dtype=torch.float64)
     total = wire.sum("control", mine)
     assert mine.tolist() == [rank, 1.5]
@@ -126,7 +141,7 @@ def test_sum_and_largest() -> None:
 
 
 def _exchange(rank: int, dtype: torch.dtype) -> tuple[dict[int, Tensor], int]:
-    wire = Wire(Topology(3, 1, rank), [], Ledger(), device=torch.device("cpu"))
+    wire = Transport(Topology(3, 1, rank), [], Ledger(), device=torch.device("cpu"))
     # Rank 0 sends two tensors to 2 and one to 1, listed in turns; rank 1 one to 2; rank 2 nothing.
     outgoing = {
         0: [(2, torch.full((2, 2), 1.0)), (1, torch.full((3,), 2.0)), (2, torch.full((1,), 3.0))],
@@ -162,3 +177,40 @@ def test_rounds_in_bfloat16_stay_near_and_agree_between_sites() -> None:
         assert rounded[-1]["digest"] == results[0][1][-1]["digest"] != exact[-1]["digest"]
         for key, found in rounded[-1]["anchor"].items():
             torch.testing.assert_close(found, exact[-1]["anchor"][key], rtol=0, atol=0.1)
+
+
+def _sites_of_two(rank: int) -> tuple[float, float, float]:
+    """Three sites of two ranks: a mean of two of the sites, a sum and a maximum over all of them."""
+    wire = Transport(Topology(3, 2, rank), [(0, 1), (0, 2), (1, 2)], Ledger(), device=torch.device("cpu"))
+    site, place = divmod(rank, 2)
+    mean = torch.tensor([-1.0])
+    if site < 2:
+        mean = wire.average("expert", (0, 1), 1, lambda: [torch.tensor([10.0 * place + site])]).wait()
+    values = torch.tensor([100.0 * place + site])
+    return float(mean), float(wire.sum("control", values)), float(wire.largest("control", values))
+
+
+def test_ranks_of_the_same_place_in_their_sites_average_with_each_other() -> None:
+    for rank, found in enumerate(run_distributed(_sites_of_two, 6)):
+        site, place = divmod(rank, 2)
+        assert found == (10 * place + 0.5 if site < 2 else -1, 300 * place + 3, 100 * place + 2)
+
+
+def _in_flight(rank: int) -> bool:
+    """A round that is begun, and finished after more local steps, equals one at once: values are taken at the start."""
+    case = Case(2, rule="nesterov", lr=0.7, inner_moments="average")
+    found = []
+    for ahead in (1, None):
+        federation, optimizer = make(case, rank, bucket_bytes=32)
+        local_step(case, federation, optimizer, 0)
+        flight = federation.begin(optimizer, ahead=ahead)
+        if ahead is None:
+            local_step(case, federation, optimizer, 1)
+        federation.finish(flight)
+        federation.check_agreement()
+        found.append(rows(federation, federation.anchors) | rows(federation, dict(federation.layout.tensors)))
+    return all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_a_round_may_be_begun_and_finished_later() -> None:
+    assert run_distributed(_in_flight, SITES) == [True] * SITES

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from fomoe_pl.federation.agreement import fingerprints
+from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.outer import OuterRule
-from fomoe_pl.federation.outer_state import Piece, cut, joined
+from fomoe_pl.federation.outer import Average, Nesterov
 from fomoe_pl.federation.placement import Placement, place
-from fomoe_pl.federation.rounds import Federation
+from fomoe_pl.federation.state import Piece, cut, joined
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.federation.wire import Wire
+from fomoe_pl.federation.transport import Transport
 from tests.distributed import run_distributed
 from tests.federation.simulation import EXPERTS, LAYERS, LR, SITES, Case, initial, keys, simulate
 from tests.federation.toy import local_step, make, rows, run_case
@@ -128,7 +128,7 @@ def _one_site(rank: int) -> tuple[dict[Any, torch.Tensor], dict[str, torch.Tenso
     adamw.__class__ = torch.optim.AdamW
     for step in range(case.rounds * case.local_steps):
         local_step(case, plain, adamw, step)
-    return history[-1]["local"], rows(plain, dict(plain.layout.tensors)), federation.wire.ledger.total_payload
+    return history[-1]["local"], rows(plain, dict(plain.layout.tensors)), federation.transport.ledger.total_payload
 
 
 def test_one_site_with_averaging_is_plain_adamw_and_sends_nothing() -> None:
@@ -168,7 +168,7 @@ def test_overlap_of_all_sites_equals_everything_dense() -> None:
 PLANTED = {
     "norm (sites 0, 1, 3 / 2)": lambda federation: federation.anchors["norm"][:1],
     "layer1.w_in, expert 3 (sites ": lambda federation: federation.anchors["layer1.w_in"][row_of(federation, 3)],
-    "outer momentum of layer0.w_in, expert 0": lambda federation: federation.momenta["layer0.w_in"][
+    "outer momentum of layer0.w_in, expert 0": lambda federation: federation.state.slots["momentum"]["layer0.w_in"][
         row_of(federation, 0, 0)
     ],
 }
@@ -306,9 +306,9 @@ def test_one_value_that_is_no_number_is_found(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max  # of which a sum would be infinite
     tensors = {"dense": torch.full((3,), largest, dtype=dtype), "layer0.w": torch.full((2, 3), -largest, dtype=dtype)}
     placement = place("fixed", n_layers=1, n_experts=2, n_sites=1, overlap=1)
-    wire = Wire(Topology(1, 1, 0), [], Ledger(), device=torch.device("cpu"))
+    wire = Transport(Topology(1, 1, 0), [], Ledger(), device=torch.device("cpu"))
     layout = ParameterLayout(tensors | {"none": torch.empty(0, dtype=dtype)}, {"layer0.w": 0}, frozenset(tensors))
-    federation = Federation(layout, placement, wire, outer=OuterRule())
+    federation = Federation(layout, placement, wire, outer=Average())
     assert federation.is_finite()
     for tensor in tensors.values():
         for value in (torch.nan, torch.inf, -torch.inf):
@@ -324,8 +324,8 @@ def test_what_bfloat16_rounds_off_an_anchor_is_no_change() -> None:
     exact = {"dense": torch.full((3,), 1 + 2**-12), "layer0.w": torch.full((2, 3), 1 + 2**-12)}
     tensors = {name: t.bfloat16().requires_grad_() for name, t in exact.items()}
     layout = ParameterLayout(tensors, {"layer0.w": 0}, frozenset(tensors))
-    wire = Wire(Topology(1, 1, 0), [], Ledger(), device=torch.device("cpu"))
-    federation = Federation(layout, placement, wire, outer=OuterRule("nesterov", 0.7, 0.9))
+    wire = Transport(Topology(1, 1, 0), [], Ledger(), device=torch.device("cpu"))
+    federation = Federation(layout, placement, wire, outer=Nesterov(0.7, 0.9))
     for name, anchor in federation.anchors.items():
         anchor.copy_(exact[name])
     optimizer = torch.optim.SGD(tensors.values(), lr=1.0)

@@ -1,10 +1,9 @@
-"""The wire: the only place where bytes cross between sites. Every collective is counted in the ledger."""
+"""The transport: the only place where bytes cross between sites. Every collective is counted in the ledger."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Literal
 
 import torch
@@ -18,7 +17,26 @@ from fomoe_pl.federation.topology import Topology
 WireDtype = Literal["float32", "bfloat16", "float16"]
 
 
-class Wire:
+class Pending:
+    """A collective that has been started.
+
+    Args:
+        wait: waits for its end and returns the result.
+    """
+
+    def __init__(self, wait: Callable[[], Tensor]) -> None:
+        self._wait = wait
+
+    def wait(self) -> Tensor:
+        """The result; called once.
+
+        Raises:
+            SiteLostError: if a site does not answer any more.
+        """
+        return self._wait()
+
+
+class Transport:
     """Process groups and counted collectives between sites.
 
     Args:
@@ -54,79 +72,61 @@ class Wire:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.bucket_numel = bucket_bytes // self.dtype.itemsize
         self.patience = PATIENCE if timeout is None else min(PATIENCE, timeout.total_seconds())
-        everyone = tuple(range(topology.n_sites))
+        self.everyone = everyone = tuple(range(topology.n_sites))
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         for sites in sorted({*holder_sets, everyone}):
-            # Groups of one site need no process group, the group of all sites is the world's.
-            if 1 < len(sites) < topology.n_sites:
-                self._groups[sites] = dist.new_group(list(topology.peers(sites)), timeout=timeout)
-            else:
-                self._groups[sites] = None
-        self.everyone = everyone
+            self._groups[sites] = None  # of one site nothing is sent; None is the world
+            if len(sites) > 1 and len(sites) < topology.world_size:
+                # Ranks of the same place in their sites average with each other; all ranks make all groups.
+                for place in range(topology.ranks_per_site):
+                    group = dist.new_group(list(topology.peers(sites, place)), timeout=timeout)
+                    if place == topology.local_rank:
+                        self._groups[sites] = group
 
     def average(
-        self,
-        kind: Kind,
-        sites: tuple[int, ...],
-        numels: Sequence[int],
-        read: Callable[[list[int]], Sequence[Tensor]],
-        write: Callable[[list[int], Tensor], None],
+        self, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
         left_out: frozenset[int] = frozenset(),
-    ) -> None:
-        """Average pieces over the sites of a holder set, bucket by bucket.
-
-        While a bucket travels the one before it is written and the next one read: two are in memory.
+    ) -> Pending:  # fmt: skip
+        """Start to average values over the sites of a holder set; every site of it calls this in the same order.
 
         Args:
             kind: ledger kind.
             sites: the holder set; this rank's site is one of it.
-            numels: number of elements of each piece, equal on all holders.
-            read: gives the pieces of a bucket one after the other, as float32 tensors, at home; they may be joined.
-            write: takes their means in one flat tensor, float32, at home.
-            left_out: sites whose weight is zero, the same on all sites: the mean is over the others, and where no
-                site is left nothing is sent or written.
+            numel: elements of all values together, equal on all holders.
+            read: gives the values, float32, at home; not called where this site is left out.
+            left_out: sites whose weight is zero, the same on all sites, but not all of the holder set: the mean is
+                over the others.
+
+        Returns:
+            What waits for the mean: one flat float32 tensor, at home.
         """
         n_taken = len([site for site in sites if site not in left_out])
-        if n_taken == 0:
-            return
-        buckets = _buckets(numels, self.bucket_numel)
         if len(sites) == 1:  # nothing crosses, so nothing is rounded to the wire's dtype either
-            for bucket in buckets:
-                write(bucket, torch.cat([value.reshape(-1) for value in read(bucket)]))
-            return
-        end_last: Callable[[], None] | None = None
-        for bucket in buckets:
-            buffer = self._filled(bucket, sum(numels[i] for i in bucket), read, left_out)
-            wait = self._start_all_reduce(kind, buffer, sites)
-            if end_last is not None:
-                end_last()
-            end_last = partial(self._end, wait, buffer, bucket, n_taken, write)
-        if end_last is not None:
-            end_last()
+            alone = torch.cat([value.reshape(-1) for value in read()])
+            return Pending(lambda: alone)
+        buffer = self._filled(numel, None if self.topology.site in left_out else read)
+        wait = self._start_all_reduce(kind, buffer, sites)
 
-    def _filled(
-        self, bucket: list[int], numel: int, read: Callable[[list[int]], Sequence[Tensor]], left_out: frozenset[int]
-    ) -> Tensor:
+        def mean() -> Tensor:
+            wait()
+            total = buffer.to(self.home, non_blocking=True).float()
+            # A tensor: by a number a GPU multiplies with its inverse, and a site on a CPU would get other bits.
+            total /= torch.full((), n_taken, dtype=torch.float32, device=self.home)
+            return total
+
+        return Pending(mean)
+
+    def _filled(self, numel: int, read: Callable[[], Sequence[Tensor]] | None) -> Tensor:
         buffer = torch.empty(numel, dtype=self.dtype, device=self.device, pin_memory=self.pinned)
-        if self.topology.site in left_out:
-            return buffer.zero_()  # what it has may be no number, and then zero times it is none either
+        if read is None:
+            return buffer.zero_()  # what the site has may be no number, and then zero times it is none either
         there = torch.empty_like(buffer, device=self.home, pin_memory=False) if self.pinned else buffer
-        values = [value.reshape(-1) for value in read(bucket)]
+        values = [value.reshape(-1) for value in read()]
         torch._foreach_copy_(there.split([len(value) for value in values]), values)
         if self.pinned:
             buffer.copy_(there, non_blocking=True)  # in one piece: the bus has its latencies, too
             torch.cuda.current_stream().synchronize()
         return buffer
-
-    def _end(
-        self, wait: Callable[[], None], buffer: Tensor, bucket: list[int], n_taken: int,
-        write: Callable[[list[int], Tensor], None],
-    ) -> None:  # fmt: skip
-        wait()
-        mean = buffer.to(self.home, non_blocking=True).float()
-        # A tensor: by a number a GPU multiplies with its inverse, and a site on a CPU would get other bits.
-        mean /= torch.full((), n_taken, dtype=torch.float32, device=self.home)
-        write(bucket, mean)
 
     def sum(self, kind: Kind, values: Tensor) -> Tensor:
         """Sum a small tensor over all sites; returns a new tensor on the input's device and in its dtype."""
@@ -142,7 +142,8 @@ class Wire:
         if self.topology.n_sites > 1:
             self.ledger.all_reduce(kind, buffer.nbytes, self.topology.n_sites)
             with sites_watched(self.topology, self.patience):
-                wait_watching(dist.all_reduce(buffer, op=dist.ReduceOp.MAX, async_op=True), self.topology)
+                work = dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=self._groups[self.everyone], async_op=True)
+                wait_watching(work, self.topology)
         return buffer.to(values.device)
 
     def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], None]:
@@ -185,13 +186,10 @@ class Wire:
         target = torch.empty(sum(receives), dtype=dtype, device=self.device)
         self.ledger.send(kind, source.nbytes)
         with sites_watched(self.topology, self.patience):
-            wait_watching(dist.all_to_all_single(target, source, receives, sends, async_op=True), self.topology)
+            group = self._groups[self.everyone]
+            work = dist.all_to_all_single(target, source, receives, sends, group=group, async_op=True)
+            wait_watching(work, self.topology)
         return {site: part for site, part in zip(sites, target.split(receives), strict=True) if part.numel()}
-
-    def barrier(self) -> None:
-        """Wait for all sites; counted as one control message of a byte."""
-        if self.topology.n_sites > 1:
-            self.sum("control", torch.zeros(1, dtype=torch.uint8))
 
     def close(self) -> None:
         """Drop the process groups, so that the backend ends cleanly."""
@@ -199,16 +197,3 @@ class Wire:
             if group is not None and dist.is_initialized():  # else they went with the world
                 dist.destroy_process_group(group)
         self._groups.clear()
-
-
-def _buckets(numels: Sequence[int], limit: int) -> list[list[int]]:
-    """Cut a list of pieces, in order, into buckets of at most `limit` elements (or one larger piece)."""
-    buckets: list[list[int]] = []
-    filled = 0
-    for i, numel in enumerate(numels):
-        if not buckets or filled + numel > limit:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(i)
-        filled += numel
-    return buckets

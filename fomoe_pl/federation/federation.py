@@ -1,8 +1,8 @@
 """Rounds: what sites agree on, and how they come to agree (FoMoE, arXiv 2606.19025, synchronisation).
 
-A `Federation` owns this site's anchors and outer state. It never sees a model class: it gets a `ParameterLayout`.
-The order of collectives follows from the placement and the round index alone, so that no site waits for a collective
-that another does not issue.
+A `Federation` owns this site's state: anchors and the outer rule's slots. It never sees a model class: it gets a
+`ParameterLayout`. The order of collectives follows from the view and the round alone, so that no site waits for a
+collective that another does not issue.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from fomoe_pl.federation.agreement import disagreements
+from fomoe_pl.federation.flight import Bucket, Flight, buckets
 from fomoe_pl.federation.inner import RowAdamW, moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
-from fomoe_pl.federation.outer import OuterRule, outer_steps_
-from fomoe_pl.federation.outer_state import OuterState, Piece, cut, joined
+from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
-from fomoe_pl.federation.wire import Wire
+from fomoe_pl.federation.state import ANCHOR, Piece, State, cut, joined
+from fomoe_pl.federation.transport import Transport
 
 InnerMoments = Literal["keep", "reset", "average"]
 
@@ -35,18 +36,22 @@ class Federation:
     Args:
         layout: this site's tensors.
         placement: who holds what.
-        wire: counted collectives.
+        transport: counted collectives.
         outer: outer rule.
         inner_moments: what a round does to the inner optimizer's moments.
-        state_on_host: anchors and outer momentum live in memory of the host, page-locked where there is a GPU, and come
-            to the device piece by piece.
+        state_on_host: anchors and the outer rule's state live in memory of the host, page-locked where there is a GPU,
+            and come to the device piece by piece.
+
+    Attributes:
+        state: anchors and the outer rule's slots.
+        movement: filled by each round, if somebody wants to know.
     """
 
     def __init__(
         self,
         layout: ParameterLayout,
         placement: Placement,
-        wire: Wire,
+        transport: Transport,
         *,
         outer: OuterRule,
         inner_moments: InnerMoments = "keep",
@@ -54,22 +59,67 @@ class Federation:
     ) -> None:
         self.layout = layout
         self.placement = placement
-        self.wire = wire
+        self.transport = transport
         self.outer = outer
         self.inner_moments = inner_moments
-        self.site = wire.topology.site
-        self._state = OuterState(layout, has_momentum=outer.has_momentum, on_host=state_on_host)
-        self.anchors, self.momenta = self._state.anchors, self._state.momenta
+        self.site = transport.topology.site
+        self.state = State(layout, slots=outer.slots, on_host=state_on_host)
         self._stash: dict[str, Tensor] | None = None
-        self.movement: Movement | None = None  # filled by each round, if somebody wants to know
+        self.movement: Movement | None = None
 
-    # -- what is averaged with whom -------------------------------------------------------------------------------
+    @property
+    def anchors(self) -> dict[str, Tensor]:
+        """Agreed values by name, float32."""
+        return self.state.anchors
+
+    # -- the round ------------------------------------------------------------------------------------------------
+
+    def synchronize(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int] = frozenset()) -> None:
+        """A whole round at once: `begin` and `finish`."""
+        self.finish(self.begin(optimizer, left_out))
+
+    @torch.no_grad()
+    def begin(
+        self, optimizer: torch.optim.Optimizer, left_out: frozenset[int] = frozenset(), *, ahead: int | None = 1
+    ) -> Flight:
+        """Start to average this site's changes, and its moments if they are averaged.
+
+        Args:
+            optimizer: the inner optimizer, whose moments are kept, reset or averaged.
+            left_out: sites that have nothing to give, the same on all sites. They take the agreed values; their
+                moments are the others' average, or start fresh. What all holders lack stays as it was.
+            ahead: buckets that travel while another is read or written; None starts all of them now, from today's
+                values, each with a buffer of its own.
+
+        Returns:
+            What is on its way, for `finish`.
+        """
+        self.state.begin()
+        measured = self.movement is not None and self.movement.active
+        if self.movement is not None and measured:
+            with self.movement.watched():
+                self._note_movement()
+        planned = self._changes(left_out, measured)
+        if self.inner_moments == "average":
+            planned += self._moments(optimizer, left_out)
+        forgets = self.inner_moments == "reset" or (self.inner_moments == "keep" and self.site in left_out)
+        return Flight(planned, self.transport, left_out, ahead, forgotten=optimizer if forgets else None)
+
+    @torch.no_grad()
+    def finish(self, flight: Flight) -> None:
+        """Wait for what `begin` has started: outer step, new anchors, new local values, new moments."""
+        flight.drain()
+        if flight.forgotten is not None:
+            flight.forgotten.state.clear()
+        self.state.settle()
+
+    # -- what is averaged with whom, and what becomes of it ---------------------------------------------------------
 
     def _groups(self) -> list[tuple[Kind, tuple[int, ...], list[Piece]]]:
         """(kind, sites, pieces) of every average that this site takes part in, in the global order."""
-        tensors, numel = self.layout.tensors, self.wire.bucket_numel
+        tensors, numel = self.layout.tensors, self.transport.bucket_numel
         dense = [piece for name in self.layout.dense for piece in cut(name, tensors[name], numel)]
-        groups: list[tuple[Kind, tuple[int, ...], list[Piece]]] = [("dense", self.wire.everyone, dense)]
+        groups: list[tuple[Kind, tuple[int, ...], list[Piece]]] = [("dense", self.transport.everyone, dense)]
         residents = self.placement.residents(self.site)
         rows = [{expert: row for row, expert in enumerate(layer)} for layer in residents]
         for sites in self.placement.holder_sets():
@@ -83,64 +133,77 @@ class Federation:
                 groups.append(("expert", sites, pieces))
         return groups
 
-    # -- the round ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def synchronize(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int] = frozenset()) -> None:
-        """End a round: average, outer step, new anchors, new local values.
-
-        Args:
-            optimizer: the inner optimizer, whose moments are kept, reset or averaged.
-            left_out: sites that have nothing to give, the same on all sites. They take the agreed values; their
-                moments are the others' average, or start fresh. What all holders lack stays as it was.
-        """
-        self._state.begin()
-        measured = self.movement is not None and self.movement.active
-        if measured:
-            with cast(Movement, self.movement).watched():
-                self._note_movement()
+    def _changes(self, left_out: frozenset[int], measured: bool) -> list[Bucket]:
+        """A bucket after another of pseudo-gradients; its mean takes the outer step."""
+        planned = []
         for kind, sites, pieces in self._groups():
-            numels = [piece.of(self.anchors[piece.name]).numel() for piece in pieces]
-            read, write = partial(self._pseudo_gradients, pieces), partial(self._outer_steps, kind, pieces, measured)
-            self.wire.average(kind, sites, numels, read, write, left_out)
-            if left_out.issuperset(sites):
-                for piece in joined(pieces):
-                    piece.of(self.layout.tensors[piece.name]).copy_(piece.of(self.anchors[piece.name]))
-        if self.inner_moments == "average":
-            self._average_moments(optimizer, left_out)
-        elif self.inner_moments == "reset" or self.site in left_out:
-            optimizer.state.clear()
-        self._state.settle()
+            for indices in buckets([self._numel(piece) for piece in pieces], self.transport.bucket_numel):
+                taken = joined(pieces[i] for i in indices)
+                if left_out.issuperset(sites):
+                    planned.append(Bucket.of_nobody(partial(self._restore, taken)))
+                    continue
+                numel = sum(map(self._numel, taken))
+                read, write = partial(self._pseudo_gradients, taken), partial(self._outer_step, kind, taken, measured)
+                planned.append(Bucket(kind, sites, numel, read, write))
+        return planned
 
-    def _pseudo_gradients(self, pieces: Sequence[Piece], bucket: Sequence[int]) -> list[Tensor]:
-        taken = joined(pieces[i] for i in bucket)
-        return _changes(self._locals(taken), self._state.fetch(taken).anchors)
+    def _moments(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int]) -> list[Bucket]:
+        """The same of the inner optimizer's moments, which are replaced by their mean."""
+        if left_out and isinstance(optimizer, RowAdamW):
+            for name in sorted(self.layout.trained):
+                optimizer.start_state(self.layout.tensors[name])  # a site that took no step yet has no moments
+        planned = []
+        for _, sites, pieces in self._groups():
+            views = [
+                piece.of(moment)
+                for piece in pieces
+                if piece.name in self.layout.trained
+                for moment in moments(optimizer, self.layout.tensors[piece.name])
+            ]
+            for indices in buckets([view.numel() for view in views], self.transport.bucket_numel):
+                taken = [views[i] for i in indices]
+                if left_out.issuperset(sites):
+                    planned.append(Bucket.of_nobody(partial(_zero, taken)))
+                    continue
+                numel = sum(view.numel() for view in taken)
+                planned.append(Bucket("moments", sites, numel, partial(_as_float32, taken), partial(_spread, taken)))
+        return planned
+
+    def _numel(self, piece: Piece) -> int:
+        return piece.of(self.anchors[piece.name]).numel()
 
     def _locals(self, pieces: Sequence[Piece]) -> list[Tensor]:
         return [piece.of(self.layout.tensors[piece.name]) for piece in pieces]
 
-    def _outer_steps(
-        self, kind: Kind, pieces: Sequence[Piece], measured: bool, bucket: Sequence[int], mean: Tensor
-    ) -> None:
-        taken = joined(pieces[i] for i in bucket)
-        anchors, momenta = self._state.fetch(taken)
+    def _restore(self, pieces: Sequence[Piece]) -> None:
+        for piece, local in zip(pieces, self._locals(pieces), strict=True):
+            local.copy_(piece.of(self.anchors[piece.name]))
+
+    def _pseudo_gradients(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        return _changes(self._locals(pieces), self.state.fetch(pieces)[ANCHOR])
+
+    def _outer_step(self, kind: Kind, pieces: Sequence[Piece], measured: bool, mean: Tensor) -> None:
+        """Anchors move by the mean of the sites' changes, and the local values are the anchors again."""
+        state = self.state.fetch(pieces)
+        anchors = state[ANCHOR]
         parts = mean.split([anchor.numel() for anchor in anchors])
-        deltas = [part.view_as(anchor) for part, anchor in zip(parts, anchors, strict=True)]
-        trained = [i for i, piece in enumerate(taken) if piece.name in self.layout.trained]
+        changes = [part.view_as(anchor) for part, anchor in zip(parts, anchors, strict=True)]
+        trained = [i for i, piece in enumerate(pieces) if piece.name in self.layout.trained]
         if measured:
             movement = cast(Movement, self.movement)
             with movement.watched(wait=False):  # there is next to nothing to wait for
                 for i in trained:
-                    layer, experts = self._experts_of(taken[i].name)
-                    movement.add(MEAN, layer, experts[slice(*taken[i].rows or (0, 0))], deltas[i])
+                    layer, experts = self._experts_of(pieces[i].name)
+                    movement.add(MEAN, layer, experts[slice(*pieces[i].rows or (0, 0))], changes[i])
         if trained:
-            moved, by = [anchors[i] for i in trained], [deltas[i] for i in trained]
-            outer_steps_(self.outer, moved, by, momenta or None, freeze_if_zero=kind == "expert")
-        for i in range(len(taken)):
-            if taken[i].name not in self.layout.trained:
-                anchors[i].sub_(deltas[i])
-        torch._foreach_copy_(self._locals(taken), anchors)
-        self._state.store(taken)
+            step_ = self.outer.step_rows_ if kind == "expert" else self.outer.step_
+            slots = {slot: values for slot, values in state.items() if slot != ANCHOR}
+            step_([anchors[i] for i in trained], [changes[i] for i in trained], slots)
+        for i in range(len(pieces)):
+            if pieces[i].name not in self.layout.trained:
+                anchors[i].sub_(changes[i])
+        torch._foreach_copy_(self._locals(pieces), anchors)
+        self.state.store(pieces)
 
     def _note_movement(self) -> None:
         """This site's changes and what they started from: whole tensors, not expert by expert."""
@@ -158,32 +221,6 @@ class Federation:
         """Layer and experts of a tensor's rows; None for a dense one."""
         layer = self.layout.expert_layer.get(name)
         return layer, () if layer is None else self.placement.residents_in(layer, self.site)
-
-    def _average_moments(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int]) -> None:
-        if left_out and isinstance(optimizer, RowAdamW):
-            for name in sorted(self.layout.trained):
-                optimizer.start_state(self.layout.tensors[name])  # a site that took no step yet has no moments
-        for _, sites, pieces in self._groups():
-            views = [
-                piece.of(moment)
-                for piece in pieces
-                if piece.name in self.layout.trained
-                for moment in moments(optimizer, self.layout.tensors[piece.name])
-            ]
-            if left_out.issuperset(sites):
-                for view in views:
-                    view.zero_()
-            self._average_in_place(sites, views, left_out)
-
-    def _average_in_place(self, sites: tuple[int, ...], views: Sequence[Tensor], left_out: frozenset[int]) -> None:
-        def read(bucket: Sequence[int]) -> list[Tensor]:
-            return [views[i].float() for i in bucket]
-
-        def write(bucket: Sequence[int], mean: Tensor) -> None:
-            for i, part in zip(bucket, mean.split([views[i].numel() for i in bucket]), strict=True):
-                views[i].copy_(part.view_as(views[i]))
-
-        self.wire.average("moments", sites, [v.numel() for v in views], read, write, left_out)
 
     def is_finite(self) -> bool:
         """Whether all local values of this site are finite; waits for the device."""
@@ -210,14 +247,14 @@ class Federation:
         incoming: dict[int, int] = {}
         for t in mine:
             incoming[t.giver] = incoming.get(t.giver, 0) + per_expert
-        flat = self.wire.exchange(kind, outgoing, incoming, dtype or torch.float32)
+        flat = self.transport.exchange(kind, outgoing, incoming, dtype or torch.float32)
         cursors = {giver: iter(part.split([shapes[k].numel() for _ in range(part.numel() // per_expert) for k in keys]))
                    for giver, part in flat.items()}  # fmt: skip
         return {t.expert: {key: next(cursors[t.giver]).view(shapes[key]) for key in keys} for t in mine}
 
     @torch.no_grad()
-    def migrate(self, new: Placement, optimizer: torch.optim.Optimizer) -> int:
-        """Move to another placement at a round boundary; experts travel with anchors and outer momentum.
+    def adopt(self, new: Placement, optimizer: torch.optim.Optimizer) -> int:
+        """Move to another placement at a round boundary; experts travel with anchors and the outer rule's state.
 
         Received experts start with fresh inner state; kept ones keep theirs.
 
@@ -235,7 +272,7 @@ class Federation:
             moving = [t for t in transfers if t.layer == layer]
             if not moving:
                 continue
-            sources = [self.anchors, self.momenta]
+            sources = list(self.state.slots.values())
             arrived = self._exchange("migration", moving, layer, sources, torch.float32)
             received += len(arrived)
             old_row = {expert: r for r, expert in enumerate(before[layer])}
@@ -297,16 +334,16 @@ class Federation:
     # -- agreement and state --------------------------------------------------------------------------------------
 
     def check_agreement(self) -> None:
-        """Compare anchors and outer momentum of all sites: dense tensors of all, each expert's of its holders.
+        """Compare all slots of all sites: dense tensors of all, each expert's of its holders.
 
         Raises:
             RuntimeError: if any site differs, naming tensors and sites.
         """
-        for what, values in (("", self.anchors), ("outer momentum of ", self.momenta)):
-            found = disagreements(self.wire, self.layout, self.placement, values) if values else []
+        for slot, values in self.state.slots.items():
+            found = disagreements(self.transport, self.layout, self.placement, values)
             if found:
                 more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-                named = "; ".join(what + item for item in found[:5])
+                named = "; ".join(("" if slot == ANCHOR else f"outer {slot} of ") + item for item in found[:5])
                 raise RuntimeError(f"sites differ after a round in {named}{more}; resume from a checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
@@ -335,3 +372,18 @@ def _changes(local: list[Tensor], anchors: list[Tensor]) -> list[Tensor]:
     # A site started from the anchor in the training dtype. What that rounded off is no change, and stays in the anchor:
     # else an outer step would feed it back round after round.
     return [anchor.to(t.dtype).float() - t.float() for t, anchor in zip(local, anchors, strict=True)]
+
+
+def _as_float32(views: Sequence[Tensor]) -> list[Tensor]:
+    return [view.float() for view in views]
+
+
+def _zero(views: Sequence[Tensor]) -> None:
+    for view in views:
+        view.zero_()
+
+
+def _spread(views: Sequence[Tensor], mean: Tensor) -> None:
+    """Copy the parts of a flat tensor into views, one after the other."""
+    for view, part in zip(views, mean.split([view.numel() for view in views]), strict=True):
+        view.copy_(part.view_as(view))
