@@ -77,7 +77,7 @@ def predict_bytes(
 
     def placed(redraws: int) -> Placement:
         return place(placement, n_layers=architecture.n_layers, n_experts=architecture.n_experts, n_sites=n_sites,
-                     overlap=overlap, seed=placement_seed, epoch=redraws)  # fmt: skip
+                     overlap=overlap, seed=placement_seed, draw=redraws)  # fmt: skip
 
     def averaged(placement: Placement) -> list[Collective]:
         return collectives(

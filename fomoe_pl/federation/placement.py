@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, get_args
 
 from fomoe_pl.errors import ConfigError
 
@@ -31,7 +32,7 @@ def check_placement(n_experts: int, n_sites: int, overlap: int) -> None:
     Raises:
         ConfigError: naming the overlaps that would work.
     """
-    key = "trainer.strategy.init_args.overlap"
+    key = "overlap"
     if not 1 <= overlap <= n_sites:
         raise ConfigError(key, overlap, f"must be between 1 and the number of sites ({n_sites}, devices x num_nodes)",
                           f"choose one of {valid_overlaps(n_experts, n_sites)}")  # fmt: skip
@@ -105,32 +106,124 @@ class Placement:
         return sites[(layer + expert) % len(sites)]
 
 
+class PlacementPolicy(ABC):
+    """In which order the experts of a layer sit on the ring of sites; a subclass is one method.
+
+    Whatever the order, every expert has `overlap` holders and every site equally many experts, and the holder sets are
+    those that process groups were made for.
+
+    Attributes:
+        moves: whether experts are placed again every `reshuffle_rounds` rounds; they travel then.
+        sees_loads: whether `order` needs to know how often experts were picked. Sites add that up in a small message.
+    """
+
+    moves: ClassVar[bool] = False
+    sees_loads: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        """How logs and the identity of a checkpoint name it; the same name, the same orders."""
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def order(self, layer: int, n_experts: int, draw: int, loads: Sequence[float] | None) -> Sequence[int]:
+        """The experts of a layer in the order in which they take their places; a function of its arguments alone.
+
+        Neighbours in the order share holders, as far as `overlap` allows.
+
+        Args:
+            layer: 0..L-1.
+            n_experts: experts of the layer, E.
+            draw: how often experts have been placed before, 0 at the start.
+            loads: of each expert its picks over all sites, ghosts included, since the last draw; None at the start,
+                and for policies that do not see loads.
+
+        Returns:
+            A permutation of 0..E-1.
+        """
+
+
+class Fixed(PlacementPolicy):
+    """Experts stay where they are, in the order of their ids."""
+
+    def order(self, layer: int, n_experts: int, draw: int, loads: Sequence[float] | None) -> Sequence[int]:
+        """The ids in order."""
+        return range(n_experts)
+
+
+class Random(PlacementPolicy):
+    """Experts are dealt out at random, layer by layer (FoMoE, arXiv 2606.19025, random placement).
+
+    Args:
+        seed: of the draws.
+    """
+
+    moves = True
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def order(self, layer: int, n_experts: int, draw: int, loads: Sequence[float] | None) -> Sequence[int]:
+        """A permutation that follows from seed, draw and layer."""
+        order = list(range(n_experts))
+        random.Random(f"placement-{self.seed}-{draw}-{layer}").shuffle(order)
+        return order
+
+
+def policy_of(placement: PlacementKind | PlacementPolicy, seed: int = 0) -> PlacementPolicy:
+    """The policy of a name, or the one that is given.
+
+    Args:
+        placement: `fixed`, `random`, or a policy.
+        seed: of the random one.
+
+    Raises:
+        ConfigError: for another name.
+    """
+    if isinstance(placement, PlacementPolicy):
+        return placement
+    if placement not in get_args(PlacementKind):
+        rule, hint = "is no placement", "type fixed or random, or give the class_path of a PlacementPolicy"
+        raise ConfigError("placement", placement, rule, hint)
+    return Random(seed) if placement == "random" else Fixed()
+
+
 def place(
-    kind: PlacementKind, *, n_layers: int, n_experts: int, n_sites: int, overlap: int, seed: int = 0, epoch: int = 0
+    placement: PlacementKind | PlacementPolicy,
+    *,
+    n_layers: int,
+    n_experts: int,
+    n_sites: int,
+    overlap: int,
+    seed: int = 0,
+    draw: int = 0,
+    loads: Sequence[Sequence[float]] | None = None,
 ) -> Placement:
     """Place every expert of every layer; deterministic in its arguments.
 
     Args:
-        kind: `fixed` ignores `seed` and `epoch`; `random` draws the experts' order from them, layer by layer.
+        placement: `fixed`, `random`, or a policy.
         n_layers: layers L.
         n_experts: experts of a layer, E.
         n_sites: number of sites M.
         overlap: number of holders of each expert, 1..M.
         seed: seed of the random placement.
-        epoch: how often the placement has been redrawn, 0 at the start.
+        draw: how often experts have been placed before, 0 at the start.
+        loads: for policies that see them, of each layer and expert.
 
     Returns:
         The placement; layers are staggered by one site each.
 
     Raises:
-        ConfigError: if the sizes do not divide.
+        ConfigError: if the sizes do not divide, or a policy's order is no permutation.
     """
     check_placement(n_experts, n_sites, overlap)
+    policy = policy_of(placement, seed)
     layers = []
     for layer in range(n_layers):
-        order = list(range(n_experts))
-        if kind == "random":
-            random.Random(f"placement-{seed}-{epoch}-{layer}").shuffle(order)
+        order = policy.order(layer, n_experts, draw, None if loads is None else loads[layer])
+        if sorted(order) != list(range(n_experts)):
+            rule = f"order() of layer {layer} must be a permutation of 0..{n_experts - 1}, not {list(order)}"
+            raise ConfigError("placement", str(policy), rule, "return each expert exactly once")
         holders: list[tuple[int, ...]] = [()] * n_experts
         for position, expert in enumerate(order):
             holders[expert] = tuple(sorted((position * overlap + j + layer) % n_sites for j in range(overlap)))

@@ -158,7 +158,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         n = self.world_size
         return place(
             self.placement_kind, n_layers=config.n_layers, n_experts=config.n_experts, n_sites=n,
-            overlap=self.overlap(n), seed=self.placement_seed, epoch=redraws,
+            overlap=self.overlap(n), seed=self.placement_seed, draw=redraws,
         )  # fmt: skip
 
     def residency(self, config: ModelConfig) -> Residency:

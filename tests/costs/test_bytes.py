@@ -55,7 +55,7 @@ def _count(
 
     def placed(redraws: int) -> Any:
         return place(placement, n_layers=architecture.n_layers, n_experts=architecture.n_experts, n_sites=M,
-                     overlap=overlap, seed=placement_seed, epoch=redraws)  # fmt: skip
+                     overlap=overlap, seed=placement_seed, draw=redraws)  # fmt: skip
 
     model = Transformer(architecture, Residency(routing, placed(0).residents(rank)))
     model.to(getattr(torch, param_dtype))

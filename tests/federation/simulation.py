@@ -41,7 +41,7 @@ class Case:
 
     def place(self, epoch: int) -> Placement:
         return place(self.placement, n_layers=LAYERS, n_experts=EXPERTS, n_sites=self.n_sites, overlap=self.overlap,
-                     seed=7, epoch=epoch)  # fmt: skip
+                     seed=7, draw=epoch)  # fmt: skip
 
 
 def shapes() -> dict[Key, tuple[int, ...]]:

@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.placement import (
     Placement,
+    PlacementPolicy,
     Transfer,
     all_arcs,
     check_placement,
@@ -31,7 +33,7 @@ def test_every_expert_has_exactly_overlap_holders_and_every_site_equally_many_ex
     kind: Any, size: tuple[int, int, int]
 ) -> None:
     e, m, o = size
-    placement = placed(kind, size, seed=3, epoch=2)
+    placement = placed(kind, size, seed=3, draw=2)
     assert len(placement.holders) == LAYERS
     for layer in placement.holders:
         assert len(layer) == e
@@ -48,7 +50,7 @@ def test_at_most_as_many_holder_sets_as_sites_whatever_is_drawn(size: tuple[int,
     arcs = all_arcs(e, LAYERS, m, o)
     assert len(arcs) <= m
     for epoch in range(5):
-        placement = placed("random", size, epoch=epoch)
+        placement = placed("random", size, draw=epoch)
         assert placement.holder_sets() == arcs
         pairs = [pair for sites in arcs for pair in placement.experts_of(sites)]
         assert sorted(pairs) == [(layer, expert) for layer in range(LAYERS) for expert in range(e)]
@@ -61,18 +63,18 @@ def test_layers_are_staggered() -> None:
 
 def test_random_placement_follows_from_seed_and_epoch_alone() -> None:
     size = (8, 4, 2)
-    assert placed("random", size, seed=1, epoch=3) == placed("random", size, seed=1, epoch=3)
-    different = [placed("random", size, seed=s, epoch=t) for s in range(3) for t in range(3)]
+    assert placed("random", size, seed=1, draw=3) == placed("random", size, seed=1, draw=3)
+    different = [placed("random", size, seed=s, draw=t) for s in range(3) for t in range(3)]
     assert len(set(different)) == len(different)
     assert len({placed("random", size).holders[layer] for layer in (0, 4)}) == 2  # same stagger, another order
-    assert placed("fixed", size, seed=1, epoch=3) == placed("fixed", size)
+    assert placed("fixed", size, seed=1, draw=3) == placed("fixed", size)
 
 
 @pytest.mark.parametrize("size", [s for s in SIZES if s[0] <= 12], ids=str)
 def test_migration_gives_every_new_holder_the_expert_from_an_old_one_and_nothing_else(
     size: tuple[int, int, int],
 ) -> None:
-    old, new = placed("random", size, epoch=0), placed("random", size, epoch=1)
+    old, new = placed("random", size, draw=0), placed("random", size, draw=1)
     transfers = migration(old, new)
     expected = {
         (layer, expert, site)
@@ -132,3 +134,34 @@ def test_indivisible_sizes_name_valid_overlaps_and_valid_numbers_of_experts() ->
                     assert near != [""]
                     for number in near:
                         check_placement(int(number), sites, overlap)
+
+
+class HeaviestApart(PlacementPolicy):
+    """The most picked experts take turns, so that they sit on different sites: written outside of the package."""
+
+    moves = sees_loads = True
+
+    def order(self, layer: int, n_experts: int, draw: int, loads: Sequence[float] | None) -> Sequence[int]:
+        return sorted(range(n_experts), key=lambda e: (-loads[e] if loads else 0, e))
+
+
+def test_a_policy_may_see_loads() -> None:
+    sizes = {"n_layers": 2, "n_experts": 4, "n_sites": 4, "overlap": 1}
+    assert place(HeaviestApart(), **sizes) == place("fixed", **sizes)
+    placement = place(HeaviestApart(), **sizes, draw=1, loads=[[0, 1, 2, 3], [5, 0, 0, 0]])
+    assert [placement.holders[0][e] for e in (3, 2, 1, 0)] == [(0,), (1,), (2,), (3,)]
+    assert placement.holders[1][0] == (1,)  # layers are staggered
+
+
+def test_an_unknown_placement_and_an_order_that_loses_an_expert_are_refused() -> None:
+    sizes = {"n_layers": 1, "n_experts": 2, "n_sites": 2, "overlap": 1}
+    for unknown in ("anything", "Fixed", ""):
+        with pytest.raises(ConfigError, match=r"fixed or random"):
+            place(unknown, **sizes)
+
+    class Twice(PlacementPolicy):
+        def order(self, layer: int, n_experts: int, draw: int, loads: Sequence[float] | None) -> Sequence[int]:
+            return [0, 0]
+
+    with pytest.raises(ConfigError, match="permutation"):
+        place(Twice(), **sizes)

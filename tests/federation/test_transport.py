@@ -121,7 +121,7 @@ def test_half_precision_on_the_wire(dtype: Any, tolerance: float) -> None:
 
 
 def test_a_set_of_one_site_sends_nothing_and_rounds_nothing() -> None:
-    means, ledger = run_distributed(_average, 3, (1,), "bfloat16", 60)[1]
+    means, ledger = run_distributed(_average, 3, (1,), "bfloat16", 60, 1)[1]
     assert ledger.total_payload == 0
     assert all(torch.equal(mean, value(1, i)) for i, mean in enumerate(means))
 
@@ -166,7 +166,7 @@ def _bfloat16_rounds(rank: int) -> tuple[list[Any], list[Any], int, int]:
     exact, full, _ = run_case(case, rank)
     rounded, half, _ = run_case(case, rank, dtype="bfloat16", bucket_bytes=32)
     kinds = ("dense", "expert", "moments")
-    sums = [sum(f.wire.ledger.payload(kind) for kind in kinds) for f in (full, half)]
+    sums = [sum(f.transport.ledger.payload(kind) for kind in kinds) for f in (full, half)]
     return exact, rounded, sums[0], sums[1]
 
 
