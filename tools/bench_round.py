@@ -31,7 +31,7 @@ from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.outer import Average, Nesterov
 from fomoe_pl.federation.placement import all_arcs, place
-from fomoe_pl.federation.state import OuterPlace
+from fomoe_pl.federation.settings import OuterPlace
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
 from fomoe_pl.files import write_whole

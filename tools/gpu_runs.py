@@ -23,6 +23,7 @@ from fomoe_pl.costs.rounds import ddp_collectives
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.federation.ledger import KINDS, Kind, Ledger
 from fomoe_pl.federation.outer import Average, Nesterov
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.optimizer import OptimizerConfig
@@ -197,8 +198,8 @@ def expected_bytes(job: Job, settings: dict[str, Any], rank: int, n: int, n_doma
         formula.all_reduce(gradients.kind, job.steps * gradients.payload, n)
         return {"dense": [formula.payload("dense"), formula.wire("dense")]}
     formula = predict_bytes(
-        job.architecture, n_sites=n, site=rank, steps=job.steps, validations=(job.steps,), metric_bytes=metric_bytes,
-        **{**settings, "overlap": settings["overlap"] or n},
+        job.architecture, FederationConfig(**settings), n_sites=n, site=rank, steps=job.steps,
+        validations=(job.steps,), metric_bytes=metric_bytes,
     )  # fmt: skip
     return {kind: [formula.payload(kind), formula.wire(kind)] for kind in PREDICTED}
 

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from fomoe_pl.costs.activations import Precision
 from fomoe_pl.costs.memory import Load, RankMemory, rank_memory
 from fomoe_pl.federation.outer import Average, Nesterov
-from fomoe_pl.federation.state import OuterPlace
+from fomoe_pl.federation.settings import OuterPlace
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import Batch, FoMoEModule
 from fomoe_pl.strategies import FederatedStrategy

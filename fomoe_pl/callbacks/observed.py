@@ -17,8 +17,8 @@ from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
+from fomoe_pl.federation.settings import WireDtype
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.federation.transport import WireDtype
 from fomoe_pl.metrics import RoutingHealth
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer

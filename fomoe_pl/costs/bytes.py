@@ -6,37 +6,22 @@ Equal to the byte to the ledger that a run keeps, for the kinds dense, expert, m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fomoe_pl.costs.rounds import ITEMSIZE, Collective, SynchronizedSizes, collectives, count, held_by
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.packing import digits
-from fomoe_pl.federation.placement import Placement, PlacementKind, gather_layer, migration, place
-from fomoe_pl.federation.schedule import RoundSchedule
+from fomoe_pl.federation.placement import Placement, gather_layer, migration
+from fomoe_pl.federation.settings import FederationConfig, WireDtype
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Routing
-
-if TYPE_CHECKING:  # these modules speak to other processes, of which a calculation needs none
-    from fomoe_pl.federation.federation import InnerMoments
-    from fomoe_pl.federation.outer import OuterRule
-    from fomoe_pl.federation.transport import WireDtype
 
 
 def predict_bytes(
     architecture: ModelConfig,
+    federation: FederationConfig,
     *,
     n_sites: int,
-    overlap: int,
     site: int,
     steps: int,
-    local_steps: int | dict[int, int],
-    outer: OuterRule,
-    inner_moments: InnerMoments = "keep",
-    routing: Routing = "ghost",
-    placement: PlacementKind = "fixed",
-    reshuffle_rounds: int = 1,
-    placement_seed: int = 0,
-    wire_dtype: WireDtype = "float32",
     validations: Sequence[int] = (),
     evaluation_windows: int = 1,
     metric_bytes: int = 0,
@@ -46,18 +31,10 @@ def predict_bytes(
 
     Args:
         architecture: the model.
+        federation: the federation's settings; its policy must not see loads, which only a run knows.
         n_sites: number of sites M.
-        overlap: sites that hold each expert, 1..M.
         site: the site whose bytes are predicted, 0..M-1.
         steps: optimizer steps of the run.
-        local_steps: K, or a schedule {first step: K}.
-        outer: outer rule, whose state migrating experts carry along.
-        inner_moments: `average` sends both of AdamW's moments as well.
-        routing: in partitioned mode router rows and balance biases travel with their experts.
-        placement: `fixed`, or `random`.
-        reshuffle_rounds: T, rounds between two random placements; 0 for never. Ignored by `fixed`.
-        placement_seed: seed of the random placement.
-        wire_dtype: dtype of averaged values on the wire.
         validations: for each validation of the global model the number of optimizer steps taken before it; 0 for the
             sanity check. One at the end of a round comes after that round's migration.
         evaluation_windows: windows of batches in a validation; each gathers every layer once.
@@ -71,28 +48,28 @@ def predict_bytes(
     Raises:
         ConfigError: if sizes or the schedule do not fit.
     """
-    schedule = RoundSchedule.parse(local_steps)
-    sizes = SynchronizedSizes.of(architecture, routing)
+    sizes = SynchronizedSizes.of(architecture, federation.routing)
     ledger = Ledger()
 
-    def placed(redraws: int) -> Placement:
-        return place(placement, n_layers=architecture.n_layers, n_experts=architecture.n_experts, n_sites=n_sites,
-                     overlap=overlap, seed=placement_seed, draw=redraws)  # fmt: skip
+    def placed(draw: int) -> Placement:
+        return federation.place(architecture.n_layers, architecture.n_experts, n_sites, draw)
 
     def averaged(placement: Placement) -> list[Collective]:
         return collectives(
-            held_by(placement), sizes, n_sites=n_sites, wire_dtype=wire_dtype, inner_moments=inner_moments
-        )
+            held_by(placement), sizes, n_sites=n_sites, wire_dtype=federation.wire_dtype,
+            inner_moments=federation.inner_moments,
+        )  # fmt: skip
 
-    current, rounds = placed(0), 0
+    current, rounds, draws = placed(0), 0, 0
     averages = averaged(current)
     for step in range(steps + 1):
-        if step and schedule.is_round_end(step, steps):
+        if step and federation.schedule.is_round_end(step, steps):
             rounds += 1
             count(ledger, averages, site)
-            if placement == "random" and reshuffle_rounds and rounds % reshuffle_rounds == 0 and step < steps:
-                new = placed(rounds // reshuffle_rounds)
-                _migration(ledger, current, new, site, sizes, n_slots=len(outer.slots))
+            if federation.moves_after(rounds) and step < steps:
+                draws += 1
+                new = placed(draws)
+                _migration(ledger, current, new, site, sizes, n_slots=len(federation.rule.slots))
                 current, averages = new, averaged(new)
         for _ in range(list(validations).count(step)):
             for _ in range(evaluation_windows):

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from fomoe_pl.costs.memory import RankMemory
 from fomoe_pl.costs.quality import Measurement
 from fomoe_pl.costs.request import RUNS_TODAY, Layout, Method
-from fomoe_pl.federation.state import OuterPlace
+from fomoe_pl.federation.settings import OuterPlace
 from fomoe_pl.model.config import Checkpointing
 from fomoe_pl.model.residency import Routing
 

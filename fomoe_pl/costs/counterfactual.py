@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fomoe_pl.costs.bytes import predict_bytes
 from fomoe_pl.costs.rounds import ITEMSIZE, ddp_collectives
 from fomoe_pl.federation.ledger import ring_all_reduce_bytes
-from fomoe_pl.federation.outer import Nesterov
+from fomoe_pl.federation.settings import FederationConfig, WireDtype
 from fomoe_pl.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from fomoe_pl.federation.transport import WireDtype
 
 
 def ddp_step_bytes(architecture: ModelConfig, n_sites: int, param_dtype: WireDtype = "float32") -> int:
@@ -37,7 +32,6 @@ def replica_round_bytes(architecture: ModelConfig, n_sites: int, wire_dtype: Wir
         wire_dtype: dtype on the wire.
     """
     ledger = predict_bytes(
-        architecture, n_sites=n_sites, overlap=n_sites, site=0, steps=1, local_steps=1,
-        outer=Nesterov(0.7, 0.9), wire_dtype=wire_dtype,
-    )  # fmt: skip
+        architecture, FederationConfig(local_steps=1, wire_dtype=wire_dtype), n_sites=n_sites, site=0, steps=1
+    )
     return ledger.total_wire

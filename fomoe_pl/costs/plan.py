@@ -24,7 +24,7 @@ from fomoe_pl.costs.rounds import (
 )
 from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work
 from fomoe_pl.federation.placement import valid_overlaps
-from fomoe_pl.federation.state import OuterPlace
+from fomoe_pl.federation.settings import OuterPlace
 from fomoe_pl.model.config import Checkpointing, ModelConfig
 
 MOST_ROUNDING = 0.05

@@ -10,7 +10,7 @@ from fomoe_pl.costs.activations import Precision
 from fomoe_pl.costs.network import Links
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.state import OuterPlace
+from fomoe_pl.federation.settings import OuterPlace
 from fomoe_pl.model.residency import Routing
 
 Method = Literal["local_adamw", "diloco", "local_sgd", "ddp"]

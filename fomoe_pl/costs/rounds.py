@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.placement import Placement, check_placement, side_by_side
+from fomoe_pl.federation.settings import InnerMoments, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
 from fomoe_pl.model.sizes import dense_parameters, expert_parameters, parameter_counts, resident_counts
-
-if TYPE_CHECKING:  # these modules speak to other processes, of which a calculation needs none
-    from fomoe_pl.federation.federation import InnerMoments
-    from fomoe_pl.federation.transport import WireDtype
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 ADAMW_MOMENTS = 2

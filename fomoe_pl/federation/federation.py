@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import groupby, product
 from operator import itemgetter
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,10 +24,9 @@ from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
+from fomoe_pl.federation.settings import InnerMoments
 from fomoe_pl.federation.state import ANCHOR, Piece, State, cut, joined
 from fomoe_pl.federation.transport import Transport
-
-InnerMoments = Literal["keep", "reset", "average"]
 
 
 class Federation:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fomoe_pl.federation.layout import ParameterLayout
 
-OuterPlace = Literal["device", "host"]
 ANCHOR = "anchor"
 """The slot of agreed values; others are the outer rule's."""
 

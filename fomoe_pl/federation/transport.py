@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,9 +11,8 @@ from torch import Tensor
 
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.loss import PATIENCE, sites_watched, wait_watching
+from fomoe_pl.federation.settings import WireDtype
 from fomoe_pl.federation.topology import Topology
-
-WireDtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Pending:

@@ -22,7 +22,7 @@ from fomoe_pl.federation.loss import all_here, listen, sites_watched, stop_liste
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
-from fomoe_pl.federation.transport import WireDtype
+from fomoe_pl.federation.settings import WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
 from fomoe_pl.strategies.elastic import Pace

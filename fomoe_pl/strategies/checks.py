@@ -12,10 +12,8 @@ from lightning.pytorch.callbacks import Timer
 
 from fomoe_pl.errors import ConfigError, check_choice
 from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
-from fomoe_pl.federation.federation import InnerMoments
 from fomoe_pl.federation.placement import PlacementKind
-from fomoe_pl.federation.state import OuterPlace
-from fomoe_pl.federation.transport import WireDtype
+from fomoe_pl.federation.settings import InnerMoments, OuterPlace, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
 

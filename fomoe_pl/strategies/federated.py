@@ -17,15 +17,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from fomoe_pl.federation.federation import Federation, InnerMoments
+from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.loss import raise_if_lost
 from fomoe_pl.federation.outer import Average, OuterRule
 from fomoe_pl.federation.placement import Placement, PlacementKind, all_arcs, check_placement, place
 from fomoe_pl.federation.schedule import RoundSchedule
-from fomoe_pl.federation.state import OuterPlace
+from fomoe_pl.federation.settings import InnerMoments, OuterPlace, WireDtype
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.federation.transport import Transport, WireDtype
+from fomoe_pl.federation.transport import Transport
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
 from fomoe_pl.strategies.checks import StopAt, check_processes, check_settings, check_skipped

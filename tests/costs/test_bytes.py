@@ -12,8 +12,8 @@ from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.outer import Average, Nesterov, OuterRule
-from fomoe_pl.federation.placement import all_arcs, place
-from fomoe_pl.federation.schedule import RoundSchedule
+from fomoe_pl.federation.placement import all_arcs
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
 from fomoe_pl.model.config import ModelConfig
@@ -28,6 +28,17 @@ ARCHITECTURE = ModelConfig(
 )
 SWIGLU = replace(ARCHITECTURE, expert="swiglu", qk_norm="full", tie_embeddings=False, balance="bias")
 NESTEROV, AVERAGE = Nesterov(0.7, 0.9), Average()
+
+
+class TwoSlots(OuterRule):
+    """Two state tensors a value, which travel with experts; what they hold is no matter here."""
+
+    slots = ("m", "v")
+
+    def step_(self, anchors: Any, changes: Any, slots: Any) -> None:
+        torch._foreach_sub_(anchors, changes)
+
+
 M = 3
 CASES: list[tuple[ModelConfig, dict[str, Any]]] = [
     (ARCHITECTURE, {"overlap": 1, "outer": AVERAGE, "validations": [0, 8]}),
@@ -40,54 +51,63 @@ CASES: list[tuple[ModelConfig, dict[str, Any]]] = [
               "inner_moments": "average", "reshuffle_rounds": 2, "local_steps": {0: 1, 4: 2}}),
     (SWIGLU, {"overlap": 2, "outer": AVERAGE, "routing": "partitioned", "param_dtype": "bfloat16",
               "validations": [4, 11], "wire_dtype": "bfloat16"}),
-    (ARCHITECTURE, {"overlap": 2, "outer": AVERAGE, "placement": "random", "reshuffle_rounds": 0}),
+    (ARCHITECTURE, {"overlap": 2, "outer": TwoSlots(), "placement": "random"}),
 ]  # fmt: skip
 IDS = [f"{i}-overlap{case['overlap']}" for i, (_, case) in enumerate(CASES)]
 
 
+RUN = ("validations", "evaluation_windows", "metric_bytes", "param_dtype")
+
+
+def parts(case: dict[str, Any]) -> tuple[FederationConfig, dict[str, Any]]:
+    """Settings of the federation, and of the run."""
+    settings = {"local_steps": 4} | {name: value for name, value in case.items() if name not in RUN}
+    return FederationConfig(**settings), {"steps": 11} | {name: case[name] for name in RUN if name in case}
+
+
 def _count(
-    rank: int, architecture: ModelConfig, *, overlap: int, outer: OuterRule, inner_moments: Any = "keep",
-    routing: Any = "ghost", placement: Any = "fixed", reshuffle_rounds: int = 1, placement_seed: int = 0,
-    wire_dtype: Any = "float32", validations: Any = (), evaluation_windows: int = 1, metric_bytes: int = 0,
-    param_dtype: str = "float32", local_steps: Any = 4, steps: int = 11,
+    rank: int, architecture: ModelConfig, settings: FederationConfig, *, steps: int, validations: Any = (),
+    evaluation_windows: int = 1, metric_bytes: int = 0, param_dtype: str = "float32",
 ) -> Ledger:  # fmt: skip
     """The ledger of a run on real processes, with gradients of ones instead of training."""
-
-    def placed(redraws: int) -> Any:
-        return place(placement, n_layers=architecture.n_layers, n_experts=architecture.n_experts, n_sites=M,
-                     overlap=overlap, seed=placement_seed, draw=redraws)  # fmt: skip
-
-    model = Transformer(architecture, Residency(routing, placed(0).residents(rank)))
+    sizes = (architecture.n_layers, architecture.n_experts, M)
+    placement = settings.place(*sizes)
+    model = Transformer(architecture, Residency(settings.routing, placement.residents(rank)))
     model.to(getattr(torch, param_dtype))
     layout = ParameterLayout.of(model, model.expert_tensors())
-    arcs = all_arcs(architecture.n_experts, architecture.n_layers, M, overlap)
-    wire = Transport(
-        Topology(M, 1, rank), arcs, Ledger(), device=torch.device("cpu"), dtype=wire_dtype, bucket_bytes=2000
+    arcs = all_arcs(architecture.n_experts, architecture.n_layers, M, settings.overlap_of(M))
+    transport = Transport(
+        Topology(M, 1, rank), arcs, Ledger(), device=torch.device("cpu"), dtype=settings.wire_dtype, bucket_bytes=2000
     )
-    federation = Federation(layout, placed(0), wire, outer=outer, inner_moments=inner_moments)
+    federation = Federation(layout, placement, transport, outer=settings.rule, inner_moments=settings.inner_moments)
     optimizer = RowAdamW(model.parameters(), lr=0.01)
-    schedule, rounds = RoundSchedule.parse(local_steps), 0
+    rounds = draws = 0
     for step in range(steps + 1):
         if step:
             for p in model.parameters():
                 p.grad = torch.ones_like(p)
             optimizer.step()
-        if step and schedule.is_round_end(step, steps):
+        if step and settings.schedule.is_round_end(step, steps):
             rounds += 1
             federation.synchronize(optimizer)
-            if placement == "random" and reshuffle_rounds and rounds % reshuffle_rounds == 0 and step != steps:
-                federation.adopt(placed(rounds // reshuffle_rounds), optimizer)
+            if settings.moves_after(rounds) and step != steps:
+                draws += 1
+                federation.adopt(settings.place(*sizes, draws), optimizer)
         if step in validations:
             for _ in range(evaluation_windows):
                 for layer in range(architecture.n_layers):
                     federation.gather(layer)
             if metric_bytes:
-                wire.sum("evaluation", torch.zeros(metric_bytes // 8, dtype=torch.float64))
-    return wire.ledger
+                transport.sum("evaluation", torch.zeros(metric_bytes // 8, dtype=torch.float64))
+    return transport.ledger
 
 
 def _count_all(rank: int) -> list[Ledger]:
-    return [_count(rank, architecture, **case) for architecture, case in CASES]
+    found = []
+    for architecture, case in CASES:
+        settings, run = parts(case)
+        found.append(_count(rank, architecture, settings, **run))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +120,8 @@ def test_predicted_bytes_equal_counted_bytes(counted: list[list[Ledger]], index:
     architecture, case = CASES[index]
     for site in range(M):
         ledger = counted[site][index]
-        predicted = predict_bytes(architecture, n_sites=M, site=site, **{"steps": 11, "local_steps": 4} | case)
+        settings, run = parts(case)
+        predicted = predict_bytes(architecture, settings, n_sites=M, site=site, **run)
         for kind in KINDS:
             assert (kind, predicted.payload(kind)) == (kind, ledger.payload(kind))
             assert (kind, predicted.wire(kind)) == (kind, ledger.wire(kind))
@@ -132,16 +153,12 @@ def test_round_bytes_are_the_papers_formula() -> None:
     architecture = ModelConfig(vocab_size=64, d_model=32, n_layers=3, n_heads=2, n_experts=8, top_k=2, d_expert=16)
     sizes = SynchronizedSizes.of(architecture, "ghost")
     for overlap in (1, 2, 4, 8):
-        ledger = predict_bytes(
-            architecture, n_sites=8, overlap=overlap, site=5, steps=64, local_steps=32, outer=Average()
-        )
+        ledger = predict_bytes(architecture, FederationConfig(overlap=overlap), n_sites=8, site=5, steps=64)
         resident = 3 * 8 * overlap // 8 * sizes.expert * 4
         assert ledger.total_wire == 2 * (2 * 7 * sizes.dense * 4 // 8 + 2 * (overlap - 1) * resident // overlap)
 
 
 def test_one_site_sends_nothing() -> None:
-    ledger = predict_bytes(
-        ARCHITECTURE, n_sites=1, overlap=1, site=0, steps=9, local_steps=2, outer=NESTEROV, placement="random",
-        inner_moments="average", validations=[0, 9], metric_bytes=80,
-    )  # fmt: skip
+    settings = FederationConfig(local_steps=2, outer=NESTEROV, placement="random", inner_moments="average")
+    ledger = predict_bytes(ARCHITECTURE, settings, n_sites=1, site=0, steps=9, validations=[0, 9], metric_bytes=80)
     assert ledger.total_payload == 0

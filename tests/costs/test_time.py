@@ -25,6 +25,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.federation.placement import place
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.sizes import forward_flops_per_token, parameter_counts, training_flops_per_token
 
@@ -173,16 +174,15 @@ def test_full_overlap_is_a_full_replica() -> None:
 def test_mean_bytes_are_the_mean_of_counted_ones() -> None:
     """Evaluation over all sites exactly; migration over many redraws nearly."""
 
-    def mean(kind: Any, **settings: Any) -> float:
-        ledgers = [
-            predict_bytes(SMALL, n_sites=4, overlap=2, site=i, outer=Nesterov(0.7, 0.9), **settings) for i in range(4)
-        ]
+    def mean(kind: Any, placement: Any = "fixed", **run: Any) -> float:
+        federation = FederationConfig(overlap=2, local_steps=1, outer=Nesterov(0.7, 0.9), placement=placement)
+        ledgers = [predict_bytes(SMALL, federation, n_sites=4, site=i, **run) for i in range(4)]
         return sum(ledger.payload(kind) for ledger in ledgers) / 4
 
-    evaluated = mean("evaluation", steps=1, local_steps=1, validations=[1], evaluation_windows=2)
+    evaluated = mean("evaluation", steps=1, validations=[1], evaluation_windows=2)
     assert evaluation_bytes(SMALL, n_sites=4, overlap=2, windows=2) == evaluated
     rounds = 200
-    moved = mean("migration", steps=rounds + 1, local_steps=1, placement="random") / rounds
+    moved = mean("migration", "random", steps=rounds + 1) / rounds
     assert migration_bytes(SMALL, n_sites=4, overlap=2, momentum=True) == pytest.approx(moved, rel=0.03)
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from fomoe_pl.callbacks import CommunicationMonitor, RoutingStability, ThroughputMonitor
 from fomoe_pl.costs.bytes import control_bytes, metric_bytes_of, predict_bytes
 from fomoe_pl.costs.counterfactual import ddp_step_bytes, replica_round_bytes
-from fomoe_pl.federation.outer import Average
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.sizes import parameter_counts
 from tests.distributed import run_distributed
 from tests.federation.toy import digest
@@ -94,10 +94,9 @@ def test_bytes_are_the_predicted_ones(found: list[Any], root: str, folder: str, 
             assert ledger.payload("dense") == STEPS * 4 * parameter_counts(run.config).total
             assert ledger.payload("evaluation") == len(VALIDATIONS) * found[site][name]["metric_bytes"]
             continue
-        settings = {"outer": Average(), **run.settings, "overlap": run.settings["overlap"] or SITES}
         expected = predict_bytes(
-            run.config, n_sites=SITES, site=site, steps=STEPS, validations=VALIDATIONS,
-            metric_bytes=found[site][name]["metric_bytes"], **settings,
+            run.config, FederationConfig(**run.settings), n_sites=SITES, site=site, steps=STEPS,
+            validations=VALIDATIONS, metric_bytes=found[site][name]["metric_bytes"],
         )  # fmt: skip
         assert {kind: ledger.payload(kind) for kind in KINDS} == {kind: expected.payload(kind) for kind in KINDS}
         assert {kind: ledger.wire(kind) for kind in KINDS} == {kind: expected.wire(kind) for kind in KINDS}

@@ -1,0 +1,150 @@
+"""The settings of a federation, each named once: strategy, costs, planner and checkpoints read them from here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from fomoe_pl.errors import ConfigError, check_choice
+from fomoe_pl.federation.outer import Average, OuterRule
+from fomoe_pl.federation.placement import (
+    Placement,
+    PlacementKind,
+    PlacementPolicy,
+    check_placement,
+    place,
+    policy_of,
+)
+from fomoe_pl.federation.schedule import RoundSchedule
+from fomoe_pl.model.residency import Routing
+
+InnerMoments = Literal["keep", "reset", "average"]
+OuterPlace = Literal["device", "host"]
+WireDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """What sites agree on, when, and how: periodic averaging with partial replicas (FoMoE, arXiv 2606.19025).
+
+    Attributes:
+        sites: number of sites M; None is the world size.
+        ranks_per_site: ranks inside a site; only 1 works so far.
+        overlap: sites that hold each expert, 1..M; None is M, a full replica.
+        routing: what happens to picks of experts that are not here: `ghost` skips them, `partitioned` routes among
+            the residents only.
+        placement: `fixed`, `random` with experts placed again every `reshuffle_rounds` rounds, or your own subclass of
+            `fomoe_pl.federation.placement.PlacementPolicy`.
+        reshuffle_rounds: T, rounds between two placements of a policy that moves experts.
+        placement_seed: seed of the random placement.
+        local_steps: K, optimizer steps of a round, or a schedule {first step: K} such as {0: 1, 64: 32}.
+        outer: outer rule, one of `fomoe_pl.federation.outer` or your own subclass of its `OuterRule`; None is
+            `Average`.
+        inner_moments: what a round does to the inner optimizer's moments: keep, reset or average them.
+        wire_dtype: dtype of averaged values on the wire; anchors and outer state are always float32.
+        bucket_mib: size of a communication buffer, MiB; one travels while another is read or written.
+        outer_state: where anchors and the outer rule's state live between rounds: on the `device`, or on the `host`,
+            which saves a GPU 4 to 8 bytes a parameter, and takes twice as many over its bus in a round.
+        check_agreement: compare a hash of each dense tensor of all sites, and of each expert of its holders, after
+            every round (always done before saving).
+        min_sites: fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
+
+    Raises:
+        ConfigError: for settings that cannot work, naming the field, the rule and what would be valid.
+    """
+
+    sites: int | None = None
+    ranks_per_site: int = 1
+    overlap: int | None = None
+    routing: Routing = "ghost"
+    placement: PlacementKind | PlacementPolicy = "fixed"
+    reshuffle_rounds: int = 1
+    placement_seed: int = 0
+    local_steps: int | dict[int, int] = 32
+    outer: OuterRule | None = None
+    inner_moments: InnerMoments = "keep"
+    wire_dtype: WireDtype = "float32"
+    bucket_mib: int = 64
+    outer_state: OuterPlace = "device"
+    check_agreement: bool = False
+    min_sites: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model or processes."""
+        for name, choices in (
+            ("routing", Routing), ("inner_moments", InnerMoments), ("wire_dtype", WireDtype),
+            ("outer_state", OuterPlace),
+        ):  # fmt: skip
+            check_choice(name, getattr(self, name), choices)
+        if self.ranks_per_site != 1:
+            rule = "several ranks in a site are not supported yet"
+            raise ConfigError("ranks_per_site", self.ranks_per_site, rule, "set it to 1 and let every rank be a site")
+        for name in ("sites", "overlap", "min_sites", "reshuffle_rounds", "bucket_mib"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(name, value, "must be at least 1", "type 1 or more")
+        if self.placement_seed < 0:
+            raise ConfigError("placement_seed", self.placement_seed, "must not be negative", "0 is the default")
+        if self.wire_dtype == "float16" and self.inner_moments == "average":
+            rule = "AdamW's second moments are mostly below float16's smallest number, and without them steps explode"
+            raise ConfigError("wire_dtype", self.wire_dtype, rule, "type bfloat16 or float32, or inner_moments keep")
+        self.schedule, self.policy  # noqa: B018  both check themselves
+
+    @cached_property
+    def schedule(self) -> RoundSchedule:
+        """When rounds end."""
+        return RoundSchedule.parse(self.local_steps)
+
+    @cached_property
+    def policy(self) -> PlacementPolicy:
+        """Where experts are."""
+        return policy_of(self.placement, self.placement_seed)
+
+    @cached_property
+    def rule(self) -> OuterRule:
+        """The outer rule."""
+        return Average() if self.outer is None else self.outer
+
+    def overlap_of(self, n_sites: int) -> int:
+        """Sites that hold each expert; all, where there are no longer as many."""
+        if self.overlap is None or (self.min_sites is not None and self.overlap > n_sites):
+            return n_sites
+        return self.overlap
+
+    def check(self, n_experts: int, n_sites: int) -> None:
+        """Check the settings against the model's experts and the sites that there are.
+
+        Raises:
+            ConfigError: naming the overlaps that would work.
+        """
+        check_placement(n_experts, n_sites, self.overlap_of(n_sites))
+
+    def place(
+        self, n_layers: int, n_experts: int, n_sites: int, draw: int = 0, loads: Sequence[Sequence[float]] | None = None
+    ) -> Placement:
+        """The placement after experts have been placed `draw` times; see `fomoe_pl.federation.placement.place`."""
+        return place(
+            self.policy, n_layers=n_layers, n_experts=n_experts, n_sites=n_sites, overlap=self.overlap_of(n_sites),
+            draw=draw, loads=loads,
+        )  # fmt: skip
+
+    def moves_after(self, rounds: int) -> bool:
+        """Whether experts are placed again after so many rounds have ended."""
+        return self.policy.moves and rounds % self.reshuffle_rounds == 0
+
+    def identity(self, n_sites: int) -> dict[str, Any]:
+        """What a site's own state depends on: a run with the same identity resumes bit for bit."""
+        drawn = {"placement_seed": self.placement_seed, "reshuffle_rounds": self.reshuffle_rounds}
+        return {
+            "overlap": self.overlap_of(n_sites), "routing": self.routing, "placement": str(self.policy),
+            "outer.rule": str(self.rule).split()[0], **(drawn if self.policy.moves else {}),
+        }  # fmt: skip
+
+    def describe(self, n_sites: int) -> str:
+        """One line that says which method this is."""
+        return (
+            f"{n_sites} sites, each expert on {self.overlap_of(n_sites)} ({self.policy}), {self.routing} routing, "
+            f"rounds of {self.schedule} local steps, outer rule {self.rule}, moments: {self.inner_moments}"
+        )
