@@ -21,6 +21,7 @@ from fomoe_pl.model.passes import TrainingPass
 from fomoe_pl.model.residency import resident_mask
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, inner_schedule, norm_or_skip
+from fomoe_pl.seed import seed_or_default
 from fomoe_pl.strategies.checks import check_skipped
 from fomoe_pl.strategies.passes import Passes
 
@@ -34,7 +35,7 @@ class FoMoEModule(L.LightningModule):
         architecture: the model.
         optimizer: inner optimizer and schedule.
         seed: seed of the initial weights; with equal seeds all sites and all placements start from the same model.
-            None: on the command line that of `seed_everything`, else 0.
+            None: that of `seed_everything`, else 0.
         evaluation_window: validation batches that go through each layer together. When experts are gathered from
             other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory: one
             window of hidden states, two where random routing is measured too.
@@ -72,7 +73,7 @@ class FoMoEModule(L.LightningModule):
             )
         self.config = architecture
         self.optimizer_config = optimizer
-        self.seed = seed or 0
+        self.seed = seed_or_default(seed)
         self.compile_blocks, self.cuda_graphs, self.bf16_gradients = compile_blocks, cuda_graphs, bf16_gradients
         self.evaluation_window = evaluation_window
         self.save_hyperparameters(

@@ -64,8 +64,8 @@ class CheckpointingStrategy(SavingStrategy):
         """Restore inner optimizer, outer state and counters of this site, as far as they fit."""
         folder = Path(checkpoint["folder"])
         manifest = files.read_manifest(folder)
-        self.rounds_done, self.optimizer_steps = manifest["rounds"], manifest["optimizer_steps"]
-        self.last_saved = folder
+        self.rounds_done = manifest["rounds"]
+        self.last_saved, self.saved_at = folder, manifest["optimizer_steps"]
         momenta = self.outer_momenta()
         has_momentum = files.dense_name(files.MOMENTUM) in manifest["files"]
         if momenta and has_momentum:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
+from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, check_choice
 from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
 from fomoe_pl.federation.outer_state import OuterPlace
@@ -20,6 +21,7 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
 
 KEY = "trainer.strategy.init_args"
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 StopAt = Literal["round", "step"]
 
@@ -107,6 +109,71 @@ def check_launched(devices: int, num_nodes: int, world_size: int) -> None:
         raise ConfigError("trainer.devices", devices, rule, hint)
 
 
+def check_precision(precision: object) -> None:
+    """Refuse what the model's kernels and checkpoints do not know.
+
+    Raises:
+        ConfigError: naming the choices.
+    """
+    if precision is not None and str(precision) not in PRECISIONS:
+        hint = f"choose one of {', '.join(PRECISIONS)}"
+        raise ConfigError("trainer.precision", precision, "is not supported", hint)
+
+
+def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, *, fitting: bool) -> None:
+    """Check the data against the model and the Trainer.
+
+    Args:
+        trainer: the Trainer.
+        data: its datamodule, or None.
+        config: the model's architecture.
+        n_sites: number of sites M.
+        fitting: whether it trains; else it validates.
+
+    Raises:
+        ConfigError: naming the setting and the rule.
+    """
+    if isinstance(data, FoMoEData):
+        data.check(n_sites)
+        if data.vocab_size != config.vocab_size:
+            raise ConfigError("model.architecture.vocab_size", config.vocab_size,
+                              f"must equal the vocabulary of the data in {data.root} ({data.vocab_size})",
+                              f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
+        if fitting:
+            check_endless(trainer)
+    elif not fitting or trainer.enable_validation:
+        raise ConfigError("val_dataloaders", type(data).__name__, "only FoMoEData knows the domains and the bytes of the "
+                          "text that is validated", "give datamodule=FoMoEData(...), or set limit_val_batches to 0")  # fmt: skip
+
+
+def check_endless(trainer: Any) -> None:
+    """Check what ends an epoch: the data does not, so that Lightning's epochs are mere sections of it.
+
+    Raises:
+        ConfigError: naming the setting and the rule.
+    """
+    section, micro = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    if trainer.overfit_batches:
+        rule = "would read the same batches again and again, and the data is an endless stream"
+        raise ConfigError("trainer.overfit_batches", trainer.overfit_batches, rule, "set it to 0; to overfit a model, "
+                          "prepare a small corpus")  # fmt: skip
+    limited = isinstance(section, int) and section > 0
+    if limited and section % micro:
+        rule = f"must be a multiple of trainer.accumulate_grad_batches ({micro}): the last step would be a short one"
+        hint = f"type {section + -section % micro}, or 1.0 for one endless epoch"
+        raise ConfigError("trainer.limit_train_batches", section, rule, hint)
+    if trainer.max_epochs not in (None, -1) and not limited:
+        rule = "the data has no end, so that no epoch ends"
+        raise ConfigError("trainer.max_epochs", trainer.max_epochs, rule, "set it to -1 and give trainer.max_steps")
+    if trainer.max_epochs is None and trainer.max_steps == -1:
+        rule = "the data has no end, so that the run would have none"
+        raise ConfigError("trainer.max_steps", -1, rule, "type a number, such as 480, or set trainer.max_epochs to -1")
+    if trainer.check_val_every_n_epoch not in (None, 1):
+        rule = "the data has no end, so that epochs do not count"
+        raise ConfigError("trainer.check_val_every_n_epoch", trainer.check_val_every_n_epoch, rule,
+                          "set it to null and give trainer.val_check_interval, in micro-batches")  # fmt: skip
+
+
 def check_training(trainer: Trainer, *, federated: bool) -> None:
     """Check the Trainer's own settings, which Lightning finds out about only once it trains.
 
@@ -147,6 +214,25 @@ def check_weights(path: str | Path, config: ModelConfig) -> None:
     """
     saved = read_manifest(Path(path))["architecture"]
     check_architecture(Path(path), saved, asdict(config), irrelevant_to_weights(saved, config))
+
+
+def check_position(trainer: Any) -> None:
+    """Refuse to go on from where no optimizer step begins, or an epoch is over already.
+
+    Args:
+        trainer: the Trainer, which has read its state from a checkpoint.
+
+    Raises:
+        ConfigError: naming the setting and the rule.
+    """
+    taken, micro = trainer.fit_loop.epoch_loop.batch_progress.current.processed, trainer.accumulate_grad_batches
+    if taken % micro:
+        rule = f"does not divide the {taken} micro-batches after which the checkpoint was saved: a step would be short"
+        raise ConfigError("trainer.accumulate_grad_batches", micro, rule, "use that of the run that was interrupted")
+    section = trainer.limit_train_batches
+    if isinstance(section, int) and taken > section:
+        rule = f"the checkpoint was saved after {taken} micro-batches of its epoch"
+        raise ConfigError("trainer.limit_train_batches", section, rule, f"type {taken} or more")
 
 
 def check_skipped(of_sites: list[int], limit: int) -> None:

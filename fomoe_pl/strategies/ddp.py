@@ -65,6 +65,4 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """One synchronous step."""
         with sites_watched(self.topology):  # the backward pass averages the gradients
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.optimizer_steps += 1
-        return output
+            return super().optimizer_step(optimizer, closure, model, **kwargs)

@@ -194,7 +194,6 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
             replace_signal_handling(trainer, self.note_signal)
-        self._last_step = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else None
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         n = self.topology.n_sites
         gloo = dist.get_backend() == "gloo"
@@ -224,19 +223,26 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
             f"rounds of {self.schedule} local steps, outer rule {self.outer}, moments: {self.inner_moments}"
         )
 
+    @property
+    def _last_step(self) -> int | None:
+        """The step that ends the run, and with it its last round."""
+        steps: int = self.trainer.max_steps
+        return steps if steps > 0 else None
+
     # -- rounds ---------------------------------------------------------------------------------------------------
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """One local step; the K-th ends the round. Counted here because accumulation calls it once a step."""
+        """One local step."""
         raise_if_lost(self.topology)
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.optimizer_steps += 1
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+    def end_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The K-th step ends the round."""
         if self.schedule.is_round_end(self.optimizer_steps, self._last_step):
             self._wait_for_device()  # else the queue of local work would be charged to the round
             start, watched = time.perf_counter(), self.watch_seconds
             self._end_round(optimizer)
             self.sync_seconds += time.perf_counter() - start - (self.watch_seconds - watched)
-        return output
 
     def _end_round(self, optimizer: torch.optim.Optimizer) -> None:
         assert self.federation is not None
@@ -264,7 +270,9 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         skipped, steps = module.count_skipped()
         left_out = skipped == steps or not self.federation.is_finite()
         loss_sum, loss_count = module.pop_round_losses()
-        own = SiteReport(skipped, left_out, loss_sum, loss_count, self._signal is not None, *self.save_flags())
+        own = SiteReport(
+            skipped, left_out, loss_sum, loss_count, self._signal is not None, self.wants_to_end(), *self.save_flags()
+        )
         shared = share(own, self.topology.site, n_sites, lambda values: self.sum_over_sites(values, "control"))
         self.conclude_save(failed=shared.save_failed, complete=shared.saved)
         before = self._skipped_of_sites or [0] * n_sites
@@ -275,6 +283,8 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
             told = f"round {self.rounds_done + 1} is without site {sites}: its gradients or values are not finite"
             print(f"fomoe: {told}", file=sys.stderr, flush=True)
         self.round_stats, self.stopping = shared.numbers, shared.stop
+        self._end_is_wanted = shared.ends
+        self.ending = shared.ends or self.optimizer_steps == self._last_step
         return shared.left_out
 
     # -- control traffic, counted ---------------------------------------------------------------------------------
