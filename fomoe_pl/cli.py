@@ -25,7 +25,7 @@ from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, OneMessage, SiteLostError, config_message, fail, speaks
 from fomoe_pl.files import ForgivingStream
 from fomoe_pl.module import FoMoEModule
-from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy, SiteStrategy
+from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SiteStrategy
 from fomoe_pl.strategies.checkpoints import resolve
 from fomoe_pl.strategies.checks import check_precision, check_weights
 from fomoe_pl.strategies.elastic import Pace, nodes_left, tokens_in

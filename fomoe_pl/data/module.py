@@ -179,7 +179,8 @@ class FoMoEData(L.LightningDataModule):
     def _batches(self) -> int:
         """Micro-batches that the run has trained on, as Lightning counts them; loaders are ahead of that."""
         assert self.trainer is not None
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(progress.processed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a position; loaders that are made afterwards start there."""

@@ -29,6 +29,7 @@ from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
 from fomoe_pl.strategies.checks import check_data, check_launched, check_position, check_precision, check_training
 from fomoe_pl.strategies.elastic import Pace
 from fomoe_pl.strategies.meeting import meet
+from fomoe_pl.strategies.saving import keep_from_saving_failures
 
 
 class SiteStrategy(CheckpointingStrategy):
@@ -105,6 +106,8 @@ class SiteStrategy(CheckpointingStrategy):
         self.check_run(trainer, self.lightning_module, trainer.datamodule, fitting=fitting)
         self._end_is_wanted, self._signal, self.together = False, None, False
         self._open_micro_batches = 0
+        if self.topology.world_size > 1:
+            keep_from_saving_failures(trainer)
         super().setup_environment()
 
     def on_train_start(self) -> None:
@@ -286,12 +289,13 @@ class SiteStrategy(CheckpointingStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Save where a signal ends the run, and tell what to go on from."""
-        if isinstance(exception, SIGTERMException) and self.saves_when_stopped:
+        stopped = isinstance(exception, SIGTERMException)
+        if stopped and self.saves_when_stopped and not self.alone:
             self.save_last("stopped")
-            exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
-            return
-        if not isinstance(exception, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
+        elif not isinstance(exception, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
             self.leave_save()
+        if stopped:
+            exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
         if isinstance(exception, SiteLostError):
             given = self.lightning_module.trainer.ckpt_path  # type: ignore[union-attr]
             found = self.last_saved or given  # nothing has been loaded yet where not all have met

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
+from torch.nn.parallel import DistributedDataParallel
 
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, check_choice
@@ -36,6 +38,38 @@ def irrelevant_to_weights(saved: Mapping[str, Any], config: ModelConfig) -> froz
     """Settings that may differ; a balance bias chooses experts, so whether there is one may not."""
     same_bias = (saved.get("balance") == "bias") == (config.balance == "bias")
     return IRRELEVANT_TO_WEIGHTS if same_bias else IRRELEVANT_TO_WEIGHTS - {"balance"}
+
+
+# What Lightning's DDPStrategy takes and a strategy of this project does not heed.
+OWN_HOOK: dict[str, str] = {
+    **dict.fromkeys(("init_sync", "broadcast_buffers"), "all ranks begin and go on with the same values"),
+    **dict.fromkeys(
+        ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"),
+        "gradients go through the hook that counts their bytes",
+    ),
+    "start_method": "the trained model would stay in processes that end",
+}
+DDP_ARGUMENTS: dict[str, str] = {
+    **dict.fromkeys(signature(DistributedDataParallel.__init__).parameters, "the model is not wrapped in DDP"),
+    **dict.fromkeys(OWN_HOOK, "the model is not wrapped in DDP"),
+    "start_method": OWN_HOOK["start_method"],
+    "timeout": "the same is said in seconds, by timeout_seconds",
+}
+
+
+def check_arguments(given: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+    """Refuse arguments that would have no effect.
+
+    Args:
+        given: arguments by name.
+        refused: name -> why.
+
+    Raises:
+        ConfigError: for the first that is refused.
+    """
+    for name, value in given.items():
+        if name in refused and value != "popen":  # of `start_method`, which is how processes are started here
+            raise ConfigError(f"{KEY}.{name}", value, f"has no effect here: {refused[name]}", "leave it out")
 
 
 def check_settings(
@@ -142,8 +176,9 @@ def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, *, fi
         if fitting:
             check_endless(trainer)
     elif not fitting or trainer.enable_validation:
-        raise ConfigError("val_dataloaders", type(data).__name__, "only FoMoEData knows the domains and the bytes of the "
-                          "text that is validated", "give datamodule=FoMoEData(...), or set limit_val_batches to 0")  # fmt: skip
+        rule = "only FoMoEData knows the domains and the bytes of the text that is validated"
+        hint = "give datamodule=FoMoEData(...), or set limit_val_batches to 0"
+        raise ConfigError("val_dataloaders", type(data).__name__, rule, hint)
 
 
 def check_endless(trainer: Any) -> None:

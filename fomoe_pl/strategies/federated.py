@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.loss import raise_if_lost
 from fomoe_pl.federation.outer import OuterRule
@@ -28,16 +28,25 @@ from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.wire import Wire, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Routing
-from fomoe_pl.strategies.checks import StopAt, check_processes, check_settings, check_skipped
+from fomoe_pl.strategies.checks import (
+    DDP_ARGUMENTS,
+    KEY,
+    StopAt,
+    check_arguments,
+    check_processes,
+    check_settings,
+    check_skipped,
+)
 from fomoe_pl.strategies.elastic import check_min_sites
 from fomoe_pl.strategies.evaluation import GlobalValidation
 from fomoe_pl.strategies.global_state import GlobalState
-from fomoe_pl.strategies.signals import end_children, observe_children_every, replace_signal_handling
+from fomoe_pl.strategies.processes import SiteProcesses
+from fomoe_pl.strategies.signals import PatientLauncher, end_children, replace_signal_handling
 from fomoe_pl.strategies.statistics import SiteReport, share
 from fomoe_pl.strategies.stopping import StopsTogether
 
 
-class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrategy):
+class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProcesses):
     """Periodic averaging between sites, each holding some of the experts (FoMoE, arXiv 2606.19025).
 
     Between rounds nothing crosses sites. After K optimizer steps the dense parameters are averaged over all sites,
@@ -66,7 +75,8 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         timeout_seconds: after which a collective that does not complete raises.
         min_sites: fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
         stop_at: where a signal ends the run: after its `round`, or after the next local `step` of all sites.
-        **kwargs: as for Lightning's `DDPStrategy`.
+        process_group_backend: of torch.distributed; None is `nccl` on GPUs and `gloo` on CPUs.
+        **kwargs: as for Lightning's `ParallelStrategy`; nothing is wrapped, so that what is DDP's alone is refused.
 
     Raises:
         ConfigError: for settings that cannot work.
@@ -95,8 +105,10 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         timeout_seconds: float = 1800.0,
         min_sites: int | None = None,
         stop_at: StopAt = "round",
+        process_group_backend: str | None = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(kwargs, DDP_ARGUMENTS)
         check_settings(
             wire_dtype=wire_dtype,
             inner_moments=inner_moments,
@@ -113,9 +125,10 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         )
         self.schedule = RoundSchedule.parse(local_steps)
         if share_device:
-            devices = [torch.device("cuda:0")] * (sites or 1)
-            kwargs |= {"parallel_devices": devices, "process_group_backend": "gloo"}
-        super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
+            process_group_backend = "gloo"
+            kwargs |= {"parallel_devices": [torch.device("cuda:0")] * (sites or 1)}
+        super().__init__(**kwargs)
+        self.init_processes(process_group_backend, timedelta(seconds=timeout_seconds))
         self.init_site(async_save)
         self._sites, self._overlap = sites, overlap
         self.min_sites, self.stop_at = min_sites, stop_at
@@ -146,6 +159,9 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
             ConfigError: naming the setting, the rule and what would be valid.
         """
         sites = self._sites
+        if self.min_sites is not None and self.pace is None:
+            rule = "only `fomoe fit` finds out how many sites there are"
+            raise ConfigError(f"{KEY}.min_sites", self.min_sites, rule, "leave it out, or start the run with fomoe fit")
         if self.min_sites is not None and self.pace is not None:
             check_min_sites(self.min_sites, self.pace, num_nodes, self._overlap, config.n_experts)
             sites = None if sites == self.pace.planned_sites else sites
@@ -167,8 +183,8 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
     # -- setting up -----------------------------------------------------------------------------------------------
 
     def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        observe_children_every(self._timeout.total_seconds())  # type: ignore[union-attr]
+        seconds = self._timeout.total_seconds()
+        self._launcher = PatientLauncher(self.cluster_environment, self.num_processes, self.num_nodes, seconds)
 
     def setup_distributed(self) -> None:
         """Join the world; several sites on one GPU must not bind it to the group (gloo cannot make sub-groups then)."""
@@ -223,12 +239,6 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
             f"rounds of {self.schedule} local steps, outer rule {self.outer}, moments: {self.inner_moments}"
         )
 
-    @property
-    def _last_step(self) -> int | None:
-        """The step that ends the run, and with it its last round."""
-        steps: int = self.trainer.max_steps
-        return steps if steps > 0 else None
-
     # -- rounds ---------------------------------------------------------------------------------------------------
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -238,7 +248,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
 
     def end_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The K-th step ends the round."""
-        if self.schedule.is_round_end(self.optimizer_steps, self._last_step):
+        if self.schedule.is_round_end(self.optimizer_steps, self.last_step):
             self._wait_for_device()  # else the queue of local work would be charged to the round
             start, watched = time.perf_counter(), self.watch_seconds
             self._end_round(optimizer)
@@ -254,7 +264,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
         self.share_observations()
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         due = self.placement_kind == "random" and self.rounds_done % self.reshuffle_rounds == 0
-        if due and self.optimizer_steps != self._last_step:
+        if due and not self.ending:
             self.redraws += 1
             new = self.placed(config, self.redraws)
             self.federation.migrate(new, optimizer)
@@ -284,7 +294,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
             print(f"fomoe: {told}", file=sys.stderr, flush=True)
         self.round_stats, self.stopping = shared.numbers, shared.stop
         self._end_is_wanted = shared.ends
-        self.ending = shared.ends or self.optimizer_steps == self._last_step
+        self.ending = shared.ends or self.optimizer_steps == self.last_step
         return shared.left_out
 
     # -- control traffic, counted ---------------------------------------------------------------------------------

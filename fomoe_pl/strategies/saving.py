@@ -40,6 +40,15 @@ def save_as_newest(callback: ModelCheckpoint, trainer: Any) -> None:
     callback._save_last_checkpoint(trainer, candidates)
 
 
+def keep_from_saving_failures(trainer: Any) -> None:
+    """Switch off callbacks' `save_on_exception`: where one site has failed, the others cannot save with it."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
+            callback.save_on_exception = False
+            rank_zero_info("ModelCheckpoint's save_on_exception is off: sites save together, and where one of them has "
+                           "failed it prints its error and the newest checkpoint stays")  # fmt: skip
+
+
 class SavingStrategy(Strategy):
     """Writes checkpoint folders.
 
@@ -238,8 +247,8 @@ class SavingStrategy(Strategy):
         if newest and name == ENDED:
             save_as_newest(newest[0], self.trainer)
         else:
-            folder = callbacks[0].dirpath if callbacks else None
-            self.trainer.save_checkpoint(Path(folder or Path(self.trainer.default_root_dir, "checkpoints"), f"{name}.ckpt"))
+            folder = callbacks[0].dirpath if callbacks else Path(self.trainer.default_root_dir, "checkpoints")
+            self.trainer.save_checkpoint(Path(cast(Path, folder), f"{name}.ckpt"))
 
     @property
     def _in_background(self) -> bool:
