@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,16 +23,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk
 from fomoe_pl.costs import plan_command
 from fomoe_pl.data.module import FoMoEData
-from fomoe_pl.errors import ConfigError, OneMessage, SiteLostError, config_message, fail, speaks
+from fomoe_pl.errors import KEY_PATHS, ConfigError, OneMessage, SiteLostError, config_message, fail, speaks
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.files import ForgivingStream
 from fomoe_pl.module import FoMoEModule
-from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy, SiteStrategy
+from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SiteStrategy
 from fomoe_pl.strategies.checkpoints import resolve
-from fomoe_pl.strategies.checks import check_launched, check_training, check_weights
+from fomoe_pl.strategies.checks import check_precision, check_weights
 from fomoe_pl.strategies.elastic import Pace, nodes_left, tokens_in
 
 EXIT_LOST = 1
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+KEY_PATHS |= dict.fromkeys(
+    {*signature(FederationConfig).parameters, *signature(FederatedStrategy).parameters}, "trainer.strategy.init_args."
+)
 
 QUIET = (
     ".*recommended to use `self.log.*sync_dist=True.*",  # validation sums are reduced by the strategy, counted
@@ -105,9 +109,7 @@ class FoMoECLI(LightningCLI):
             config.trainer.devices = 1
             config.trainer.num_nodes = 1
             config.trainer.logger = False  # else its numbers would go into the training run's curves, at step 0
-        if config.trainer.precision is not None and str(config.trainer.precision) not in PRECISIONS:
-            raise ConfigError("trainer.precision", config.trainer.precision, "is not supported",
-                              f"choose one of {', '.join(PRECISIONS)}")  # fmt: skip
+        check_precision(config.trainer.precision)
         accelerator = config.trainer.accelerator
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError("trainer.accelerator", accelerator, f"torch {torch.__version__} finds no CUDA device",
@@ -144,32 +146,14 @@ class FoMoECLI(LightningCLI):
         strategy = trainer.strategy
         if not isinstance(strategy, SiteStrategy):
             raise _unknown_strategy(f"{type(strategy).__module__}.{type(strategy).__qualname__}")
-        n_processes = trainer.num_nodes * trainer.num_devices
-        environment = getattr(strategy, "cluster_environment", None)
-        if environment is not None and environment.creates_processes_externally:
-            check_launched(trainer.num_devices, trainer.num_nodes, environment.world_size())
         path = self.config[self.subcommand].ckpt_path
         if path is not None and self.subcommand == "fit":
             path = resolve(_checkpoint_folder(trainer), path)
             self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
-        if isinstance(strategy, FederatedStrategy):
-            if strategy.min_sites is not None:
-                self._keep_pace(strategy, n_processes, path)
-            strategy.check(module.config, n_processes, trainer.num_nodes)
-        elif isinstance(strategy, SingleSiteStrategy):
-            requested = self.config[self.subcommand].trainer.devices
-            if str(requested) not in ("1", "auto"):
-                raise ConfigError("trainer.devices", requested, "`single_site` is one process",
-                                  "set it to 1, or choose a strategy of several sites")  # fmt: skip
-            n_processes = 1
-        if self.subcommand == "fit":
-            check_training(trainer, federated=isinstance(strategy, FederatedStrategy))
+        if isinstance(strategy, FederatedStrategy) and strategy.settings.min_sites is not None:
+            self._keep_pace(strategy, trainer.num_nodes * trainer.num_devices, path)
         data.goes_on = path is not None
-        data.check(n_processes)
-        if data.vocab_size != module.config.vocab_size:
-            raise ConfigError("model.architecture.vocab_size", module.config.vocab_size,
-                              f"must equal the vocabulary of the data in {data.root} ({data.vocab_size})",
-                              f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
+        strategy.check_run(trainer, module, data, fitting=self.subcommand == "fit")
         if path is not None:
             check_weights(path, module.config)
 

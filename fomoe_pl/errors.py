@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn, get_args
 
 EXIT_CONFIG = 2
@@ -49,6 +51,23 @@ def check_choice(key: str, value: object, choices: Any) -> None:
         raise ConfigError(key, value, "is not one of the choices", f"use {', '.join(map(str, valid))}")
 
 
+def check_names(given: Iterable[str], valid: Sequence[str]) -> None:
+    """Refuse a setting that there is not, naming the nearest one.
+
+    Args:
+        given: names of settings that were given.
+        valid: those that there are.
+
+    Raises:
+        ConfigError: for the first unknown one.
+    """
+    for name in given:
+        if name not in valid:
+            near = get_close_matches(name, valid, 1)
+            raise ConfigError(name, "given", "there is no such setting",
+                              f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}")  # fmt: skip
+
+
 class SiteLostError(RuntimeError):
     """Other sites are gone, and with them the run.
 
@@ -84,10 +103,23 @@ def config_message(error: BaseException | None) -> str | None:
     """The message of the ConfigError that an exception comes from, if any."""
     found = config_error_in(error)
     if found is not None:
-        return str(found)
+        return _with_path(str(found))
     # Where a setting may be one of several types, jsonargparse keeps of what a constructor raised only the text.
-    quoted = re.search(r"^\s*- ((?:trainer|model|data|sites)\.\S+ = .*)$", str(error), re.MULTILINE)
-    return quoted[1] if quoted else None
+    for quoted in re.finditer(r"^\s*- (\S+ = .*)$", str(error), re.MULTILINE):
+        told = _with_path(quoted[1])
+        if re.match(r"(trainer|model|data|sites)\.", told):
+            return told
+    return None
+
+
+KEY_PATHS: dict[str, str] = {}
+"""First word of a setting's name -> what the command line puts before it; the command line fills it. From Python a
+setting is a field or an argument, and its name is all that was typed."""
+
+
+def _with_path(message: str) -> str:
+    name = re.match(r"\w+", message)
+    return KEY_PATHS.get(name[0], "") + message if name else message
 
 
 def speaks() -> bool:

@@ -21,6 +21,7 @@ from fomoe_pl.model.passes import TrainingPass
 from fomoe_pl.model.residency import resident_mask
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, inner_schedule, norm_or_skip
+from fomoe_pl.seed import seed_or_default
 from fomoe_pl.strategies.checks import check_skipped
 from fomoe_pl.strategies.passes import Passes
 
@@ -34,7 +35,7 @@ class FoMoEModule(L.LightningModule):
         architecture: the model.
         optimizer: inner optimizer and schedule.
         seed: seed of the initial weights; with equal seeds all sites and all placements start from the same model.
-            None: on the command line that of `seed_everything`, else 0.
+            None: that of `seed_everything`, else 0.
         evaluation_window: validation batches that go through each layer together. When experts are gathered from
             other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory: one
             window of hidden states, two where random routing is measured too.
@@ -72,7 +73,7 @@ class FoMoEModule(L.LightningModule):
             )
         self.config = architecture
         self.optimizer_config = optimizer
-        self.seed = seed or 0
+        self.seed = seed_or_default(seed)
         self.compile_blocks, self.cuda_graphs, self.bf16_gradients = compile_blocks, cuda_graphs, bf16_gradients
         self.evaluation_window = evaluation_window
         self.save_hyperparameters(
@@ -95,6 +96,8 @@ class FoMoEModule(L.LightningModule):
         self._grad_norm: Tensor | None = None
         self._steps_counted = 0
         self._loads_LE: Tensor | None = None
+        self.loads_needed = False  # whether the placement depends on them; the strategy says so
+        self._picks_LE: Tensor | None = None
         self._passes: Passes | None = None
         self._validation: ValidationMetrics | None = None
         # Two more passes over the validation text, for one validation, if a callback asks for them.
@@ -182,6 +185,23 @@ class FoMoEModule(L.LightningModule):
             self.routing_health.update(done.load_LE, done.gate_entropy_L, done.picks, scored_LE, resident_LE)
         if self.config.balance == "bias":
             self._loads_LE = done.load_LE if self._loads_LE is None else self._loads_LE + done.load_LE
+        if self.loads_needed:
+            self._picks_LE = self.loads() + done.load_LE
+
+    def loads(self) -> Tensor:
+        """Picks of each expert on this site since experts were last placed, float32 (L, E)."""
+        if self._picks_LE is None:
+            return torch.zeros(self.config.n_layers, self.config.n_experts, device=self.device)
+        return self._picks_LE
+
+    def set_loads(self, loads_LE: Tensor) -> None:
+        """Restore `loads`."""
+        self._picks_LE = loads_LE.to(self.device)
+
+    def pop_loads(self) -> Tensor:
+        """`loads`, which begin at zero again."""
+        loads_LE, self._picks_LE = self.loads(), None
+        return loads_LE
 
     def pop_round_losses(self) -> tuple[float, float]:
         """Sum of the finite training losses since the last call, and their number."""

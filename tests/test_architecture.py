@@ -22,6 +22,7 @@ ORDER = (
     "federation",
     "model",
     "files",
+    "seed",
     "errors",
     "__init__",
 )

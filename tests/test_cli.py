@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from fomoe_pl import cli
 from fomoe_pl.cli import FoMoECLI
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.data.validation import ValidationSequences
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy
 from fomoe_pl.strategies.loading import load_global_model
 from tests.training import ROOT, STRATEGIES
@@ -234,9 +236,10 @@ def test_an_experiment_makes_a_run(root: str, monkeypatch: pytest.MonkeyPatch, f
 
 
 def settings(strategy: Any) -> dict[str, Any]:
-    names = ("schedule", "routing", "placement_kind", "outer", "inner_moments", "wire_dtype", "_sites", "_overlap")
-    drawn = ("reshuffle_rounds", "placement_seed") if strategy.placement_kind == "random" else ()
-    return {name: getattr(strategy, name) for name in (*names, *drawn)}
+    found = vars(strategy.settings)
+    return {field.name: found[field.name] for field in fields(FederationConfig)} | {
+        "outer": str(strategy.settings.rule)
+    }
 
 
 def test_every_name_has_a_file() -> None:
@@ -320,7 +323,7 @@ ARCHITECTURE = "--model.architecture"
         ("fit --trainer.strategy single_site", ["trainer.devices = 2", "single_site"]),
         (f"fit {STRATEGY}.timeout_seconds -5", ["timeout_seconds = -5", "positive"]),
         ("fit --model.optimizer.betas [1.5,2]", ["model.optimizer.betas", "[0, 1)"]),
-        (f"fit {STRATEGY}.outer.momentum 1.5", ["outer.momentum = 1.5", "[0, 1)"]),
+        (f"fit {STRATEGY}.outer fomoe_pl.federation.outer.Nesterov {STRATEGY}.outer.momentum 1.5", ["outer.momentum = 1.5", "[0, 1)"]),
         (f"fit {ARCHITECTURE}.vocab_size 300", ["vocab_size = 300", "(257)", "Set it to 257"]),
         ("fit --data.root nowhere", ["data.root = 'nowhere'", "no nowhere/manifest.json", "tools/prepare_data.py"]),
         ("fit --data.num_workers 50", ["data.num_workers = 50", "training shards", "2 sites x 50", "at most"]),

@@ -79,7 +79,7 @@ def from_yaml(name: str) -> tuple[str, dict[str, Any]]:
     """Kind and arguments of the strategy in `configs/strategy/NAME.yaml`."""
     strategy = yaml.safe_load(STRATEGIES[name].read_text())["trainer"]["strategy"]
     settings = dict(strategy.get("init_args", {}))
-    if "outer" in settings:
+    if settings.get("outer"):
         module, _, name = settings["outer"]["class_path"].rpartition(".")
         settings["outer"] = getattr(import_module(module), name)(**settings["outer"].get("init_args", {}))
     return ("ddp" if strategy["class_path"].endswith("CountedDDPStrategy") else "federated"), settings

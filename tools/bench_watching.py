@@ -137,7 +137,7 @@ class Switch(L.Callback):
     @staticmethod
     def _local_steps(trainer: L.Trainer) -> int:
         strategy: Any = trainer.strategy
-        steps: int = strategy.schedule.segments[0][1]
+        steps: int = strategy.settings.schedule.segments[0][1]
         return steps
 
     @staticmethod

@@ -98,7 +98,7 @@ class Chaos:
         import torch
 
         strategy = self.trainer.strategy
-        alone = strategy.overlap(strategy.topology.n_sites) == 1
+        alone = strategy.settings.overlap_of(strategy.topology.n_sites) == 1
         dense = strategy.federation.layout.dense
         names = sorted(name for name in strategy.federation.anchors if not alone or name in dense)
         name = draw.choice(names)

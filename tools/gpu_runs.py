@@ -22,7 +22,7 @@ from fomoe_pl.costs.bytes import metric_bytes_of, predict_bytes
 from fomoe_pl.costs.rounds import ddp_collectives
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.federation.ledger import KINDS, Kind, Ledger
-from fomoe_pl.federation.outer import Average, Nesterov
+from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
@@ -48,8 +48,7 @@ def variants(n_sites: int, local_steps: int) -> dict[str, dict[str, Any]]:
 
     def of_file(name: str, **changes: Any) -> dict[str, Any]:
         settings = yaml.safe_load((STRATEGY_FILES / f"{name}.yaml").read_text())["trainer"]["strategy"]["init_args"]
-        rule = Nesterov if settings["outer"]["class_path"].endswith("Nesterov") else Average
-        outer = rule(**settings["outer"].get("init_args", {}))
+        outer = Nesterov(**settings["outer"]["init_args"]) if settings["outer"] else None
         return {**settings, "outer": outer, "local_steps": local_steps, **changes}
 
     found: dict[str, dict[str, Any]] = {"single": of_file("local_adamw"), "ddp": {}}

@@ -306,8 +306,5 @@ def stability_of(trainer: Trainer) -> RoutingStability | None:
 
 
 def _is_last_validation(trainer: Trainer) -> bool:
-    """Whether training ends before the next one; False where that is not known, or one is asked for by time."""
-    every = trainer.val_check_batch
-    if trainer.max_steps < 1 or every is None or math.isinf(every):
-        return False
-    return trainer.global_step + every / trainer.accumulate_grad_batches > trainer.max_steps
+    """Whether training ends with this one: a run always validates at its end."""
+    return bool(trainer.should_stop)

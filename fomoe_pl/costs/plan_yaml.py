@@ -14,7 +14,6 @@ from fomoe_pl.costs.request import PlanRequest
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.sizes import parameter_counts
 
-_AVERAGE = {"class_path": "fomoe_pl.federation.outer.Average"}
 _NESTEROV = {"class_path": "fomoe_pl.federation.outer.Nesterov", "init_args": {"lr": 0.7, "momentum": 0.9}}
 OBSERVERS = ("CommunicationMonitor", "ThroughputMonitor", "FoMoEProgressBar", "RunReport")
 
@@ -51,7 +50,7 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
                 "routing": c.routing,
                 "placement": "fixed",
                 "local_steps": c.local_steps,
-                "outer": _NESTEROV if nesterov else _AVERAGE,
+                "outer": _NESTEROV if nesterov else None,
                 "inner_moments": "average" if c.method == "local_adamw" else "keep",
                 "wire_dtype": c.wire_dtype,
                 "bucket_mib": request.bucket_mib,

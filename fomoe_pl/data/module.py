@@ -1,6 +1,7 @@
 """The LightningDataModule: a prepared corpus as training and validation batches of a site."""
 
 import signal
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from fomoe_pl.data.partition import DomainSize, SplitKind, StreamPlan, partition
 from fomoe_pl.data.stream import Consumed, SiteStream, consumption
 from fomoe_pl.data.validation import ValidationSequences
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.seed import seed_or_default
 
 Batch = dict[str, Tensor]
 
@@ -24,11 +26,38 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+class SiteLoader(DataLoader[dict[str, Tensor]]):
+    """Batches of a site's stream from where the run is: Lightning begins to iterate again with each of its epochs.
+
+    Args:
+        stream: The site's stream.
+        position: Batches of the stream that the run has trained on.
+        **settings: As for a DataLoader.
+    """
+
+    def __init__(self, stream: SiteStream, position: Callable[[], int], **settings: Any) -> None:
+        super().__init__(stream, **settings)
+        self._stream, self._position = stream, position
+
+    def __iter__(self) -> Any:
+        """Begin at the position."""
+        self._stream.start_at(self._position())
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the datamodule keeps the position. But Lightning takes what has none for a loader that loses it."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing, as `state_dict`."""
+
+
 class FoMoEData(L.LightningDataModule):
     """A corpus made by ``tools/prepare_data.py``, divided over sites.
 
     Batches are ``{"inputs": (B, S), "targets": (B, S), "domain": (B,)}``, all int64; targets of -100 are ignored.
-    Training is one endless epoch per site; validation is a fixed set that the sites share.
+    Training is one endless stream per site, of which Lightning's epochs (`limit_train_batches`) are sections;
+    validation is a fixed set that the sites share.
 
     Args:
         root: Folder of the corpus.
@@ -40,7 +69,7 @@ class FoMoEData(L.LightningDataModule):
         split: How training data is divided over sites: iid (each has a share of every domain), domain (each has whole
             domains), dirichlet (as iid, each with a random mixture of the domains).
         dirichlet_alpha: Concentration of the mixtures: small gives each site few domains, large equal shares.
-        seed: Seed of the data's order and mixtures; null: on the command line that of seed_everything, else 0.
+        seed: Seed of the data's order and mixtures; null: that of seed_everything, else 0.
         max_bad_shards: Training shards of a domain that a reader replaces by others when they cannot be read; one more
             stops the run.
     """
@@ -67,12 +96,11 @@ class FoMoEData(L.LightningDataModule):
         self.num_workers = num_workers
         self.split: SplitKind = split
         self.dirichlet_alpha = dirichlet_alpha
-        self.seed = seed or 0
+        self.seed = seed_or_default(seed)
         self.max_bad_shards = max_bad_shards
         self.goes_on = False  # set before a run that goes on from a checkpoint: it does without shards lost meanwhile
         self._consumed: Consumed | None = None  # before this division of the data over sites and workers
         self._since = 0  # the run's batches at that time
-        self._batches = 0  # the run's batches at the start of the stream
         self._saved: dict[str, Any] | None = None
 
     @cached_property
@@ -128,28 +156,31 @@ class FoMoEData(L.LightningDataModule):
         self._take_up(n_sites)
         stream = SiteStream(
             self.manifest, self._plans(n_sites)[site], self.sequence_length, self.seed, site,
-            batches=self._batches - self._since, batch_size=self.batch_size, consumed=self._consumed,
-            max_bad_shards=self.max_bad_shards,
+            batch_size=self.batch_size, consumed=self._consumed, max_bad_shards=self.max_bad_shards,
         )  # fmt: skip
-        return DataLoader(
+        return SiteLoader(
             stream,
+            lambda: self._batches() - self._since,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             pin_memory=self._on_gpu(),
             worker_init_fn=_ignore_signals,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is in the data of all sites: all of them have been given the same number of batches."""
-        assert self.trainer is not None
         return {
             "division": self._division(self._site()[1]),
             "consumed": self._consumed,
             "since": self._since,
-            # Those that were trained on; loaders are ahead of that.
-            "batches": self.trainer.fit_loop.epoch_loop.batch_progress.total.ready,
+            "batches": self._batches(),
         }
+
+    def _batches(self) -> int:
+        """Micro-batches that the run has trained on, as Lightning counts them; loaders are ahead of that."""
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(progress.processed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a position; loaders that are made afterwards start there."""
@@ -159,9 +190,11 @@ class FoMoEData(L.LightningDataModule):
         """Find the stream's start: the saved position, or what it leaves to another division over sites."""
         saved, self._saved = self._saved, None
         if saved is None:
+            if not self._batches():  # of a new run, which owes nothing to one before it
+                self._since, self._consumed = 0, None
             return
         before, now = saved["division"], self._division(n_sites)
-        self._batches = saved["batches"]
+        batches = saved["batches"]
         self._since, self._consumed = saved["since"], saved["consumed"]
         if before == now:
             return
@@ -174,12 +207,12 @@ class FoMoEData(L.LightningDataModule):
                               before["dirichlet_alpha"], before["seed"])  # fmt: skip
             self._consumed = consumption(
                 self.manifest, plans, before["sequence_length"], before["seed"],
-                batches=self._batches - self._since, batch_size=before["batch_size"], consumed=self._consumed,
+                batches=batches - self._since, batch_size=before["batch_size"], consumed=self._consumed,
             )  # fmt: skip
             ahead = self._readers_ahead(n_sites, self._consumed)
             more = f"; {ahead} readers of a domain find nothing left and begin the next epoch" if ahead else ""
             rank_zero_info(f"data: what was not read yet in this epoch is divided anew ({changed}){more}")
-        self._since = self._batches
+        self._since = batches
 
     def _readers_ahead(self, n_sites: int, consumed: Consumed) -> int:
         """Readers of a domain all of whose shards are an epoch further than the domain's least read one."""

@@ -231,7 +231,7 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         seed: Seed of all orders.
         site: Index of the site.
         batches: Number of batches that were already handed out.
-        batch_size: Sequences of each of them.
+        batch_size: Sequences of a batch.
         consumed: As for :class:`PackedStream`.
         max_bad_shards: As for :class:`DomainStream`.
     """
@@ -258,6 +258,10 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         self._batch_size = batch_size
         self._consumed = consumed
         self._max_bad_shards = max_bad_shards
+
+    def start_at(self, batches: int) -> None:
+        """Begin, from the next iterator on, after so many batches."""
+        self._batches = batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yield ``inputs`` (S,), ``targets`` (S,) and ``domain`` (), all int64, for ever."""

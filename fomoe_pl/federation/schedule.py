@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from fomoe_pl.errors import ConfigError
 
-KEY = "trainer.strategy.init_args.local_steps"
+KEY = "local_steps"
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fomoe_pl.errors import SiteLostError
@@ -25,8 +26,10 @@ from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.settings import WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
+from fomoe_pl.strategies.checks import check_data, check_launched, check_position, check_precision, check_training
 from fomoe_pl.strategies.elastic import Pace
 from fomoe_pl.strategies.meeting import meet
+from fomoe_pl.strategies.saving import keep_from_saving_failures
 
 
 class SiteStrategy(CheckpointingStrategy):
@@ -40,11 +43,15 @@ class SiteStrategy(CheckpointingStrategy):
         wire_dtype: dtype of averaged values on the wire.
         pace: of a run that may have fewer sites than planned.
         watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
+        next_end: where a run may end, in words.
+        together: whether all sites have stopped at the same step, because of a signal.
     """
 
     # With Lightning's own handling of signals data-parallel ranks may stop at different steps, and cannot save.
     saves_when_stopped = True
     has_rounds = False
+    next_end = "the end of the step"
+    together = False
     wire_dtype: WireDtype = "float32"
     federation: Federation | None = None
     pace: Pace | None = None
@@ -55,10 +62,11 @@ class SiteStrategy(CheckpointingStrategy):
         self.ledger = Ledger()
         self.rounds_done = 0
         self.redraws = 0
-        self.optimizer_steps = 0
+        self.loads_at_draw = None
         self.sync_seconds = 0.0
         self._rng_states = None
         self._signal: int | None = None
+        self._end_is_wanted = False
         self.round_stats: dict[str, float] = {}
         self.observers: list[RoundObserver] = []
         self.watch_seconds = 0.0
@@ -66,6 +74,47 @@ class SiteStrategy(CheckpointingStrategy):
     def describe(self) -> str:
         """One line that says which method this is."""
         return f"{type(self).__name__}, {self.topology.n_sites} sites"
+
+    def check_run(self, trainer: Any, module: Any, data: Any, *, fitting: bool) -> None:
+        """Check everything that can be seen before the processes meet.
+
+        Args:
+            trainer: the Trainer.
+            module: the FoMoEModule.
+            data: the datamodule, or None.
+            fitting: whether it trains; else it validates.
+
+        Raises:
+            ConfigError: naming the setting, the rule and what would be valid.
+        """
+        check_precision(trainer.precision)
+        environment = getattr(self, "cluster_environment", None)
+        if environment is not None and environment.creates_processes_externally:
+            check_launched(trainer.num_devices, trainer.num_nodes, environment.world_size())
+        n_sites = trainer.num_nodes * trainer.num_devices
+        self.check(module.config, n_sites, trainer.num_nodes)
+        if fitting:
+            check_training(trainer, federated=self.has_rounds)
+        check_data(trainer, data, module.config, n_sites, fitting=fitting)
+
+    def check(self, config: ModelConfig, n_processes: int, num_nodes: int = 1) -> None:
+        """Check the strategy's own settings against the model and the processes of all machines."""
+
+    def setup_environment(self) -> None:
+        """Check what a command line has checked already, for those that have none; then meet the others."""
+        trainer = self.trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self.check_run(trainer, self.lightning_module, trainer.datamodule, fitting=fitting)
+        self._end_is_wanted, self._signal, self.together = False, None, False
+        self._open_micro_batches = 0
+        if self.topology.world_size > 1:
+            keep_from_saving_failures(trainer)
+        super().setup_environment()
+
+    def on_train_start(self) -> None:
+        """A run goes on at the beginning of an optimizer step."""
+        super().on_train_start()
+        check_position(self.trainer)
 
     def setup_distributed(self) -> None:
         """Meet the other processes, also those of a restarted run."""
@@ -143,13 +192,72 @@ class SiteStrategy(CheckpointingStrategy):
         """One step, after which gradients are freed: Lightning would keep them beside the next step's activations."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         optimizer.zero_grad()
+        self._step_is_ending = True
+        try:
+            self.end_step(optimizer)
+        finally:
+            self._step_is_ending = False
+        self._open_micro_batches = 0
         return output
+
+    def end_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """What belongs to an optimizer step beside the step itself; the step is counted already."""
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Note that there are gradients now."""
+        super().post_backward(closure_loss)
+        self._open_micro_batches += 1
+
+    # -- where the run may end ------------------------------------------------------------------------------------
+
+    def may_end(self) -> bool:
+        """Whether the run may end here: nothing that was computed would be lost, and all sites know of it."""
+        return not self.in_step
+
+    def stop_if_asked(self) -> None:
+        """End the run here if it was asked to and may; called after each micro-batch, once callbacks have seen it."""
+        if not self.in_step:
+            self.save_postponed()
+            if self._stops_here():
+                self.together = True
+                raise SIGTERMException
+            if 0 < self.trainer.max_steps <= self.optimizer_steps:
+                self.trainer.should_stop = True  # else Lightning would validate at its intervals alone
+        self.hold_stop()
+
+    def _stops_here(self) -> bool:
+        """Whether a signal ends the run after this step."""
+        return False
+
+    def hold_stop(self) -> None:
+        """Let `trainer.should_stop` be true only where the run may end: Lightning ends it at once."""
+        if self.wants_to_end():
+            if not self._end_is_wanted and not self.may_end():
+                rank_zero_info(f"asked to stop after step {self.optimizer_steps}: training goes on to {self.next_end}")
+            self._end_is_wanted = True
+            self.trainer.should_stop = self.may_end()
+
+    def wants_to_end(self) -> bool:
+        """Whether something on this rank wants the run to end, and Lightning's `min_steps` allow it."""
+        return self._end_is_wanted or bool(self.trainer.should_stop and self.trainer.fit_loop._can_stop_early)
+
+    def on_validation_end(self) -> None:
+        """Callbacks such as EarlyStopping have looked at the validation."""
+        super().on_validation_end()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.hold_stop()
 
     # -- Lightning's own traffic, counted ------------------------------------------------------------------------
 
     @property
+    def alone(self) -> bool:
+        """Whether this rank has failed while the others go on: nothing may be sent to them."""
+        failed = self.lightning_module is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED
+        return failed and not self.together and self.topology.world_size > 1
+
+    @property
     def _joined(self) -> bool:
-        return dist.is_initialized() and dist.get_world_size() > 1
+        return dist.is_initialized() and dist.get_world_size() > 1 and not self.alone
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """A barrier; a control call without payload."""
@@ -161,17 +269,19 @@ class SiteStrategy(CheckpointingStrategy):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """An object from one rank to all (file names of checkpoints)."""
-        if self._joined:
-            self.ledger.send("control", len(pickle.dumps(obj)) if dist.get_rank() == src else 0)
+        if not self._joined:
+            return obj
+        self.ledger.send("control", len(pickle.dumps(obj)) if dist.get_rank() == src else 0)
         with sites_watched(self.topology):
             all_here(self.topology)
             return super().broadcast(obj, src)  # type: ignore[safe-super]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """A tensor over all ranks (decisions to stop or to save, metrics logged with `sync_dist`)."""
-        if self._joined and isinstance(tensor, Tensor):
-            self.ledger.send("control", 0)  # Lightning's barrier before it
-            self.ledger.all_reduce("control", tensor.nbytes, dist.get_world_size())
+        if not self._joined or not isinstance(tensor, Tensor):
+            return tensor
+        self.ledger.send("control", 0)  # Lightning's barrier before it
+        self.ledger.all_reduce("control", tensor.nbytes, dist.get_world_size())
         with sites_watched(self.topology):
             all_here(self.topology)
             return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
@@ -180,12 +290,13 @@ class SiteStrategy(CheckpointingStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Save where a signal ends the run, and tell what to go on from."""
-        if isinstance(exception, SIGTERMException) and self.saves_when_stopped:
-            self._save_last("stopped")
-            exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
-            return
-        if not isinstance(exception, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
+        stopped = isinstance(exception, SIGTERMException)
+        if stopped and self.saves_when_stopped and not self.alone:
+            self.save_last("stopped")
+        elif not isinstance(exception, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
             self.leave_save()
+        if stopped:
+            exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
         if isinstance(exception, SiteLostError):
             given = self.lightning_module.trainer.ckpt_path  # type: ignore[union-attr]
             found = self.last_saved or given  # nothing has been loaded yet where not all have met
@@ -199,18 +310,3 @@ class SiteStrategy(CheckpointingStrategy):
         super().teardown()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def on_train_end(self) -> None:
-        """Save what a run of another length than planned would end without: its steps are no multiple of anything."""
-        super().on_train_end()
-        changed = self.pace is not None and self.pace.last_step != self.pace.planned
-        if changed and self.lightning_module.trainer.checkpoint_callback is not None:  # type: ignore[union-attr]
-            self._save_last("ended")
-
-    def _save_last(self, name: str) -> None:
-        self.settle_save()
-        trainer: Any = self.lightning_module.trainer  # type: ignore[union-attr]
-        if self.saved_at != self.optimizer_steps:
-            callback = trainer.checkpoint_callback
-            folder = callback.dirpath if callback is not None else Path(trainer.default_root_dir, "checkpoints")
-            trainer.save_checkpoint(Path(folder, f"{name}.ckpt"))

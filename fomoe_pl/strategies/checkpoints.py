@@ -64,8 +64,8 @@ class CheckpointingStrategy(SavingStrategy):
         """Restore inner optimizer, outer state and counters of this site, as far as they fit."""
         folder = Path(checkpoint["folder"])
         manifest = files.read_manifest(folder)
-        self.rounds_done, self.optimizer_steps = manifest["rounds"], manifest["optimizer_steps"]
-        self.last_saved = folder
+        self.rounds_done = manifest["rounds"]
+        self.last_saved, self.saved_at = folder, manifest["optimizer_steps"]
         missing = []
         for slot, values in self.outer_slots().items():
             if files.dense_name(files.of_slot(slot)) not in manifest["files"]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
+from torch.nn.parallel import DistributedDataParallel
 
-from fomoe_pl.errors import ConfigError, check_choice
+from fomoe_pl.data.module import FoMoEData
+from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
-from fomoe_pl.federation.placement import PlacementKind
-from fomoe_pl.federation.settings import InnerMoments, OuterPlace, WireDtype
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Routing
 
-KEY = "trainer.strategy.init_args"
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 StopAt = Literal["round", "step"]
 
@@ -34,48 +34,36 @@ def irrelevant_to_weights(saved: Mapping[str, Any], config: ModelConfig) -> froz
     return IRRELEVANT_TO_WEIGHTS if same_bias else IRRELEVANT_TO_WEIGHTS - {"balance"}
 
 
-def check_settings(
-    *,
-    sites: int | None,
-    ranks_per_site: int,
-    reshuffle_rounds: int,
-    bucket_mib: int,
-    share_device: bool,
-    wire_dtype: str,
-    inner_moments: str,
-    outer_state: str,
-    routing: str,
-    placement: str,
-    stop_at: str,
-    timeout_seconds: float,
-) -> None:
-    """Check what can be checked without a model or a trainer.
+# What Lightning's DDPStrategy takes and a strategy of this project does not heed.
+OWN_HOOK: dict[str, str] = {
+    **dict.fromkeys(("init_sync", "broadcast_buffers"), "all ranks begin and go on with the same values"),
+    **dict.fromkeys(
+        ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"),
+        "gradients go through the hook that counts their bytes",
+    ),
+    "start_method": "the trained model would stay in processes that end",
+}
+DDP_ARGUMENTS: dict[str, str] = {
+    **dict.fromkeys(signature(DistributedDataParallel.__init__).parameters, "the model is not wrapped in DDP"),
+    **dict.fromkeys(OWN_HOOK, "the model is not wrapped in DDP"),
+    "start_method": OWN_HOOK["start_method"],
+    "timeout": "the same is said in seconds, by timeout_seconds",
+}
+
+
+def check_arguments(given: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+    """Refuse arguments that would have no effect.
+
+    Args:
+        given: arguments by name.
+        refused: name -> why.
 
     Raises:
-        ConfigError: naming the setting, the rule and what would be valid.
+        ConfigError: for the first that is refused.
     """
-    for setting, chosen, choices in (
-        ("wire_dtype", wire_dtype, WireDtype),
-        ("inner_moments", inner_moments, InnerMoments),
-        ("outer_state", outer_state, OuterPlace),
-        ("routing", routing, Routing),
-        ("placement", placement, PlacementKind),
-        ("stop_at", stop_at, StopAt),
-    ):
-        check_choice(f"{KEY}.{setting}", chosen, choices)
-    if ranks_per_site != 1:
-        rule = "several ranks in a site are not supported yet"
-        raise ConfigError(f"{KEY}.ranks_per_site", ranks_per_site, rule, "set it to 1 and let every rank be a site")
-    if timeout_seconds <= 0:
-        raise ConfigError(f"{KEY}.timeout_seconds", timeout_seconds, "must be positive", "1800 is the default")
-    for name, value in (("reshuffle_rounds", reshuffle_rounds), ("bucket_mib", bucket_mib)):
-        if value < 1:
-            raise ConfigError(f"{KEY}.{name}", value, "must be at least 1", "type 1 or more")
-    if wire_dtype == "float16" and inner_moments == "average":
-        rule = "AdamW's second moments are mostly below float16's smallest number, and without them steps explode"
-        raise ConfigError(f"{KEY}.wire_dtype", wire_dtype, rule, "type bfloat16 or float32, or inner_moments keep")
-    if share_device and sites is None:
-        raise ConfigError(f"{KEY}.sites", sites, "must be given when sites share a device", "for example 4")
+    for name, value in given.items():
+        if name in refused and value != "popen":  # of `start_method`, which is how processes are started here
+            raise ConfigError(name, value, f"has no effect here: {refused[name]}", "leave it out")
 
 
 def check_processes(sites: int | None, n_processes: int, num_nodes: int, *, share_device: bool) -> int:
@@ -90,7 +78,7 @@ def check_processes(sites: int | None, n_processes: int, num_nodes: int, *, shar
     if sites is None or sites == n_processes:
         return n_processes
     rule = f"must equal the number of processes ({n_processes} = trainer.devices x num_nodes)"
-    raise ConfigError(f"{KEY}.sites", sites, rule, f"set trainer.devices to {sites}, or sites to {n_processes}")
+    raise ConfigError("sites", sites, rule, f"set trainer.devices to {sites}, or sites to {n_processes}")
 
 
 def check_launched(devices: int, num_nodes: int, world_size: int) -> None:
@@ -103,6 +91,72 @@ def check_launched(devices: int, num_nodes: int, world_size: int) -> None:
         rule = f"times trainer.num_nodes ({num_nodes}) must be the {world_size} processes that were launched"
         hint = "with torchrun, --nproc_per_node is trainer.devices and --nnodes trainer.num_nodes"
         raise ConfigError("trainer.devices", devices, rule, hint)
+
+
+def check_precision(precision: object) -> None:
+    """Refuse what the model's kernels and checkpoints do not know.
+
+    Raises:
+        ConfigError: naming the choices.
+    """
+    if precision is not None and str(precision) not in PRECISIONS:
+        hint = f"choose one of {', '.join(PRECISIONS)}"
+        raise ConfigError("trainer.precision", precision, "is not supported", hint)
+
+
+def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, *, fitting: bool) -> None:
+    """Check the data against the model and the Trainer.
+
+    Args:
+        trainer: the Trainer.
+        data: its datamodule, or None.
+        config: the model's architecture.
+        n_sites: number of sites M.
+        fitting: whether it trains; else it validates.
+
+    Raises:
+        ConfigError: naming the setting and the rule.
+    """
+    if isinstance(data, FoMoEData):
+        data.check(n_sites)
+        if data.vocab_size != config.vocab_size:
+            raise ConfigError("model.architecture.vocab_size", config.vocab_size,
+                              f"must equal the vocabulary of the data in {data.root} ({data.vocab_size})",
+                              f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
+        if fitting:
+            check_endless(trainer)
+    elif not fitting or trainer.enable_validation:
+        rule = "only FoMoEData knows the domains and the bytes of the text that is validated"
+        hint = "give datamodule=FoMoEData(...), or set limit_val_batches to 0"
+        raise ConfigError("val_dataloaders", type(data).__name__, rule, hint)
+
+
+def check_endless(trainer: Any) -> None:
+    """Check what ends an epoch: the data does not, so that Lightning's epochs are mere sections of it.
+
+    Raises:
+        ConfigError: naming the setting and the rule.
+    """
+    section, micro = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    if trainer.overfit_batches:
+        rule = "would read the same batches again and again, and the data is an endless stream"
+        raise ConfigError("trainer.overfit_batches", trainer.overfit_batches, rule, "set it to 0; to overfit a model, "
+                          "prepare a small corpus")  # fmt: skip
+    limited = isinstance(section, int) and section > 0
+    if limited and section % micro:
+        rule = f"must be a multiple of trainer.accumulate_grad_batches ({micro}): the last step would be a short one"
+        hint = f"type {section + -section % micro}, or 1.0 for one endless epoch"
+        raise ConfigError("trainer.limit_train_batches", section, rule, hint)
+    if trainer.max_epochs not in (None, -1) and not limited:
+        rule = "the data has no end, so that no epoch ends"
+        raise ConfigError("trainer.max_epochs", trainer.max_epochs, rule, "set it to -1 and give trainer.max_steps")
+    if trainer.max_epochs is None and trainer.max_steps == -1:
+        rule = "the data has no end, so that the run would have none"
+        raise ConfigError("trainer.max_steps", -1, rule, "type a number, such as 480, or set trainer.max_epochs to -1")
+    if trainer.check_val_every_n_epoch not in (None, 1):
+        rule = "the data has no end, so that epochs do not count"
+        raise ConfigError("trainer.check_val_every_n_epoch", trainer.check_val_every_n_epoch, rule,
+                          "set it to null and give trainer.val_check_interval, in micro-batches")  # fmt: skip
 
 
 def check_training(trainer: Trainer, *, federated: bool) -> None:
@@ -145,6 +199,25 @@ def check_weights(path: str | Path, config: ModelConfig) -> None:
     """
     saved = read_manifest(Path(path))["architecture"]
     check_architecture(Path(path), saved, asdict(config), irrelevant_to_weights(saved, config))
+
+
+def check_position(trainer: Any) -> None:
+    """Refuse to go on from where no optimizer step begins, or an epoch is over already.
+
+    Args:
+        trainer: the Trainer, which has read its state from a checkpoint.
+
+    Raises:
+        ConfigError: naming the setting and the rule.
+    """
+    taken, micro = trainer.fit_loop.epoch_loop.batch_progress.current.processed, trainer.accumulate_grad_batches
+    if taken % micro:
+        rule = f"does not divide the {taken} micro-batches after which the checkpoint was saved: a step would be short"
+        raise ConfigError("trainer.accumulate_grad_batches", micro, rule, "use that of the run that was interrupted")
+    section = trainer.limit_train_batches
+    if isinstance(section, int) and taken > section:
+        rule = f"the checkpoint was saved after {taken} micro-batches of its epoch"
+        raise ConfigError("trainer.limit_train_batches", section, rule, f"type {taken} or more")
 
 
 def check_skipped(of_sites: list[int], limit: int) -> None:

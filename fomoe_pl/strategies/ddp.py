@@ -14,6 +14,7 @@ from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.loss import sites_watched
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.strategies.base import SiteStrategy
+from fomoe_pl.strategies.checks import OWN_HOOK, check_arguments
 
 
 def _counted_all_reduce(ledger: Ledger, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -34,6 +35,7 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
     saves_when_stopped = False
 
     def __init__(self, async_save: bool = True, **kwargs: Any) -> None:
+        check_arguments(kwargs, OWN_HOOK)
         # All ranks draw the same initial weights and the balance bias is updated from summed loads, so neither
         # parameters nor buffers need DDP's broadcasts.
         super().__init__(init_sync=False, broadcast_buffers=False, **kwargs)
@@ -65,6 +67,4 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """One synchronous step."""
         with sites_watched(self.topology):  # the backward pass averages the gradients
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.optimizer_steps += 1
-        return output
+            return super().optimizer_step(optimizer, closure, model, **kwargs)

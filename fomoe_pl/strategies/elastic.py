@@ -13,7 +13,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.placement import check_placement
 
-KEY = "trainer.strategy.init_args.min_sites"
+KEY = "min_sites"
 
 
 @dataclass(frozen=True)

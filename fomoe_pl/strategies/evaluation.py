@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fomoe_pl.federation.federation import Federation
-from fomoe_pl.federation.schedule import RoundSchedule
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.strategies.base import SiteStrategy
 
 
@@ -14,8 +14,13 @@ class GlobalValidation(SiteStrategy):
     """The part of the federated strategy that makes the agreed model whole for a while."""
 
     federation: Federation | None
-    schedule: RoundSchedule
-    _last_step: int | None
+    settings: FederationConfig
+
+    @property
+    def last_step(self) -> int | None:
+        """The step that ends the run, and with it its last round; None if that is not known."""
+        steps: int = self.trainer.max_steps
+        return steps if steps > 0 else None
 
     def on_validation_start(self) -> None:
         """In mid-round the agreed values stand in for the local ones."""
@@ -28,7 +33,7 @@ class GlobalValidation(SiteStrategy):
             self.federation.leave_global()
 
     def _at_round_end(self) -> bool:
-        return self.optimizer_steps == 0 or self.schedule.is_round_end(self.optimizer_steps, self._last_step)
+        return self.optimizer_steps == 0 or self.settings.schedule.is_round_end(self.optimizer_steps, self.last_step)
 
     @contextmanager
     def all_experts_of(self, layer: int) -> Iterator[None]:

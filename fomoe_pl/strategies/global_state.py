@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fomoe_pl.federation.checkpoint import read_manifest
 from fomoe_pl.federation.federation import Federation
-from fomoe_pl.federation.outer import OuterRule
-from fomoe_pl.federation.placement import Placement, PlacementKind
+from fomoe_pl.federation.placement import Placement
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Residency, Routing
+from fomoe_pl.model.residency import Residency
 from fomoe_pl.strategies.base import SiteStrategy
 
 
@@ -21,18 +21,10 @@ class GlobalState(SiteStrategy):
     """The part of the federated strategy that saves and resumes."""
 
     every_site_writes = True
-    outer: OuterRule
-    routing: Routing
-    placement_kind: PlacementKind
-    placement_seed: int
-    reshuffle_rounds: int
+    settings: FederationConfig
 
-    def overlap(self, n_sites: int) -> int:
-        """Sites that hold each expert."""
-        raise NotImplementedError
-
-    def placed(self, config: ModelConfig, redraws: int) -> Placement:
-        """The placement after it was redrawn `redraws` times."""
+    def placed(self, config: ModelConfig) -> Placement:
+        """Where experts are after the last time that they were placed."""
         raise NotImplementedError
 
     def global_tensors(self) -> Mapping[str, Tensor]:
@@ -63,32 +55,33 @@ class GlobalState(SiteStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read Lightning's state and take the placement of the checkpoint's round."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        self.redraws = read_manifest(Path(checkpoint_path))["redraws"]
+        manifest = read_manifest(Path(checkpoint_path))
+        self.redraws, self.loads_at_draw = manifest["redraws"], manifest.get("loads_at_draw")
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
-        placement = self.placed(config, self.redraws)
+        placement = self.placed(config)
         cast(Federation, self.federation).placement = placement
         self.transformer.set_residency(  # type: ignore[operator]
-            Residency(self.routing, placement.residents(self.topology.site))
+            Residency(self.settings.routing, placement.residents(self.topology.site))
         )
         return checkpoint
 
     def identity(self, n_sites: int) -> dict[str, Any]:
         """Who holds what, and the outer rule, whose state has its names."""
-        drawn = {"placement_seed": self.placement_seed, "reshuffle_rounds": self.reshuffle_rounds}
-        return {
-            **super().identity(n_sites), "overlap": self.overlap(n_sites), "routing": self.routing,
-            "placement": self.placement_kind, "outer.rule": str(self.outer).split()[0],
-            **(drawn if self.placement_kind == "random" else {}),
-        }  # fmt: skip
+        return {**super().identity(n_sites), **self.settings.identity(n_sites)}
 
     def site_state(self) -> dict[str, Any]:
         """Local values, which differ from the anchors in mid-round, and the ledger."""
-        return {**super().site_state(), "federation": cast(Federation, self.federation).state_dict()}
+        state = {**super().site_state(), "federation": cast(Federation, self.federation).state_dict()}
+        if self.settings.policy.sees_loads:
+            state["loads"] = cast(Any, self.lightning_module).loads()
+        return state
 
     def load_site_state(self, state: dict[str, Any]) -> None:
         """Restore `site_state`."""
         super().load_site_state(state)
         cast(Federation, self.federation).load_state_dict(state["federation"])
+        if "loads" in state:
+            cast(Any, self.lightning_module).set_loads(state["loads"])
 
     def set_global(self, weights: dict[str, Tensor]) -> None:
         """Anchors and local values."""

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.seed import _collect_rng_states
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
@@ -25,7 +29,24 @@ from fomoe_pl.federation.writing import CANNOT_WRITE, HostCopies, Writing
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 
+ENDED = "ended"
 PATIENCE_SECONDS = 5.0  # for the files of other sites, when one of them may be gone
+
+
+def save_as_newest(callback: ModelCheckpoint, trainer: Any) -> None:
+    """Have a callback without a metric save under its own name, as if its interval had ended here."""
+    candidates = callback._monitor_candidates(trainer)
+    callback._save_topk_checkpoint(trainer, candidates)
+    callback._save_last_checkpoint(trainer, candidates)
+
+
+def keep_from_saving_failures(trainer: Any) -> None:
+    """Switch off callbacks' `save_on_exception`: where one site has failed, the others cannot save with it."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
+            callback.save_on_exception = False
+            rank_zero_info("ModelCheckpoint's save_on_exception is off: sites save together, and where one of them has "
+                           "failed it prints its error and the newest checkpoint stays")  # fmt: skip
 
 
 class SavingStrategy(Strategy):
@@ -34,12 +55,12 @@ class SavingStrategy(Strategy):
     Attributes:
         ledger: bytes that this rank sent.
         rounds_done: rounds that have ended.
-        redraws: how often experts were dealt anew.
-        optimizer_steps: local optimizer steps taken.
+        redraws: how often experts have been placed again.
+        loads_at_draw: of each layer and expert, what a policy that sees loads saw last.
         sync_seconds: seconds spent in synchronisation.
         last_saved: the newest complete checkpoint that this run has written or was resumed from, as far as all sites
             know.
-        saved_at: optimizer steps in the newest checkpoint that this run has written; -1 without one.
+        saved_at: optimizer steps in `last_saved`; -1 without one.
         saves_failed: how often a checkpoint could not be written.
         save_seconds: seconds for which training stood still for saving so far.
         write_seconds: from the start of writing to the complete checkpoint, of the newest one (site 0).
@@ -50,7 +71,7 @@ class SavingStrategy(Strategy):
     ledger: Ledger
     rounds_done: int
     redraws: int
-    optimizer_steps: int
+    loads_at_draw: list[list[float]] | None
     sync_seconds: float
     last_saved: Path | None
     saved_at: int
@@ -62,6 +83,8 @@ class SavingStrategy(Strategy):
     _training: bool
     _keep_old: bool
     _saving: Writing | None
+    _step_is_ending = False
+    _open_micro_batches = 0
 
     # Whether every site writes a part, or rank 0 everything.
     every_site_writes = False
@@ -73,6 +96,28 @@ class SavingStrategy(Strategy):
         self.save_seconds = self.write_seconds = 0.0
         self.async_save, self._host_copies = async_save, HostCopies()
         self._training, self._keep_old, self._saving = False, False, None
+        self._postponed: list[str] = []  # saves that were asked for in the middle of an optimizer step
+        self._outdated: list[str] = []  # checkpoints that they replace
+
+    @property
+    def trainer(self) -> Any:
+        """The Trainer that runs."""
+        return cast(Any, self.lightning_module).trainer
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that the run has taken. Lightning counts them, once all that belongs to a step is done."""
+        return int(self.trainer.global_step) + self._step_is_ending
+
+    @property
+    def in_step(self) -> bool:
+        """Whether there are gradients of micro-batches that no optimizer step has used yet."""
+        return self._open_micro_batches > 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether this rank has failed while the others go on: nothing may be sent to them."""
+        return False
 
     @property
     def topology(self) -> Topology:
@@ -139,7 +184,14 @@ class SavingStrategy(Strategy):
 
         A save that is still being written is waited for first. Outside of training the checkpoint is complete on
         return. Where a disk is full or may not be written, all ranks go on training, and older checkpoints stay.
+        Between the micro-batches of an optimizer step, whose gradients a checkpoint does not hold, it is saved at the
+        step's end instead. Where this rank alone has failed, nothing is saved, which is printed.
+
+        Raises:
+            ConfigError: after `fit` of several sites, which have parted then.
         """
+        if self._refused(str(filepath)):
+            return
         start = time.perf_counter()
         self.check_before_saving()
         self.settle_save()
@@ -154,6 +206,51 @@ class SavingStrategy(Strategy):
         else:
             self._note_failure(Path(name), self.optimizer_steps)
         self.save_seconds += time.perf_counter() - start
+
+    def _refused(self, path: str) -> bool:
+        failed = self.trainer.state.status == TrainerStatus.INTERRUPTED
+        if self.alone or (failed and self.in_step):
+            why = "the other sites cannot save with it" if self.alone else "a step is half done"
+            newest = f"{self.last_saved} is the newest" if self.last_saved else "there is none yet"
+            told = f"site {self.topology.site} has failed and saves no checkpoint: {why}; {newest}"
+            print(f"fomoe: {told}", file=sys.stderr, flush=True)
+            return True
+        if self.topology.world_size > 1 and not dist.is_initialized():
+            hint = f"copy {self.last_saved}" if self.last_saved else "give the Trainer a ModelCheckpoint"
+            raise ConfigError("trainer.save_checkpoint", path, "the sites have parted when `fit` returns, and each has "
+                              "some of the model only", f"{hint}: a run saves at its end")  # fmt: skip
+        if self.in_step:
+            if path not in self._postponed:
+                self._postponed.append(path)
+            rank_zero_info(f"{path} is asked for between the micro-batches of a step: it is saved at the step's end")
+            return True
+        return False
+
+    def save_postponed(self) -> None:
+        """Save what was asked for within the step that has ended."""
+        paths, self._postponed = self._postponed, []
+        for path in paths:
+            self.trainer.save_checkpoint(path)
+        outdated, self._outdated = self._outdated, []
+        for path in outdated:
+            self.remove_checkpoint(path)
+
+    def save_last(self, name: str) -> None:
+        """Save what the run ends with, unless that has been done; every rank must call it.
+
+        Args:
+            name: of the file, without its ending, where no ModelCheckpoint has a name for what is simply the newest.
+        """
+        self.settle_save()
+        if self.saved_at == self.optimizer_steps:
+            return
+        callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        newest = [c for c in callbacks if c.monitor is None and c.save_top_k]
+        if newest and name == ENDED:
+            save_as_newest(newest[0], self.trainer)
+        else:
+            folder = callbacks[0].dirpath if callbacks else Path(self.trainer.default_root_dir, "checkpoints")
+            self.trainer.save_checkpoint(Path(cast(Path, folder), f"{name}.ckpt"))
 
     @property
     def _in_background(self) -> bool:
@@ -226,6 +323,7 @@ class SavingStrategy(Strategy):
         return {
             "architecture": asdict(config), "n_sites": n_sites,
             "rounds": self.rounds_done, "redraws": self.redraws, "optimizer_steps": self.optimizer_steps,
+            **({} if self.loads_at_draw is None else {"loads_at_draw": self.loads_at_draw}),
             "identity": self.identity(n_sites),
         }  # fmt: skip
 
@@ -294,13 +392,21 @@ class SavingStrategy(Strategy):
         self._training = True
 
     def on_train_end(self) -> None:
-        """A run ends when its last checkpoint is complete."""
+        """A run ends when a checkpoint of its last step is complete, where it saves checkpoints at all."""
         super().on_train_end()
         self._training = False
         self.settle_save()
+        if self.trainer.checkpoint_callbacks and not self.trainer.fast_dev_run:
+            self.save_last(ENDED)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint folder once its successor is complete; never if that could not be written."""
+        path = str(filepath)
+        if path in self._postponed:
+            self._postponed.remove(path)
+        elif self._postponed:
+            self._outdated.append(path)
+            return
         if not self.is_global_zero:
             return
 

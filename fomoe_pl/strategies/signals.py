@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from lightning.fabric.strategies.launchers import subprocess_script as fabric_launcher
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher, subprocess_script
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 
 def replace_signal_handling(trainer: Any, note: Callable[[int], None]) -> None:
@@ -42,20 +43,32 @@ def note_interrupt(note: Callable[[int], None]) -> None:
         signal.signal(signal.SIGINT, interrupted)
 
 
-def observe_children_every(seconds: float) -> None:
-    """Let Lightning's observer of the processes that rank 0 starts wait until collectives have timed out.
+class PatientLauncher(_SubprocessScriptLauncher):
+    """Lightning's, but its observer of the processes that rank 0 starts waits until collectives have timed out.
 
     Every five seconds it would look for one that has died, and kill rank 0 with all others before a collective fails
     and the sites can say which of them is gone. The names are private ones of Lightning; a test looks for them.
 
     Args:
+        cluster_environment: as of Lightning's.
+        num_processes: of this machine.
+        num_nodes: machines.
         seconds: after which a collective that does not complete raises.
     """
 
-    def observe(child_processes: list[Any]) -> None:
-        fabric_launcher._ChildProcessObserver(os.getpid(), child_processes, sleep_period=max(5, int(seconds))).start()
+    def __init__(self, cluster_environment: Any, num_processes: int, num_nodes: int, seconds: float) -> None:
+        super().__init__(cluster_environment, num_processes, num_nodes)
+        self._patience = max(5, int(seconds))
 
-    subprocess_script._launch_process_observer = observe
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the other processes of this machine, unless a launcher has, then call the function."""
+        environment = self.cluster_environment
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not environment.creates_processes_externally:
+            self._call_children_scripts()
+            _ChildProcessObserver(os.getpid(), self.procs, sleep_period=self._patience).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
 
 
 def end_children(launcher: Any) -> None:

@@ -9,9 +9,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.strategies.base import SiteStrategy
-from fomoe_pl.strategies.signals import note_interrupt
+from fomoe_pl.strategies.signals import replace_signal_handling
 
 
 class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
@@ -36,16 +37,25 @@ class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
             self._root_device = devices[0]
         super().setup_environment()
 
+    def check_run(self, trainer: Any, module: Any, data: Any, *, fitting: bool) -> None:
+        """As for all strategies; of several devices all but the first would do nothing."""
+        requested = trainer._accelerator_connector._devices_flag
+        if str(requested) not in ("1", "auto"):
+            raise ConfigError("trainer.devices", requested, "`single_site` is one process",
+                              "set it to 1, or choose a strategy of several sites")  # fmt: skip
+        super().check_run(trainer, module, data, fitting=fitting)
+
     def setup(self, trainer: Any) -> None:
-        """As Lightning's; Ctrl-C ends training after the step, as SIGTERM does."""
+        """As Lightning's; a signal ends training after the step."""
         super().setup(trainer)
-
-        def note(number: int) -> None:
-            self._signal = number
-            trainer._signal_connector.received_sigterm = True
-
         if trainer.state.fn == TrainerFn.FITTING:
-            note_interrupt(note)
+            replace_signal_handling(trainer, self._note_signal)
+
+    def _note_signal(self, number: int) -> None:
+        self._signal = number
+
+    def _stops_here(self) -> bool:
+        return self._signal is not None
 
     @property
     def topology(self) -> Topology:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 class SiteReport(NamedTuple):
-    """One site's round: steps that it skipped, whether it has nothing to give, its losses, whether it was told to stop.
+    """One site's round: steps that it skipped, whether it has nothing to give, its losses, whether the run is to end.
 
-    `left_out`: it took no step at all, or has values that are not finite. `save_failed`, `saved`: whether it knows that
-    the checkpoint that is being written cannot be completed, and that it is complete (site 0).
+    `left_out`: it took no step at all, or has values that are not finite. `stop`: it was sent a signal. `ends`: one of
+    its callbacks wants the run to end. `save_failed`, `saved`: whether it knows that the checkpoint that is being
+    written cannot be completed, and that it is complete (site 0).
     """
 
     skipped: int
@@ -21,6 +22,7 @@ class SiteReport(NamedTuple):
     loss_sum: float
     loss_count: float
     stop: bool
+    ends: bool
     save_failed: bool
     saved: bool
 
@@ -32,6 +34,7 @@ class SharedReport(NamedTuple):
     left_out: frozenset[int]
     train_loss: float
     stop: bool
+    ends: bool
     save_failed: bool
     saved: bool
 
@@ -56,16 +59,18 @@ def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor],
     """
     per_site = torch.zeros(2, n_sites, dtype=torch.float64)
     per_site[0, site], per_site[1, site] = report.skipped, float(report.left_out)
-    summands = [report.loss_sum, report.loss_count, report.stop, report.save_failed, report.saved]
+    # One number for both: a signal weighs more than all sites' wishes.
+    stop = report.stop * (n_sites + 1) + report.ends
+    summands = [report.loss_sum, report.loss_count, stop, report.save_failed, report.saved]
     values = total(torch.cat([per_site.flatten(), torch.tensor(summands, dtype=torch.float64)]))
     skipped, left_out = values[: 2 * n_sites].view(2, n_sites)
-    loss_sum, loss_count, *flags = values[2 * n_sites :].tolist()
-    stop, save_failed, saved = (flag > 0 for flag in flags)
+    loss_sum, loss_count, stop, save_failed, saved = values[2 * n_sites :].tolist()
     return SharedReport(
         [int(n) for n in skipped.tolist()],
         frozenset(left_out.nonzero().flatten().tolist()),
         loss_sum / loss_count if loss_count else float("nan"),
-        stop,
-        save_failed,
-        saved,
+        stop > n_sites,
+        stop > 0,
+        save_failed > 0,
+        saved > 0,
     )

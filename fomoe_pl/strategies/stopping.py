@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
 from fomoe_pl.federation.loss import listener, sites_watched
 from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.checks import StopAt
@@ -20,12 +18,14 @@ class StopsTogether(SiteStrategy):
             sent. `step`, where he says so at once, through the store that the processes met through: all stop after
             the first local step that none of them has passed yet. Without traffic between rounds some sites may be
             ahead of others; those that are behind take the missing steps first.
-        stopping: whether the round that has ended was the last.
+        stopping: whether the round that has ended was the last, because somebody was sent a signal.
+        ending: whether it was the last for another reason: the run has its steps, or a callback wants to end.
     """
 
+    next_end = "the end of the next round, whose message tells all sites"
+
     stop_at: StopAt = "round"
-    stopping = False
-    _asked_after = -1
+    stopping = ending = False
     launcher: Any
 
     def note_signal(self, number: int) -> None:
@@ -33,16 +33,15 @@ class StopsTogether(SiteStrategy):
         self._signal = number  # not Lightning's own flag, which would end this site alone
         end_children(self.launcher)
 
-    def stop_if_asked(self) -> None:
-        """End all sites once one was sent a signal; callbacks have seen the batch."""
-        if self.stopping or (self.stop_at == "step" and self._stops_here()):
-            raise SIGTERMException
+    def may_end(self) -> bool:
+        """Where a round has ended after whose message all sites know that somebody wants to end."""
+        return self.ending and super().may_end()
 
     def _stops_here(self) -> bool:
+        """Whether all sites end here because one was sent a signal."""
+        if self.stopping or self.stop_at == "round":
+            return self.stopping
         step, listens = self.optimizer_steps, listener()
-        if step == self._asked_after:  # a micro-batch without an optimizer step
-            return False
-        self._asked_after = step
         if listens is None:  # one site
             return self._signal is not None
         with sites_watched(self.topology):

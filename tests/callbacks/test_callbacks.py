@@ -529,9 +529,9 @@ def test_a_trainer_takes_them_all_and_the_bar_replaces_lightnings(tmp_path: Path
     ("settings", "measured"),
     [
         ({"max_steps": 12, "val_check_interval": 2}, [8, 12]),  # the fourth, and the last
-        ({"max_steps": 7, "val_check_interval": 3}, [6]),
+        ({"max_steps": 7, "val_check_interval": 3}, [7]),
         ({"max_steps": 4, "val_check_interval": 4, "accumulate_grad_batches": 2}, [4]),
-        ({"max_steps": -1, "val_check_interval": 2, "max_epochs": 1, "limit_train_batches": 10}, [8]),  # not known
+        ({"max_steps": -1, "val_check_interval": 2, "max_epochs": 1, "limit_train_batches": 10}, [8, 10]),
     ],
 )
 def test_the_last_validation_measures_other_views(

@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.loops.progress import _BatchProgress
 
 from fomoe_pl.data import FoMoEData, Manifest
 from fomoe_pl.errors import ConfigError
@@ -37,7 +38,8 @@ def data_of(corpus: Manifest, **settings: Any) -> FoMoEData:
 def at_site(data: FoMoEData, site: int, n_sites: int) -> FoMoEData:
     """As the strategy of a rank of this site would show itself."""
     strategy = SimpleNamespace(topology=SimpleNamespace(site=site, n_sites=n_sites), root_device=torch.device("cpu"))
-    data.trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    loops = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=_BatchProgress()))
+    data.trainer = SimpleNamespace(strategy=strategy, fit_loop=loops)  # type: ignore[assignment]
     return data
 
 

@@ -45,7 +45,7 @@ def test_rounds_are_the_ends(local_steps: Any, steps: int, rounds: int) -> None:
 def test_schedules_that_cannot_work(local_steps: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         RoundSchedule.parse(local_steps)
-    assert error.value.key == "trainer.strategy.init_args.local_steps"
+    assert error.value.key == "local_steps"
 
 
 def test_in_words() -> None:
