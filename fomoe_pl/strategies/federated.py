@@ -227,8 +227,6 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
             self.layout(), self.placed(config, self.redraws), wire,
             outer=self.outer, inner_moments=self.inner_moments, state_on_host=self.outer_state == "host",
         )  # fmt: skip
-        module = cast(Any, self.lightning_module)
-        module.expert_source = self.all_experts_of
         rank_zero_info(self.describe())
 
     def describe(self) -> str:
