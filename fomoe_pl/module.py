@@ -1,9 +1,7 @@
-"""The LightningModule: loss and metrics of training and of validation. Knows no ranks."""
+"""The LightningModule: loss and metrics of training and of validation. Of other sites it asks its `SiteContext`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -23,7 +21,9 @@ from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, inner_schedule, norm_or_skip
 from fomoe_pl.seed import seed_or_default
 from fomoe_pl.strategies.checks import check_skipped
+from fomoe_pl.strategies.loading import hyper_parameters, load_global_model
 from fomoe_pl.strategies.passes import Passes
+from fomoe_pl.training.context import SiteContext, context
 
 Batch = dict[str, Tensor]
 
@@ -85,8 +85,6 @@ class FoMoEModule(L.LightningModule):
         self.tokens_seen = 0
         self.tokens_of_all_sites = 0
         self.validation_before_training: dict[str, float] = {}  # with `num_sanity_val_steps`
-        # Replaced by strategies whose sites hold some of the experts only: makes all of a layer's experts live.
-        self.expert_source: Callable[[int], AbstractContextManager[None]] = lambda layer: nullcontext()
         self._window: list[Batch] = []
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0  # of this site, up to the last time that they were counted
@@ -96,7 +94,6 @@ class FoMoEModule(L.LightningModule):
         self._grad_norm: Tensor | None = None
         self._steps_counted = 0
         self._loads_LE: Tensor | None = None
-        self.loads_needed = False  # whether the placement depends on them; the strategy says so
         self._picks_LE: Tensor | None = None
         self._passes: Passes | None = None
         self._validation: ValidationMetrics | None = None
@@ -105,22 +102,66 @@ class FoMoEModule(L.LightningModule):
         self.domain_load_LNE: Tensor | None = None
 
     @property
+    def site(self) -> SiteContext:
+        """What answers for the sites of the run."""
+        return context(self.trainer)
+
+    @property
     def transformer(self) -> Transformer:
         """The built model."""
         assert self.model is not None, "configure_model has not run"
         return self.model
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, map_location: Any = None, **settings: Any
+    ) -> FoMoEModule:
+        """A module with the whole global model of a checkpoint, to validate it or to use it.
+
+        Args:
+            checkpoint_path: folder that a run has saved.
+            map_location: device of the model; None is the CPU.
+            **settings: of the module, in the place of those it was trained with.
+
+        Raises:
+            ConfigError: if it is no complete checkpoint.
+        """
+        saved = hyper_parameters(checkpoint_path)
+        found = {
+            "architecture": ModelConfig(**saved["architecture"]),
+            "optimizer": OptimizerConfig(**saved["optimizer"]),
+            "seed": saved["seed"],
+        }
+        module = cls(**{**found, **settings})
+        module.model = load_global_model(checkpoint_path)
+        return module if map_location is None else module.to(map_location)
+
     def configure_model(self) -> None:
-        """Build the model with this site's residents only; Lightning calls it once the processes are joined."""
+        """Build the model with this site's residents only; Lightning calls it once the processes are joined.
+
+        Raises:
+            RuntimeError: if it is there already and holds other experts than this site.
+        """
+        residency = self.site.residency(self.config)
         if self.model is None:
-            strategy: Any = self.trainer.strategy
-            residency = strategy.residency(self.config) if hasattr(strategy, "residency") else None
             self.model = Transformer(self.config, residency, seed=self.seed)
             if self.compile_blocks:
                 self.model.compile_blocks()
+        elif self.model.residency != residency:
+            raise RuntimeError("this FoMoEModule has a model with other experts than this site is to hold: it was run "
+                               "by another strategy, or loaded whole. Make a new FoMoEModule, and give ckpt_path for "
+                               "what was trained")  # fmt: skip
 
     def on_train_start(self) -> None:
-        """A run that goes on with another length has another schedule, from its first step on."""
+        """A run that goes on with another length has another schedule, from its first step on.
+
+        Raises:
+            RuntimeError: if the model was trained before, and no checkpoint says how it goes on.
+        """
+        if self.tokens_seen and not self.trainer.ckpt_path:
+            raise RuntimeError("this FoMoEModule has been trained: another `fit` would begin with fresh moments, a new "
+                               "schedule and the first documents. Give ckpt_path to go on, or make a new FoMoEModule"
+                               )  # fmt: skip
         for block in self.transformer.layers:
             block.moe.router.measures_entropy = self.routing_watched
         if self._passes is not None:  # of a run that was interrupted
@@ -176,7 +217,7 @@ class FoMoEModule(L.LightningModule):
         self._loss_sum = summand if self._loss_sum is None else self._loss_sum + summand
         self._loss_count = one if self._loss_count is None else self._loss_count + one
         self.tokens_seen += tokens
-        self.tokens_of_all_sites += tokens * self._n_sites()
+        self.tokens_of_all_sites += tokens * self.site.topology.n_sites
         if self.routing_watched:
             assert done.gate_entropy_L is not None, "routers measure what is watched, from the start of training on"
             residency = self.transformer.residency
@@ -185,7 +226,7 @@ class FoMoEModule(L.LightningModule):
             self.routing_health.update(done.load_LE, done.gate_entropy_L, done.picks, scored_LE, resident_LE)
         if self.config.balance == "bias":
             self._loads_LE = done.load_LE if self._loads_LE is None else self._loads_LE + done.load_LE
-        if self.loads_needed:
+        if self.site.sees_loads:
             self._picks_LE = self.loads() + done.load_LE
 
     def loads(self) -> Tensor:
@@ -239,8 +280,7 @@ class FoMoEModule(L.LightningModule):
             group = optimizer.param_groups[0]
             self.log("train/learning_rate", self.optimizer_config.lr * group["lr"] / group["initial_lr"])
         if self._loads_LE is not None:
-            strategy: Any = self.trainer.strategy
-            loads_LE = strategy.reduce_loads(self._loads_LE) if hasattr(strategy, "reduce_loads") else self._loads_LE
+            loads_LE = self.site.reduce_loads(self._loads_LE)
             self.transformer.update_balance_bias(list(loads_LE * ~bad))  # equal loads move nothing
             self._loads_LE = None
 
@@ -261,17 +301,14 @@ class FoMoEModule(L.LightningModule):
         if self._logs_after(self.trainer.global_step):
             self.log("tokens/site", float(self.tokens_seen))
             self.log("tokens/global", float(self.tokens_of_all_sites))
-            strategy: Any = self.trainer.strategy
             # Where there are rounds, sites count their skipped steps with them.
-            if not getattr(strategy, "has_rounds", False) and self.count_skipped()[0]:
+            if not self.site.has_rounds and self.count_skipped()[0]:
                 check_skipped([self.skipped_steps], self.max_skipped_steps)
-        stop = getattr(self.trainer.strategy, "stop_if_asked", None)
-        if stop is not None:
-            stop()
+        self.site.stop_if_asked()
 
-    def _n_sites(self) -> int:
-        n_sites: int = getattr(getattr(self.trainer.strategy, "topology", None), "n_sites", self.trainer.world_size)
-        return n_sites
+    def on_train_epoch_end(self) -> None:
+        """Callbacks may have asked for the run's end."""
+        self.site.hold_stop()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the token counts."""
@@ -286,7 +323,7 @@ class FoMoEModule(L.LightningModule):
         cfg = self.optimizer_config
         optimizer = inner_optimizer(self.transformer, cfg)
         last = self.trainer.max_steps if self.trainer.max_steps > 0 else None
-        schedule = inner_schedule(optimizer, cfg, last, getattr(self.trainer.strategy, "pace", None))
+        schedule = inner_schedule(optimizer, cfg, last, self.site.pace)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- validation of the global model ---------------------------------------------------------------------------
@@ -321,7 +358,7 @@ class FoMoEModule(L.LightningModule):
                 own.append(self._losses(self._own_view(x_BSD), batch))
             random = list(streams) if others else []
             for layer, block in enumerate(model.layers):
-                with self.expert_source(layer):
+                with self.site.all_experts_of(layer):
                     for i in range(len(streams)):  # in place: of each view one window of hidden states, not two
                         streams[i], stats = block(streams[i])
                         counted_BS = self._window[i]["targets"] != IGNORED
@@ -352,9 +389,7 @@ class FoMoEModule(L.LightningModule):
             self._evaluate_window()
         metric = self._validation
         assert metric is not None
-        strategy: Any = self.trainer.strategy
-        if hasattr(strategy, "sum_over_sites"):
-            metric.load_states(strategy.sum_over_sites(metric.states(), "evaluation"))
+        metric.load_states(self.site.sum_over_sites(metric.states(), "evaluation"))
         computed = metric.compute(with_views=self.with_other_views)
         if self.transformer.residency.is_full(self.config):
             computed.pop(OWN_VIEW_GAP, None)  # a site that has everything sees what the global model sees

@@ -19,6 +19,7 @@ ORDER = (
     "metrics",
     "data",
     "costs",
+    "training",
     "federation",
     "model",
     "files",

@@ -323,7 +323,7 @@ ARCHITECTURE = "--model.architecture"
         ("fit --trainer.strategy single_site", ["trainer.devices = 2", "single_site"]),
         (f"fit {STRATEGY}.timeout_seconds -5", ["timeout_seconds = -5", "positive"]),
         ("fit --model.optimizer.betas [1.5,2]", ["model.optimizer.betas", "[0, 1)"]),
-        (f"fit {STRATEGY}.outer fomoe_pl.federation.outer.Nesterov {STRATEGY}.outer.momentum 1.5", ["outer.momentum = 1.5", "[0, 1)"]),
+        (f"fit {STRATEGY}.outer Nesterov {STRATEGY}.outer.momentum 1.5", ["outer.momentum = 1.5", "[0, 1)"]),
         (f"fit {ARCHITECTURE}.vocab_size 300", ["vocab_size = 300", "(257)", "Set it to 257"]),
         ("fit --data.root nowhere", ["data.root = 'nowhere'", "no nowhere/manifest.json", "tools/prepare_data.py"]),
         ("fit --data.num_workers 50", ["data.num_workers = 50", "training shards", "2 sites x 50", "at most"]),

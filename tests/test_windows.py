@@ -15,6 +15,7 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.module import FoMoEModule
+from fomoe_pl.training.context import Alone
 
 LAYERS, WINDOW = 4, 8
 CONFIG = ModelConfig(vocab_size=16, d_model=8, n_layers=LAYERS, n_heads=1, n_experts=4, top_k=2, d_expert=4,
@@ -56,7 +57,9 @@ def evaluate(resident: int, *, others: bool) -> tuple[int, dict[str, Tensor]]:
             yield
 
     if resident < 4:
-        module.expert_source = all_experts_of
+        site: Any = Alone(trainer)
+        site.all_experts_of = all_experts_of
+        trainer.strategy.context = site  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(2)
     for _ in range(WINDOW):
         tokens = torch.randint(16, (2, 5), generator=generator)

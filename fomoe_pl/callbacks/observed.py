@@ -7,66 +7,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
-from fomoe_pl.federation.placement import Placement
-from fomoe_pl.federation.settings import WireDtype
-from fomoe_pl.federation.topology import Topology
 from fomoe_pl.metrics import RoutingHealth
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.training.context import SiteContext, context
 
 MIB = 2**20
-
-
-@runtime_checkable
-class ObservedStrategy(Protocol):
-    """The part of this project's strategies that callbacks read.
-
-    Attributes:
-        topology: this rank's place.
-        ledger: bytes that this rank sent so far.
-        rounds_done: rounds that have ended; stays 0 in synchronous training.
-        sync_seconds: seconds spent in synchronisation so far.
-        round_stats: means over all sites of the last round; empty before the first.
-        has_rounds: whether sites agree in rounds; synchronous training has none.
-        observers: who looks at the ends of rounds.
-        watch_seconds: seconds spent in looking and drawing so far, no part of `sync_seconds`.
-        wire_dtype: dtype of averaged values on the wire.
-        placement: who holds what; None if every rank holds all.
-        save_seconds: seconds for which training stood still for saving so far.
-    """
-
-    topology: Topology
-    ledger: Ledger
-    rounds_done: int
-    sync_seconds: float
-    round_stats: dict[str, float]
-    has_rounds: bool
-    observers: list[RoundObserver]
-    watch_seconds: float
-    wire_dtype: WireDtype
-    save_seconds: float
-
-    @property
-    def placement(self) -> Placement | None:
-        """Who holds what."""
-
-    def watch_movement(self) -> Movement | None:
-        """Have every round fill a `Movement`; None where there are no rounds."""
-
-    def agreed_bytes(self) -> int:
-        """Bytes of anchors and outer momentum on this rank's device."""
-
-    def describe(self) -> str:
-        """One line that says which method this is."""
 
 
 class ObservedModule(Protocol):
@@ -98,45 +51,14 @@ class ObservedModule(Protocol):
         """The built model."""
 
 
-class _Unsynchronized:
-    """Stands in for Lightning's own strategies, of which nothing is known but that they have no rounds."""
-
-    topology = Topology(n_sites=1, ranks_per_site=1, rank=0)
-    rounds_done = 0
-    sync_seconds = 0.0
-    watch_seconds = 0.0
-    wire_dtype: WireDtype = "float32"
-    save_seconds = 0.0
-    has_rounds = False
-    placement = None
-
-    def __init__(self) -> None:
-        self.ledger = Ledger()
-        self.round_stats: dict[str, float] = {}
-        self.observers: list[RoundObserver] = []
-
-    def watch_movement(self) -> None:
-        """Nothing: there are no rounds."""
-
-    def agreed_bytes(self) -> int:
-        """Nothing is kept twice."""
-        return 0
-
-    def describe(self) -> str:
-        """All that is known."""
-        return "a strategy of Lightning's"
+def observed_strategy(trainer: Trainer) -> SiteContext:
+    """Return what answers for the sites of the trainer's run."""
+    return context(trainer)
 
 
-def observed_strategy(trainer: Trainer) -> ObservedStrategy:
-    """Return the trainer's strategy, or a blank one-site stand-in if it is not one of this project's."""
-    strategy: object = trainer.strategy
-    return strategy if isinstance(strategy, ObservedStrategy) else _Unsynchronized()
-
-
-def measures_sync(strategy: ObservedStrategy) -> bool:
+def measures_sync(strategy: SiteContext) -> bool:
     """Whether the time of synchronisation is known: data parallelism hides it in the backward pass."""
-    alone = strategy.topology.n_sites == 1 and not isinstance(strategy, _Unsynchronized)
-    return strategy.has_rounds or alone
+    return strategy.measures_sync
 
 
 def observe_rounds(trainer: Trainer, observer: RoundObserver) -> None:

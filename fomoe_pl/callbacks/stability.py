@@ -246,7 +246,7 @@ class RoutingStability(RoundCallback, RoundObserver):
             self._history.add(self._steps_taken(), look.picks_LTK)
 
     def _steps_taken(self) -> int:
-        return int(getattr(self._trainer.strategy, "optimizer_steps", self._trainer.global_step))
+        return observed_strategy(self._trainer).optimizer_steps
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, at their own steps, how much of the last look's picks each earlier one had already."""

@@ -16,6 +16,7 @@ from fomoe_pl.data.stream import Consumed, SiteStream, consumption
 from fomoe_pl.data.validation import ValidationSequences
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.seed import seed_or_default
+from fomoe_pl.training.context import context
 
 Batch = dict[str, Tensor]
 
@@ -277,9 +278,7 @@ class FoMoEData(L.LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("FoMoEData gives its loaders to a Trainer: attach it by trainer.fit(module, data)")
-        topology = getattr(trainer.strategy, "topology", None)
-        if topology is None:
-            return trainer.global_rank, trainer.world_size
+        topology = context(trainer).topology
         return topology.site, topology.n_sites
 
     def _on_gpu(self) -> bool:

@@ -6,8 +6,8 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from fomoe_pl.strategies.checks import check_data, check_launched, check_positio
 from fomoe_pl.strategies.elastic import Pace
 from fomoe_pl.strategies.meeting import meet
 from fomoe_pl.strategies.saving import keep_from_saving_failures
+from fomoe_pl.training.context import SiteContext
 
 
 class SiteStrategy(CheckpointingStrategy):
@@ -39,6 +40,7 @@ class SiteStrategy(CheckpointingStrategy):
         sync_seconds: seconds spent between the end of the last local step and the next, over all rounds.
         round_stats: means over all sites of the last round (fixed keys; empty before the first round).
         has_rounds: whether sites agree in rounds, not in every step.
+        sees_loads: whether the placement depends on how often experts were picked.
         observers: who looks at the ends of rounds; the same on all sites, in the same order.
         wire_dtype: dtype of averaged values on the wire.
         pace: of a run that may have fewer sites than planned.
@@ -50,6 +52,7 @@ class SiteStrategy(CheckpointingStrategy):
     # With Lightning's own handling of signals data-parallel ranks may stop at different steps, and cannot save.
     saves_when_stopped = True
     has_rounds = False
+    sees_loads = False
     next_end = "the end of the step"
     together = False
     wire_dtype: WireDtype = "float32"
@@ -70,6 +73,20 @@ class SiteStrategy(CheckpointingStrategy):
         self.round_stats: dict[str, float] = {}
         self.observers: list[RoundObserver] = []
         self.watch_seconds = 0.0
+
+    @property
+    def context(self) -> SiteContext:
+        """What module, data and callbacks may ask."""
+        return cast(SiteContext, self)
+
+    @property
+    def measures_sync(self) -> bool:
+        """Whether the time of synchronisation is known: data parallelism hides it in the backward pass."""
+        return self.has_rounds or self.topology.n_sites == 1
+
+    def all_experts_of(self, layer: int) -> AbstractContextManager[None]:
+        """Make all E experts of one layer live on this site: they are."""
+        return nullcontext()
 
     def describe(self) -> str:
         """One line that says which method this is."""
@@ -221,9 +238,16 @@ class SiteStrategy(CheckpointingStrategy):
             if self._stops_here():
                 self.together = True
                 raise SIGTERMException
-            if 0 < self.trainer.max_steps <= self.optimizer_steps:
+            if self._is_complete():
                 self.trainer.should_stop = True  # else Lightning would validate at its intervals alone
         self.hold_stop()
+
+    def _is_complete(self) -> bool:
+        """Whether the run has its planned steps, or epochs."""
+        trainer = self.trainer
+        last_epoch = 0 < trainer.max_epochs <= trainer.current_epoch + 1
+        steps_done = 0 < trainer.max_steps <= self.optimizer_steps
+        return bool(steps_done or (last_epoch and trainer.fit_loop.epoch_loop._num_ready_batches_reached()))
 
     def _stops_here(self) -> bool:
         """Whether a signal ends the run after this step."""

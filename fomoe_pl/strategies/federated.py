@@ -92,6 +92,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
         super().__init__(parallel_devices=parallel_devices)
         self.init_processes(process_group_backend, timedelta(seconds=timeout_seconds))
         self.init_site(async_save)
+        self.sees_loads = self.settings.policy.sees_loads
         self.share_device, self.stop_at, self.wire_dtype = share_device, stop_at, self.settings.wire_dtype
         self._skipped_of_sites: list[int] = []
 
@@ -173,9 +174,6 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
             self.layout(), self.placed(config), transport, outer=settings.rule, inner_moments=settings.inner_moments,
             state_on_host=settings.outer_state == "host",
         )  # fmt: skip
-        module = cast(Any, self.lightning_module)
-        module.expert_source = self.all_experts_of
-        module.loads_needed = settings.policy.sees_loads
         rank_zero_info(self.describe())
 
     def describe(self) -> str:

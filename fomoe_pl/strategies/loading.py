@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fomoe_pl.federation.checkpoint import read_manifest, read_weights
+from fomoe_pl.federation.checkpoint import read_manifest, read_weights, verify
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
+
+
+def hyper_parameters(checkpoint: str | Path) -> dict[str, Any]:
+    """What a checkpoint's run gave its module: architecture, optimizer and seed, as plain values.
+
+    Args:
+        checkpoint: folder that a run has saved.
+
+    Raises:
+        ConfigError: if it is no complete checkpoint.
+    """
+    path = verify(Path(checkpoint), "trainer.pt")
+    return dict(torch.load(path, map_location="cpu", weights_only=False)["hyper_parameters"])
 
 
 def load_global_model(checkpoint: str | Path) -> Transformer:

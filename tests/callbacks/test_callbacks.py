@@ -55,8 +55,9 @@ class Run:
             topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={},
             has_rounds=True, observers=[], wire_dtype="float32", watch_seconds=0.0, placement=None,
             watch_movement=lambda: None, agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
-            save_seconds=0.0,
+            save_seconds=0.0, measures_sync=True, optimizer_steps=0,
         )  # fmt: skip
+        self.strategy.context = self.strategy
         self.logger = FakeLogger(str(folder))
         self.trainer: Any = SimpleNamespace(
             strategy=self.strategy, loggers=[self.logger], logger=self.logger, global_step=0, is_global_zero=True,
@@ -80,6 +81,7 @@ class Run:
     def step(self, callback: Any, *, tokens: int = 100, round_end: bool = False, stepped: bool = True) -> None:
         callback.on_train_batch_start(self.trainer, self.module, None, 0)
         self.trainer.global_step += stepped
+        self.strategy.optimizer_steps = self.trainer.global_step
         self.module.tokens_seen += tokens
         self.module.tokens_of_all_sites += tokens * self.strategy.topology.n_sites
         if round_end:
@@ -233,7 +235,7 @@ def test_replicas_are_counted_in_the_dtype_of_the_wire(run: Run, clock: SimpleNa
 
 
 def test_what_data_parallelism_hides_is_not_called_zero(run: Run, clock: SimpleNamespace) -> None:
-    run.strategy.has_rounds = False
+    run.strategy.has_rounds = run.strategy.measures_sync = False
     communication, throughput, report = CommunicationMonitor(1), ThroughputMonitor(1), RunReport()
     for callback in (communication, throughput, report):
         run.start(callback)

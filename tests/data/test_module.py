@@ -37,7 +37,8 @@ def data_of(corpus: Manifest, **settings: Any) -> FoMoEData:
 
 def at_site(data: FoMoEData, site: int, n_sites: int) -> FoMoEData:
     """As the strategy of a rank of this site would show itself."""
-    strategy = SimpleNamespace(topology=SimpleNamespace(site=site, n_sites=n_sites), root_device=torch.device("cpu"))
+    place = SimpleNamespace(topology=SimpleNamespace(site=site, n_sites=n_sites))
+    strategy = SimpleNamespace(context=place, root_device=torch.device("cpu"))
     loops = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=_BatchProgress()))
     data.trainer = SimpleNamespace(strategy=strategy, fit_loop=loops)  # type: ignore[assignment]
     return data

@@ -1,0 +1,1 @@
+"""What training is made of: today the contract between module, data, callbacks and strategy."""

@@ -1,0 +1,163 @@
+"""The contract between module, data, callbacks and strategy: what those three may ask of the sites they run on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.movement import Movement
+from fomoe_pl.federation.observer import RoundObserver
+from fomoe_pl.federation.placement import Placement
+from fomoe_pl.federation.settings import WireDtype
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Residency
+
+
+class SiteContext(Protocol):
+    """What a strategy of this project answers, and `Alone` for Lightning's own.
+
+    Attributes:
+        ledger: bytes that this rank sent so far.
+        observers: who looks at the ends of rounds.
+        pace: of a run that may have fewer sites than planned, a `Pace`; None without.
+        round_stats: means over all sites of the last round; empty before the first.
+        rounds_done: rounds that have ended; stays 0 in synchronous training.
+        save_seconds: seconds for which training stood still for saving so far.
+        sync_seconds: seconds spent in synchronisation so far.
+        watch_seconds: seconds spent in looking and drawing so far, no part of `sync_seconds`.
+        wire_dtype: dtype of averaged values on the wire.
+    """
+
+    ledger: Ledger
+    observers: list[RoundObserver]
+    pace: Any
+    round_stats: dict[str, float]
+    rounds_done: int
+    save_seconds: float
+    sync_seconds: float
+    watch_seconds: float
+    wire_dtype: WireDtype
+
+    @property
+    def topology(self) -> Topology:
+        """This rank's place among the sites."""
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether sites agree in rounds; synchronous training has none."""
+
+    @property
+    def sees_loads(self) -> bool:
+        """Whether the placement depends on how often experts were picked."""
+
+    @property
+    def measures_sync(self) -> bool:
+        """Whether the time of synchronisation is known: data parallelism hides it in the backward pass."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that the run has taken; within a round's end with the step that ends it."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """Who holds what; None if every rank holds all."""
+
+    def residency(self, config: ModelConfig) -> Residency:
+        """The experts that this site holds."""
+
+    def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
+        """Sum a small tensor over all sites, counted; all sites call it together."""
+
+    def reduce_loads(self, loads_LE: Tensor) -> Tensor:
+        """Expert loads (L, E) that the balance bias is updated from."""
+
+    def all_experts_of(self, layer: int) -> AbstractContextManager[None]:
+        """Make all E experts of one layer live on this site while the context lasts; all sites enter it together."""
+
+    def stop_if_asked(self) -> None:
+        """End the run here if it was asked to and may; called after each micro-batch."""
+
+    def hold_stop(self) -> None:
+        """Let `trainer.should_stop` be true only where the run may end."""
+
+    def watch_movement(self) -> Movement | None:
+        """Have every round fill a `Movement`; None where there are no rounds."""
+
+    def agreed_bytes(self) -> int:
+        """Bytes of anchors and outer momentum on this rank's device."""
+
+    def describe(self) -> str:
+        """One line that says which method this is."""
+
+
+class Alone:
+    """Answers for Lightning's own strategies, of which nothing is known but their ranks: each has the whole model."""
+
+    has_rounds = measures_sync = sees_loads = False
+    pace = placement = None
+    rounds_done = 0
+    save_seconds = sync_seconds = watch_seconds = 0.0
+    wire_dtype: WireDtype = "float32"
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.ledger = Ledger()
+        self.observers: list[RoundObserver] = []
+        self.round_stats: dict[str, float] = {}
+
+    @property
+    def topology(self) -> Topology:
+        """Every rank is a site, as far as data is concerned."""
+        return Topology(self._trainer.world_size, 1, self._trainer.global_rank)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Lightning's count."""
+        return int(self._trainer.global_step)
+
+    def residency(self, config: ModelConfig) -> Residency:
+        """All experts."""
+        return Residency.full(config)
+
+    def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
+        """The values themselves."""
+        return values
+
+    def reduce_loads(self, loads_LE: Tensor) -> Tensor:
+        """The loads themselves."""
+        return loads_LE
+
+    def all_experts_of(self, layer: int) -> AbstractContextManager[None]:
+        """They are live."""
+        return nullcontext()
+
+    def stop_if_asked(self) -> None:
+        """Nothing: Lightning ends its runs."""
+
+    def hold_stop(self) -> None:
+        """Nothing: Lightning ends its runs."""
+
+    def watch_movement(self) -> None:
+        """Nothing: there are no rounds."""
+
+    def agreed_bytes(self) -> int:
+        """Nothing is kept twice."""
+        return 0
+
+    def describe(self) -> str:
+        """All that is known."""
+        return "a strategy of Lightning's"
+
+
+def context(trainer: Any) -> SiteContext:
+    """What answers for the sites of a run.
+
+    Args:
+        trainer: the Trainer that runs.
+    """
+    own: SiteContext | None = getattr(trainer.strategy, "context", None)
+    return cast(SiteContext, Alone(trainer)) if own is None else own
