@@ -21,6 +21,7 @@ ORDER = (
     "costs",
     "federation",
     "model",
+    "codec",
     "files",
     "errors",
     "__init__",
