@@ -22,6 +22,7 @@ ORDER = (
     "training",
     "federation",
     "model",
+    "codec",
     "files",
     "seed",
     "errors",

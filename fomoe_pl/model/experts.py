@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.backends import grouped, kernels, loop
 from fomoe_pl.model.backends.activation import activate
+from fomoe_pl.model.backends.frozen import Frozen
 from fomoe_pl.model.config import ExpertBackend, ModelConfig
 from fomoe_pl.model.parts import compute_dtype
 
@@ -48,13 +49,14 @@ class Experts(nn.Module):
         self.w_in = nn.Parameter(torch.empty(shape_in, device=device, dtype=dtype))
         self.w_out = nn.Parameter(torch.empty(shape_out, device=device, dtype=dtype))
 
-    def forward(self, x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor) -> Tensor:
-        """Return Σ_k gate_k · expert_k(x) over the resident picks; a slot of R is a ghost and adds nothing.
+    def forward(self, x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, frozen: Frozen | None = None) -> Tensor:
+        """Return Σ_k gate_k · expert_k(x) over the picks of residents and copies; others add nothing.
 
         Args:
             x_TD: Tokens (T,D).
             gates_TK: Gates, float32 (T,K).
-            slots_TK: Row of each pick in the stacked weights, int64 (T,K).
+            slots_TK: Row of each pick in the stacked weights, int64 (T,K); from R on, in the copies.
+            frozen: Copies of experts that are not resident.
 
         Returns:
             (T,D) in the compute type.
@@ -71,9 +73,9 @@ class Experts(nn.Module):
             if backend == "triton":
                 # A validation has other experts' weights in their place.
                 copies = self.copies if torch.is_grad_enabled() else None
-                return kernels.dispatch(*picks, self.w_in, self.w_out, self.kind, copies, self.checkpointing)
+                return kernels.dispatch(*picks, self.w_in, self.w_out, self.kind, frozen, copies, self.checkpointing)
             run = _dispatch_of(backend, x_TD.device.type, self.checkpointing and torch.is_grad_enabled())
-            return run(*picks, self.w_in, self.w_out, self.kind)
+            return run(*picks, self.w_in, self.w_out, self.kind, frozen)
 
 
 def _dispatch_of(backend: str, device_type: str, checkpointing: bool) -> Callable[..., Tensor]:

@@ -1,7 +1,8 @@
 """Initial values that depend on (seed, layer, expert id) or (seed, tensor name) alone.
 
-So every site that holds an expert draws the same bits for it, whatever the number of sites and the placement, and no
-site ever draws an expert that it does not hold.
+So every site that holds an expert draws the same bits for it, whatever the number of sites and the placement. No site
+draws an expert that it does not hold, unless it keeps a copy: then it packs what it drew, so all copies are the same
+bits, too.
 """
 
 import hashlib
@@ -57,7 +58,7 @@ def _draw(target: Tensor, rule: Rule, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def initialize(model: "Transformer", seed: int) -> None:
-    """Give every parameter its initial value, the balance biases zero, and the lookups the residency.
+    """Give parameters and copies of absent experts their initial values, biases zero, and lookups the residency.
 
     Args:
         model: The transformer, on a real device.
@@ -67,25 +68,35 @@ def initialize(model: "Transformer", seed: int) -> None:
         if ".moe.experts." not in name and ".moe.router." not in name:
             _draw(parameter, rule_of(name, model.config), dense_generator(seed, name))
     for layer, block in enumerate(model.layers):
-        _initialize_routed(model, layer, seed)
         # Memory that came from the meta device holds no lookups yet.
-        block.moe.router.set_resident(model.residency.experts[layer])
+        block.moe.set_resident(model.residency.experts[layer])
+        _initialize_routed(model, layer, seed)
         if block.moe.router.balance_bias is not None:
             block.moe.router.balance_bias.zero_()
 
 
 def _initialize_routed(model: "Transformer", layer: int, seed: int) -> None:
-    router, experts = model.layers[layer].moe.router, model.layers[layer].moe.experts
+    moe = model.layers[layer].moe
+    router, experts, shadow = moe.router, moe.experts, moe.shadow
     router_rule, in_rule, out_rule = (
         rule_of(f"layers.{layer}.moe.{part}", model.config)
         for part in ("router.weight", "experts.w_in", "experts.w_out")
     )
     rows = {expert: row for row, expert in enumerate(model.residency.experts[layer])}
-    ghost_mode = model.residency.routing == "ghost"
-    for expert in range(model.config.n_experts) if ghost_mode else rows:
+    absent = {} if shadow is None else {expert: row for row, expert in enumerate(shadow.absent)}
+    whole = model.residency.routing != "partitioned"
+    for expert in range(model.config.n_experts) if whole else rows:
         generator = expert_generator(seed, layer, expert)
         # The router's row comes first, so that a whole router never has to draw a ghost's matrices.
-        _draw(router.weight[expert if ghost_mode else rows[expert]], router_rule, generator)
+        _draw(router.weight[expert if whole else rows[expert]], router_rule, generator)
         if expert in rows:
             _draw(experts.w_in[rows[expert]], in_rule, generator)
             _draw(experts.w_out[rows[expert]], out_rule, generator)
+        elif shadow is not None:
+            for weight, packed, rule in (
+                (experts.w_in, shadow.w_in, in_rule),
+                (experts.w_out, shadow.w_out, out_rule),
+            ):
+                values = torch.empty(weight.shape[1:], dtype=torch.float32, device=packed.device)
+                _draw(values, rule, generator)
+                packed[absent[expert]].copy_(model.residency.shadow.codec.encode(values.flatten()))

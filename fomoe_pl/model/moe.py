@@ -1,4 +1,4 @@
-"""One mixture of experts: router, resident experts, shared experts.
+"""One mixture of experts: router, resident experts, copies of absent ones, shared experts.
 
 Shapes: B batch, S sequence, T = B·S tokens, D model, E experts, R resident experts, K picks of a token.
 """
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.experts import Experts, SharedExperts
-from fomoe_pl.model.residency import Routing
+from fomoe_pl.model.residency import Routing, Shadow
 from fomoe_pl.model.router import Router, RoutingStats, lookup
+from fomoe_pl.model.shadow import ShadowExperts
 
 
 class MoELayer(nn.Module):
@@ -22,6 +23,7 @@ class MoELayer(nn.Module):
         config: The architecture.
         routing: What becomes of experts that are not resident.
         resident: Sorted ids of the resident experts.
+        shadow: How copies are kept; used with ``shadow`` routing.
         device: Where the weights live; None is torch's default.
         dtype: Type of the weights; None is torch's default.
     """
@@ -31,6 +33,7 @@ class MoELayer(nn.Module):
         config: ModelConfig,
         routing: Routing,
         resident: tuple[int, ...],
+        shadow: Shadow,
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -39,16 +42,25 @@ class MoELayer(nn.Module):
         self.n_experts = config.n_experts
         self.router = Router(config, routing, resident, device=device, dtype=dtype)
         self.experts = Experts(config, len(resident), device=device, dtype=dtype)
+        copied = routing == "shadow" and len(resident) < config.n_experts
+        self.shadow = ShadowExperts(config, shadow, resident, device=device) if copied else None
         self.shared = SharedExperts(config, device=device, dtype=dtype) if config.n_shared_experts else None
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
         """Route (B,S,D) through the experts; returns (B,S,D), zero for a token whose picks are all ghosts."""
+        frozen = None if self.shadow is None else self.shadow.frozen(self.router.slot_of_expert)
         x_TD = x_BSD.flatten(0, 1)
         gates_TK, slots_TK, stats = self.router(x_TD)
-        y_TD = self.experts(x_TD, gates_TK, slots_TK)
+        y_TD = self.experts(x_TD, gates_TK, slots_TK, frozen)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view(x_BSD.shape), stats
+
+    def set_resident(self, resident: tuple[int, ...]) -> None:
+        """Change in place which experts are resident; their number stays. Copies: see `ShadowExperts.set_resident`."""
+        self.router.set_resident(resident)
+        if self.shadow is not None:
+            self.shadow.set_resident(resident)
 
     @contextmanager
     def with_all_experts(self, tensors: dict[str, Tensor]) -> Iterator[None]:
@@ -61,10 +73,11 @@ class MoELayer(nn.Module):
                 (E,D,I), ``experts.w_out`` (E,F,D), and in partitioned mode ``router.weight`` (E,D) and, if the balance
                 is by bias, ``router.balance_bias`` (E,).
         """
-        ids_E, slots_E = lookup(self.n_experts, tuple(range(self.n_experts)))
+        ids_E, slots_E = lookup(self.n_experts, tuple(range(self.n_experts)), copied=False)
         device = self.router.weight.device
         swaps = tensors | {"router.resident_ids": ids_E.to(device), "router.slot_of_expert": slots_E.to(device)}
         kept: dict[str, Tensor] = {}
+        shadow, self.shadow = self.shadow, None
         try:
             for name, tensor in swaps.items():
                 kept[name] = self._swap(name, tensor)
@@ -72,6 +85,7 @@ class MoELayer(nn.Module):
         finally:
             for name, tensor in kept.items():
                 self._swap(name, tensor)
+            self.shadow = shadow
 
     def _swap(self, name: str, tensor: Tensor) -> Tensor:
         """Put a tensor in the place of a parameter or buffer and return what was there."""

@@ -1,7 +1,7 @@
 """The router: which experts a token goes to, and with which gates.
 
-Shapes: T tokens, D model, E experts of the layer, R resident experts, N scored experts (E in ghost mode, R in
-partitioned mode), K experts chosen for each token.
+Shapes: T tokens, D model, E experts of the layer, R resident experts, N scored experts (R in partitioned mode, else E),
+K experts chosen for each token.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fomoe_pl.model.backends import kernels, rows
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Routing
+from fomoe_pl.model.residency import Routing, absent_ids
 
 
 class RoutingStats(NamedTuple):
@@ -24,13 +24,14 @@ class RoutingStats(NamedTuple):
 
     Attributes:
         load_E: float32 (E,), picks of each expert, ghosts included; zero for experts that were not scored.
-        live: int64 (), picks that were executed, i.e. of resident experts.
+        live: int64 (), picks of resident experts. The others are not executed, or in shadow mode by copies.
         picks: All picks, T·K.
         importance_E: float32 (E,), mean over tokens of the scores normalised to sum 1; zero where not scored.
         z: float32 (), mean over tokens of logsumexp(logits)² (ST-MoE, arXiv 2202.08906).
         gate_entropy: float32 (), mean over tokens of the entropy of the normalised scores, divided by log N; None if
             the router does not measure it.
-        picks_TK: int64, picks of each token as rows of the router: expert ids in ghost mode, else see `resident_ids`.
+        picks_TK: int64, picks of each token as rows of the router: in partitioned mode see `resident_ids`, else
+            expert ids.
         gates_TK: float32, gates of these picks, without gradient.
     """
 
@@ -47,12 +48,12 @@ class RoutingStats(NamedTuple):
 class Router(nn.Module):
     """Scores experts and picks top-k, in float32 whatever the precision of the rest.
 
-    The lookup buffers ``resident_ids`` (R,) and ``slot_of_expert`` (E,), where a ghost has slot R, are rebuilt from
-    the residency and not saved. ``balance_bias`` is saved, and stays float32 when the module is cast.
+    The lookup buffers ``resident_ids`` (R,) and ``slot_of_expert`` (E,), see `lookup`, are rebuilt from the residency
+    and not saved. ``balance_bias`` is saved, and stays float32 when the module is cast.
 
     Args:
         config: The architecture.
-        routing: ``ghost`` holds all E rows; ``partitioned`` holds the residents' rows.
+        routing: ``partitioned`` holds the residents' rows, the others all E rows.
         resident: Sorted ids of the resident experts.
         device: Where the weights live; None is torch's default.
         dtype: Type of the weights; None is torch's default.
@@ -80,9 +81,9 @@ class Router(nn.Module):
         self.gate = config.gate
         self.normalize_gates = config.normalize_gates
         self.routing = routing
-        n_scored = config.n_experts if routing == "ghost" else len(resident)
+        n_scored = len(resident) if routing == "partitioned" else config.n_experts
         self.weight = nn.Parameter(torch.empty(n_scored, config.d_model, device=device, dtype=dtype))
-        ids_R, slots_E = lookup(config.n_experts, resident)
+        ids_R, slots_E = lookup(config.n_experts, resident, copied=routing == "shadow")
         self.register_buffer("resident_ids", ids_R.to(self.weight.device), persistent=False)
         self.register_buffer("slot_of_expert", slots_E.to(self.weight.device), persistent=False)
         bias = torch.zeros(n_scored, device=device, dtype=torch.float32) if config.balance == "bias" else None
@@ -100,7 +101,7 @@ class Router(nn.Module):
 
     def set_resident(self, resident: tuple[int, ...]) -> None:
         """Change in place which experts are resident; their number stays."""
-        ids_R, slots_E = lookup(self.n_experts, resident)
+        ids_R, slots_E = lookup(self.n_experts, resident, copied=self.routing == "shadow")
         self.resident_ids.copy_(ids_R)
         self.slot_of_expert.copy_(slots_E)
 
@@ -125,7 +126,7 @@ class Router(nn.Module):
     def expert_ids(self, picks_TK: Tensor) -> Tensor:
         """Turn rows of this router, as in `RoutingStats.picks_TK`, into expert ids."""
         # While all experts are live for a validation, a partitioned router has E rows, of which row e is expert e.
-        return picks_TK if self.routing == "ghost" else self.resident_ids[picks_TK]
+        return self.resident_ids[picks_TK] if self.routing == "partitioned" else picks_TK
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
         """Pick experts for each token.
@@ -134,8 +135,8 @@ class Router(nn.Module):
             x_TD: Tokens (T,D).
 
         Returns:
-            ``gates_TK`` float32, ``slots_TK`` int64 (the row of the expert in the stacked tensors, R for a ghost) and
-            the statistics.
+            ``gates_TK`` float32, ``slots_TK`` int64 (the row of the expert in the stacked tensors, from R on without
+            one, see `lookup`) and the statistics.
         """
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             logits_TN = F.linear(x_TD.float(), self.weight.float())
@@ -150,7 +151,7 @@ class Router(nn.Module):
             if self._random is not None:
                 order_TN = torch.rand(scores_TN.shape, generator=self._random, device=scores_TN.device)
                 chosen_TK, load_N = _choose(order_TN, chosen_TK.shape[1])
-            slots_TK = self.slot_of_expert[chosen_TK] if self.routing == "ghost" else chosen_TK
+            slots_TK = chosen_TK if self.routing == "partitioned" else self.slot_of_expert[chosen_TK]
             shares_TN = scores_TN
             if self.gate == "sigmoid":
                 shares_TN = scores_TN / scores_TN.sum(dim=-1, keepdim=True)
@@ -184,7 +185,7 @@ class Router(nn.Module):
         """
         if self.balance_bias is None:
             return
-        load_N = load_E if self.routing == "ghost" else load_E[self.resident_ids]
+        load_N = load_E[self.resident_ids] if self.routing == "partitioned" else load_E
         self.balance_bias += rate * torch.sign(load_N.mean() - load_N)
 
 
@@ -207,9 +208,14 @@ def _entropy(shares_TN: Tensor) -> Tensor:
     return torch.special.entr(shares_TN).sum() / (n_tokens * bound)
 
 
-def lookup(n_experts: int, resident: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return ``resident_ids`` (R,) and ``slot_of_expert`` (E,) on the CPU, int64; a ghost has slot R."""
+def lookup(n_experts: int, resident: tuple[int, ...], *, copied: bool) -> tuple[Tensor, Tensor]:
+    """Return ``resident_ids`` (R,) and ``slot_of_expert`` (E,) on the CPU, int64.
+
+    The r-th resident has slot r. All others have slot R, or if they are copied, the a-th of them slot R + a.
+    """
     ids_R = torch.tensor(resident, dtype=torch.int64, device="cpu")
     slots_E = torch.full((n_experts,), len(resident), dtype=torch.int64, device="cpu")
     slots_E[ids_R] = torch.arange(len(resident), device="cpu")
+    if copied:
+        slots_E[list(absent_ids(n_experts, resident))] = torch.arange(len(resident), n_experts, device="cpu")
     return ids_R, slots_E

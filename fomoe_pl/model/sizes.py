@@ -58,9 +58,9 @@ def resident_counts(config: ModelConfig, n_resident: int, routing: Routing) -> P
     Args:
         config: The architecture.
         n_resident: Resident experts R of each layer.
-        routing: In ghost mode the router is whole, in partitioned mode it has R rows.
+        routing: In partitioned mode the router has R rows, otherwise it is whole.
     """
-    rows = config.n_experts if routing == "ghost" else n_resident
+    rows = n_resident if routing == "partitioned" else config.n_experts
     return ParameterCounts(
         embeddings=config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2),
         attention=config.n_layers * attention_parameters(config),

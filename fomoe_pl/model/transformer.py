@@ -3,7 +3,8 @@
 Shapes: B batch, S sequence, D model, V vocabulary, E experts of a layer, R resident experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from fomoe_pl.model.init import initialize
 from fomoe_pl.model.moe import MoELayer
 from fomoe_pl.model.parametrization import branch_multiplier, logits_multiplier
 from fomoe_pl.model.parts import Linear, Norm
-from fomoe_pl.model.residency import Residency, Routing
+from fomoe_pl.model.residency import Residency, Routing, Shadow
 from fomoe_pl.model.router import RoutingStats
 
 
@@ -31,6 +32,7 @@ class Block(nn.Module):
         config: The architecture.
         routing: What becomes of experts that are not resident.
         resident: Sorted ids of this layer's resident experts.
+        shadow: How copies are kept; used with ``shadow`` routing.
         device: Where the weights live; None is torch's default.
         dtype: Type of the weights; None is torch's default.
     """
@@ -40,6 +42,7 @@ class Block(nn.Module):
         config: ModelConfig,
         routing: Routing,
         resident: tuple[int, ...],
+        shadow: Shadow,
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -51,7 +54,7 @@ class Block(nn.Module):
         self.attention_norm = Norm(config.d_model, config, device=device, dtype=dtype)
         self.attention = Attention(config, device=device, dtype=dtype)
         self.moe_norm = Norm(config.d_model, config, device=device, dtype=dtype)
-        self.moe = MoELayer(config, routing, resident, device=device, dtype=dtype)
+        self.moe = MoELayer(config, routing, resident, shadow, device=device, dtype=dtype)
         peri = config.norm_placement == "peri"
         self.attention_out_norm = Norm(config.d_model, config, device=device, dtype=dtype) if peri else nn.Identity()
         self.moe_out_norm = Norm(config.d_model, config, device=device, dtype=dtype) if peri else nn.Identity()
@@ -103,7 +106,7 @@ class Transformer(nn.Module):
         )
         # Typed by what it holds: a ModuleList does not tell.
         self.layers: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(config, self.residency.routing, resident, device=device, dtype=dtype)
+            Block(config, self.residency.routing, resident, self.residency.shadow, device=device, dtype=dtype)
             for resident in self.residency.experts
         )
         self.final_norm = Norm(config.d_model, config, device=device, dtype=dtype)
@@ -176,7 +179,7 @@ class Transformer(nn.Module):
         """Return the layer of every tensor whose row r (axis 0) belongs to expert ``residency.experts[layer][r]``.
 
         Names are those of ``named_parameters()`` and ``named_buffers()``. In partitioned mode the router's tensors are
-        among them; in ghost mode they are dense.
+        among them; otherwise they are dense.
         """
         parts = ["experts.w_in", "experts.w_out"]
         if self.residency.routing == "partitioned":
@@ -185,14 +188,44 @@ class Transformer(nn.Module):
                 parts.append("router.balance_bias")
         return {f"layers.{layer}.moe.{part}": layer for layer in range(self.config.n_layers) for part in parts}
 
+    def shadow_tensors(self) -> dict[str, int]:
+        """Return the layer of every tensor of copies, whose row a (axis 0) is of ``residency.absent(layer, config)[a]``.
+
+        Names are those of ``named_buffers()``: ``layers.0.moe.shadow.w_in``. A row is what ``residency.shadow.codec``
+        makes of the expert's row of ``layers.0.moe.experts.w_in``, flattened. There are none where all are resident.
+        """
+        return {
+            f"layers.{layer}.moe.shadow.{name}": layer
+            for layer, block in enumerate(self.layers)
+            if block.moe.shadow is not None
+            for name in ("w_in", "w_out")
+        }
+
+    @contextmanager
+    def refreshing(self) -> Iterator[dict[str, Tensor]]:
+        """Let new copies be written, and take them when the block ends without an exception: all of them or none.
+
+        Yields:
+            By the names of `shadow_tensors` the copies as they are, on their device, to be written over in part or as a
+            whole. This is memory of its own, as much as all copies take, and free again afterwards.
+        """
+        buffers = dict(self.named_buffers())
+        staged = {name: buffers[name].clone() for name in self.shadow_tensors()}
+        yield staged
+        for name, tensor in staged.items():
+            buffers[name].copy_(tensor)  # in place: recorded passes read these addresses
+
     def set_residency(self, residency: Residency) -> None:
         """Change which experts the rows stand for. The caller moves the rows; their numbers must not change.
+
+        Copies of experts that stay absent are kept; those of experts that were resident have to be written
+        (`refreshing`), until which they decode to NaN.
 
         Args:
             residency: Of the same routing mode, with as many residents in each layer as before.
         """
         for block, resident in zip(self.layers, residency.experts, strict=True):
-            block.moe.router.set_resident(resident)
+            block.moe.set_resident(resident)
         self.residency = residency
 
     def update_balance_bias(self, loads: list[Tensor]) -> None:

@@ -49,7 +49,9 @@ def of_kernels(major: int, minor: int, shared: int) -> dict[str, int]:
     at, tuning = 10 * major + minor, tuned(2, D, F, ROWS, shared_bytes=shared, capability=(major, minor))
     found = {
         "up": shared_bytes(on_device.up, at, tuning.up, SWIGLU=True, WITH_PRE=True, K=K, RP=R),
-        "down_backward": shared_bytes(on_device.down_backward, at, tuning.down_backward, SWIGLU=True, K=K, RP=R),
+        "down_backward": shared_bytes(
+            on_device.down_backward, at, tuning.down_backward, SWIGLU=True, WITH_H=True, WITH_DPRE=True, K=K, RP=R
+        ),
     }
     for name, tiles, transposed, channels, columns in (
         ("down", tuning.down, False, F, D),

@@ -12,6 +12,8 @@ cache.
 
 Nothing is added atomically: each output has one program that sums in a fixed order, and results repeat to the bit.
 
+Copies of absent experts are multiplied by the same kernels, on their part of the offsets: then R stands for the copies.
+
 Shapes: T tokens, D model, R resident experts, K picks of a token, P = T·K picks, L live picks, I input width of an
 expert (F, or 2F with swiglu: gate beside up), F expert width.
 """
@@ -231,10 +233,10 @@ def sum_picks(y_LD, place_P, y_TD, D, K: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def down_backward(
     dy_TD, order_P, offsets_R1, w_out_RFD, gates_P, pre_LI, dpre_LI, h_LF, dgate_parts, D, F, n_picks, n_resident,
-    K: tl.constexpr, SWIGLU: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, SWIGLU: tl.constexpr, WITH_H: tl.constexpr, WITH_DPRE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """From the tokens' gradients back to inside the activation: dpre; and h anew, and the gates' gradients.
+    """From the tokens' gradients back to inside the activation: dpre; and h anew, and the gates' gradients; without what is not asked for.
 
     dh = dy[token] @ w_out[expert]ᵀ meets the activation's input while it is still in registers. h is made again
     rather than kept from the forward pass: one multiplication here against F·L numbers in memory for the whole step.
@@ -259,14 +261,21 @@ def down_backward(
     # In two halves of the columns: what the activation needs of all at once does not fit into the registers.
     left_MH, right_MH = tl.split(tl.permute(tl.reshape(dh_MN, (BM, 2, BN // 2)), (0, 2, 1)))
     f_H = column * BN + tl.arange(0, BN // 2)
-    part_M = _activation_backward(left_MH, gate_M, pre_LI, dpre_LI, h_LF, row_M, live_M, f_H, F, SWIGLU)
-    part_M += _activation_backward(right_MH, gate_M, pre_LI, dpre_LI, h_LF, row_M, live_M, f_H + BN // 2, F, SWIGLU)
+    part_M = _activation_backward(
+        left_MH, gate_M, pre_LI, dpre_LI, h_LF, row_M, live_M, f_H, F, SWIGLU, WITH_H, WITH_DPRE
+    )
+    part_M += _activation_backward(
+        right_MH, gate_M, pre_LI, dpre_LI, h_LF, row_M, live_M, f_H + BN // 2, F, SWIGLU, WITH_H, WITH_DPRE
+    )
     tl.store(dgate_parts + column.to(tl.int64) * n_picks + pick_M, part_M, mask=live_M)
 
 
 @triton.jit
-def _activation_backward(dh_MN, gate_M, pre_LI, dpre_LI, h_LF, row_M, live_M, f_N, F, SWIGLU: tl.constexpr):
-    """Write dpre and gate · h of some columns; return Σ_f dh·h of each row."""
+def _activation_backward(
+    dh_MN, gate_M, pre_LI, dpre_LI, h_LF, row_M, live_M, f_N, F,
+    SWIGLU: tl.constexpr, WITH_H: tl.constexpr, WITH_DPRE: tl.constexpr,
+):  # fmt: skip
+    """Write dpre and gate · h of some columns, if asked for; return Σ_f dh·h of each row."""
     write = live_M[:, None] & (f_N < F)[None, :]
     width = 2 * F if SWIGLU else F
     at_MN = row_M[:, None] * width + f_N[None, :]
@@ -277,11 +286,14 @@ def _activation_backward(dh_MN, gate_M, pre_LI, dpre_LI, h_LF, row_M, live_M, f_
     slope_MN = sigmoid_MN * (1 + pre_MN * (1 - sigmoid_MN))
     if SWIGLU:
         up_MN = tl.load(pre_LI + at_MN + F, mask=write, other=0.0).to(tl.float32)
-        tl.store(dpre_LI + at_MN + F, (dh_MN * gate_M[:, None] * h_MN).to(out_type), mask=write)
+        if WITH_DPRE:
+            tl.store(dpre_LI + at_MN + F, (dh_MN * gate_M[:, None] * h_MN).to(out_type), mask=write)
         h_MN *= up_MN
         slope_MN *= up_MN
-    tl.store(dpre_LI + at_MN, (dh_MN * gate_M[:, None] * slope_MN).to(out_type), mask=write)
-    tl.store(h_LF + row_M[:, None] * F + f_N[None, :], (h_MN * gate_M[:, None]).to(out_type), mask=write)
+    if WITH_DPRE:
+        tl.store(dpre_LI + at_MN, (dh_MN * gate_M[:, None] * slope_MN).to(out_type), mask=write)
+    if WITH_H:
+        tl.store(h_LF + row_M[:, None] * F + f_N[None, :], (h_MN * gate_M[:, None]).to(out_type), mask=write)
     return tl.sum(tl.where(write, dh_MN * h_MN, 0.0), axis=1)
 
 
@@ -334,3 +346,35 @@ def _rows(
     if width % BLOCK != 0:
         return tl.load(at, mask=(columns < width)[None, :], other=0.0)
     return tl.load(at)
+
+
+@triton.jit
+def unpack_groups(
+    packed, w, n_groups, n_numbers, BITS: tl.constexpr, GROUP: tl.constexpr, PROGRAM: tl.constexpr
+):  # fmt: skip
+    """w[expert] = level · scale of each number of a row of bytes, as `codec.Groups` writes it; rounded once.
+
+    One program unpacks PROGRAM groups of one expert. The scale is put together of its bytes: nothing asks where in
+    memory a row may begin.
+    """
+    BYTES: tl.constexpr = GROUP * BITS // 8
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    expert = tl.program_id(1).to(tl.int64)
+    row = packed + expert * n_groups * (BYTES + 2)
+    g_G = tl.program_id(0) * PROGRAM + tl.arange(0, PROGRAM)
+    live_G = g_G < n_groups
+    at_GB = g_G[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    codes = tl.load(row + at_GB, mask=live_G[:, None], other=0).to(tl.int32)
+    if BITS == 4:
+        codes = tl.interleave(codes & 15, codes >> 4)
+    if BITS == 2:
+        even = tl.interleave(codes & 3, (codes >> 4) & 3)
+        codes = tl.interleave(even, tl.interleave((codes >> 2) & 3, codes >> 6))
+    at_G = row + n_groups * BYTES + g_G * 2
+    low_G = tl.load(at_G, mask=live_G, other=0).to(tl.int32)
+    high_G = tl.load(at_G + 1, mask=live_G, other=0).to(tl.int32)
+    scale_G = ((low_G << 16) | (high_G << 24)).to(tl.float32, bitcast=True)
+    levels = (codes ^ HALF).to(tl.float32) - (HALF - 0.5 if BITS == 2 else HALF)
+    number_GN = g_G[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    at_GN = w + expert * n_numbers + number_GN
+    tl.store(at_GN, (levels * scale_G[:, None]).to(w.dtype.element_ty), mask=number_GN < n_numbers)
