@@ -25,6 +25,7 @@ from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
 from fomoe_pl.federation.settings import InnerMoments
+from fomoe_pl.federation.shadow import Copies, refresh_layer
 from fomoe_pl.federation.state import ANCHOR, Piece, State, cut, joined
 from fomoe_pl.federation.transport import Transport
 
@@ -40,6 +41,7 @@ class Federation:
         inner_moments: what a round does to the inner optimizer's moments.
         state_on_host: anchors and the outer rule's state live in memory of the host, page-locked where there is a GPU,
             and come to the device piece by piece.
+        copies: of the experts that this site does not hold, if there are any.
 
     Attributes:
         state: anchors and the outer rule's slots.
@@ -55,6 +57,7 @@ class Federation:
         outer: OuterRule,
         inner_moments: InnerMoments = "keep",
         state_on_host: bool = False,
+        copies: Copies | None = None,
     ) -> None:
         self.layout = layout
         self.placement = placement
@@ -63,6 +66,7 @@ class Federation:
         self.inner_moments = inner_moments
         self.site = transport.topology.site
         self.state = State(layout, slots=outer.slots, on_host=state_on_host)
+        self.copies = copies
         self._stash: dict[str, Tensor] | None = None
         self.movement: Movement | None = None
 
@@ -290,6 +294,36 @@ class Federation:
         return received
 
     @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Give every site the agreed values of the experts that it lacks, packed; every site must call it."""
+        if self.copies is None:
+            return
+        lacking = self.placement.complement()
+        with self.copies.refreshing() as fresh:
+            for layer in range(len(self.placement.holders)):
+                transfers = refresh_layer(self.placement, layer)
+                arrived = self._exchange("shadow", transfers, layer, [self._packed(layer)], torch.uint8)
+                absent = [
+                    expert for expert, sites in enumerate(self.placement.holders[layer]) if self.site not in sites
+                ]
+                for row, expert in enumerate(lacking.residents_in(layer, self.site)):
+                    for (_, name), packed in arrived[expert].items():
+                        fresh[name][row].copy_(packed)
+
+    def _packed(self, layer: int) -> dict[str, Tensor]:
+        """The experts of a layer that this site owns, as copies; other rows are left as they happen to be."""
+        copies = cast(Copies, self.copies)
+        residents = self.placement.residents_in(layer, self.site)
+        owned = [r for r, expert in enumerate(residents) if self.placement.owner(layer, expert) == self.site]
+        packed = {}
+        for name, tensor in copies.tensors.items():
+            if self.layout.expert_layer[name] == layer:
+                packed[name] = tensor.new_empty(len(residents), tensor.shape[1])
+                values = self.anchors[name][owned].to(tensor.device)
+                packed[name][owned] = copies.encode(values)
+        return packed
+
+    @torch.no_grad()
     def gather(self, layer: int) -> dict[str, Tensor]:
         """All E experts of one layer, stacked, from their holders (every site must call it).
 
@@ -344,6 +378,11 @@ class Federation:
                 more = f" and {len(found) - 5} more" if len(found) > 5 else ""
                 named = "; ".join(("" if slot == ANCHOR else f"outer {slot} of ") + item for item in found[:5])
                 raise RuntimeError(f"sites differ after a round in {named}{more}; resume from a checkpoint")
+        if self.copies is not None and self.copies.tensors:
+            layout = self.copies.layout(self.layout)
+            found = disagreements(self.transport, layout, self.placement.complement(), self.copies.tensors)
+            if found:
+                raise RuntimeError(f"sites differ in their copies of {'; '.join(found[:5])}; resume from a checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
         """What this site needs, beside the global model, to go on from here."""

@@ -100,6 +100,14 @@ class Placement:
         """All (layer, expert) whose holder set is exactly `sites`, in order."""
         return [(i, e) for i, layer in enumerate(self.holders) for e, held in enumerate(layer) if held == sites]
 
+    def complement(self) -> Placement:
+        """Who lacks each expert."""
+        lacking = tuple(
+            tuple(tuple(site for site in range(self.n_sites) if site not in sites) for sites in layer)
+            for layer in self.holders
+        )
+        return Placement(lacking, self.n_sites)
+
     def owner(self, layer: int, expert: int) -> int:
         """The one holder that writes this expert into a checkpoint (spread evenly over the holders)."""
         sites = self.holders[layer][expert]

@@ -18,7 +18,7 @@ from fomoe_pl.federation.placement import (
     policy_of,
 )
 from fomoe_pl.federation.schedule import RoundSchedule
-from fomoe_pl.model.residency import Routing
+from fomoe_pl.model.residency import Residency, Routing, Shadow, ShadowBits
 
 InnerMoments = Literal["keep", "reset", "average"]
 OuterPlace = Literal["device", "host"]
@@ -34,7 +34,7 @@ class FederationConfig:
         ranks_per_site: ranks inside a site; only 1 works so far.
         overlap: sites that hold each expert, 1..M; None is M, a full replica.
         routing: what happens to picks of experts that are not here: `ghost` skips them, `partitioned` routes among
-            the residents only.
+            the residents only, `shadow` computes them with frozen low-bit copies.
         placement: `fixed`, `random` with experts placed again every `reshuffle_rounds` rounds, or your own subclass of
             `fomoe_pl.federation.placement.PlacementPolicy`.
         reshuffle_rounds: T, rounds between two placements of a policy that moves experts.
@@ -49,6 +49,10 @@ class FederationConfig:
             which saves a GPU 4 to 8 bytes a parameter, and takes twice as many over its bus in a round.
         check_agreement: compare a hash of each dense tensor of all sites, and of each expert of its holders, after
             every round (always done before saving).
+        shadow_bits: bits of a number in a copy of an absent expert, with `shadow` routing: 2, 4, 8, 16 (32 for tests).
+        shadow_refresh: rounds between two refreshes of the copies; they are refreshed too when experts have moved.
+        shadow_input_gradient: whether tokens get gradients through copies; false saves those products of the backward
+            pass. Gates get theirs either way.
         min_sites: fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
 
     Raises:
@@ -69,6 +73,9 @@ class FederationConfig:
     bucket_mib: int = 64
     outer_state: OuterPlace = "device"
     check_agreement: bool = False
+    shadow_bits: ShadowBits = 4
+    shadow_refresh: int = 1
+    shadow_input_gradient: bool = True
     min_sites: int | None = None
 
     def __post_init__(self) -> None:
@@ -76,12 +83,13 @@ class FederationConfig:
         for name, choices in (
             ("routing", Routing), ("inner_moments", InnerMoments), ("wire_dtype", WireDtype),
             ("outer_state", OuterPlace),
+            ("shadow_bits", ShadowBits),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), choices)
         if self.ranks_per_site != 1:
             rule = "several ranks in a site are not supported yet"
             raise ConfigError("ranks_per_site", self.ranks_per_site, rule, "set it to 1 and let every rank be a site")
-        for name in ("sites", "overlap", "min_sites", "reshuffle_rounds", "bucket_mib"):
+        for name in ("sites", "overlap", "min_sites", "reshuffle_rounds", "bucket_mib", "shadow_refresh"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(name, value, "must be at least 1", "type 1 or more")
@@ -130,6 +138,19 @@ class FederationConfig:
             draw=draw, loads=loads,
         )  # fmt: skip
 
+    def residency(self, experts: tuple[tuple[int, ...], ...]) -> Residency:
+        """What the model of a site is, that holds these experts of each layer."""
+        return Residency(self.routing, experts, Shadow(self.shadow_bits, self.shadow_input_gradient))
+
+    def refreshes_after(self, rounds: int, *, moved: bool) -> bool:
+        """Whether copies of absent experts are refreshed after so many rounds have ended.
+
+        Args:
+            rounds: that have ended.
+            moved: whether experts have just moved, so that some sites lack others than before.
+        """
+        return self.routing == "shadow" and (moved or rounds % self.shadow_refresh == 0)
+
     def moves_after(self, rounds: int) -> bool:
         """Whether experts are placed again after so many rounds have ended."""
         return self.policy.moves and rounds % self.reshuffle_rounds == 0
@@ -137,14 +158,17 @@ class FederationConfig:
     def identity(self, n_sites: int) -> dict[str, Any]:
         """What a site's own state depends on: a run with the same identity resumes bit for bit."""
         drawn = {"placement_seed": self.placement_seed, "reshuffle_rounds": self.reshuffle_rounds}
+        copied = {"shadow_bits": self.shadow_bits, "shadow_refresh": self.shadow_refresh}
         return {
             "overlap": self.overlap_of(n_sites), "routing": self.routing, "placement": str(self.policy),
             "outer.rule": str(self.rule).split()[0], **(drawn if self.policy.moves else {}),
+            **(copied if self.routing == "shadow" else {}),
         }  # fmt: skip
 
     def describe(self, n_sites: int) -> str:
         """One line that says which method this is."""
+        routing = f"{self.routing} ({self.shadow_bits} bits)" if self.routing == "shadow" else self.routing
         return (
-            f"{n_sites} sites, each expert on {self.overlap_of(n_sites)} ({self.policy}), {self.routing} routing, "
+            f"{n_sites} sites, each expert on {self.overlap_of(n_sites)} ({self.policy}), {routing} routing, "
             f"rounds of {self.schedule} local steps, outer rule {self.rule}, moments: {self.inner_moments}"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from typing import Any, cast
@@ -23,10 +24,12 @@ from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.loss import raise_if_lost
 from fomoe_pl.federation.placement import Placement, all_arcs
 from fomoe_pl.federation.settings import FederationConfig
+from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.strategies.checks import (
     DDP_ARGUMENTS,
     StopAt,
@@ -125,7 +128,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
 
     def residency(self, config: ModelConfig) -> Residency:
         """The experts that this site holds."""
-        return Residency(self.settings.routing, self.placed(config).residents(self.topology.site))
+        return self.settings.residency(self.placed(config).residents(self.topology.site))
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
@@ -172,9 +175,22 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
         )
         self.federation = Federation(
             self.layout(), self.placed(config), transport, outer=settings.rule, inner_moments=settings.inner_moments,
-            state_on_host=settings.outer_state == "host",
+            state_on_host=settings.outer_state == "host", copies=self._copies(),
         )  # fmt: skip
         rank_zero_info(self.describe())
+
+    def _copies(self) -> Copies | None:
+        """The model's copies of experts that are not here, by the names of what they are copies of."""
+        model = cast(Transformer, self.transformer)
+        buffers = dict(model.named_buffers())
+        found = {name.replace(".shadow.", ".experts."): buffers[name] for name in model.shadow_tensors()}
+
+        @contextmanager
+        def refreshing() -> Iterator[dict[str, Tensor]]:
+            with model.refreshing() as fresh:
+                yield {name.replace(".shadow.", ".experts."): tensor for name, tensor in fresh.items()}
+
+        return Copies(found, model.residency.shadow.codec, refreshing) if found else None
 
     def describe(self) -> str:
         """One line that says which method this is."""
@@ -203,8 +219,11 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
         self.rounds_done += 1
         self.ask_observers(lambda observer: observer.after_synchronization())
         self.share_observations()
-        if self.settings.moves_after(self.rounds_done) and not self.ending:
+        moved = self.settings.moves_after(self.rounds_done) and not self.ending
+        if moved:
             self._place_again(optimizer)
+        if self.settings.refreshes_after(self.rounds_done, moved=moved):
+            self.federation.refresh_copies()
         if self.settings.check_agreement:
             self.federation.check_agreement()
 
@@ -218,7 +237,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
         self.redraws += 1
         new = self.placed(config)
         self.federation.adopt(new, optimizer)
-        residency = Residency(self.settings.routing, new.residents(self.topology.site))
+        residency = self.settings.residency(new.residents(self.topology.site))
         self.transformer.set_residency(residency)  # type: ignore[operator]
 
     def _share_statistics(self) -> frozenset[int]:

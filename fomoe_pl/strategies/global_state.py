@@ -8,12 +8,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from fomoe_pl.federation.checkpoint import read_manifest
+from fomoe_pl.federation.checkpoint import read_manifest, read_weights
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Residency
 from fomoe_pl.strategies.base import SiteStrategy
 
 
@@ -61,9 +60,23 @@ class GlobalState(SiteStrategy):
         placement = self.placed(config)
         cast(Federation, self.federation).placement = placement
         self.transformer.set_residency(  # type: ignore[operator]
-            Residency(self.settings.routing, placement.residents(self.topology.site))
+            self.settings.residency(placement.residents(self.topology.site))
         )
         return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Read this site's weights, and pack those of the experts that it keeps copies of, a layer at a time."""
+        super().load_model_state_dict(checkpoint, strict)
+        federation, config = cast(Federation, self.federation), cast(ModelConfig, self.transformer.config)
+        if federation.copies is None:
+            return
+        folder, layers = Path(checkpoint["folder"]), self.layout().expert_layer
+        absent = federation.placement.complement().residents(self.topology.site)
+        with federation.copies.refreshing() as fresh:
+            for layer in range(config.n_layers):
+                names = [name for name in fresh if layers[name] == layer]
+                for name, values in read_weights(folder, names, layers, absent, config.n_experts).items():
+                    fresh[name].copy_(federation.copies.encode(values))
 
     def identity(self, n_sites: int) -> dict[str, Any]:
         """Who holds what, and the outer rule, whose state has its names."""
@@ -72,6 +85,9 @@ class GlobalState(SiteStrategy):
     def site_state(self) -> dict[str, Any]:
         """Local values, which differ from the anchors in mid-round, and the ledger."""
         state = {**super().site_state(), "federation": cast(Federation, self.federation).state_dict()}
+        copies = cast(Federation, self.federation).copies
+        if copies is not None and self.settings.shadow_refresh > 1:  # else they are what the anchors are
+            state["copies"] = dict(copies.tensors)
         if self.settings.policy.sees_loads:
             state["loads"] = cast(Any, self.lightning_module).loads()
         return state
@@ -80,6 +96,10 @@ class GlobalState(SiteStrategy):
         """Restore `site_state`."""
         super().load_site_state(state)
         cast(Federation, self.federation).load_state_dict(state["federation"])
+        copies = cast(Federation, self.federation).copies
+        if copies is not None and "copies" in state:
+            for name, packed in copies.tensors.items():
+                packed.copy_(state["copies"][name])
         if "loads" in state:
             cast(Any, self.lightning_module).set_loads(state["loads"])
 

@@ -30,6 +30,10 @@ REGISTERED: dict[str, tuple[type, str, dict[str, Any]]] = {
     "fomoe_partitioned": (
         FederatedStrategy, "fomoe with router rows that live with their experts", {**_FOMOE, "routing": "partitioned"}
     ),
+    "fomoe_shadow": (
+        FederatedStrategy, "fomoe with frozen 4-bit copies of absent experts",
+        {**_FOMOE, "routing": "shadow", "shadow_bits": 4, "shadow_refresh": 1},
+    ),
     "fomoe_random": (
         FederatedStrategy, "fomoe with experts dealt anew every fourth round",
         {**_FOMOE, "placement": "random", "reshuffle_rounds": 4},

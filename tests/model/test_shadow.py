@@ -1,7 +1,6 @@
 """Copies of absent experts: every backend against the definition, the model against the full model, new copies."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -9,17 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomoe_pl.codec import codec_of
-from fomoe_pl.errors import ConfigError
-from fomoe_pl.model.backends import frozen as frozen_module
 from fomoe_pl.model.backends import grouped, kernels, loop
-from fomoe_pl.model.backends.frozen import Frozen, unpack
-from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.copies import ExpertCopies
-from fomoe_pl.model.passes import training_pass
-from fomoe_pl.model.recorded import WARM_UP, RecordedPass
-from fomoe_pl.model.residency import Residency, Shadow
+from fomoe_pl.model.backends.frozen import Frozen
 from fomoe_pl.model.router import lookup
-from fomoe_pl.model.transformer import Transformer
 
 cuda = torch.cuda.is_available()
 DEVICE = "cuda" if cuda else "cpu"

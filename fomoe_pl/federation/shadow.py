@@ -1,0 +1,59 @@
+"""Copies of absent experts: after a round one holder of each expert sends it, packed, to the sites that lack it.
+
+The owner of an expert in checkpoints encodes the agreed value once, so that all copies of an expert are the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fomoe_pl.codec import Codec
+from fomoe_pl.federation.layout import ParameterLayout
+from fomoe_pl.federation.placement import Placement, Transfer
+
+
+@dataclass(frozen=True)
+class Copies:
+    """This site's copies of the experts that it does not hold.
+
+    Attributes:
+        tensors: name of a stacked expert tensor -> its copies, uint8 (A, bytes of an expert), a row for each absent
+            expert of the layer, by id.
+        codec: what packs an expert's row, flattened.
+        refreshing: gives memory for new copies, by the same names, and takes them when its block ends without an
+            exception, all of them or none.
+    """
+
+    tensors: Mapping[str, Tensor]
+    codec: Codec
+    refreshing: Callable[[], AbstractContextManager[Mapping[str, Tensor]]]
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Pack experts (R, ...) to uint8 (R, bytes)."""
+        return self.codec.encode(values.flatten(1))
+
+    def error(self, values: Tensor) -> Tensor:
+        """How far copies are from experts (R, ...): squares of difference and values, summed, float32 (2,)."""
+        exact = values.flatten(1).float()
+        decoded = self.codec.decode(self.encode(values), exact.shape[1])
+        return torch.stack([(decoded - exact).square().sum(), exact.square().sum()])
+
+    def layout(self, layout: ParameterLayout) -> ParameterLayout:
+        """The layout of the copies, of absent experts, whose placement is `Placement.complement`."""
+        layers = {name: layout.expert_layer[name] for name in self.tensors}
+        return ParameterLayout(self.tensors, layers, frozenset())
+
+
+def refresh_layer(placement: Placement, layer: int) -> list[Transfer]:
+    """Each expert of a layer from its owner to all sites that lack it."""
+    return [
+        Transfer(layer, expert, placement.owner(layer, expert), receiver)
+        for expert, sites in enumerate(placement.holders[layer])
+        for receiver in range(placement.n_sites)
+        if receiver not in sites
+    ]
