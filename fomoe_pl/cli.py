@@ -1,4 +1,4 @@
-"""The command line: `fomoe fit`, `fomoe validate`, `fomoe plan` and `fomoe compare`, with settings from YAML files."""
+"""The command line: `fomoe prepare`, `fit`, `validate`, `plan` and `compare`, with settings from YAML files."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk
 from fomoe_pl.costs import plan_command
+from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, OneMessage, SiteLostError, config_message, fail, speaks
 from fomoe_pl.files import ForgivingStream
@@ -72,8 +73,8 @@ class FoMoECLI(LightningCLI):
             args=args,
             auto_configure_optimizers=False,  # the module has its own, under `model.optimizer`
             parser_kwargs={
-                "description": "Federated mixture-of-experts pre-training. `fomoe plan --help`: what it will cost; "
-                "`fomoe compare --help`: runs side by side."
+                "description": "Federated mixture-of-experts pre-training. `fomoe prepare --help`: data for it; "
+                "`fomoe plan --help`: what it will cost; `fomoe compare --help`: runs side by side."
             },
         )
 
@@ -166,10 +167,7 @@ class FoMoECLI(LightningCLI):
             check_training(trainer, federated=isinstance(strategy, FederatedStrategy))
         data.goes_on = path is not None
         data.check(n_processes)
-        if data.vocab_size != module.config.vocab_size:
-            raise ConfigError("model.architecture.vocab_size", module.config.vocab_size,
-                              f"must equal the vocabulary of the data in {data.root} ({data.vocab_size})",
-                              f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
+        data.check_vocabulary(module.config.vocab_size)
         if path is not None:
             check_weights(path, module.config)
 
@@ -232,6 +230,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         if words[:1] == ["plan"]:  # needs no trainer
             plan_command.main(words[1:])
+            return
+        if words[:1] == ["prepare"]:
+            prepare_command.main(words[1:])
             return
         if words[:1] == ["compare"]:
             from fomoe_pl import compare  # TensorBoard's reader takes its time, and training needs none

@@ -1,5 +1,6 @@
 """Who reads what: training shards and mixture weights of every site and worker. Pure functions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,8 +63,10 @@ def partition(
     Raises:
         ConfigError: A domain has fewer shards than readers, or the concentration is not positive.
     """
-    if dirichlet_alpha <= 0:
-        raise ConfigError("data.dirichlet_alpha", dirichlet_alpha, "must be above 0", "Common values: 0.1, 0.3, 1, 10")
+    if not 0 < dirichlet_alpha < math.inf:
+        raise ConfigError(
+            "data.dirichlet_alpha", dirichlet_alpha, "must be above 0 and finite", "Common values: 0.1, 0.3, 1, 10"
+        )
     readers = [_readers(domain, len(domains), n_sites, split) for domain in range(len(domains))]
     for size, sites in zip(domains, readers, strict=True):
         if size.shards < len(sites) * n_workers:
