@@ -1,8 +1,6 @@
 """Reading documents out of text, JSON and Parquet files, one at a time."""
 
-import bz2
 import codecs
-import gzip
 import io
 import json
 import lzma
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from fomoe_pl.data.compression import missing_library, open_plain
 from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.errors import ConfigError
 
@@ -29,7 +28,6 @@ except ImportError:
     pass
 
 _CHUNK = 1 << 20  # bytes or characters read at a time
-_PACKED_CHUNK = 1 << 16  # compressed bytes read at a time: they may become a thousand times as many
 _ROWS = 64  # rows of a Parquet file read at a time: each may be a long document
 _SHOWN = 20  # most field names in a message
 _ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}]+\}|[0-7]{1,3}|[abfnrtv\\'\"])|\\")
@@ -76,7 +74,7 @@ def read_file(path: Path, options: ReadOptions, left_out: Counter[str] | None = 
     assert kind is not None, "found as readable"
     left_out = Counter() if left_out is None else left_out
     try:
-        with _open(path, kind.compression) as file:
+        with open_plain(path, kind.compression) as file:
             if kind.format == ".txt":
                 yield from (text for text in _text_documents(file, path, options.separator) if text)
                 return
@@ -93,69 +91,6 @@ def read_file(path: Path, options: ReadOptions, left_out: Counter[str] | None = 
         raise ConfigError(
             "source", str(path), f"cannot be read ({error})", "It is cut or damaged: copy or compress it again"
         ) from error
-
-
-# -- compression ------------------------------------------------------------------------------------------------------
-
-
-def _open(path: Path, compression: str) -> IO[bytes]:
-    if compression and not path.stat().st_size:
-        raise EOFError("it has no bytes, which no compression makes")  # gzip's own reader takes it for a whole file
-    if compression == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if compression == ".bz2":
-        return bz2.open(path, "rb")
-    if compression == ".xz":
-        return cast(IO[bytes], lzma.open(path, "rb"))
-    if compression == ".zst":
-        try:
-            import zstandard  # noqa: F401
-        except ImportError:
-            raise _missing_library(path, "zstandard") from None
-        return io.BufferedReader(_Chunks(_zstd_chunks(path)), _CHUNK)
-    return path.open("rb")
-
-
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """The content of all frames; zstandard's own file reader takes a cut frame for a whole one."""
-    import zstandard
-
-    reader = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # as `zstd --long=31` writes
-    with path.open("rb") as file:
-        packed = file.read(_PACKED_CHUNK)
-        while packed:
-            frame = reader.decompressobj()
-            while not frame.eof:
-                if not packed:
-                    raise EOFError("it ends within a frame")
-                yield frame.decompress(packed)
-                packed = frame.unused_data if frame.eof else file.read(_PACKED_CHUNK)
-            packed = packed or file.read(_PACKED_CHUNK)
-
-
-class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a file."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            try:
-                self._rest = next(self._chunks)
-            except StopIteration:
-                return 0
-        n = min(len(buffer), len(self._rest))
-        buffer[:n], self._rest = self._rest[:n], self._rest[n:]
-        return n
-
-
-def _missing_library(path: Path, library: str) -> ConfigError:
-    return ConfigError("source", str(path), f"reading it needs {library}", f"Run: pip install {library}")
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -309,7 +244,7 @@ def _parquet_records(file: IO[bytes], path: Path, text_field: str) -> Iterator[R
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise _missing_library(path, "pyarrow") from None
+        raise missing_library(path, "pyarrow") from None
     try:
         with tempfile.TemporaryFile() as unpacked:
             packed = cast(FileKind, kind_of(path)).compression
