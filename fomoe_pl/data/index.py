@@ -2,20 +2,24 @@
 
 import hashlib
 import heapq
+import logging
 import math
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fomoe_pl.data.documents import ReadOptions, read_documents, read_file
 from fomoe_pl.data.manifest import Split
-from fomoe_pl.data.sources import Source
+from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def index_domain(
     whole = hashlib.sha256()
     sizes = array("q")
     keys = array("Q")
-    file_hashes = {}
+    file_hashes: dict[Path, bytes] = {}
     left_out: Counter[str] = Counter()
     for path in source.files:
         own, before = hashlib.sha256(), len(sizes)
@@ -90,6 +94,9 @@ def index_domain(
             keys.append(int.from_bytes(digest[:8], "big"))
         if len(sizes) - before > 1:  # of one document there may well be copies, of files of many there are not
             file_hashes[path] = own.digest()
+    texts = [path for path in source.files if cast(FileKind, kind_of(path)).format == ".txt"]
+    if options.separator is not None and texts and not any(path in file_hashes for path in texts):
+        _log.warning("%s: %r stands in none of the .txt files: each is one document", source.domain, options.separator)
     size_N = np.array(sizes, np.int64)
     is_val_N = np.array(keys, np.uint64) < np.uint64(int(val_fraction * 2**64))
     n_train = int((~is_val_N).sum())

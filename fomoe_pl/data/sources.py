@@ -80,7 +80,7 @@ def find_sources(specs: Sequence[str], *, skip_unreadable: bool = False) -> tupl
         more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
         raise ConfigError(
             "source", " ".join(specs),
-            f"{len(left_out)} files would be left out: {', '.join(map(str, left_out[:_NAMED]))}{more}",
+            f"would leave out {', '.join(map(str, left_out[:_NAMED]))}{more}",
             f"Readable are {READABLE}; convert or move the others, or leave them out by --skip_unreadable",
         )  # fmt: skip
     _refuse_doubles(path for _, _, own in entries for path in own)

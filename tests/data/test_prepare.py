@@ -293,12 +293,15 @@ def test_a_copy_of_a_file_is_refused_by_its_documents(tmp_path: Path, copy: str)
             prepare([spec], str(tmp_path / "out"), separator=r"\n", shards_per_domain=2, val_fraction=0.2)
 
 
-def test_single_documents_may_be_alike(tmp_path: Path) -> None:
+def test_single_documents_may_be_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "web").mkdir()
     for i in range(40):
         (tmp_path / "web" / f"{i}.txt").write_text(f"document {i % 20}")
     manifest = prepare([f"web={tmp_path}"], str(tmp_path / "out"), shards_per_domain=2, val_fraction=0.2)
     assert manifest.domains[0].train.documents + manifest.domains[0].val.documents == 40
+    assert "stands in none" not in caplog.text
+    prepare([f"web={tmp_path / 'web'}"], str(manifest.root), separator="¶", shards_per_domain=2, val_fraction=0.2)
+    assert "web: '¶' stands in none of the .txt files: each is one document" in caplog.text
 
 
 def test_memory_does_not_follow_the_longest_document(tmp_path: Path) -> None:
