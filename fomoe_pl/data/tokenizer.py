@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -108,7 +109,8 @@ class SubwordTokenizer:
     def encode(self, texts: Sequence[str]) -> list[Unsigned]:
         """Ids of each text, uint16 or uint32."""
         short = [text for text in texts if len(text) <= windows.WINDOW]
-        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        with _one_message():
+            encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
         return [
             self._ended(next(encodings).ids)
             if len(text) <= windows.WINDOW
@@ -132,7 +134,8 @@ class SubwordTokenizer:
 
     def _spans(self, text: str) -> tuple[windows.Ints, windows.Ints, windows.Ints]:
         """Ids, and the characters where each token starts and ends."""
-        encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        with _one_message():
+            encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         return np.array(encoding.ids, np.int64), spans[:, 0], spans[:, 1]
 
@@ -147,6 +150,17 @@ class SubwordTokenizer:
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     """The smallest type that shards use for ids below ``vocab_size``."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # bare ones, such as for text of which a vocabulary without an unknown token has nothing
+        raise ConfigError(
+            "tokenizer", "tokenizer.json", f"cannot encode a document ({error})",
+            "Use one that has tokens for every text, such as a byte-level BPE",
+        ) from None  # fmt: skip
 
 
 def _bytes_between(text: str, start: int, ends: windows.Ints) -> windows.Ints:

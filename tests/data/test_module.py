@@ -129,6 +129,7 @@ def test_loaders_need_a_trainer(corpus: Manifest) -> None:
         ({"max_bad_shards": -1}, 1, r"data\.max_bad_shards = -1"),
         ({"dirichlet_alpha": float("nan")}, 1, r"data\.dirichlet_alpha = nan"),
         ({"dirichlet_alpha": float("inf")}, 1, r"data\.dirichlet_alpha = inf"),
+        ({"dirichlet_alpha": 1e300}, 1, r"data\.dirichlet_alpha = 1e\+300: must be above 0 and at most 1e\+09"),
         ({"val_sequences": 2}, 1, r"data\.val_sequences = 2: every one of the 3 domains"),
         ({"dirichlet_alpha": 0.0}, 1, r"data\.dirichlet_alpha = 0\.0"),
         ({"num_workers": 50}, 4, r"data\.num_workers = 50: domain .* 4 sites x 50 .* need 200"),

@@ -246,6 +246,13 @@ def test_windows_give_the_tokens_of_the_whole(
     monkeypatch.undo()
 
 
+def test_a_tokenizer_that_lacks_a_token_is_one_message() -> None:
+    tokenizer = SubwordTokenizer(Tokenizer(models.WordLevel({"a": 0, "</s>": 1})), "file", 1)
+    for encode in (tokenizer.encode, tokenizer.encode_with_bytes):
+        with pytest.raises(ConfigError, match="tokenizer = .*cannot encode a document"):
+            encode(["b"])
+
+
 def test_a_long_text_is_given_to_training_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windows, "WINDOW", 100)
     text = "wave after wave " * 50 + "x" * 250
