@@ -249,7 +249,7 @@ def test_windows_give_the_tokens_of_the_whole(
 def test_a_tokenizer_that_lacks_a_token_is_one_message() -> None:
     tokenizer = SubwordTokenizer(Tokenizer(models.WordLevel({"a": 0, "</s>": 1})), "file", 1)
     for encode in (tokenizer.encode, tokenizer.encode_with_bytes):
-        with pytest.raises(ConfigError, match="tokenizer = .*cannot encode a document"):
+        with pytest.raises(ConfigError, match=r"tokenizer = .*cannot encode a document"):
             encode(["b"])
 
 
