@@ -27,7 +27,7 @@ help:
 	@echo "make clean        remove $(VENV) and caches (results under runs/ stay)"
 
 quickstart: $(VENV)/.stamp-install
-	$(BIN)/python tools/prepare_data.py --source data/sample --output $(DATA)
+	$(BIN)/fomoe prepare --source data/sample --output $(DATA)
 	rm -rf $(RUN) # curves of two runs in one folder would be drawn as one
 	$(BIN)/fomoe fit -c configs/quickstart.yaml
 	$(BIN)/fomoe validate -c configs/quickstart.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt
@@ -36,7 +36,7 @@ quickstart: $(VENV)/.stamp-install
 	@echo "Curves:  $(BIN)/tensorboard --logdir runs    then open http://localhost:6006"
 
 compare: $(VENV)/.stamp-install
-	$(BIN)/python tools/prepare_data.py --source data/sample --output $(DATA)
+	$(BIN)/fomoe prepare --source data/sample --output $(DATA)
 	for file in configs/strategy/*.yaml; do \
 	  name=$$(basename $$file .yaml); rm -rf runs/compare/$$name; \
 	  $(BIN)/fomoe fit -c configs/quickstart.yaml -c $$file --trainer.logger.init_args.name compare/$$name || exit 1; \

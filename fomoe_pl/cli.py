@@ -1,4 +1,4 @@
-"""The command line: `fomoe fit`, `fomoe validate`, `fomoe plan` and `fomoe compare`, with settings from YAML files."""
+"""The command line: `fomoe prepare`, `fit`, `validate`, `plan` and `compare`, with settings from YAML files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk
 from fomoe_pl.costs import plan_command
+from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import KEY_PATHS, ConfigError, OneMessage, SiteLostError, config_message, fail, speaks
 from fomoe_pl.federation.settings import FederationConfig
@@ -76,8 +77,8 @@ class FoMoECLI(LightningCLI):
             args=args,
             auto_configure_optimizers=False,  # the module has its own, under `model.optimizer`
             parser_kwargs={
-                "description": "Federated mixture-of-experts pre-training. `fomoe plan --help`: what it will cost; "
-                "`fomoe compare --help`: runs side by side."
+                "description": "Federated mixture-of-experts pre-training. `fomoe prepare --help`: data for it; "
+                "`fomoe plan --help`: what it will cost; `fomoe compare --help`: runs side by side."
             },
         )
 
@@ -216,6 +217,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         if words[:1] == ["plan"]:  # needs no trainer
             plan_command.main(words[1:])
+            return
+        if words[:1] == ["prepare"]:
+            prepare_command.main(words[1:])
             return
         if words[:1] == ["compare"]:
             from fomoe_pl import compare  # TensorBoard's reader takes its time, and training needs none

@@ -336,7 +336,6 @@ class FoMoEModule(L.LightningModule):
         self._validation = ValidationMetrics(data.domains, self.config.n_layers, self.config.n_experts, self.device)
         # Started anew, so that every validation draws the same.
         self._random = torch.Generator(self.device).manual_seed(self.seed)
-        self._token_bytes_V = data.token_bytes.to(self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect batches; a full window goes through the model layer by layer."""
@@ -369,7 +368,7 @@ class FoMoEModule(L.LightningModule):
                             random[i] = block(random[i])[0]
             for i, batch in enumerate(self._window):
                 losses_BS = self._losses(streams[i], batch)
-                metric.language.update(losses_BS, batch["targets"], batch["domain"], self._token_bytes_V)
+                metric.language.update(losses_BS, batch["targets"], batch["domain"], batch["bytes"])
                 if others:
                     own_BS = own[i] if skips else losses_BS
                     metric.views.update(losses_BS, self._losses(random[i], batch), own_BS, batch["targets"])

@@ -96,7 +96,7 @@ def test_imports_follow_the_arrows() -> None:
         ("costs/wire.py", "from torch import distributed"),
         ("costs/wire.py", "from torch.distributed.fsdp import fully_shard"),
         ("costs/wire.py", "import torch\n\ntorch.distributed.get_rank()"),
-        ("cli.py", "from tools.prepare_data import main"),
+        ("cli.py", "from tools.bench_step import main"),
         ("cli.py", "import tests.helpers"),
         ("servers/http.py", "import os"),
     ],

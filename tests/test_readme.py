@@ -19,6 +19,7 @@ from fomoe_pl.cli import FoMoECLI, main
 from fomoe_pl.costs import plan_command
 from fomoe_pl.costs.request import PlanRequest
 from fomoe_pl.costs.sites import Site
+from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.data.prepare import prepare
 from fomoe_pl.federation.outer import Nesterov
@@ -62,8 +63,9 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
     patch.chdir(ROOT)
     patch.setattr("torch.cuda.is_available", lambda: True)  # some commands are for a machine that has one
     program, *rest = words
-    if program != "python" and rest[0] == "plan":
-        plan_command.make_parser().parse_args(rest[1:])
+    own_parsers = {"plan": plan_command.make_parser, "prepare": prepare_command.make_parser}
+    if program != "python" and rest[0] in own_parsers:
+        own_parsers[rest[0]]().parse_args(rest[1:])
         return
     patch.setattr(sys, "argv", rest if program == "python" else words)
     if program != "python" and rest[0] != "compare":
@@ -114,7 +116,7 @@ python -m pytest
     [
         ["fomoe", "fit", "-c", "configs/quickstart.yaml", "--trainer.strategy.init_args.overlapp", "2"],
         ["fomoe", "fit", "-c", "configs/quickstart.yaml", "--model.architecture.top_k", "two"],
-        ["python", "tools/prepare_data.py", "--source", "a", "--outptu", "b"],
+        ["fomoe", "prepare", "--source", "a", "--outptu", "b"],
     ],
     ids=shlex.join,
 )

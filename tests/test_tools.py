@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
 
 from tests.tools import load
 
@@ -56,22 +55,6 @@ def test_waits_are_counted_by_step_and_place(monkeypatch: pytest.MonkeyPatch) ->
     assert alternate.waits_of_steps == [2 if step == 2 else 0 for step in range(bench.LOG_EVERY)]
     assert [(place.split(":")[0], n) for place, n in alternate.waits.items()] == [("test_tools.py", 2)]
     assert modes == ["warn", "default"]
-
-
-def test_padded_vocabulary_changes_no_encoding(tmp_path: Path) -> None:
-    source, target = tmp_path / "small.json", tmp_path / "large.json"
-    Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2}, unk_token="b")).save(str(source))
-    load("pad_vocabulary").main([str(source), str(target), "--vocab_size", "50"])
-    before, after = Tokenizer.from_file(str(source)), Tokenizer.from_file(str(target))
-    assert max(after.get_vocab(with_added_tokens=True).values()) == 49
-    assert before.encode("a").ids == after.encode("a").ids == [0]
-
-
-def test_vocabulary_cannot_shrink(tmp_path: Path) -> None:
-    source = tmp_path / "small.json"
-    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="b")).save(str(source))
-    with pytest.raises(SystemExit, match="2 tokens"):
-        load("pad_vocabulary").main([str(source), str(tmp_path / "none.json"), "--vocab_size", "1"])
 
 
 @pytest.mark.parametrize("script", ["gpu_four_sites", "gpu_routing"])

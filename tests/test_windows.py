@@ -47,7 +47,6 @@ def evaluate(resident: int, *, others: bool) -> tuple[int, dict[str, Tensor]]:
     module.with_other_views = others
     module._validation = ValidationMetrics(["one"], LAYERS, 4, "cpu")
     module._random = torch.Generator().manual_seed(0)
-    module._token_bytes_V = torch.ones(16)
 
     @contextmanager
     def all_experts_of(layer: int) -> Iterator[None]:
@@ -63,7 +62,8 @@ def evaluate(resident: int, *, others: bool) -> tuple[int, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     for _ in range(WINDOW):
         tokens = torch.randint(16, (2, 5), generator=generator)
-        module._window.append({"inputs": tokens, "targets": tokens, "domain": torch.zeros(2, dtype=torch.int64)})
+        domain = torch.zeros(2, dtype=torch.int64)
+        module._window.append({"inputs": tokens, "targets": tokens, "bytes": tokens, "domain": domain})
     alive = Alive(module.transformer)
     module._evaluate_window()
     return alive.most, module._validation.compute(with_views=others)

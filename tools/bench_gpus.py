@@ -1,7 +1,7 @@
 """Strategies on the GPUs of one host, one GPU a site, over NCCL: speed, rounds, bytes, memory, loss.
 
     torchrun --standalone --nproc-per-node 2 tools/bench_gpus.py -c configs/model/fomoe-153m.yaml \
-      --root runs/data/sample_200019 --output runs/bench_gpus/153m
+      --root runs/data/sample_16384 --output runs/bench_gpus/153m
 
 Every variant is a file of `configs/strategy` with the overlaps that the number of sites allows, trained by Lightning's
 Trainer in the same processes, one after the other, from the same initial weights. `single` is the same model on one

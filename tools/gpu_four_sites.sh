@@ -12,10 +12,7 @@ data=runs/data
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 mkdir -p "$data"
-"$python" tools/prepare_data.py --source data/sample --output "$data/sample_16384" --tokenizer bpe:16384
-"$python" tools/pad_vocabulary.py "$data/sample_16384/tokenizer.json" "$data/padded_200019.json" --vocab_size 200019
-"$python" tools/prepare_data.py --source data/sample --output "$data/sample_200019" \
-  --tokenizer "$data/padded_200019.json"
+"$python" -m fomoe_pl prepare --source data/sample --output "$data/sample_16384" --tokenizer bpe:16384
 
 step() {
   date "+%H:%M:%S $1"

@@ -5,7 +5,7 @@
 #   for example: tools/gpu_routing.sh ghost_1=0 ghost_2=0 ghost_4=1 partitioned_1=1 partitioned_2=1
 # The corpus (data/eight_sites/README.md) with 6 MB a domain and 8,192 subwords must be in runs/data/eight_sites_8192:
 #   python data/make_eight_sites.py runs/eight_sites --mb-per-site 6
-#   python tools/prepare_data.py --source runs/eight_sites/*.txt --separator '\x1e' --tokenizer bpe:8192 \
+#   fomoe prepare --source runs/eight_sites/*.txt --separator '\x1e' --tokenizer bpe:8192 \
 #     --tokenizer_mb 16 --output runs/data/eight_sites_8192
 # On a CPU: tools/gpu_routing.sh ghost_2= -- -c configs/experiment/routing_cpu.yaml
 # PYTHON names the interpreter, RUNS the folder for runs (runs/routing), LIMIT the most seconds of a run (none), PACK a

@@ -104,6 +104,7 @@ class RandomTokens(Dataset[Batch]):
         return {
             "inputs": self.tokens[:, :-1].contiguous(),
             "targets": self.tokens[:, 1:].contiguous(),
+            "bytes": torch.ones_like(self.tokens[:, 1:]),
             "domain": domain,
         }
 
@@ -115,7 +116,6 @@ class RandomData(L.LightningDataModule):
         super().__init__()
         self.config, self.case = config, case
         self.domains = ["random"]
-        self.token_bytes = torch.ones(config.vocab_size, dtype=torch.int64)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless enough."""

@@ -1,20 +1,24 @@
-"""Reading documents out of text, JSON-lines and Parquet files, one at a time."""
+"""Reading documents out of text, JSON and Parquet files, one at a time."""
 
 import codecs
-import gzip
 import io
 import json
 import lzma
 import re
+import shutil
+import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
+from fomoe_pl.data.compression import missing_library, open_plain
+from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.errors import ConfigError
 
-# What is raised for a file that is damaged or barred; pyarrow's errors are among these.
+# What is raised for a file that is damaged or barred.
 _UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
 try:
     from zstandard import ZstdError
@@ -23,133 +27,115 @@ try:
 except ImportError:
     pass
 
-_COMPRESSIONS = (".gz", ".xz", ".zst")
-_FORMATS = (".txt", ".jsonl", ".parquet")
-_READABLE = ".txt and .jsonl (also .gz, .xz, .zst) and .parquet"
-_CHUNK = 1 << 20  # bytes read at a time from a text file of many documents
+_CHUNK = 1 << 20  # bytes or characters read at a time
+_ROWS = 64  # rows of a Parquet file read at a time: each may be a long document
+_SHOWN = 20  # most field names in a message
+_ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}]+\}|[0-7]{1,3}|[abfnrtv\\'\"])|\\")
+
+Record = tuple[str, Any]  # where it stands in its file, and what it is; None for a blank line
 
 
 @dataclass(frozen=True)
-class Source:
-    """One domain and the files that hold its documents.
+class ReadOptions:
+    r"""How files become documents.
 
     Attributes:
-        domain: Name of the domain.
-        files: Files in the order in which they are read.
-    """
-
-    domain: str
-    files: tuple[Path, ...]
-
-
-def find_sources(specs: Sequence[str]) -> list[Source]:
-    """Find the domains and files that a list of sources names.
-
-    Args:
-        specs: ``NAME=PATH`` is one domain: a file, or all readable files below a folder. A bare ``PATH`` to a folder
-            holds one domain per entry (a subfolder with all files below it, or a file), named after the entry; a bare
-            ``PATH`` to a file is one domain named after the file. A domain named more than once has all its files.
-
-    Returns:
-        The domains in the order in which they are first named, those of one folder by name.
-
-    Raises:
-        ConfigError: A path does not exist or holds nothing readable, or a name cannot be part of a file name.
-    """
-    files: dict[str, list[Path]] = {}
-    for spec in specs:
-        name, separator, location = spec.rpartition("=")
-        path = Path(location)
-        if not path.exists():
-            raise ConfigError("source", spec, f"{path} does not exist", "Give NAME=PATH or the path of a folder")
-        entries = sorted(path.iterdir()) if path.is_dir() and not separator else [path]
-        found = False
-        for entry in entries:
-            below = sorted(p for p in entry.rglob("*") if _is_readable(p)) if entry.is_dir() else [entry]
-            readable = [p for p in below if _is_readable(p)]
-            if readable:
-                found = True
-                files.setdefault(name if separator else entry.name.split(".")[0], []).extend(readable)
-        if not found:
-            raise ConfigError("source", spec, "holds no readable file", f"Readable are {_READABLE}")
-    for domain in files:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", domain):
-            raise ConfigError(
-                "source", domain, "a domain's name has letters, digits, _ and - only", "Name it yourself: NAME=PATH"
-            )
-    return [Source(domain, tuple(paths)) for domain, paths in files.items()]
-
-
-def _is_readable(path: Path) -> bool:
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
-        return len(suffixes) > 1 and suffixes[-2] in (".txt", ".jsonl")
-    return bool(suffixes) and suffixes[-1] in _FORMATS
-
-
-def read_documents(source: Source, text_field: str, separator: str | None) -> Iterator[str]:
-    r"""Read every document of a domain that is not empty, in a fixed order.
-
-    Args:
-        source: Domain and files.
-        text_field: Field (.jsonl) or column (.parquet) that holds the text.
+        text_field: Field of JSON records or column of Parquet files that holds the text; ``meta.text`` is the field
+            ``text`` in the field ``meta``, unless there is a field of that whole name.
         separator: What stands between the documents of a .txt file, with Python's escapes (``\x1e``, ``\n\n``);
             None: a .txt file is one document.
+        skip_empty: Leave out, and count, records whose text is null, missing or a blank line.
+    """
+
+    text_field: str = "text"
+    separator: str | None = None
+    skip_empty: bool = False
+
+
+def read_documents(source: Source, options: ReadOptions) -> Iterator[str]:
+    """Read every document of a domain that is not empty, in a fixed order; as :func:`read_file`."""
+    for path in source.files:
+        yield from read_file(path, options)
+
+
+def read_file(path: Path, options: ReadOptions, left_out: Counter[str] | None = None) -> Iterator[str]:
+    """Read every document of a file that is not empty, in a fixed order.
+
+    Args:
+        path: The file.
+        options: How it is read.
+        left_out: Counts records that are left out, by why.
 
     Raises:
-        ConfigError: A file is not UTF-8 or not JSON, lacks the field, or needs a library that is not installed.
+        ConfigError: The file is cut or damaged, is not UTF-8 or not JSON, has a record without text, or needs a
+            library that is not installed.
     """
-    for path in source.files:
-        kind = next(suffix for suffix in reversed(path.suffixes) if suffix in _FORMATS)
-        if kind == ".txt":
-            documents = _text_documents(path, separator)
-        elif kind == ".jsonl":
-            documents = _json_documents(path, text_field)
-        else:
-            documents = _parquet_documents(path, text_field)
-        try:
-            yield from (text for text in documents if text)
-        except ConfigError:
-            raise
-        except _UNREADABLE as error:
-            raise ConfigError("source", str(path), f"cannot be read ({error})", "Copy or compress it again") from error
+    kind = kind_of(path)
+    assert kind is not None, "found as readable"
+    left_out = Counter() if left_out is None else left_out
+    try:
+        with open_plain(path, kind.compression) as file:
+            if kind.format == ".txt":
+                yield from (text for text in _text_documents(file, path, options.separator) if text)
+                return
+            records = _parquet_records if kind.format == ".parquet" else _json_records
+            for place, record in records(file, path, options.text_field):
+                text = _text(record, options, place, path)
+                if text:
+                    yield text
+                else:
+                    left_out["no text" if text is None else "empty text"] += 1
+    except ConfigError:
+        raise
+    except _UNREADABLE as error:
+        raise ConfigError(
+            "source", str(path), f"cannot be read ({error})", "It is cut or damaged: copy or compress it again"
+        ) from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if path.suffix == ".xz":
-        return cast(IO[bytes], lzma.open(path, "rb"))
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise _missing_library(path, "zstandard") from None
-        # A .zst file may be several frames, one behind the other; the reader alone has no lines.
-        frames = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-        return io.BufferedReader(frames)
-    return path.open("rb")
+# -- text -------------------------------------------------------------------------------------------------------------
 
 
-def _missing_library(path: Path, library: str) -> ConfigError:
-    return ConfigError("source", str(path), f"reading it needs {library}", f"Run: pip install {library}")
+def separator_bytes(separator: str) -> bytes:
+    """What a separator with Python's escapes is in a file.
+
+    Raises:
+        ConfigError: It is empty, has an unknown or unfinished escape, or is no UTF-8.
+    """
+
+    def character(escape: re.Match[str]) -> str:
+        return codecs.decode(escape[0], "unicode_escape")
+
+    try:
+        found = _ESCAPE.sub(character, separator).encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ConfigError(
+            "separator", separator, f"is not understood ({error.reason})",
+            r"Give the characters themselves or Python's escapes, such as '\x1e' or '\n\n'; a backslash is '\\'",
+        ) from None  # fmt: skip
+    if not found:
+        raise ConfigError("separator", separator, "is empty", "Leave it out if each .txt file is one document")
+    return found
 
 
-def _text_documents(path: Path, separator: str | None) -> Iterator[str]:
-    with _open(path) as file:
-        if separator is None:
-            yield _decode(file.read(), path)
-            return
-        boundary = codecs.decode(separator, "unicode_escape").encode()
-        rest = b""
-        while chunk := file.read(_CHUNK):
-            *complete, rest = (rest + chunk).split(boundary)
-            for raw in complete:
-                yield _decode(raw, path)
-        yield _decode(rest, path)
+def _text_documents(file: IO[bytes], path: Path, separator: str | None) -> Iterator[str]:
+    if separator is None:
+        yield _decode(file.read(), path)
+        return
+    boundary = separator_bytes(separator)
+    buffer = bytearray()
+    searched = 0
+    while chunk := file.read(_CHUNK):
+        buffer += chunk
+        while (end := buffer.find(boundary, searched)) >= 0:
+            yield _decode(buffer[:end], path)
+            del buffer[: end + len(boundary)]
+            searched = 0
+        searched = max(0, len(buffer) - len(boundary) + 1)
+    yield _decode(buffer, path)
 
 
-def _decode(raw: bytes, path: Path) -> str:
+def _decode(raw: bytes | bytearray, path: Path) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -158,32 +144,145 @@ def _decode(raw: bytes, path: Path) -> str:
         ) from None
 
 
-def _json_documents(path: Path, text_field: str) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                raise ConfigError(
-                    "source", str(path), f"line {number} is not JSON", "A .jsonl file has one JSON object a line"
-                ) from None
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-                fields = ", ".join(record) if isinstance(record, dict) else "none"
-                raise ConfigError(
-                    "text_field", text_field, f"line {number} of {path} has no such text", f"Its fields: {fields}"
-                )
-            # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
-            yield record[text_field].encode("utf-8", "replace").decode("utf-8")
+# -- records ----------------------------------------------------------------------------------------------------------
 
 
-def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
+def _text(record: Any, options: ReadOptions, place: str, path: Path) -> str | None:
+    """A record's text; None if it has none and that is allowed."""
+    value = _field(record, options.text_field)
+    if isinstance(value, str):
+        # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if value is None and (record is None or isinstance(record, dict)):
+        if options.skip_empty:
+            return None
+        what = "is blank" if record is None else "has no such text"
+        hint = f"Its fields: {_shown(_paths(record or {}))}; --skip_empty leaves out and counts such records"
+        raise ConfigError("text_field", options.text_field, f"{place} of {path} {what}", hint)
+    what = "is no JSON object" if value is None else f"has no such text but a {type(value).__name__}"
+    raise ConfigError("text_field", options.text_field, f"{place} of {path} {what}", "Name a field that holds a text")
+
+
+def _field(record: Any, name: str) -> Any:
+    """A field, or that of a field; None where there is none."""
+    if not isinstance(record, dict):
+        return None
+    if name in record:
+        return record[name]
+    head, _, rest = name.partition(".")
+    return _field(record.get(head), rest) if rest else None
+
+
+def _paths(record: dict[str, Any], before: str = "") -> Iterator[str]:
+    """Names of fields as `text_field` takes them."""
+    for name, value in record.items():
+        yield before + name
+        if isinstance(value, dict) and not before:
+            yield from _paths(value, f"{name}.")
+
+
+def _shown(names: Iterable[str]) -> str:
+    every = list(names)
+    return ", ".join(every[:_SHOWN]) + (", ..." if len(every) > _SHOWN else "") if every else "none"
+
+
+def _json_records(file: IO[bytes], path: Path, text_field: str) -> Iterator[Record]:
+    """One object a line, or one array of objects."""
+    if cast(Any, file).peek(_CHUNK).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+        yield from _array(file, path)
+        return
+    for number, line in enumerate(file, 1):
+        try:
+            yield f"line {number}", json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise _not_json(path, f"line {number}", error) from None
+
+
+def _not_json(path: Path, place: str, error: Exception) -> ConfigError:
+    what = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON ({error})"
+    hint = "A JSON file has one object a line, or is one array of objects"
+    return ConfigError("source", str(path), f"{place} {what}", hint)
+
+
+def _array(file: IO[bytes], path: Path) -> Iterator[Record]:
+    """The elements of an array, of which about as much is in memory as is read at a time."""
+    reader = io.TextIOWrapper(file, "utf-8-sig")
+    decoder = json.JSONDecoder()
+    text = ""
+    while not (text := text.lstrip()):
+        text = reader.read(_CHUNK)
+    at = number = 1  # behind the bracket
+    while True:
+        at = _after_blanks(text, at)
+        if text[at : at + 1] == "]":
+            if (text[at + 1 :] + reader.read(_CHUNK)).strip():
+                raise _not_json(path, f"what follows record {number - 1}", ValueError("the array has ended"))
+            return
+        try:
+            # A comma stands before every element but the first.
+            start = at if number == 1 else _after_blanks(text, text.index(",", at, at + 1) + 1)
+            record, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:  # wrong, or not read as a whole yet
+            more = "" if isinstance(error, RecursionError) else reader.read(max(_CHUNK, len(text)))
+            if not more:
+                raise _not_json(path, f"record {number}", error) from None
+            text, at = text[at:] + more, 0
+            continue
+        yield f"record {number}", record
+        at, number = end, number + 1
+
+
+def _after_blanks(text: str, at: int) -> int:
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
+
+
+def _parquet_records(file: IO[bytes], path: Path, text_field: str) -> Iterator[Record]:
+    """Rows that have the wanted column alone."""
     try:
+        import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise _missing_library(path, "pyarrow") from None
-    with parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if text_field not in names:
-            raise ConfigError("text_field", text_field, f"{path} has no such column", f"Columns: {', '.join(names)}")
-        for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        raise missing_library(path, "pyarrow") from None
+    try:
+        with tempfile.TemporaryFile() as unpacked:
+            packed = cast(FileKind, kind_of(path)).compression
+            if packed:
+                shutil.copyfileobj(file, unpacked)  # a Parquet file is read from its end
+            with parquet.ParquetFile(unpacked if packed else path) as table:
+                _check_column(table.schema_arrow, path, text_field)
+                rows = table.iter_batches(batch_size=_ROWS, columns=[text_field])
+                values = (record for batch in rows for record in batch.to_pylist())
+                yield from ((f"row {number}", record) for number, record in enumerate(values, 1))
+    except pyarrow.ArrowException as error:
+        raise ValueError(error) from error
+
+
+def _check_column(schema: Any, path: Path, name: str) -> None:
+    """Refuse a column that is not there or has no text."""
+    from pyarrow import types
+
+    found, rest = schema if name else None, name
+    while rest and found is not None:
+        head, rest = (rest, "") if rest in _names(found) else rest.split(".", 1) if "." in rest else (rest, "")
+        found = found.field(head).type if head in _names(found) else None
+    if found is None:
+        columns = [f"{top.name}{f'.{below}' if below else ''}" for top in schema for below in ("", *_names(top.type))]
+        raise ConfigError("text_field", name, f"{path} has no such column", f"Columns: {_shown(columns)}")
+    plain = found.value_type if types.is_dictionary(found) else found
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(is_text(plain) for is_text in texts):
+        raise ConfigError(
+            "text_field", name, f"that column of {path} is of type {found}, not text",
+            "Name a column of type string, or convert it",
+        )  # fmt: skip
+
+
+def _names(fields: Any) -> list[str]:
+    """Names of a schema's columns or a structure's fields; of any other type none."""
+    from pyarrow import Schema, types
+
+    if isinstance(fields, Schema):
+        return list(fields.names)
+    return [field.name for field in fields] if types.is_struct(fields) else []

@@ -2,25 +2,24 @@
 
 import hashlib
 import heapq
+import logging
 import math
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fomoe_pl.data.documents import Source, read_documents
+from fomoe_pl.data.documents import ReadOptions, read_documents, read_file
 from fomoe_pl.data.manifest import Split
+from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How files become documents: see :func:`fomoe_pl.data.documents.read_documents`."""
-
-    text_field: str
-    separator: str | None
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class DomainIndex:
         n_train_shards: Number of training shards.
         n_val_shards: Number of validation shards.
         documents_sha256: Hash of all documents in reading order.
+        file_hashes: Hash of each file's documents; of those alone that have more than one.
+        left_out: Number of records that were left out, by why.
     """
 
     source: Source
@@ -46,10 +47,12 @@ class DomainIndex:
     n_train_shards: int
     n_val_shards: int
     documents_sha256: str
+    file_hashes: dict[Path, bytes]
+    left_out: Counter[str]
 
     def documents(self) -> Iterator[str]:
         """Read the documents again."""
-        return read_documents(self.source, self.options.text_field, self.options.separator)
+        return read_documents(self.source, self.options)
 
     def shard_name(self, shard: int) -> tuple[str, Split]:
         """File name and split of a shard."""
@@ -78,12 +81,22 @@ def index_domain(
     whole = hashlib.sha256()
     sizes = array("q")
     keys = array("Q")
-    for text in read_documents(source, options.text_field, options.separator):
-        raw = text.encode()
-        digest = hashlib.blake2b(raw, digest_size=16).digest()
-        whole.update(digest)
-        sizes.append(len(raw))
-        keys.append(int.from_bytes(digest[:8], "big"))
+    file_hashes: dict[Path, bytes] = {}
+    left_out: Counter[str] = Counter()
+    for path in source.files:
+        own, before = hashlib.sha256(), len(sizes)
+        for text in read_file(path, options, left_out):
+            raw = text.encode()
+            digest = hashlib.blake2b(raw, digest_size=16).digest()
+            whole.update(digest)
+            own.update(digest)
+            sizes.append(len(raw))
+            keys.append(int.from_bytes(digest[:8], "big"))
+        if len(sizes) - before > 1:  # of one document there may well be copies, of files of many there are not
+            file_hashes[path] = own.digest()
+    texts = [path for path in source.files if cast(FileKind, kind_of(path)).format == ".txt"]
+    if options.separator is not None and texts and not any(path in file_hashes for path in texts):
+        _log.warning("%s: %r stands in none of the .txt files: each is one document", source.domain, options.separator)
     size_N = np.array(sizes, np.int64)
     is_val_N = np.array(keys, np.uint64) < np.uint64(int(val_fraction * 2**64))
     n_train = int((~is_val_N).sum())
@@ -91,6 +104,14 @@ def index_domain(
     n_train_shards = max(shards_per_domain, math.ceil(size_N[~is_val_N].sum() / max_shard_bytes))
     n_val_shards = max(1, math.ceil(size_N[is_val_N].sum() / max_shard_bytes))
     name = source.domain
+    if not len(size_N):
+        why = ", ".join(f"{count} with {what}" for what, count in left_out.items())
+        raise ConfigError("source", name, f"this domain has no documents{f' ({why})' if why else ''}",
+                          "Name other files, or another --text_field")  # fmt: skip
+    if n_train < n_train_shards and n_train >= shards_per_domain:
+        raise ConfigError("max_shard_mb", max_shard_bytes / 1e6,
+                          f"domain {name!r} has {n_train} training documents, fewer than its {n_train_shards} shards "
+                          "of that size", "Give a larger one; the default is 16")  # fmt: skip
     if n_train < n_train_shards:
         raise ConfigError(
             "shards_per_domain",
@@ -112,7 +133,9 @@ def index_domain(
     shard_N = np.empty(len(size_N), np.int64)
     shard_N[order[~is_val_N[order]]] = _deal(size_N[order[~is_val_N[order]]], n_train_shards)
     shard_N[order[is_val_N[order]]] = _deal(size_N[order[is_val_N[order]]], n_val_shards) + n_train_shards
-    return DomainIndex(source, options, size_N, shard_N, rank_N, n_train_shards, n_val_shards, whole.hexdigest())
+    return DomainIndex(
+        source, options, size_N, shard_N, rank_N, n_train_shards, n_val_shards, whole.hexdigest(), file_hashes, left_out
+    )
 
 
 def _deal(sizes: NDArray[np.int64], n_shards: int) -> NDArray[np.int64]:

@@ -7,18 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from fomoe_pl.errors import ConfigError
 
-VERSION = 1
+VERSION = 2  # 1 had the bytes of each id of the vocabulary, not those of the text
 MANIFEST_FILE = "manifest.json"
-TOKEN_BYTES_FILE = "token_bytes.npy"
 Split = Literal["train", "val"]
 _log = logging.getLogger(__name__)
-_PREPARE = "python tools/prepare_data.py --source PATH --output"
+_PREPARE = "fomoe prepare --source PATH --output"
 
 
 @dataclass(frozen=True)
@@ -126,10 +121,6 @@ class Manifest:
         """The shards of one split of one domain, by number."""
         return [shard for shard in self.shards if shard.split == split and shard.domain == domain]
 
-    def token_bytes(self) -> Tensor:
-        """Bytes of text per token id, float32 (V,); special tokens have 0."""
-        return torch.from_numpy(np.load(self.root / TOKEN_BYTES_FILE))
-
     def save(self) -> None:
         """Write ``manifest.json`` into the corpus folder."""
         content = {**self._content(), "fingerprint": self.fingerprint}
@@ -149,32 +140,34 @@ def read_manifest(root: str | Path) -> Manifest:
         ConfigError: There is no manifest, or it is of another version, or it was changed by hand.
     """
     path = Path(root) / MANIFEST_FILE
+    if "://" in str(root):
+        raise ConfigError("data.root", str(root), "is a URL, and corpora are read from local folders", "Copy it first")
     if not path.is_file():
         raise ConfigError("data.root", str(root), f"there is no {path}", f"Prepare a corpus: {_PREPARE} {root}")
-    content = json.loads(path.read_text("utf-8"))
-    if content.get("version") != VERSION:
-        raise ConfigError(
-            "data.root",
-            str(root),
-            f"{path} has version {content.get('version')}, this program reads {VERSION}",
-            f"Prepare it again: {_PREPARE} {root} --overwrite",
+    again = f"Prepare it again: {_PREPARE} {root} --overwrite"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        version = content["version"]
+        if version != VERSION:
+            what = f"{path} has version {version}, this program reads {VERSION}"
+            raise ConfigError("data.root", str(root), what, again)
+        manifest = Manifest(
+            root=Path(root),
+            tokenizer=TokenizerInfo(**content["tokenizer"]),
+            domains=tuple(
+                DomainInfo(d["name"], SplitInfo(**d["train"]), SplitInfo(**d["val"])) for d in content["domains"]
+            ),
+            shards=tuple(ShardInfo(**shard) for shard in content["shards"]),
+            settings=content["settings"],
         )
-    manifest = Manifest(
-        root=Path(root),
-        tokenizer=TokenizerInfo(**content["tokenizer"]),
-        domains=tuple(
-            DomainInfo(d["name"], SplitInfo(**d["train"]), SplitInfo(**d["val"])) for d in content["domains"]
-        ),
-        shards=tuple(ShardInfo(**shard) for shard in content["shards"]),
-        settings=content["settings"],
-    )
-    if manifest.fingerprint != content["fingerprint"]:
-        raise ConfigError(
-            "data.root",
-            str(root),
-            f"{path} does not have its own fingerprint: it was changed",
-            f"Prepare it again: {_PREPARE} {root} --overwrite",
-        )
+        fingerprint = content["fingerprint"]
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{path} is no corpus' manifest ({type(error).__name__}: {error})"
+        raise ConfigError("data.root", str(root), what, again) from None
+    if manifest.fingerprint != fingerprint:
+        raise ConfigError("data.root", str(root), f"{path} does not have its own fingerprint: it was changed", again)
     return manifest
 
 
@@ -191,7 +184,6 @@ def load_manifest(root: str | Path, *, training: bool = True) -> Manifest:
     """
     manifest = read_manifest(root)
     needed: dict[str, int | None] = {shard.file: shard.file_bytes for shard in manifest.shards}
-    needed[TOKEN_BYTES_FILE] = None
     if manifest.tokenizer.file is not None:
         needed[manifest.tokenizer.file] = None
     replaceable = set() if training else {shard.file for shard in manifest.shards if shard.split == "train"}

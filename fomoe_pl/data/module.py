@@ -54,9 +54,10 @@ class SiteLoader(DataLoader[dict[str, Tensor]]):
 
 
 class FoMoEData(L.LightningDataModule):
-    """A corpus made by ``tools/prepare_data.py``, divided over sites.
+    """A corpus made by ``fomoe prepare``, divided over sites.
 
     Batches are ``{"inputs": (B, S), "targets": (B, S), "domain": (B,)}``, all int64; targets of -100 are ignored.
+    Those of validation have ``bytes`` (B, S) too: the bytes of text that each target stands for.
     Training is one endless stream per site, of which Lightning's epochs (`limit_train_batches`) are sections;
     validation is a fixed set that the sites share.
 
@@ -123,11 +124,6 @@ class FoMoEData(L.LightningDataModule):
         """Names of the domains; a batch's ``domain`` is an index into them."""
         return self.manifest.domain_names
 
-    @property
-    def token_bytes(self) -> Tensor:
-        """Bytes of text per token id, float32 (V,); special tokens have 0."""
-        return self.manifest.token_bytes()
-
     def check(self, n_sites: int) -> None:
         """Check everything that can be seen before any process starts.
 
@@ -137,7 +133,8 @@ class FoMoEData(L.LightningDataModule):
         Raises:
             ConfigError: A setting out of range; no manifest; a missing shard; fewer shards than sites x workers.
         """
-        smallest = {"sequence_length": 1, "batch_size": 1, "val_batch_size": 1, "num_workers": 0, "max_bad_shards": 0}
+        smallest = {"sequence_length": 1, "batch_size": 1, "val_batch_size": 1, "num_workers": 0, "seed": 0,
+                    "max_bad_shards": 0}  # fmt: skip
         for key, least in smallest.items():
             if getattr(self, key) < least:
                 raise ConfigError(f"data.{key}", getattr(self, key), f"must be at least {least}", "Give a larger one")
@@ -150,6 +147,18 @@ class FoMoEData(L.LightningDataModule):
                 f"Give {n_domains} or more, or null for all",
             )
         self._plans(n_sites)
+
+    def check_vocabulary(self, size: int) -> None:
+        """Check that a model of ``size`` token ids can read the corpus; it may have more (padded) than are used.
+
+        Raises:
+            ConfigError: It has fewer.
+        """
+        if size < self.vocab_size:
+            raise ConfigError("model.architecture.vocab_size", size,
+                              f"must be at least the vocabulary of the data in {self.root} ({self.vocab_size})",
+                              f"set it to {self.vocab_size} or more, or prepare the data with another tokenizer"
+                              )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The endless stream of this rank's site, from where the run is."""

@@ -9,6 +9,7 @@ import numpy as np
 from fomoe_pl.errors import ConfigError
 
 SplitKind = Literal["iid", "domain", "dirichlet"]
+_MAX_ALPHA = 1e9  # mixtures are equal long before; far above it the draws overflow
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ def partition(
     Raises:
         ConfigError: A domain has fewer shards than readers, or the concentration is not positive.
     """
-    if dirichlet_alpha <= 0:
-        raise ConfigError("data.dirichlet_alpha", dirichlet_alpha, "must be above 0", "Common values: 0.1, 0.3, 1, 10")
+    if not 0 < dirichlet_alpha <= _MAX_ALPHA:
+        raise ConfigError("data.dirichlet_alpha", dirichlet_alpha, f"must be above 0 and at most {_MAX_ALPHA:g}",
+                          "Common values: 0.1, 0.3, 1, 10")  # fmt: skip
     readers = [_readers(domain, len(domains), n_sites, split) for domain in range(len(domains))]
     for size, sites in zip(domains, readers, strict=True):
         if size.shards < len(sites) * n_workers:

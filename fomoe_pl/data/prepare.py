@@ -5,6 +5,7 @@ corpus have to fit into memory: first its hash and size, which decide split, ord
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from fomoe_pl.data.documents import find_sources
-from fomoe_pl.data.index import DomainIndex, ReadOptions, index_domain, training_bytes, training_share
+from fomoe_pl.data.documents import ReadOptions, separator_bytes
+from fomoe_pl.data.index import DomainIndex, index_domain, training_bytes, training_share
 from fomoe_pl.data.manifest import (
     MANIFEST_FILE,
-    TOKEN_BYTES_FILE,
     DomainInfo,
     Manifest,
     ShardInfo,
@@ -26,6 +26,7 @@ from fomoe_pl.data.manifest import (
     read_manifest,
 )
 from fomoe_pl.data.shards import ShardSpill, write_shard
+from fomoe_pl.data.sources import find_sources
 from fomoe_pl.data.tokenizer import TextTokenizer, bpe_vocab_size, fixed_tokenizer, token_dtype, train_bpe
 from fomoe_pl.errors import ConfigError
 
@@ -42,6 +43,8 @@ def prepare(
     eod: str | None = None,
     text_field: str = "text",
     separator: str | None = None,
+    skip_empty: bool = False,
+    skip_unreadable: bool = False,
     val_fraction: float = 0.05,
     shards_per_domain: int = 16,
     max_shard_mb: float = 16.0,
@@ -59,8 +62,10 @@ def prepare(
         output: Folder of the corpus. One that already holds this corpus is kept.
         tokenizer: bytes, bpe:VOCAB (trained on an equal share of each domain's training split), or a tokenizer.json.
         eod: Token of a tokenizer.json that ends a document. Default: what the tokenizer itself says.
-        text_field: Field of .jsonl and column of .parquet files that holds the text.
+        text_field: Field of JSON and column of .parquet files that holds the text; meta.text is a field in a field.
         separator: What stands between the documents of a .txt file, e.g. '\x1e'. Default: a file is a document.
+        skip_empty: Leave out, and count, records whose text is null, missing or a blank line.
+        skip_unreadable: Leave out, and name, files below a folder that are of no readable kind.
         val_fraction: Share of the documents that the validation split gets, by hash of the document.
         shards_per_domain: Least number of training shards of a domain; sites x workers cannot be more than that.
         max_shard_mb: Most text in a shard in 10^6 bytes, give or take a document. A reader holds a shard in memory.
@@ -74,23 +79,22 @@ def prepare(
     Raises:
         ConfigError: A setting that cannot work, unreadable input, or an output folder that holds something else.
     """
-    if not 0 < val_fraction < 1:
-        raise ConfigError("val_fraction", val_fraction, "must lie between 0 and 1", "Common values: 0.01 to 0.1")
-    for key, value in (("shards_per_domain", shards_per_domain), ("max_shard_mb", max_shard_mb)):
-        if value <= 0:
-            raise ConfigError(key, value, "must be positive", "Defaults: 16 shards, 16 MB")
+    _check_numbers(val_fraction, shards_per_domain, max_shard_mb, tokenizer_mb, seed)
+    if separator is not None:
+        separator_bytes(separator)
     if eod is not None and (tokenizer == "bytes" or tokenizer.startswith("bpe:")):
         raise ConfigError("eod", eod, "is for a tokenizer.json; bytes and bpe: have an end of document", "Leave it out")
     # Before the sources are read, since a mistyped tokenizer should not cost a pass over the corpus.
     choice = bpe_vocab_size(tokenizer) if tokenizer.startswith("bpe:") else fixed_tokenizer(tokenizer, eod)
-    target = Path(output)
-    if target.exists() and any(target.iterdir()) and not (target / MANIFEST_FILE).is_file():
-        raise ConfigError("output", output, "is a folder of something else", "Give a new folder, or empty this one")
-    options = ReadOptions(text_field, separator)
+    target = _output(output)
+    sources, left_out = find_sources(source, skip_unreadable=skip_unreadable)
+    for path in left_out:
+        _log.warning("%s is of no readable kind: left out", path)
+    options = ReadOptions(text_field, separator, skip_empty)
     indices = [
-        index_domain(part, options, val_fraction, shards_per_domain, max_shard_mb * _MB, seed)
-        for part in find_sources(source)
+        index_domain(part, options, val_fraction, shards_per_domain, max_shard_mb * _MB, seed) for part in sources
     ]
+    _look_at(indices)
     documents = {index.source.domain: index.documents_sha256 for index in indices}
     settings: dict[str, Any] = {
         "tokenizer": tokenizer if isinstance(choice, int) else choice.kind,
@@ -114,6 +118,52 @@ def prepare(
         shutil.rmtree(target)
     partial.rename(target)
     return read_manifest(target)
+
+
+def _check_numbers(
+    val_fraction: float, shards_per_domain: int, max_shard_mb: float, tokenizer_mb: float, seed: int
+) -> None:
+    if not 0 < val_fraction < 1:
+        raise ConfigError("val_fraction", val_fraction, "must lie between 0 and 1", "Common values: 0.01 to 0.1")
+    if shards_per_domain < 1:
+        raise ConfigError("shards_per_domain", shards_per_domain, "must be at least 1", "The default is 16")
+    for key, value in (("max_shard_mb", max_shard_mb), ("tokenizer_mb", tokenizer_mb)):
+        if not 0 < value < math.inf:
+            raise ConfigError(key, value, "must be positive and finite", "Defaults: max_shard_mb 16, tokenizer_mb 50")
+    if seed < 0:
+        raise ConfigError("seed", seed, "must not be negative", "The default is 0")
+
+
+def _output(output: str) -> Path:
+    """The folder of the corpus, which is there with a corpus or can be made."""
+    if "://" in output:
+        raise ConfigError("output", output, "is a URL, and a corpus is written to a local folder", "Name a folder")
+    target = Path(output).expanduser()
+    if target.is_symlink() or target.name in ("", ".."):  # a link stays, and what it points to is replaced
+        target = target.resolve()
+    if target.exists() and not target.is_dir():
+        raise ConfigError("output", output, "is a file", "Name a folder")
+    if target.exists() and any(target.iterdir()) and not (target / MANIFEST_FILE).is_file():
+        raise ConfigError("output", output, "is a folder of something else", "Give a new folder, or empty this one")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("output", output, f"cannot be made ({error.strerror})", "Name another folder") from None
+    return target
+
+
+def _look_at(indices: Sequence[DomainIndex]) -> None:
+    """Say what was left out of the files, and refuse two files with the same documents."""
+    files: dict[bytes, Path] = {}
+    for index in indices:
+        for what, count in index.left_out.items():
+            _log.warning("%s: %d records with %s left out", index.source.domain, count, what)
+        for path, digest in index.file_hashes.items():
+            if files.setdefault(digest, path) != path:
+                raise ConfigError(
+                    "source", str(path), f"has the same documents as {files[digest]}",
+                    "Leave one of them out: name the files, or move one away",
+                )  # fmt: skip
 
 
 def _existing(target: Path, settings: dict[str, Any]) -> Manifest:
@@ -146,9 +196,8 @@ def _trained(indices: Sequence[DomainIndex], vocab_size: int, n_bytes: float) ->
 
 
 def _write(indices: Sequence[DomainIndex], encoder: TextTokenizer, folder: Path, settings: dict[str, Any]) -> None:
-    """Write shards, tokenizer, bytes per token and manifest."""
+    """Write shards, tokenizer and manifest."""
     encoder.save(folder)
-    np.save(folder / TOKEN_BYTES_FILE, encoder.token_bytes())
     shards: list[ShardInfo] = []
     domains = []
     for index in indices:
@@ -163,15 +212,31 @@ def _write(indices: Sequence[DomainIndex], encoder: TextTokenizer, folder: Path,
 def _write_shards(index: DomainIndex, encoder: TextTokenizer, folder: Path) -> Iterator[ShardInfo]:
     """Encode a domain and write its shards, one after the other."""
     spill = ShardSpill(folder, token_dtype(encoder.vocab_size))
+    sizes = ShardSpill(folder, np.uint32, "bytes")
     first = 0
     for texts in _batches(index.documents()):
-        for document, tokens in enumerate(encoder.encode(texts), first):
-            spill.add(int(index.shard[document]), int(index.rank[document]), tokens)
+        numbers = range(first, first + len(texts))
         first += len(texts)
+        if first > len(index.sizes):
+            break
+        in_val = [bool(index.shard[number] >= index.n_train_shards) for number in numbers]
+        train = iter(encoder.encode([text for text, val in zip(texts, in_val, strict=True) if not val]))
+        counted = iter(encoder.encode_with_bytes([text for text, val in zip(texts, in_val, strict=True) if val]))
+        for number, val in zip(numbers, in_val, strict=True):
+            place = int(index.shard[number]), int(index.rank[number])
+            if val:
+                tokens, of_tokens = next(counted)
+                sizes.add(*place, of_tokens)
+            else:
+                tokens = next(train)
+            spill.add(*place, tokens)
+    if first != len(index.sizes):
+        raise ConfigError("source", index.source.domain, "its files changed while they were read",
+                          "Prepare again when nothing writes to them")  # fmt: skip
     for shard in range(index.n_train_shards + index.n_val_shards):
         name, split = index.shard_name(shard)
         documents = spill.take(shard)
-        sha256 = write_shard(folder / name, documents)
+        sha256 = write_shard(folder / name, documents, sizes.take(shard) if split == "val" else None)
         yield ShardInfo(
             file=name,
             split=split,

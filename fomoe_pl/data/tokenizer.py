@@ -1,17 +1,20 @@
-"""Turning text into token ids, and knowing how many bytes of text each id stands for."""
+"""Turning text into token ids, and knowing how many bytes of the text each of them stands for."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fomoe_pl.data import windows
 from fomoe_pl.errors import ConfigError
 
+Unsigned = NDArray[np.unsignedinteger]
 END_OF_DOCUMENT = "<|endofdocument|>"
 # End-of-document tokens of common tokenizers, for a tokenizer.json that comes without its tokenizer_config.json.
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|endoftext|>", "<|end_of_text|>", "<|endofprompt|>", "</s>", "<eos>", "<|im_end|>")
@@ -34,12 +37,17 @@ class TextTokenizer(Protocol):
     file: str | None
     sha256: str
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+    def encode(self, texts: Sequence[str]) -> list[Unsigned]:
         """Token ids of each text with the end of document behind them; uint16 where the vocabulary allows it."""
         ...
 
-    def token_bytes(self) -> NDArray[np.float32]:
-        """Bytes of text per token id, (V,); special tokens have 0."""
+    def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[Unsigned, Unsigned]]:
+        """The same, and for each token the bytes of text from where the one before it ends to where it ends.
+
+        They are bytes of the text, whatever a tokenizer changes or drops: those of a document sum to its size. The end
+        of document has what is behind the last token, mostly nothing. Where several tokens stand for one character, the
+        first has its bytes.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -56,13 +64,13 @@ class ByteTokenizer:
     file: str | None = None
     sha256 = hashlib.sha256(b"bytes 0-255, end of document 256").hexdigest()
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+    def encode(self, texts: Sequence[str]) -> list[Unsigned]:
         """Ids of each text, uint16."""
         return [np.append(np.frombuffer(text.encode(), np.uint8).astype(np.uint16), np.uint16(256)) for text in texts]
 
-    def token_bytes(self) -> NDArray[np.float32]:
-        """One byte for every id but the end of document."""
-        return np.append(np.ones(256, np.float32), np.float32(0))
+    def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[Unsigned, Unsigned]]:
+        """Ids of each text, and one byte for every id but the end of document."""
+        return [(ids, (ids != self.eod_id).astype(np.uint8)) for ids in self.encode(texts)]
 
     def save(self, folder: Path) -> None:
         """Nothing to write."""
@@ -98,36 +106,41 @@ class SubwordTokenizer:
         self.sha256 = hashlib.sha256(self.serialized.encode()).hexdigest()
         self._dtype = token_dtype(self.vocab_size)
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+    def encode(self, texts: Sequence[str]) -> list[Unsigned]:
         """Ids of each text, uint16 or uint32."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([*encoding.ids, self.eod_id], self._dtype) for encoding in encodings]
+        short = [text for text in texts if len(text) <= windows.WINDOW]
+        with _one_message():
+            encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            self._ended(next(encodings).ids)
+            if len(text) <= windows.WINDOW
+            else self._ended(np.concatenate([ids for ids, _ in windows.in_windows(text, self._spans)]))
+            for text in texts
+        ]
 
-    def token_bytes(self) -> NDArray[np.float32]:
-        """Bytes of text per id.
+    def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[Unsigned, Unsigned]]:
+        """Ids of each text, and the bytes of text of each id."""
+        return [self._with_bytes(text) for text in texts]
 
-        Exact for byte-level tokenizers, whose tokens have one character of the byte alphabet per byte (Radford et al.
-        2019, GPT-2). For SentencePiece-like ones ``▁`` counts as the blank that it stands for and ``<0xAB>`` as one
-        byte; the blank that they put before a text is then counted though the text does not have it.
-        """
-        described: dict[str, Any] = json.loads(self.serialized)
-        byte_level = any(
-            part.get("type") == "ByteLevel"
-            for part in _parts(described.get("pre_tokenizer")) + _parts(described.get("decoder"))
-        )
-        added = {entry["id"]: entry for entry in described["added_tokens"]}
-        lengths = np.zeros(self.vocab_size, np.float32)
-        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if index in added:
-                lengths[index] = 0 if added[index]["special"] else len(token.encode())
-            elif byte_level:
-                lengths[index] = len(token)
-            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                lengths[index] = 1
-            else:
-                lengths[index] = len(token.replace("▁", " ").encode())
-        lengths[self.eod_id] = 0
-        return lengths
+    def _with_bytes(self, text: str) -> tuple[Unsigned, Unsigned]:
+        ids, sizes, end = [], [], 0
+        for part, ends in windows.in_windows(text, self._spans):
+            ids.append(part)
+            sizes.append(_bytes_between(text, end, ends))
+            end = int(ends[-1]) if len(ends) else end
+        sizes.append(np.array([len(text[end:].encode())]))
+        joined = np.concatenate(sizes)
+        return self._ended(np.concatenate(ids)), joined.astype(np.min_scalar_type(joined.max()))
+
+    def _spans(self, text: str) -> tuple[windows.Ints, windows.Ints, windows.Ints]:
+        """Ids, and the characters where each token starts and ends."""
+        with _one_message():
+            encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, np.int64), spans[:, 0], spans[:, 1]
+
+    def _ended(self, ids: Sequence[int] | windows.Ints) -> Unsigned:
+        return np.append(np.asarray(ids, self._dtype), self._dtype(self.eod_id))
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``."""
@@ -139,12 +152,24 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A pre-tokenizer or decoder as the flat list of its parts."""
-    if component is None:
-        return []
-    nested = component.get("pretokenizers", component.get("decoders", []))
-    return [component, *(part for child in nested for part in _parts(child))]
+@contextmanager
+def _one_message() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # bare ones, such as for text of which a vocabulary without an unknown token has nothing
+        raise ConfigError(
+            "tokenizer", "tokenizer.json", f"cannot encode a document ({error})",
+            "Use one that has tokens for every text, such as a byte-level BPE",
+        ) from None  # fmt: skip
+
+
+def _bytes_between(text: str, start: int, ends: windows.Ints) -> windows.Ints:
+    """Bytes from each end to the next, the first from ``start`` on."""
+    stop = int(ends[-1]) if len(ends) else start
+    character_N = np.frombuffer(text[start:stop].encode("utf-32-le"), np.uint32)
+    width_N = 1 + (character_N >= 0x80) + (character_N >= 0x800) + (character_N >= 0x10000)
+    before_N = np.concatenate([[0], np.cumsum(width_N)])
+    return np.diff(before_N[ends - start], prepend=0)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
@@ -165,12 +190,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_nonempty(texts), trainer)
+    tokenizer.train_from_iterator(_in_parts(texts), trainer)
     return SubwordTokenizer(tokenizer, "bpe", eod_id=0)  # special tokens come first
 
 
-def _nonempty(texts: Iterable[str]) -> Iterator[str]:
-    yield from (text for text in texts if text)
+def _in_parts(texts: Iterable[str]) -> Iterator[str]:
+    """Texts without their empty ones, long ones in parts that begin with a blank: memory follows the longest text."""
+    for text in texts:
+        start = 0
+        while len(text) - start > windows.WINDOW:
+            blank = text.rfind(" ", start + 1, start + windows.WINDOW)
+            stop = blank if blank > 0 else start + windows.WINDOW
+            yield text[start:stop]
+            start = stop
+        if start < len(text):
+            yield text[start:]
 
 
 def load_tokenizer(path: Path, eod: str | None) -> SubwordTokenizer:
@@ -188,10 +222,7 @@ def load_tokenizer(path: Path, eod: str | None) -> SubwordTokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
         raise ConfigError("tokenizer", str(path), f"is no tokenizer.json ({error})", _KINDS) from None
-    config = path.with_name("tokenizer_config.json")
-    if eod is None and config.exists():
-        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        eod = eos["content"] if isinstance(eos, dict) else eos
+    eod = _configured_end(path.with_name("tokenizer_config.json")) if eod is None else eod
     if eod is None:
         known = [token for token in _KNOWN_ENDS if tokenizer.token_to_id(token) is not None]
         if len(known) != 1:
@@ -205,6 +236,22 @@ def load_tokenizer(path: Path, eod: str | None) -> SubwordTokenizer:
     return SubwordTokenizer(tokenizer, "file", eod_id)
 
 
+def _configured_end(config: Path) -> str | None:
+    """The ``eos_token`` of a ``tokenizer_config.json``; None where there is no file or it names none."""
+    if not config.exists():
+        return None
+    try:
+        described = json.loads(config.read_text(encoding="utf-8-sig"))
+        eos = described.get("eos_token")
+        eod = eos["content"] if isinstance(eos, dict) else eos
+        if eod is None or isinstance(eod, str):
+            return eod
+        wrong = f"its eos_token is a {type(eod).__name__}"
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    raise ConfigError("eod", None, f"{config} is no tokenizer_config.json ({wrong})", "Give --eod TOKEN, or mend it")
+
+
 _KINDS = "Valid: bytes, bpe:VOCAB (e.g. bpe:4096), or the path of a tokenizer.json"
 
 
@@ -215,8 +262,10 @@ def bpe_vocab_size(spec: str) -> int:
         ConfigError: VOCAB is not a number above 257, the bytes and the end of document.
     """
     size = spec.removeprefix("bpe:")
-    if not size.isdecimal() or int(size) <= 257:
-        raise ConfigError("tokenizer", spec, "VOCAB must be a number above 257 (256 bytes, end of document)", _KINDS)
+    if not size.isdecimal() or len(size) > 9 or int(size) <= 257:
+        raise ConfigError(
+            "tokenizer", spec, "VOCAB must be a number above 257 (256 bytes, end of document) and below 10^9", _KINDS
+        )
     return int(size)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fomoe_pl.data.manifest import Manifest
-from fomoe_pl.data.shards import Tokens, read_shard
+from fomoe_pl.data.shards import Tokens, read_validation_shard
 
 IGNORED = -100  # target without a loss: torch.nn.functional.cross_entropy's ignore_index
 
@@ -51,10 +51,11 @@ class ValidationSequences(Dataset[dict[str, Tensor]]):
         self._eod_id = manifest.eod_id
         self._length = sequence_length
         counts = sequence_counts(available_sequences(manifest, sequence_length), limit)
-        self._tokens = [
+        first = [
             _first_tokens(manifest, name, count * sequence_length)
             for name, count in zip(manifest.domain_names, counts, strict=True)
         ]
+        self._tokens, self._bytes = zip(*first, strict=True)
         self._index = [(domain, i) for domain, count in enumerate(counts) for i in range(count)]
         behind_the_end = (0, counts[0] + 1)
         self._index += [behind_the_end] * (-len(self._index) % n_sites)
@@ -64,26 +65,37 @@ class ValidationSequences(Dataset[dict[str, Tensor]]):
         return len(self._index)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """``inputs`` (S,), ``targets`` (S,) and ``domain`` (), all int64."""
+        """``inputs``, ``targets`` and the targets' ``bytes`` of text, each (S,), and ``domain`` (), all int64."""
         domain, i = self._index[index]
-        tokens = self._tokens[domain][i * self._length : (i + 1) * self._length + 1].astype(np.int64)
-        sequence = torch.full((self._length + 1,), IGNORED)
-        sequence[: len(tokens)] = torch.from_numpy(tokens)
+        of_sequence = slice(i * self._length, (i + 1) * self._length + 1)
+        sequence = self._filled(self._tokens[domain][of_sequence], IGNORED)
         inputs = torch.where(sequence == IGNORED, self._eod_id, sequence)[:-1]
-        return {"inputs": inputs, "targets": sequence[1:], "domain": torch.tensor(domain)}
+        return {
+            "inputs": inputs,
+            "targets": sequence[1:],
+            "bytes": self._filled(self._bytes[domain][of_sequence], 0)[1:],
+            "domain": torch.tensor(domain),
+        }
+
+    def _filled(self, values: Tokens, filling: int) -> Tensor:
+        filled = torch.full((self._length + 1,), filling)
+        filled[: len(values)] = torch.from_numpy(values.astype(np.int64))
+        return filled
 
 
-def _first_tokens(manifest: Manifest, domain: str, n: int) -> Tokens:
-    """An end of document and the first ``n`` validation tokens of a domain."""
-    first = np.array([manifest.eod_id])
+def _first_tokens(manifest: Manifest, domain: str, n: int) -> tuple[Tokens, Tokens]:
+    """An end of document and the first ``n`` validation tokens of a domain, and the bytes of text of each."""
     pieces: list[Tokens] = []
+    sizes: list[Tokens] = [np.zeros(1, np.uint8)]
     size = 0
     for shard in manifest.shards_of("val", domain):
-        for document in read_shard(manifest, shard):
+        for document, of_tokens in read_validation_shard(manifest, shard):
             pieces.append(document)
+            sizes.append(of_tokens)
             size += len(document)
             if size >= n:
                 break
         if size >= n:
             break
-    return np.concatenate([first.astype(pieces[0].dtype), *pieces])[: n + 1]
+    first = np.array([manifest.eod_id], pieces[0].dtype)
+    return np.concatenate([first, *pieces])[: n + 1], np.concatenate(sizes)[: n + 1]

@@ -13,7 +13,7 @@ IGNORED = -100
 
 
 class LanguageModelMetric(FlatSumMetric):
-    """Loss (nats a token), perplexity and bits per byte (of the text, so independent of the tokenizer).
+    """Loss (nats a token), perplexity and bits per byte (of the text itself, so independent of the tokenizer).
 
     Totals are over all tokens, not means of the domains. A domain that has no token yet is NaN, so that every rank
     always returns the same keys.
@@ -32,17 +32,16 @@ class LanguageModelMetric(FlatSumMetric):
         for name in ("nats", "tokens", "bytes"):
             self.add_sum(name, (len(self.domains),))
 
-    def update(self, token_losses_BS: Tensor, targets_BS: Tensor, domain_B: Tensor, token_bytes_V: Tensor) -> None:
+    def update(self, token_losses_BS: Tensor, targets_BS: Tensor, domain_B: Tensor, bytes_BS: Tensor) -> None:
         """Add one batch.
 
         Args:
             token_losses_BS: Cross entropy of each position in nats, float32, 0 where the target is ignored.
             targets_BS: Token ids, int64, -100 = ignored.
             domain_B: Index of each sequence's domain, int64.
-            token_bytes_V: Bytes of text that each token of the vocabulary stands for (0 for special tokens).
+            bytes_BS: Bytes of text that each target stands for, counted when the text was encoded; 0 where ignored.
         """
         counted_BS = targets_BS != IGNORED
-        bytes_BS = token_bytes_V[targets_BS.clamp(min=0)] * counted_BS
         # A product with the one-hot domains and no index_add_: on CUDA its order of summation varies from run to run.
         of_domain_BN = F.one_hot(domain_B, len(self.domains)).double()
         self.nats = self.nats + token_losses_BS.double().sum(dim=1) @ of_domain_BN

@@ -119,10 +119,7 @@ def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, *, fi
     """
     if isinstance(data, FoMoEData):
         data.check(n_sites)
-        if data.vocab_size != config.vocab_size:
-            raise ConfigError("model.architecture.vocab_size", config.vocab_size,
-                              f"must equal the vocabulary of the data in {data.root} ({data.vocab_size})",
-                              f"set it to {data.vocab_size}, or prepare the data with another tokenizer")  # fmt: skip
+        data.check_vocabulary(config.vocab_size)
         if fitting:
             check_endless(trainer)
     elif not fitting or trainer.enable_validation:

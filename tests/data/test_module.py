@@ -76,7 +76,14 @@ def test_fit(corpus: Manifest, num_workers: int) -> None:
 def test_properties(corpus: Manifest) -> None:
     data = data_of(corpus)
     assert (data.vocab_size, data.domains) == (257, ["farm", "sea", "sky"])
-    assert data.token_bytes.tolist() == [1.0] * 256 + [0.0]
+
+
+def test_a_model_may_have_a_larger_vocabulary_than_the_data(corpus: Manifest) -> None:
+    data = data_of(corpus)
+    for size in (257, 320, 200_019):
+        data.check_vocabulary(size)
+    with pytest.raises(ConfigError, match=r"vocab_size = 256: must be at least .*\(257\)"):
+        data.check_vocabulary(256)
 
 
 def test_sites_of_the_topology_share_validation(corpus: Manifest) -> None:
@@ -121,6 +128,11 @@ def test_loaders_need_a_trainer(corpus: Manifest) -> None:
         ({"batch_size": 0}, 1, r"data\.batch_size = 0"),
         ({"val_batch_size": -1}, 1, r"data\.val_batch_size = -1"),
         ({"num_workers": -1}, 1, r"data\.num_workers = -1"),
+        ({"seed": -1}, 1, r"data\.seed = -1: must be at least 0"),
+        ({"max_bad_shards": -1}, 1, r"data\.max_bad_shards = -1"),
+        ({"dirichlet_alpha": float("nan")}, 1, r"data\.dirichlet_alpha = nan"),
+        ({"dirichlet_alpha": float("inf")}, 1, r"data\.dirichlet_alpha = inf"),
+        ({"dirichlet_alpha": 1e300}, 1, r"data\.dirichlet_alpha = 1e\+300: must be above 0 and at most 1e\+09"),
         ({"val_sequences": 2}, 1, r"data\.val_sequences = 2: every one of the 3 domains"),
         ({"dirichlet_alpha": 0.0}, 1, r"data\.dirichlet_alpha = 0\.0"),
         ({"num_workers": 50}, 4, r"data\.num_workers = 50: domain .* 4 sites x 50 .* need 200"),

@@ -1,19 +1,28 @@
+import gzip
 import hashlib
 import json
 import logging
+import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from fomoe_pl.data import Manifest, load_manifest
-from fomoe_pl.data.documents import find_sources
-from fomoe_pl.data.index import ReadOptions, index_domain, training_share
+from fomoe_pl.data.documents import ReadOptions
+from fomoe_pl.data.index import index_domain, training_share
 from fomoe_pl.data.manifest import Split
 from fomoe_pl.data.prepare import prepare
-from fomoe_pl.data.shards import read_shard
+from fomoe_pl.data.shards import read_shard, read_validation_shard
+from fomoe_pl.data.sources import find_sources
+from fomoe_pl.data.validation import IGNORED, ValidationSequences
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.metrics import LanguageModelMetric
 
 
 def stored(manifest: Manifest, split: Split, domain: str) -> list[list[str]]:
@@ -105,9 +114,6 @@ def test_bpe_corpus(source: Path, tmp_path: Path) -> None:
     again = prepare([str(source)], str(tmp_path / "b"), tokenizer="bpe:300", shards_per_domain=2, val_fraction=0.2)
     assert manifest.fingerprint == again.fingerprint
     assert (manifest.vocab_size, manifest.tokenizer.kind) == (300, "bpe")
-    lengths = manifest.token_bytes().numpy()
-    for shard in manifest.shards:
-        assert sum(int(lengths[tokens].sum()) for tokens in read_shard(manifest, shard)) == shard.bytes
     reused = prepare(
         [str(source)],
         str(tmp_path / "c"),
@@ -119,8 +125,8 @@ def test_bpe_corpus(source: Path, tmp_path: Path) -> None:
 
 
 def test_tokenizer_sees_an_equal_share_of_training_text(source: Path) -> None:
-    for part in find_sources([str(source)]):
-        index = index_domain(part, ReadOptions("text", None), 0.2, 4, 1e6, seed=0)
+    for part in find_sources([str(source)])[0]:
+        index = index_domain(part, ReadOptions(), 0.2, 4, 1e6, seed=0)
         share = list(training_share(index, 1000))
         in_training = {t for t, shard in zip(index.documents(), index.shard, strict=True) if shard < 4}
         assert 996 < sum(len(text.encode()) for text in share) <= 1000  # a character may be cut
@@ -185,9 +191,145 @@ def test_bad_settings(source: Path, tmp_path: Path) -> None:
     [
         ({"shards_per_domain": 0}, "shards_per_domain"),
         ({"max_shard_mb": 0.0}, "max_shard_mb"),
+        ({"max_shard_mb": float("nan")}, "max_shard_mb"),
+        ({"max_shard_mb": float("inf")}, "max_shard_mb"),
+        ({"max_shard_mb": 1e-7}, "max_shard_mb"),
+        ({"tokenizer_mb": -1.0}, "tokenizer_mb"),
+        ({"tokenizer_mb": float("nan"), "tokenizer": "bpe:300"}, "tokenizer_mb"),
+        ({"seed": -1}, "seed"),
+        ({"val_fraction": float("nan")}, "val_fraction"),
+        ({"separator": ""}, "separator"),
+        ({"output": "s3://bucket/corpus"}, "output"),
+        ({"output": "/dev/null"}, "output"),
+        ({"output": "/dev/null/corpus"}, "output"),
         ({"eod": "<end>"}, "eod"),
     ],
 )
 def test_senseless_settings_are_refused(source: Path, tmp_path: Path, settings: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key} = "):
-        prepare([str(source)], str(tmp_path / "out"), **settings)
+        prepare([str(source)], **{"output": str(tmp_path / "out"), **settings})
+
+
+def normalizing(path: Path, kind: str) -> str:
+    """A tokenizer that changes or drops text before it encodes it."""
+    characters = {c: i for i, c in enumerate(["[UNK]", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789"])}
+    if kind == "nfkc":
+        tokenizer = Tokenizer(models.BPE(characters, [], unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.NFKC()
+    elif kind == "wordpiece":
+        marked = {f"##{c}": i + 40 for c, i in characters.items()}
+        tokenizer = Tokenizer(models.WordPiece({**characters, **marked}, unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    else:
+        tokenizer = Tokenizer(models.WordLevel(characters, "[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["nfkc", "wordpiece", "whitespace"])
+def test_bytes_are_those_of_the_text(source: Path, tmp_path: Path, texts: dict[str, list[str]], kind: str) -> None:
+    """Of each validation document, and so of a validation, whatever the tokenizer makes of the text."""
+    odd = ["  ﬁ½ Ｗide\x00\t", " \n\n", "e\u0301\u3000空 "]
+    (tmp_path / "odd.jsonl").write_text(
+        "".join(json.dumps({"text": f"{odd[i % 3]} {i} {odd[i % 2]}"}) + "\n" for i in range(90))
+    )
+    specs = [str(source / "farm.jsonl"), str(tmp_path / "odd.jsonl")]
+    tokenizer = normalizing(tmp_path / "tokenizer.json", kind)
+    manifest = prepare(specs, str(tmp_path / "out"), tokenizer=tokenizer, shards_per_domain=2, val_fraction=0.3)
+    metric = LanguageModelMetric(manifest.domain_names)
+    sequences = ValidationSequences(manifest, 7, None, n_sites=1)
+    for i in range(len(sequences)):
+        row = {key: value[None] for key, value in sequences[i].items()}
+        counted = row["targets"] != IGNORED
+        metric.update(math.log(2) * counted, row["targets"], row["domain"], row["bytes"])
+    sizes = [domain.val.bytes for domain in manifest.domains]
+    tokens = [domain.val.tokens for domain in manifest.domains]
+    assert metric.bytes.tolist() == sizes
+    assert metric.compute()["bits_per_byte"].item() == pytest.approx(sum(tokens) / sum(sizes))
+    for domain, size in zip(manifest.domain_names, sizes, strict=True):
+        shards = manifest.shards_of("val", domain)
+        assert sum(int(of.sum()) for shard in shards for _, of in read_validation_shard(manifest, shard)) == size
+    # A part of them has the text up to its last token.
+    limited = ValidationSequences(manifest, 7, 4, n_sites=1)
+    whole = [sequences[i]["bytes"] for i in range(len(sequences)) if sequences[i]["domain"] == 0]
+    assert all(torch.equal(limited[i]["bytes"], whole[i]) for i in range(2))
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "web"
+    folder.mkdir()
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(80)]
+    (folder / "a.jsonl").write_text("\n".join([*lines, "", '{"text": null}', '{"id": 3}', '{"text": ""}']) + "\n")
+    (folder / "notes.md").touch()
+    settings: dict[str, Any] = {"shards_per_domain": 2, "val_fraction": 0.2}
+    with pytest.raises(ConfigError, match="notes.md"):  # noqa: RUF043
+        prepare([str(tmp_path)], str(tmp_path / "out"), **settings)
+    with pytest.raises(ConfigError, match="line 81 of"):
+        prepare([str(tmp_path)], str(tmp_path / "out"), skip_unreadable=True, **settings)
+    manifest = prepare([str(folder)], str(tmp_path / "out"), skip_unreadable=True, skip_empty=True, **settings)
+    assert "notes.md is of no readable kind: left out" in caplog.text
+    assert "a: 3 records with no text left out" in caplog.text
+    assert "a: 1 records with empty text left out" in caplog.text
+    assert sum(len(shard) for split in ("train", "val") for shard in stored(manifest, split, "a")) == 80
+    with pytest.raises(ConfigError, match=r"this domain has no documents.*84 with no text"):
+        prepare(
+            [str(folder)], str(tmp_path / "b"), skip_unreadable=True, skip_empty=True, text_field="body", **settings
+        )
+
+
+@pytest.mark.parametrize("copy", ["b.jsonl", "b.json.gz", "b.txt", "web/deep.ndjson"])
+def test_a_copy_of_a_file_is_refused_by_its_documents(tmp_path: Path, copy: str) -> None:
+    documents = [f"document {i}" for i in range(60)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    path = tmp_path / "source" / copy
+    path.parent.mkdir(parents=True)
+    (tmp_path / "source" / "a.jsonl").write_text(lines)
+    content = "\n".join(documents) if copy.endswith(".txt") else lines.replace('{"text', '{"n": 1, "text')
+    path.write_bytes(gzip.compress(content.encode()) if copy.endswith(".gz") else content.encode())
+    for spec in (str(tmp_path / "source"), f"one={tmp_path / 'source'}"):
+        with pytest.raises(ConfigError, match="has the same documents as"):
+            prepare([spec], str(tmp_path / "out"), separator=r"\n", shards_per_domain=2, val_fraction=0.2)
+
+
+def test_single_documents_may_be_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "web").mkdir()
+    for i in range(40):
+        (tmp_path / "web" / f"{i}.txt").write_text(f"document {i % 20}")
+    manifest = prepare([f"web={tmp_path}"], str(tmp_path / "out"), shards_per_domain=2, val_fraction=0.2)
+    assert manifest.domains[0].train.documents + manifest.domains[0].val.documents == 40
+    assert "stands in none" not in caplog.text
+    prepare([f"web={tmp_path / 'web'}"], str(manifest.root), separator="¶", shards_per_domain=2, val_fraction=0.2)
+    assert "web: '¶' stands in none of the .txt files: each is one document" in caplog.text
+
+
+def test_memory_does_not_follow_the_longest_document(tmp_path: Path) -> None:
+    """A document of 4 MB among short ones: some twenty times its size, where encoding it whole takes 220 times."""
+    words = "the tide and the harbour sinks of storms "
+    for name, text in (("long", words * 100_000), *((f"short{i}", f"{i} {words}") for i in range(40))):
+        path = tmp_path / "web" / f"{name}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    command = f"""
+import resource, sys
+from fomoe_pl.data.prepare import prepare
+used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before = used()
+for tokenizer in ("bpe:400", "{tmp_path}/bpe:400/tokenizer.json"):
+    prepare(["web={tmp_path}/web"], "{tmp_path}/" + tokenizer.split("/")[-1], tokenizer=tokenizer,
+            shards_per_domain=2, val_fraction=0.2, max_shard_mb=100)
+print(used() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 60 * len(words) * 100_000
+
+
+def test_a_link_to_the_output_stays(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "store")
+    for shards in (2, 3):
+        prepare([str(source)], str(tmp_path / "out"), shards_per_domain=shards, val_fraction=0.2, overwrite=True)
+        assert len(load_manifest(tmp_path / "store").shards_of("train", "sea")) == shards
+    assert (tmp_path / "out").is_symlink()

@@ -1,22 +1,16 @@
 """What the repository ships for the data: the sample corpus, the command and the configurations."""
 
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
 
+from fomoe_pl.cli import main
 from fomoe_pl.data import FoMoEData, Manifest, load_manifest
 from fomoe_pl.data.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
-
-
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments])
-    runpy.run_path(str(ROOT / "tools" / "prepare_data.py"), run_name="__main__")
 
 
 def test_sample_is_small_and_can_be_prepared(tmp_path: Path) -> None:
@@ -30,18 +24,17 @@ def test_sample_is_small_and_can_be_prepared(tmp_path: Path) -> None:
     FoMoEData(str(manifest.root)).check(16)
 
 
-def test_tool(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     options = ["--output", str(output), "--val_fraction", "0.2"]
     paths = [str(source / "sea.jsonl"), "--source", f"land={source / 'farm.jsonl'}"]
-    run_tool(monkeypatch, "--source", *paths, *options, "--shards_per_domain", "3")
+    main(["prepare", "--source", *paths, *options, "--shards_per_domain", "3"])
     assert load_manifest(output).domain_names == ["sea", "land"]
     assert re.search(r"land +train +\d+ documents .* 3 shards", capsys.readouterr().out)
-    with pytest.raises(SystemExit, match=r"^error: output = .*--overwrite"):
-        run_tool(monkeypatch, "--source", *paths, *options, "--shards_per_domain", "4")
-    run_tool(monkeypatch, "--source", *paths, *options, "--shards_per_domain", "4", "--overwrite")
+    with pytest.raises(SystemExit):
+        main(["prepare", "--source", *paths, *options, "--shards_per_domain", "4"])
+    assert re.match(r"fomoe: output = .*--overwrite", capsys.readouterr().err.splitlines()[-1])
+    main(["prepare", "--source", *paths, *options, "--shards_per_domain", "4", "--overwrite"])
     assert len(load_manifest(output).shards_of("train", "sea")) == 4
 
 

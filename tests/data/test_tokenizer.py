@@ -1,15 +1,29 @@
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
+from fomoe_pl.data import windows
 from fomoe_pl.data.tokenizer import (
     END_OF_DOCUMENT,
     ByteTokenizer,
     SubwordTokenizer,
     TextTokenizer,
+    _in_parts,
     bpe_vocab_size,
     fixed_tokenizer,
     load_tokenizer,
@@ -20,8 +34,13 @@ from fomoe_pl.errors import ConfigError
 HARD = ["plain words", "  two  blanks\n\n\ttab", "früh 空 🙂 é", f"spells {END_OF_DOCUMENT} itself", "\x00\x1e\r\n"]
 
 
-def n_bytes(tokenizer: TextTokenizer, text: str) -> int:
-    return int(tokenizer.token_bytes()[tokenizer.encode([text])[0]].sum())
+def bytes_of(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """Bytes of text of each token; the tokens are the plain ones, and the bytes sum to those of the text."""
+    ((ids, sizes),) = tokenizer.encode_with_bytes([text])
+    assert ids.tolist() == tokenizer.encode([text])[0].tolist()
+    assert len(sizes) == len(ids)
+    assert sizes.sum() == len(text.encode())
+    return sizes.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +53,7 @@ def test_bytes() -> None:
     (ids,) = tokenizer.encode(["aé"])
     assert ids.tolist() == [97, 0xC3, 0xA9, 256]
     assert ids.dtype == np.uint16
-    assert tokenizer.token_bytes().sum() == 256
+    assert bytes_of(tokenizer, "aé") == [1, 1, 1, 0]
 
 
 def test_bpe_is_exact_and_ends_documents(bpe: SubwordTokenizer) -> None:
@@ -44,7 +63,7 @@ def test_bpe_is_exact_and_ends_documents(bpe: SubwordTokenizer) -> None:
         assert ids[-1] == bpe.eod_id
         assert bpe.eod_id not in ids[:-1]
         assert reader.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
-        assert n_bytes(bpe, text) == len(text.encode())
+        assert bytes_of(bpe, text)[-1] == 0
 
 
 def test_bpe_training_is_deterministic(texts: dict[str, list[str]], bpe: SubwordTokenizer) -> None:
@@ -80,7 +99,7 @@ def test_sentencepiece_like_bytes(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json", None)
     assert tokenizer.eod_id == 2
     for text in ("hello words", "hello 空", "  waves"):
-        assert n_bytes(tokenizer, text) == len(text.encode())
+        assert bytes_of(tokenizer, text)[-1] == 0
 
 
 def test_end_of_document_of_a_file(tmp_path: Path) -> None:
@@ -102,8 +121,8 @@ def test_added_tokens_count_their_text_unless_special(tmp_path: Path, bpe: Subwo
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path / "tokenizer.json", None)
     assert loaded.vocab_size == 351
-    assert loaded.token_bytes()[350] == 5
-    assert n_bytes(loaded, "so früh") == 8
+    assert loaded.encode(["so früh"])[0][-2] == 350
+    assert bytes_of(loaded, "so früh")[-2] in (5, 6)  # the blank before it may be a token of its own
 
 
 def test_bad_tokenizers(tmp_path: Path) -> None:
@@ -116,3 +135,150 @@ def test_bad_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         fixed_tokenizer(str(tmp_path / "tokenizer.json"), None)
+
+
+def normalizing() -> Tokenizer:
+    """Unigram over compatibility characters made plain, as T5 and XLM-R have."""
+    pieces = [
+        ("<unk>", 0.0),
+        ("</s>", 0.0),
+        ("▁", -2.0),
+        *((c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz123⁄"),
+        ("fi", -2.5),
+    ]
+    tokenizer = Tokenizer(models.Unigram(pieces, 0, False))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+def wordpiece() -> Tokenizer:
+    """Lower case without accents or control characters, marked by ##, blanks dropped, as BERT has."""
+    words = ["[UNK]", "</s>", "cafe", "wave", "##s", "a", "ﬁ", ",", "."]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def splitter() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "wave": 2, "café": 3}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def prefixing() -> Tokenizer:
+    """A blank before every text, and offsets that leave blanks out, as RoBERTa has."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["waves and waves of the sea"], trainer)
+    return tokenizer
+
+
+KINDS = [normalizing, wordpiece, splitter, prefixing, sentencepiece_like]
+CHANGED = [
+    "ﬁ ½  wave",
+    "  Café  waves\x00 , ",
+    "Ｆｕｌｌ width　blanks",
+    "e\u0301 a\u0300",
+    "\n\n\t",
+    "wave\n",
+    "🙂🙂 空",
+    "x" * 300,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_bytes_are_those_of_the_text_whatever_a_tokenizer_does_to_it(kind: Any) -> None:
+    tokenizer = SubwordTokenizer(kind(), "file", 1)
+    for text in [*CHANGED, *HARD, " ".join(CHANGED + HARD)]:
+        bytes_of(tokenizer, text)
+
+
+def test_bytes_of_each_token() -> None:
+    """What is dropped goes to the token behind it; a document's last blanks to its end."""
+    assert bytes_of(SubwordTokenizer(splitter(), "file", 1), " café   wave \n") == [6, 7, 2]
+    assert bytes_of(SubwordTokenizer(wordpiece(), "file", 1), "Café waves.") == [5, 5, 1, 1, 0]
+    assert bytes_of(SubwordTokenizer(normalizing(), "file", 1), "aﬁ") == [1, 0, 3, 0]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bpe"], ids=lambda kind: getattr(kind, "__name__", kind))
+@pytest.mark.parametrize("window", [256, 1000])
+def test_windows_give_the_tokens_of_the_whole(
+    bpe: SubwordTokenizer, monkeypatch: pytest.MonkeyPatch, kind: Any, window: int
+) -> None:
+    tokenizer = bpe if kind == "bpe" else SubwordTokenizer(kind(), "file", 1)
+    draw = random.Random(0)
+    pieces = [*CHANGED, *HARD, "waves", " ", "\n\n", "of words", "aaaa", "hello world", "café", "空", "123", "e\u0301"]
+    texts = [
+        "".join(draw.choices(pieces, k=400)),
+        "a" * 5000,
+        " " * 3000 + "wave" * 900,
+        "空" * 4000,
+        "ab" * 3000 + " x",
+        "wave " * 2000,
+        "x" * 2000 + " wave" * 300 + "y" * 3000,
+        "ﬁ½" * 1500,
+    ]
+    whole = [
+        (ids.tolist(), bytes_of(tokenizer, text)) for ids, text in zip(tokenizer.encode(texts), texts, strict=True)
+    ]
+    longest = 0
+
+    def noting(text: str, encode: Any = tokenizer._spans) -> Any:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "_spans", noting)
+    monkeypatch.setattr(windows, "WINDOW", window)
+    monkeypatch.setattr(windows, "OVERLAP", 128)
+    for text, (ids, sizes) in zip(texts, whole, strict=True):
+        assert (tokenizer.encode([text])[0].tolist(), bytes_of(tokenizer, text)) == (ids, sizes)
+    longest = 0
+    tokenizer.encode(["wave of waves, " * 3000])
+    assert longest == window  # however long the text is
+    monkeypatch.undo()
+
+
+def test_a_tokenizer_that_lacks_a_token_is_one_message() -> None:
+    tokenizer = SubwordTokenizer(Tokenizer(models.WordLevel({"a": 0, "</s>": 1})), "file", 1)
+    for encode in (tokenizer.encode, tokenizer.encode_with_bytes):
+        with pytest.raises(ConfigError, match=r"tokenizer = .*cannot encode a document"):
+            encode(["b"])
+
+
+def test_a_long_text_is_given_to_training_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "WINDOW", 100)
+    text = "wave after wave " * 50 + "x" * 250
+    parts = list(_in_parts(["", text, "short"]))
+    assert "".join(parts) == text + "short"
+    assert max(map(len, parts)) <= 100
+    assert all(part.startswith(" ") for part in parts[1:-4])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"eos_token": 5}',
+        b'{"eos_token": {"lstrip": true}}',
+        b'{"eos_token": []}',
+    ],
+)
+def test_a_broken_configuration_is_named(tmp_path: Path, bpe: SubwordTokenizer, content: bytes) -> None:
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"eod = None: .*tokenizer_config\.json is no .*--eod TOKEN"):
+        load_tokenizer(tmp_path / "tokenizer.json", None)
+    assert load_tokenizer(tmp_path / "tokenizer.json", END_OF_DOCUMENT).eod_id == bpe.eod_id

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from fomoe_pl.metrics import LanguageModelMetric
 
-TOKEN_BYTES_V = torch.tensor([0.0, 1.0, 2.0, 4.0])  # token 0 is special: it stands for no text
+# Of the targets below: 0 ends a document; a token's bytes are those of the text, so not the same everywhere.
+BYTES_BS = torch.tensor([[1, 2, 0], [4, 0, 0], [3, 5, 0]])
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -17,9 +18,9 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_values_by_hand() -> None:
     metric = LanguageModelMetric(["prose", "code"])
-    metric.update(*batch(), TOKEN_BYTES_V)
+    metric.update(*batch(), BYTES_BS)
     values = metric.compute()
-    # prose: nats 1+2+3+4+1 = 11, 5 tokens, bytes 1+2+0+4+4 = 11; code: 0.5 nats, 1 token, 4 bytes
+    # prose: nats 1+2+3+4+1 = 11, 5 tokens, bytes 1+2+0+3+5 = 11; code: 0.5 nats, 1 token, 4 bytes
     expected = {
         "loss": 11.5 / 6,
         "perplexity": math.exp(11.5 / 6),
@@ -38,7 +39,7 @@ def test_uniform_bytes_are_eight_bits() -> None:
         torch.full((2, 5), math.log(256)),
         torch.arange(10).view(2, 5),
         torch.zeros(2, dtype=torch.int64),
-        torch.ones(256),
+        torch.ones(2, 5),
     )
     assert metric.compute()["bits_per_byte"].item() == pytest.approx(8)
     assert metric.compute()["perplexity"].item() == pytest.approx(256)
@@ -49,7 +50,7 @@ def test_sum_of_two_ranks_equals_one_rank_with_both_batches() -> None:
     whole = LanguageModelMetric(["prose", "code"])
     ranks = [LanguageModelMetric(["prose", "code"]) for _ in range(2)]
     for rank, rows in enumerate((slice(0, 1), slice(1, 3))):
-        part = losses_BS[rows], targets_BS[rows], domain_B[rows], TOKEN_BYTES_V
+        part = losses_BS[rows], targets_BS[rows], domain_B[rows], BYTES_BS[rows]
         ranks[rank].update(*part)
         whole.update(*part)
     local = ranks[0].compute()
@@ -63,14 +64,14 @@ def test_sum_of_two_ranks_equals_one_rank_with_both_batches() -> None:
 
 def test_states_is_a_copy() -> None:
     metric = LanguageModelMetric(["prose", "code"])
-    metric.update(*batch(), TOKEN_BYTES_V)
+    metric.update(*batch(), BYTES_BS)
     metric.states().zero_()
     assert metric.compute()["loss"].item() == pytest.approx(11.5 / 6)
 
 
 def test_domain_without_tokens_is_nan_and_leaves_the_total_alone() -> None:
     metric = LanguageModelMetric(["prose", "code", "poems"])
-    metric.update(*batch(), TOKEN_BYTES_V)
+    metric.update(*batch(), BYTES_BS)
     values = metric.compute()
     assert math.isnan(values["loss/poems"])
     assert math.isnan(values["bits_per_byte/poems"])
@@ -79,7 +80,7 @@ def test_domain_without_tokens_is_nan_and_leaves_the_total_alone() -> None:
 
 def test_reset_starts_again() -> None:
     metric = LanguageModelMetric(["prose", "code"])
-    metric.update(*batch(), TOKEN_BYTES_V)
+    metric.update(*batch(), BYTES_BS)
     metric.reset()
     assert metric.states().count_nonzero() == 0
 
@@ -106,7 +107,7 @@ def test_moves_with_the_module_around() -> None:
 def test_counts_beyond_the_reach_of_float32() -> None:
     metric = LanguageModelMetric(["all"])
     metric.load_states(torch.tensor([0.0, 2.0**24, 0.0], dtype=torch.float64))
-    metric.update(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int64), torch.tensor([0]), TOKEN_BYTES_V)
+    metric.update(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int64), torch.tensor([0]), torch.ones(1, 1))
     assert metric.tokens.item() == 2**24 + 1
 
 
@@ -114,6 +115,6 @@ def test_lives_through_inference_mode() -> None:
     metric = LanguageModelMetric(["prose", "code"])
     with torch.inference_mode():
         metric.reset()
-        metric.update(*batch(), TOKEN_BYTES_V)
-    metric.update(*batch(), TOKEN_BYTES_V)
+        metric.update(*batch(), BYTES_BS)
+    metric.update(*batch(), BYTES_BS)
     assert metric.compute()["loss"].item() == pytest.approx(11.5 / 6)

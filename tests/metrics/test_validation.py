@@ -64,7 +64,7 @@ def test_one_vector_holds_all_sums_and_its_size_is_the_formula() -> None:
     sites = [ValidationMetrics(["a", "b", "c"], 2, 4, "cpu") for _ in range(2)]
     for i, site in enumerate(sites):
         losses_BS, targets_BS = torch.full((1, 2), 1.0 + i), torch.tensor([[1, 2]])
-        site.language.update(losses_BS, targets_BS, torch.tensor([i]), torch.ones(8))
+        site.language.update(losses_BS, targets_BS, torch.tensor([i]), torch.ones(1, 2))
         site.loads.update(0, torch.tensor([[i], [i]]), torch.tensor([i, i]))
         site.views.update(losses_BS, losses_BS + 1, losses_BS, targets_BS)
     total = sites[0].states() + sites[1].states()

@@ -1,0 +1,85 @@
+"""Reading compressed files, of which one that is cut is never taken for a whole one."""
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from fomoe_pl.errors import ConfigError
+
+_CHUNK = 1 << 20  # bytes buffered at a time
+_PACKED_CHUNK = 1 << 16  # compressed bytes read at a time: they may become a thousand times as many
+
+
+def open_plain(path: Path, compression: str) -> IO[bytes]:
+    """Open a file's content, uncompressed.
+
+    Args:
+        path: The file.
+        compression: One of COMPRESSIONS, or "".
+
+    Raises:
+        ConfigError: It needs a library that is not installed.
+        EOFError: It is empty. Reading raises one where it is cut.
+    """
+    if compression and not path.stat().st_size:
+        raise EOFError("it has no bytes, which no compression makes")  # gzip's own reader takes it for a whole file
+    if compression == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if compression == ".bz2":
+        return bz2.open(path, "rb")
+    if compression == ".xz":
+        return cast(IO[bytes], lzma.open(path, "rb"))
+    if compression == ".zst":
+        try:
+            import zstandard  # noqa: F401
+        except ImportError:
+            raise missing_library(path, "zstandard") from None
+        return io.BufferedReader(_Chunks(_zstd_chunks(path)), _CHUNK)
+    return path.open("rb")
+
+
+def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    """The content of all frames; zstandard's own file reader takes a cut frame for a whole one."""
+    import zstandard
+
+    reader = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # as `zstd --long=31` writes
+    with path.open("rb") as file:
+        packed = file.read(_PACKED_CHUNK)
+        while packed:
+            frame = reader.decompressobj()
+            while not frame.eof:
+                if not packed:
+                    raise EOFError("it ends within a frame")
+                yield frame.decompress(packed)
+                packed = frame.unused_data if frame.eof else file.read(_PACKED_CHUNK)
+            packed = packed or file.read(_PACKED_CHUNK)
+
+
+class _Chunks(io.RawIOBase):
+    """Chunks of bytes as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            try:
+                self._rest = next(self._chunks)
+            except StopIteration:
+                return 0
+        n = min(len(buffer), len(self._rest))
+        buffer[:n], self._rest = self._rest[:n], self._rest[n:]
+        return n
+
+
+def missing_library(path: Path, library: str) -> ConfigError:
+    """The error for a file that a library is missing for."""
+    return ConfigError("source", str(path), f"reading it needs {library}", f"Run: pip install {library}")
