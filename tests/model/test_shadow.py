@@ -147,7 +147,7 @@ def test_copies_are_unpacked_as_the_codec_does(shape: tuple[int, int], bits: int
 @needs_kernels
 @pytest.mark.parametrize("input_gradient", [True, False])
 def test_tiles_by_descriptor_give_the_same(input_gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both sets' tiles by the copy engine; residents whose offsets are no multiple of 16 bytes away from the copies'."""
+    """Both sets' tiles by the copy engine; the copies' offsets do not begin at a multiple of 16 bytes."""
     if cuda and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no such GPU")
     low, n_tokens, width, depth = (torch.bfloat16 if cuda else torch.float16), 150, 64, 32
@@ -233,10 +233,17 @@ def test_32_bits_are_the_whole_model_bit_for_bit(
         assert torch.equal(gradient, of[list(HERE[rows[name]])] if name in rows else of), name
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped", pytest.param("triton", marks=needs_kernels)])
-@pytest.mark.parametrize(("bits", "checkpointing"), [(4, "none"), (2, "experts"), (8, "blocks"), (16, "none")])
+@pytest.mark.parametrize(
+    ("backend", "bits", "checkpointing"),
+    [
+        ("loop", 4, "none"), ("loop", 2, "experts"), ("loop", 8, "blocks"),
+        ("grouped", 4, "none"), ("grouped", 16, "experts"), ("grouped", 2, "blocks"),
+        pytest.param("triton", 4, "none", marks=needs_kernels),
+        pytest.param("triton", 2, "experts", marks=needs_kernels),
+    ],
+)  # fmt: skip
 def test_copies_are_experts_that_do_not_learn(
-    make_config: Callable[..., ModelConfig], bits: int, checkpointing: str, backend: str
+    make_config: Callable[..., ModelConfig], backend: str, bits: int, checkpointing: str
 ) -> None:
     part = build(make_config, bits, expert_backend=backend, activation_checkpointing=checkpointing, expert="swiglu")
     full = build(make_config, None, expert_backend="loop", expert="swiglu")
@@ -355,32 +362,40 @@ def test_new_residents_keep_the_copies_that_are_left(make_config: Callable[..., 
 def test_a_refresh_that_fails_changes_nothing(make_config: Callable[..., ModelConfig]) -> None:
     model = build(make_config, 4)
     before = [buffer.clone() for buffer in model.buffers()]
-    with pytest.raises(RuntimeError, match="broke"), model.refreshing() as staged:
-        next(iter(staged.values())).zero_()
-        raise RuntimeError("the connection broke")
+
+    def refresh() -> None:
+        with model.refreshing() as staged:
+            next(iter(staged.values())).zero_()
+            raise RuntimeError("the connection broke")
+
+    with pytest.raises(RuntimeError, match="broke"):
+        refresh()
     assert all(torch.equal(now, then) for now, then in zip(model.buffers(), before, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["none", "experts", "blocks"])
-@pytest.mark.parametrize("backend", ["grouped", pytest.param("triton", marks=needs_kernels)])
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [("grouped", "none"), ("grouped", "blocks"), pytest.param("triton", "experts", marks=needs_kernels)],
+)
 def test_compiled_blocks_give_the_same(make_config: Callable[..., ModelConfig], backend: str, mode: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     models = [build(make_config, 4, expert_backend=backend, activation_checkpointing=mode) for _ in range(2)]
     for block in models[0].layers:
         block.compiled = torch.compile(block.plain, backend="aot_eager", fullgraph=backend == "triton")
+    graphs = []
     for _ in range(2):
         (expected, all_gradients), (found, gradients) = step(models[1]), step(models[0])
         torch.testing.assert_close(found, expected)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, all_gradients[name], msg=name)
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         for model in models:
             model.set_residency(Residency("shadow", OTHER, Shadow(4)))
             with model.refreshing() as staged:
                 for data in staged.values():
                     data[:] = torch.where(data == 0xFF, 0, data)  # those that have none are zeros
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # one serves all layers and placements
+    assert graphs[0] == graphs[1] > 0  # what was compiled for one placement serves others
 
 
 @needs_kernels
