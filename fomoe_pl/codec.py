@@ -1,9 +1,9 @@
 """Numbers as bytes: casts, and low-bit integers in groups that share a scale.
 
-A codec works on the last axis and takes any axes before it for rows, each of which becomes a fixed number of bytes: so an
-expert's matrix has its place among others'. The same numbers give the same bits on every device. All that is used is
-exact or correctly rounded there: no division by a constant, which some devices turn into a product with its inverse,
-and no numbers so small that a device might take them for zero.
+A codec works on the last axis; each row of it becomes a fixed number of bytes, so an expert's matrix has its place
+among others'. The same numbers give the same bits on every device. All that is used is exact or correctly rounded
+there: no division by a constant, which some devices turn into a product with its inverse, and no numbers so small that
+a device might take them for zero.
 """
 
 from __future__ import annotations

@@ -116,6 +116,12 @@ def test_targets_of_model_r() -> None:
         "speed-up at 1/4 resident, f = 0.500": (1.5, 1.44, True),
         "speed-up at 1/4 not below that with more experts": (1.5, 1.2, True),
     }  # fmt: skip
+    copied = [*made_rows("olmoe-1.3b", ours_1=1.0, ours_2=1.2), *made_rows("olmoe-1.3b", ours_shadow_2=1.04)]
+    copied[2].peak_bytes *= 1.2
+    assert list(verdicts(copied).items())[-2:] == [
+        ("half resident, half copied, over our whole model", (1.04, 1.05, False)),
+        ("memory with copies over that with ghosts", (1.2, 1.1, False)),
+    ]
     large = [replace(row, peak_bytes=21 * 2**30) for row in made_rows("olmoe-1.3b", ours_1=1.0)]
     assert verdicts(large)["memory, all resident (GiB)"] == (21.0, 20.0, False)
     saving = [*large, *made_rows("olmoe-1.3b", ours_saving_1=0.9)]
@@ -167,6 +173,30 @@ def test_without_experts_blocks_are_attention_alone() -> None:
     assert half.resident == case.config.n_experts // 2
     with pytest.raises(ConfigError, match=r"divisor of the 8 experts"):
         contestants.residency_of(case.config, Fraction(1, 3))
+
+
+def test_copies_compute_what_ghosts_skip() -> None:
+    case, batches = tiny()
+    contestants, bench, match = load("model_contestants"), load("bench_model"), load("model_match")
+    eager = contestants.Ours("grouped", compiled=False, shadow_bits=4)
+    half = contestants.build_ours(case.config, CPU, eager, Fraction(1, 2), autocast=False)
+    half.step(batches[0])
+    assert half.copying
+    assert len(half.model.shadow_tensors()) == 2 * case.config.n_layers
+    assert 0.2 < half.ghost_fraction() < 0.8
+    met = bench.order(["ours", "ours_shadow"], [Fraction(1), Fraction(1, 2)], case.config)
+    assert met == [("ours", Fraction(1, 2)), ("ours_shadow", Fraction(1, 2))]
+    contestants.VARIANTS["copies"] = eager
+    rows: list[Any] = []
+    timer = match.Timer(batches, CPU, steps=1, block_seconds=0.0, warmup=1)
+    game = match.Match("c", case, timer, rows.append, 1e9, blocks=1, deadline=float("inf"))
+    try:
+        game.meet("ours_eager", Fraction(1))
+        game.meet("copies", Fraction(1, 2))
+    finally:
+        del contestants.VARIANTS["copies"]
+    whole, copied = rows
+    assert 2 / 3 * whole.flops < copied.flops < whole.flops
 
 
 def test_a_site_trains_with_its_own_values_for_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:

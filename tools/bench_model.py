@@ -112,10 +112,11 @@ def order(variants: list[str], fractions: list[Fraction], config: ModelConfig) -
     some = [f for f in fractions if f != 1 and (f == 0 or config.n_experts % f.denominator == 0)]
     reference, *others = variants
     portable = [v for v in others if isinstance(VARIANTS[v], Ours)]
+    copying = [v for v in portable if VARIANTS[v].shadow_bits is not None]  # type: ignore[union-attr]
     return [
         *((v, Fraction(1)) for v in others if v not in portable),
         *((reference, f) for f in some),
-        *((v, Fraction(1)) for v in portable),
+        *((v, Fraction(1)) for v in portable if v not in copying),  # without absent experts there are no copies
         *((v, f) for f in some if f for v in portable),
     ]
 

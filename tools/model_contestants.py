@@ -27,7 +27,7 @@ from fomoe_pl.model.config import Checkpointing, ExpertBackend, ModelConfig
 from fomoe_pl.model.copies import ExpertCopies
 from fomoe_pl.model.passes import TrainingPass, training_pass
 from fomoe_pl.model.recorded import RecordedPass
-from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.residency import Residency, Shadow, ShadowBits
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, norm_or_skip
 
@@ -49,6 +49,7 @@ class Ours:
         recorded: whether its forward and backward pass is replayed as a CUDA graph, where there is a GPU.
         bf16_gradients: whether its experts have bfloat16 gradients, where products are in bfloat16.
         checkpointing: its `activation_checkpointing`.
+        shadow_bits: of copies that compute the picks of absent experts; None skips these.
     """
 
     backend: ExpertBackend
@@ -56,6 +57,7 @@ class Ours:
     recorded: bool = False
     bf16_gradients: bool = False
     checkpointing: Checkpointing = "none"
+    shadow_bits: ShadowBits | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class HuggingFace:
 
 VARIANTS: dict[str, Ours | HuggingFace] = {
     "ours": Ours("triton", compiled=True, recorded=True, bf16_gradients=True),
+    "ours_shadow": Ours("triton", compiled=True, recorded=True, bf16_gradients=True, shadow_bits=4),
+    "ours_shadow_2": Ours("triton", compiled=True, recorded=True, bf16_gradients=True, shadow_bits=2),
     "ours_float32": Ours("triton", compiled=True, recorded=True),
     "ours_saving": Ours("triton", compiled=True, recorded=True, bf16_gradients=True, checkpointing="experts"),
     "ours_least": Ours("triton", compiled=True, recorded=True, bf16_gradients=True, checkpointing="blocks"),
@@ -104,17 +108,20 @@ class Contestant:
         resident: experts of each layer that are here.
         recorded: whether forward and backward pass are replayed as a CUDA graph; of our models on a GPU.
         copies: of our experts' weights, which get the gradients.
+        copying: whether copies of absent experts compute their picks.
         note: what a reader of its row must know.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, device: torch.device, *,
-        autocast: bool, resident: int, recorded: bool = False, copies: ExpertCopies | None = None, note: str = "",
+        autocast: bool, resident: int, recorded: bool = False, copies: ExpertCopies | None = None,
+        copying: bool = False, note: str = "",
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.device = model, optimizer, device
         self.recorded = RecordedPass(run, model) if recorded and isinstance(model, Transformer) else None
         self.run = self.recorded or run
         self.autocast, self.resident, self.note, self.copies = autocast, resident, note, copies
+        self.copying = copying
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.last: TrainingPass | None = None
         # Of all steps: batches differ, by 0.03 where an eighth of the experts is here.
@@ -146,7 +153,7 @@ class Contestant:
         return float(self.last.total)
 
     def ghost_fraction(self) -> float | None:
-        """Share of all steps' picks that were of absent experts; None without experts; waits for the device."""
+        """Share of all steps' picks that were of absent experts, copied or not; None without experts; waits."""
         return 1 - int(self._live) / self._picks if self._picks else None
 
 
@@ -210,6 +217,8 @@ def build_ours(
     """
     config = replace(config, expert_backend=build.backend, activation_checkpointing=build.checkpointing)
     residency = residency_of(config, fraction or Fraction(1, config.n_experts))
+    if build.shadow_bits is not None:
+        residency = replace(residency, routing="shadow", shadow=Shadow(build.shadow_bits))
     torch.manual_seed(0)
     with models.drawn_on_device():
         model = Transformer(config, residency, device=device)
@@ -230,7 +239,8 @@ def build_ours(
     run = partial(training_pass, model) if fraction else without_router
     return Contestant(model, optimizer, run, device, autocast=autocast,
                       resident=len(residency.experts[0]) if fraction else 0,
-                      recorded=build.recorded and device.type == "cuda", copies=copies)  # fmt: skip
+                      recorded=build.recorded and device.type == "cuda", copies=copies,
+                      copying=bool(fraction) and build.shadow_bits is not None)  # fmt: skip
 
 
 def is_olmoe(config: ModelConfig) -> bool:

@@ -200,6 +200,8 @@ class Match:
         length, live = self.case.sequence_length, 1 - (row.ghost_fraction or 0.0)
         row.nominal_flops = model_flops(config, length, config.top_k)
         row.flops = model_flops(config, length, config.top_k * live if row.resident else None)
+        if contestant.copying:  # of copies the gradients of weights alone are not computed
+            row.flops = (2 * row.nominal_flops + row.flops) / 3
         if self.reference is None:
             self.reference, self.reference_row, self.reference_steps = contestant, row, steps
             self.add(row)

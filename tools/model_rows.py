@@ -12,6 +12,7 @@ from fomoe_pl.model.sizes import flops_by_part
 
 GIB = 2**30
 MFU_TARGET, HF_TARGET, MEMORY_TARGET_GIB = 0.5, 1.6, 20.0
+SHADOW_SPEED, SHADOW_MEMORY = 1.05, 1.1
 SKIP_SHARE, HALF_TARGET, PORTABLE_TARGET = 0.9, 1.16, 1.5
 
 
@@ -251,6 +252,7 @@ def _speed_targets(case: str, of: dict[tuple[str, str], Row]) -> list[Target]:
                 what = f"memory, all resident{how} (GiB)"
                 found.append(Target(case, what, row.peak_bytes / GIB, MEMORY_TARGET_GIB, at_most=True))
         found += _skip_targets(case, of)
+        found += _shadow_targets(case, of)
     half = of.get(("ours", "1/2"))
     if case == "fomoe-153m" and half is not None:
         found.append(Target(case, "half resident, over our whole model", half.speed, HALF_TARGET))
@@ -259,6 +261,18 @@ def _speed_targets(case: str, of: dict[tuple[str, str], Row]) -> list[Target]:
             for (name, fraction), row in of.items()
             if name.startswith("grouped") and fraction == "1/2"
         ]
+    return found
+
+
+def _shadow_targets(case: str, of: dict[tuple[str, str], Row]) -> list[Target]:
+    """Copies of half of the experts against the whole model's speed and the memory without copies."""
+    copies, ghosts = of.get(("ours_shadow", "1/2")), of.get(("ours", "1/2"))
+    if copies is None:
+        return []
+    found = [Target(case, "half resident, half copied, over our whole model", copies.speed, SHADOW_SPEED)]
+    if ghosts is not None and ghosts.peak_bytes:
+        share = copies.peak_bytes / ghosts.peak_bytes
+        found.append(Target(case, "memory with copies over that with ghosts", share, SHADOW_MEMORY, at_most=True))
     return found
 
 

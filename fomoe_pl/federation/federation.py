@@ -303,8 +303,6 @@ class Federation:
             for layer in range(len(self.placement.holders)):
                 transfers = refresh_layer(self.placement, layer)
                 arrived = self._exchange("shadow", transfers, layer, [self._packed(layer)], torch.uint8)
-                    expert for expert, sites in enumerate(self.placement.holders[layer]) if self.site not in sites
-                ]
                 for row, expert in enumerate(lacking.residents_in(layer, self.site)):
                     for (_, name), packed in arrived[expert].items():
                         fresh[name][row].copy_(packed)

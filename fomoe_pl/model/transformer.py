@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         return {f"layers.{layer}.moe.{part}": layer for layer in range(self.config.n_layers) for part in parts}
 
     def shadow_tensors(self) -> dict[str, int]:
-        """Return the layer of every tensor of copies, whose row a (axis 0) is of ``residency.absent(layer, config)[a]``.
+        """Return the layer of every tensor of copies; row a (axis 0) belongs to ``residency.absent(layer, config)[a]``.
 
         Names are those of ``named_buffers()``: ``layers.0.moe.shadow.w_in``. A row is what ``residency.shadow.codec``
         makes of the expert's row of ``layers.0.moe.experts.w_in``, flattened. There are none where all are resident.

@@ -158,10 +158,11 @@ def test_what_is_compiled_fits_every_generation(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert [len(kernels_) for kernels_ in found] == [6] * len(SHARED)
+    assert [len(kernels_) for kernels_ in found] == [7] * len(SHARED)
     for capability, of_kernels in zip(SHARED, found, strict=True):
         for name, used in of_kernels.items():
-            assert 32 * 1024 < used <= SHARED[capability], (capability, name, used)
+            least = 0 if name == "unpack" else 32 * 1024
+            assert least < used <= SHARED[capability], (capability, name, used)
 
 
 @runnable
