@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -442,6 +443,7 @@ def table(results: Path, page: Path | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that processes of sites end with it
     try:
         sys.exit(auto_cli({"run": run, "table": table}, as_positional=False))
     except ConfigError as error:
