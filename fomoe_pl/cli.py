@@ -31,6 +31,7 @@ from fomoe_pl.strategies.checks import check_launched, check_training, check_wei
 from fomoe_pl.strategies.elastic import Pace, nodes_left, tokens_in
 
 EXIT_LOST = 1
+HUB_COMMANDS = ("export", "import", "generate", "evaluate")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 QUIET = (
@@ -237,6 +238,11 @@ def main(args: list[str] | None = None) -> None:
             from fomoe_pl import compare  # TensorBoard's reader takes its time, and training needs none
 
             compare.main(words[1:])
+            return
+        if words[:1] and words[0] in HUB_COMMANDS:
+            from fomoe_pl.hub import command  # what a finished model is for; training needs none of it
+
+            command.main(words[0], words[1:])
             return
         with redirect_stdout(ForgivingStream.of(sys.stdout)), redirect_stderr(ForgivingStream.of(sys.stderr)):
             FoMoECLI(args=args)
