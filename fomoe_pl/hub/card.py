@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from fomoe_pl.hub.families import FAMILIES, OWN
+from fomoe_pl.hub.families import OWN
 from fomoe_pl.hub.source import Source
 from fomoe_pl.model.sizes import active_parameters, parameter_counts
 
@@ -50,7 +50,7 @@ def _use(format: str) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
@@ -116,8 +116,3 @@ def _table(title: str, rows: dict[str, Any]) -> str:
     if not known:
         return ""
     return "\n".join([f"## {title}", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in known.items())])
-
-
-def model_class(format: str) -> str:
-    """Return the name of the class that loads an export."""
-    return "FomoeForCausalLM" if format == OWN else FAMILIES[format].architecture

@@ -9,8 +9,9 @@ from jsonargparse import ArgumentParser
 
 from fomoe_pl.errors import OneMessage
 from fomoe_pl.hub.export import export
+from fomoe_pl.hub.generate import generate
 
-COMMANDS: dict[str, Callable[..., None]] = {"export": export}
+COMMANDS: dict[str, Callable[..., None]] = {"export": export, "generate": generate}
 
 
 class Parser(OneMessage, ArgumentParser):

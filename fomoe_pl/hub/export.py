@@ -30,6 +30,7 @@ from fomoe_pl.hub.families import (
     targets,
     training_settings,
 )
+from fomoe_pl.hub.pieces import target_parts
 from fomoe_pl.hub.shards import Output, write_shards
 from fomoe_pl.hub.source import Source, read_source
 
@@ -111,31 +112,7 @@ def _whole(files: WeightFiles, name: str, n_experts: int) -> Iterator[Tensor]:
 
 def _output(files: WeightFiles, target: Target, dtype: torch.dtype) -> Output:
     dtype = torch.float32 if target.keeps_float32 else dtype
-    return Output(target.name, target.shape, dtype, partial(_parts, files, target))
-
-
-def _parts(files: WeightFiles, target: Target) -> Iterator[Tensor]:
-    if not target.pieces:
-        yield torch.zeros(target.shape)
-    for piece in target.pieces:
-        tensor = read_piece(files, piece.key)
-        if piece.columns is not None:
-            tensor = tensor[:, slice(*piece.columns)]
-        yield tensor.T if piece.transposed else tensor
-
-
-def read_piece(files: WeightFiles, key: str) -> Tensor:
-    """Read a tensor or an expert's row of it, whether the checkpoint has it whole or row by row.
-
-    A router is whole where it was trained with ghosts, and in rows where sites route among their residents.
-    """
-    name, _, expert = key.partition("#")
-    if key in files:
-        return files.read(key)
-    if expert:
-        return files.read(name)[int(expert)]
-    n_experts = files.manifest["architecture"]["n_experts"]
-    return torch.stack([files.read(f"{name}#{number}") for number in range(n_experts)])
+    return Output(target.name, target.shape, dtype, partial(target_parts, files, target))
 
 
 def _config(source: Source, format: str, dtype: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Source:
         config: Its architecture.
         run: Folder of the run that wrote it, where it still lies in one; else None.
         settings: That run's settings; empty if unknown.
-        report: That run's results; empty if unknown.
+        report: That run's results; empty if unknown, or if they are those of another step.
         corpus: The corpus that it was trained on; None if unknown.
         tokenizer: Of that corpus; None if unknown.
     """
@@ -75,6 +75,8 @@ def read_source(checkpoint: str | Path, data: str | None = None) -> Source:
     run = _run_of(Path(checkpoint))
     settings = yaml.safe_load((run / CONFIG_NAME).read_text()) if run is not None else {}
     report = json.loads((run / REPORT_NAME).read_text()) if run is not None and (run / REPORT_NAME).is_file() else {}
+    if report.get("steps") != files.manifest["optimizer_steps"]:
+        report = {}
     corpus = _corpus(config, settings, data)
     tokenizer = None if corpus is None else corpus_tokenizer(corpus)
     return Source(files, config, run, settings, report, corpus, tokenizer)
