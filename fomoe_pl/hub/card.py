@@ -111,6 +111,19 @@ def evaluations(results: dict[str, dict[str, Any]]) -> str:
     return _table("Evaluations", rows)
 
 
+def with_evaluations(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """Return a card with its table of evaluations replaced, or added before the licence.
+
+    Args:
+        text: The card.
+        results: As of `evaluations`.
+    """
+    sections = [part for part in text.split("\n## ") if not part.startswith("Evaluations\n")]
+    at = next((i for i, part in enumerate(sections) if part.startswith("Licence\n")), len(sections))
+    sections.insert(at, evaluations(results).removeprefix("## ") + "\n")
+    return "\n## ".join(sections)
+
+
 def _table(title: str, rows: dict[str, Any]) -> str:
     known = {key: value for key, value in rows.items() if value is not None}
     if not known:

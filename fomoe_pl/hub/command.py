@@ -8,10 +8,11 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from fomoe_pl.errors import OneMessage
+from fomoe_pl.hub.evaluate import evaluate
 from fomoe_pl.hub.export import export
 from fomoe_pl.hub.generate import generate
 
-COMMANDS: dict[str, Callable[..., None]] = {"export": export, "generate": generate}
+COMMANDS: dict[str, Callable[..., None]] = {"export": export, "generate": generate, "evaluate": evaluate}
 
 
 class Parser(OneMessage, ArgumentParser):
