@@ -11,8 +11,9 @@ from fomoe_pl.errors import OneMessage
 from fomoe_pl.hub.evaluate import evaluate
 from fomoe_pl.hub.export import export
 from fomoe_pl.hub.generate import generate
+from fomoe_pl.hub.importing import import_model
 
-COMMANDS: dict[str, Callable[..., None]] = {"export": export, "generate": generate, "evaluate": evaluate}
+COMMANDS: dict[str, Callable[..., None]] = {"export": export, "import": import_model, "generate": generate, "evaluate": evaluate}
 
 
 class Parser(OneMessage, ArgumentParser):

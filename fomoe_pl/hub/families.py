@@ -272,11 +272,11 @@ def _shared(prefix: str, key: str, shape: tuple[int, ...], config: ModelConfig) 
 
 # -- configurations ---------------------------------------------------------------------------------------------------
 
-_SIZES = {
+SIZES = {
     "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads", "top_k": "num_experts_per_tok", "tie_embeddings": "tie_word_embeddings",
 }  # fmt: skip
-_OWN_KEYS = {
+OWN_KEYS = {
     "n_experts": "num_experts", "d_expert": "moe_intermediate_size", "normalize_gates": "norm_topk_prob",
     "init_std": "initializer_range", "aux_loss_weight": "router_aux_loss_coef",
     **{key: key for key in (
@@ -285,7 +285,7 @@ _OWN_KEYS = {
     )},
 }  # fmt: skip
 # Of no meaning to a finished model, but to one that is trained on. What is left is of the machine.
-_TRAINING = ("init_std", "balance", "aux_loss_weight", "z_loss_weight", "bias_update_rate")
+TRAINING = ("init_std", "balance", "aux_loss_weight", "z_loss_weight", "bias_update_rate")
 
 
 def config_of(name: str, config: ModelConfig) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def config_of(name: str, config: ModelConfig) -> dict[str, Any]:
         name: Of the family.
         config: An architecture that the family computes exactly.
     """
-    keys = _SIZES | (_OWN_KEYS if name == OWN else dict(FAMILIES[name].keys))
+    keys = SIZES | (OWN_KEYS if name == OWN else dict(FAMILIES[name].keys))
     architecture = {there: getattr(config, ours) for ours, there in keys.items()}
     architecture |= {
         "num_key_value_heads": config.kv_heads,
@@ -331,4 +331,4 @@ def config_of(name: str, config: ModelConfig) -> dict[str, Any]:
 
 def training_settings(config: ModelConfig) -> dict[str, Any]:
     """Return the settings that an import needs to train on as before, and that no model class has a name for."""
-    return {key: value for key, value in asdict(config).items() if key in _TRAINING}
+    return {key: value for key, value in asdict(config).items() if key in TRAINING}

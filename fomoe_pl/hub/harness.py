@@ -98,6 +98,11 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         """Token ids of a text, nothing added."""
         return self._encode(string)
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations of contexts, nats, and whether each is what greedy decoding gives."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         sequences = [
             Scored((context + continuation)[-(self.max_length + 1) :], min(len(continuation), self.max_length))

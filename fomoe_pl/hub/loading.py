@@ -46,7 +46,7 @@ class Loaded:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without anything before or behind it."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
 
@@ -73,6 +73,9 @@ def load(
         ConfigError: If transformers is missing, it is neither, there is no tokenizer, or no such site.
     """
     needs("transformers", command)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", device, f"torch {torch.__version__} finds no CUDA device", "use cpu or auto")

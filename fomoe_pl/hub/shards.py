@@ -57,7 +57,7 @@ def write_shards(folder: Path, outputs: Sequence[Output], limit: float) -> int:
     weight_map: dict[str, str] = {}
     for i, group in enumerate(groups, 1):
         name = ONE_FILE if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        _write(folder / name, group)
+        write_one(folder / name, group)
         weight_map |= {output.name: name for output in group}
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(output.n_bytes for output in outputs)}, "weight_map": weight_map}
@@ -77,8 +77,8 @@ def _groups(outputs: Sequence[Output], limit: float) -> list[list[Output]]:
     return groups
 
 
-def _write(path: Path, outputs: Sequence[Output]) -> None:
-    """Write a file part by part, which the library does for tensors in memory alone.
+def write_one(path: Path, outputs: Sequence[Output]) -> None:
+    """Write one file part by part, which the library does for tensors in memory alone.
 
     The format: eight bytes with the header's length, the header as JSON, and the values one after the other.
     """

@@ -14,7 +14,7 @@ from fomoe_pl.data.manifest import Manifest, read_manifest
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import WeightFiles
 from fomoe_pl.federation.placement import place
-from fomoe_pl.hub.tokenizer import ExportedTokenizer, corpus_tokenizer
+from fomoe_pl.hub.tokenizer import ExportedTokenizer, corpus_tokenizer, imported_tokenizer
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 
@@ -32,7 +32,7 @@ class Source:
         settings: That run's settings; empty if unknown.
         report: That run's results; empty if unknown, or if they are those of another step.
         corpus: The corpus that it was trained on; None if unknown.
-        tokenizer: Of that corpus; None if unknown.
+        tokenizer: Of that corpus, or of the model that was imported; None if unknown.
     """
 
     files: WeightFiles
@@ -78,7 +78,7 @@ def read_source(checkpoint: str | Path, data: str | None = None) -> Source:
     if report.get("steps") != files.manifest["optimizer_steps"]:
         report = {}
     corpus = _corpus(config, settings, data)
-    tokenizer = None if corpus is None else corpus_tokenizer(corpus)
+    tokenizer = imported_tokenizer(Path(checkpoint)) if corpus is None else corpus_tokenizer(corpus)
     return Source(files, config, run, settings, report, corpus, tokenizer)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from fomoe_pl.errors import ConfigError
 
 FOLDER = Path(__file__).with_name("tasks")
 GROUPS = {"sample": ("sample_bpb", "sample_choice")}
-HIGHER_IS_BETTER = ("acc", "acc_norm", "exact_match")
+FEWSHOT_SEED = 1234  # the harness's own
 
 
 def shipped() -> list[str]:
@@ -77,23 +76,25 @@ def run_tasks(lm: Any, names: Sequence[str], *, num_fewshot: int | None = None, 
     Raises:
         ConfigError: As `resolved`, and if the harness does not know a task.
     """
-    from lm_eval import simple_evaluate
+    import datasets
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     local, others = resolved(names)
     manager = TaskManager(include_defaults=bool(others))  # reading all of them takes a while
     unknown = [name for name in others if not manager.match_tasks([name])]
     if unknown:
         rule = f"{', '.join(unknown)}: neither shipped, nor a .yaml file, nor a task of the harness"
         raise ConfigError("tasks", list(names), rule, f"shipped are {', '.join(shipped())}")
-    found = simple_evaluate(
-        lm, tasks=[*copy.deepcopy(local), *others], task_manager=manager, num_fewshot=num_fewshot, limit=limit,
-        log_samples=False,
-    )  # fmt: skip
-    if found is None:
-        return None
-    return {task: _metrics(values) for task, values in sorted(found["results"].items())}
+    loaded = manager.load([*local, *others])
+    for task in loaded["tasks"].values():  # as the harness's own command line does
+        own = task.get_config("num_fewshot")
+        task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    found = evaluate(lm, task_dict=loaded, limit=limit, log_samples=False)
+    return None if found is None else {task: _metrics(values) for task, values in sorted(found["results"].items())}
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:

@@ -91,6 +91,19 @@ def corpus_tokenizer(manifest: Manifest) -> ExportedTokenizer:
     return with_special_end(serialized, Tokenizer.from_str(serialized).id_to_token(info.eod_id))
 
 
+def imported_tokenizer(checkpoint: Path) -> ExportedTokenizer | None:
+    """The tokenizer that `fomoe import` has put into a checkpoint; None where there is none.
+
+    Args:
+        checkpoint: Its folder.
+    """
+    if not (checkpoint / TOKENIZER).is_file() or not (checkpoint / SETTINGS).is_file():
+        return None
+    eos = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8")).get("eos_token")
+    eod = eos["content"] if isinstance(eos, dict) else eos
+    return with_special_end((checkpoint / TOKENIZER).read_text(encoding="utf-8"), eod) if eod else None
+
+
 def with_special_end(serialized: str, eod: str) -> ExportedTokenizer:
     """A tokenizer whose end-of-document token is a special one: it never comes out of text, nor into decoded text.
 
