@@ -37,6 +37,7 @@ EXIT_LOST = 1
 KEY_PATHS |= dict.fromkeys(
     {*signature(FederationConfig).parameters, *signature(FederatedStrategy).parameters}, "trainer.strategy.init_args."
 )
+HUB_COMMANDS = ("export", "import", "generate", "evaluate")
 
 QUIET = (
     ".*recommended to use `self.log.*sync_dist=True.*",  # validation sums are reduced by the strategy, counted
@@ -225,6 +226,11 @@ def main(args: list[str] | None = None) -> None:
             from fomoe_pl import compare  # TensorBoard's reader takes its time, and training needs none
 
             compare.main(words[1:])
+            return
+        if words[:1] and words[0] in HUB_COMMANDS:
+            from fomoe_pl.hub import command  # what a finished model is for; training needs none of it
+
+            command.main(words[0], words[1:])
             return
         with redirect_stdout(ForgivingStream.of(sys.stdout)), redirect_stderr(ForgivingStream.of(sys.stderr)):
             FoMoECLI(args=args)

@@ -12,6 +12,7 @@ ORDER = (
     "__main__",
     "cli",
     "compare",
+    "hub",
     "module",
     "optimizer",
     "strategies",

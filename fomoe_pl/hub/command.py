@@ -1,0 +1,35 @@
+"""The command lines of `fomoe export`, `fomoe import`, `fomoe generate` and `fomoe evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from fomoe_pl.errors import OneMessage
+from fomoe_pl.hub.evaluate import evaluate
+from fomoe_pl.hub.export import export
+from fomoe_pl.hub.generate import generate
+from fomoe_pl.hub.importing import import_model
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "export": export,
+    "import": import_model,
+    "generate": generate,
+    "evaluate": evaluate,
+}
+
+
+class Parser(OneMessage, ArgumentParser):
+    """A parser whose errors are one message."""
+
+
+def main(command: str, arguments: list[str]) -> None:
+    """Read a command line and do what it says."""
+    run = COMMANDS[command]
+    description = (run.__doc__ or "").splitlines()[0]
+    parser: Any = Parser(prog=f"fomoe {command}", description=description)
+    parser.add_function_arguments(run, as_positional=True)
+    options = parser.parse_args(arguments)
+    run(**options.as_dict())

@@ -1,0 +1,119 @@
+"""`fomoe evaluate`: lm-evaluation-harness on checkpoints, exports, and single sites' views."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fomoe_pl.callbacks.report import REPORT_NAME
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.checkpoint import MANIFEST
+from fomoe_pl.files import prepare, write_whole
+from fomoe_pl.hub import needs
+from fomoe_pl.hub.card import with_evaluations
+from fomoe_pl.hub.loading import Device, DTypeName, load
+from fomoe_pl.hub.source import read_source
+
+RESULTS = "evaluations.json"
+
+
+def evaluate(
+    model: str,
+    tasks: list[str] = ["sample"],  # noqa: B006  read alone
+    site: int | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    data: str | None = None,
+    device: Device = "auto",
+    dtype: DTypeName = "float32",
+    output: str | None = None,
+) -> None:
+    """Measure a model on tasks of lm-evaluation-harness.
+
+    What is found is printed, and noted beside the model: in its run's `report.json`, which `fomoe compare` and later
+    exports read, or in an export's `evaluations.json` and model card.
+
+    Args:
+        model: Checkpoint or export.
+        tasks: `sample` is what is shipped, `sample_bpb` and `sample_choice`; paths of `.yaml` files; or names of the
+            harness's tasks, which fetch their data from the network.
+        site: Measure the model as this site of its run sees it, with that site's experts alone; null is the global
+            model.
+        num_fewshot: Examples before each question; null is each task's own number.
+        limit: Most rows of each task; null is all. Then nothing is noted.
+        batch_size: Sequences that are scored together.
+        data: Folder of the corpus whose tokenizer a checkpoint has; null is the one that the run's settings name.
+        device: `auto` is a GPU where there is one.
+        dtype: Of the weights.
+        output: File for the results as JSON.
+
+    Raises:
+        ConfigError: If lm-evaluation-harness is missing, the folder is no model, or a task is not known.
+    """
+    needs("transformers", "evaluate")
+    needs("lm_eval", "evaluate")
+    for key, value in (("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ConfigError(key, value, "must be at least 1", "leave it out")
+    if output is not None:
+        prepare("output", Path(output))
+    from fomoe_pl.hub.harness import FomoeLM
+    from fomoe_pl.hub.tasks import resolved, run_tasks
+
+    resolved(tasks)  # before a model is loaded
+    loaded = load(model, site=site, data=data, device=device, dtype=dtype, command="evaluate")
+    found = run_tasks(FomoeLM(loaded, batch_size=batch_size), tasks, num_fewshot=num_fewshot, limit=limit)
+    view = "global" if site is None else f"site {site}"
+    print(f"{model}, {view}:")
+    for task, metrics in found.items():
+        print(f"  {task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    if output is not None:
+        about = {"model": model, "view": view, "steps": loaded.steps, "num_fewshot": num_fewshot, "limit": limit}
+        write_whole(Path(output), json.dumps(about | {"tasks": found}, indent=2) + "\n")
+    if limit is None:
+        note(Path(model), view, loaded.steps, found)
+
+
+def note(model: Path, view: str, steps: int | None, found: dict[str, Any]) -> None:
+    """Note results beside a model; those of other tasks and views stay.
+
+    Args:
+        model: Checkpoint or export.
+        view: `global` or `site N`.
+        steps: Local steps after which the model was saved.
+        found: Task -> metric -> value.
+    """
+    if (model / MANIFEST).is_file():
+        source = read_source(model)
+        if source.run is None or not source.report:
+            print(f"not noted: {model} has no {REPORT_NAME} of its own step beside it; use --output FILE")
+            return
+        path = source.run / REPORT_NAME
+        report = json.loads(path.read_text())
+        report["evaluations"] = merged(report.get("evaluations", {}), view, steps, found)
+        write_whole(path, json.dumps(report, indent=2) + "\n")
+    else:
+        path = model / RESULTS
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        results = merged(before, view, steps, found)
+        write_whole(path, json.dumps(results, indent=2) + "\n")
+        card = model / "README.md"
+        if card.is_file():
+            write_whole(card, with_evaluations(card.read_text(encoding="utf-8"), results))
+    print(f"noted in {path}")
+
+
+def merged(before: dict[str, Any], view: str, steps: int | None, found: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Return results by view, with new ones added: `{view: {steps, tasks: {task: {metric: value}}}}`.
+
+    Args:
+        before: Earlier results; those of a view at another step are dropped.
+        view: Of the new ones.
+        steps: Of the new ones.
+        found: The new ones.
+    """
+    known = before.get(view, {})
+    tasks = known["tasks"] if known.get("steps") == steps and known else {}
+    return {**before, view: {"steps": steps, "tasks": {**tasks, **found}}}

@@ -1,0 +1,123 @@
+"""What is known of a checkpoint beside its weights: the run that wrote it, and that run's data and results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fomoe_pl.callbacks.report import REPORT_NAME
+from fomoe_pl.data.manifest import Manifest, read_manifest
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.checkpoint import WeightFiles
+from fomoe_pl.federation.placement import place
+from fomoe_pl.hub.tokenizer import ExportedTokenizer, corpus_tokenizer, imported_tokenizer
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Residency
+
+CONFIG_NAME = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint.
+
+    Attributes:
+        files: Its tensors, read one by one.
+        config: Its architecture.
+        run: Folder of the run that wrote it, where it still lies in one; else None.
+        settings: That run's settings; empty if unknown.
+        report: That run's results; empty if unknown, or if they are those of another step.
+        corpus: The corpus that it was trained on; None if unknown.
+        tokenizer: Of that corpus, or of the model that was imported; None if unknown.
+    """
+
+    files: WeightFiles
+    config: ModelConfig
+    run: Path | None
+    settings: dict[str, Any]
+    report: dict[str, Any]
+    corpus: Manifest | None
+    tokenizer: ExportedTokenizer | None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the checkpoint says of itself."""
+        return self.files.manifest
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence; 2048 if unknown."""
+        length: int = self.settings.get("data", {}).get("sequence_length", 2048)
+        return length
+
+    def training(self) -> dict[str, Any]:
+        """What an export keeps of the training, plain values."""
+        kept = {key: self.manifest[key] for key in ("optimizer_steps", "rounds", "redraws", "n_sites", "identity")}
+        return kept | {"tokens": self.report.get("tokens", {}).get("global")}
+
+
+def read_source(checkpoint: str | Path, data: str | None = None) -> Source:
+    """Read a checkpoint's description, and what lies beside it.
+
+    Args:
+        checkpoint: Folder that `fomoe fit` has written.
+        data: Folder of the corpus; None is the one that the run's settings name, if it is there.
+
+    Raises:
+        ConfigError: If it is no complete checkpoint, or the corpus has another vocabulary.
+    """
+    files = WeightFiles(Path(checkpoint))
+    config = ModelConfig(**files.manifest["architecture"])
+    run = _run_of(Path(checkpoint))
+    settings = yaml.safe_load((run / CONFIG_NAME).read_text()) if run is not None else {}
+    report = json.loads((run / REPORT_NAME).read_text()) if run is not None and (run / REPORT_NAME).is_file() else {}
+    if report.get("steps") != files.manifest["optimizer_steps"]:
+        report = {}
+    corpus = _corpus(config, settings, data)
+    tokenizer = imported_tokenizer(Path(checkpoint)) if corpus is None else corpus_tokenizer(corpus)
+    return Source(files, config, run, settings, report, corpus, tokenizer)
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    for folder in list(checkpoint.resolve().parents)[:2]:
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    return None
+
+
+def _corpus(config: ModelConfig, settings: dict[str, Any], data: str | None) -> Manifest | None:
+    root = data or settings.get("data", {}).get("root")
+    if root is None or (data is None and not Path(root).is_dir()):
+        return None
+    manifest = read_manifest(root)
+    if manifest.vocab_size != config.vocab_size:
+        rule = f"has a vocabulary of {manifest.vocab_size}, the checkpoint {config.vocab_size}"
+        raise ConfigError("data", str(root), rule, "give the corpus that it was trained on: --data ROOT")
+    return manifest
+
+
+def site_view(config: ModelConfig, training: dict[str, Any], site: int) -> Residency:
+    """Return which experts one site of a run holds, and what becomes of the others.
+
+    Args:
+        config: The architecture.
+        training: `n_sites`, `redraws` and `identity` as in a checkpoint's manifest.
+        site: Its number.
+
+    Raises:
+        ConfigError: If there is no such site.
+    """
+    n_sites, identity = training["n_sites"], training["identity"]
+    if not 0 <= site < n_sites:
+        raise ConfigError("site", site, f"this model was trained by {n_sites} sites", f"use 0 to {n_sites - 1}")
+    if "overlap" not in identity:  # every process held everything
+        return Residency.full(config)
+    placement = place(
+        identity["placement"], n_layers=config.n_layers, n_experts=config.n_experts, n_sites=n_sites,
+        overlap=identity["overlap"], seed=identity.get("placement_seed", 0), epoch=training["redraws"],
+    )  # fmt: skip
+    return Residency(identity["routing"], placement.residents(site))

@@ -1,0 +1,109 @@
+"""What is evaluated: tasks that are shipped, task files of one's own, and the harness's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fomoe_pl.errors import ConfigError
+
+FOLDER = Path(__file__).with_name("tasks")
+GROUPS = {"sample": ("sample_bpb", "sample_choice")}
+FEWSHOT_SEED = 1234  # the harness's own
+
+
+def shipped() -> list[str]:
+    """Names of the tasks that are shipped."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def resolved(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return local tasks as settings, and the names that are the harness's own.
+
+    Args:
+        names: `sample` (all that are shipped), a shipped task, the path of a `.yaml` file, or a task of the harness.
+
+    Raises:
+        ConfigError: If a file is missing, or uses what only a folder given to the harness can (`!function`).
+    """
+    if not names:
+        raise ConfigError("tasks", list(names), "names no task", f"use sample, or some of {', '.join(shipped())}")
+    local, others = [], []
+    for name in [single for name in names for single in GROUPS.get(name, (name,))]:
+        if name in shipped():
+            local.append(_read(FOLDER / f"{name}.yaml"))
+        elif name.endswith((".yaml", ".yml")):
+            local.append(_read(Path(name)))
+        else:
+            others.append(name)
+    return local, others
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError("tasks", str(path), "there is no such file", f"shipped are {', '.join(shipped())}")
+    try:
+        task: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        name = task["task"]
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        rule = f"is no task file that can be read by itself ({str(error).splitlines()[0]})"
+        raise ConfigError(
+            "tasks", str(path), rule, "see the harness's task guide; !function is not supported"
+        ) from None
+    files = task.get("dataset_kwargs", {}).get("data_files")
+    if isinstance(files, dict):  # beside the task file, wherever the command is given
+        for split, file in files.items():
+            files[split] = str((path.parent / file).resolve())
+            if not Path(files[split]).is_file():
+                raise ConfigError("tasks", str(path), f"{name} needs {files[split]}, which is missing", "copy it there")
+    return task
+
+
+def run_tasks(lm: Any, names: Sequence[str], *, num_fewshot: int | None = None, limit: int | None = None) -> Any:
+    """Run tasks through the harness.
+
+    Args:
+        lm: The model, as the harness wants it.
+        names: As of `resolved`.
+        num_fewshot: Examples before each question; None is each task's own number.
+        limit: Most rows of each task; None is all.
+
+    Returns:
+        Task -> metric -> value, standard errors as `<metric>_stderr`; None on processes that do not collect.
+
+    Raises:
+        ConfigError: As `resolved`, and if the harness does not know a task.
+    """
+    import datasets
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    local, others = resolved(names)
+    manager = TaskManager(include_defaults=bool(others))  # reading all of them takes a while
+    unknown = [name for name in others if not manager.match_tasks([name])]
+    if unknown:
+        rule = f"{', '.join(unknown)}: neither shipped, nor a .yaml file, nor a task of the harness"
+        raise ConfigError("tasks", list(names), rule, f"shipped are {', '.join(shipped())}")
+    loaded = manager.load([*local, *others])
+    for task in loaded["tasks"].values():  # as the harness's own command line does
+        own = task.get_config("num_fewshot")
+        task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    found = evaluate(lm, task_dict=loaded, limit=limit, log_samples=False)
+    return None if found is None else {task: _metrics(values) for task, values in sorted(found["results"].items())}
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    """`acc,none` -> `acc`; numbers alone."""
+    kept = {}
+    for key, value in values.items():
+        metric, _, filtered = key.partition(",")
+        if isinstance(value, int | float) and "," in key:
+            kept[metric if filtered == "none" else f"{metric} ({filtered})"] = float(value)
+    return kept
