@@ -221,13 +221,13 @@ def test_a_save_within_a_step_is_one_at_its_end_and_goes_on_bit_for_bit(root: st
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-class Broken(Exception):
+class CallbackError(Exception):
     """A mistake of somebody's callback."""
 
 
 def _one_fails(rank: int, root: str, folder: str, kind: str) -> str:
     def fail(trainer: L.Trainer) -> None:
-        raise Broken("the cause")
+        raise CallbackError("the cause")
 
     with launched_as(rank, SITES, folder):
         trainer = {"max_steps": 8, "enable_checkpointing": True}
@@ -245,17 +245,17 @@ def _one_fails(rank: int, root: str, folder: str, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["federated", "ddp"])
 def test_the_error_of_one_rank_is_its_own_and_meets_no_round(root: str, tmp_path: Path, kind: str) -> None:
     other, failed = run_distributed(_one_fails, SITES, root, str(tmp_path), kind)
-    assert failed == "Broken: the cause"
+    assert failed == "CallbackError: the cause"
     assert other.startswith("SiteLostError")
     assert not list((tmp_path).glob("saved/*"))
 
 
 def test_one_site_saves_when_it_fails(root: str, tmp_path: Path) -> None:
     def fail(trainer: L.Trainer) -> None:
-        raise Broken("the cause")
+        raise CallbackError("the cause")
 
     callback = ModelCheckpoint(tmp_path / "saved", filename="{step}", save_on_exception=True)
-    with pytest.raises(Broken):
+    with pytest.raises(CallbackError):
         fit(alone(root, tmp_path, enable_checkpointing=True), 0, 1, [callback, At(3, fail)])
     assert read_manifest(tmp_path / "saved/step=3.ckpt")["optimizer_steps"] == 3
 
