@@ -261,9 +261,17 @@ class FoMoEModule(L.LightningModule):
         if losses[1]:
             self._loss_sum, self._loss_count = torch.tensor(losses, dtype=torch.float64, device=self.device)
 
+    def round_steps(self) -> tuple[int, int]:
+        """What `count_skipped` would return, for a checkpoint in mid-round."""
+        return (0 if self._skipped is None else int(self._skipped)), self._steps_counted
+
+    def set_round_steps(self, steps: tuple[int, int]) -> None:
+        """Restore `round_steps`."""
+        self._skipped, self._steps_counted = torch.tensor(steps[0], device=self.device), steps[1]
+
     def count_skipped(self) -> tuple[int, int]:
         """Optimizer steps that this site skipped since the last call, and all of them; waits for the device."""
-        skipped, steps = (0 if self._skipped is None else int(self._skipped)), self._steps_counted
+        skipped, steps = self.round_steps()
         self._skipped, self._steps_counted = None, 0
         self.skipped_steps += skipped
         return skipped, steps

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,7 +23,11 @@ def test_what_we_replace_in_lightning_is_there() -> None:
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
     assert callable(_SignalConnector._sigterm_notifier_fn)
     assert callable(_SignalConnector._slurm_sigusr_handler_fn)
-    assert callable(subprocess_script._launch_process_observer)
+    assert callable(_SubprocessScriptLauncher._call_children_scripts)
+    for name in ("_monitor_candidates", "_save_topk_checkpoint", "_save_last_checkpoint"):
+        assert callable(getattr(ModelCheckpoint, name))
+    assert isinstance(_FitLoop._can_stop_early, property)
+    assert callable(_TrainingEpochLoop._num_ready_batches_reached)
     assert {"main_pid", "child_processes", "sleep_period"} <= {*signature(_ChildProcessObserver).parameters}
 
 

@@ -87,6 +87,7 @@ class CheckpointingStrategy(SavingStrategy):
             self.load_site_state(own["strategy"])
             self._rng_states = own["rng"]
             cast(Any, self.lightning_module).set_round_losses(own["losses"])
+            cast(Any, self.lightning_module).set_round_steps(own.get("steps", (0, 0)))  # older ones have none
             return
         if site == self.topology.site:
             self.ledger.load_state_dict(own["strategy"]["ledger"])

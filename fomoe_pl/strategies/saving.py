@@ -301,6 +301,7 @@ class SavingStrategy(Strategy):
                 "expert_layer": dict(layout.expert_layer),
                 "rng": _collect_rng_states(),
                 "losses": cast(Any, self.lightning_module).round_losses(),
+                "steps": cast(Any, self.lightning_module).round_steps(),
             }
             # Lightning keeps rank zero's callbacks; those that look into rounds know things of their own site.
             watchers = {getattr(observer, "state_key", "") for observer in self.observers}

@@ -62,7 +62,7 @@ class Run:
         self.trainer: Any = SimpleNamespace(
             strategy=self.strategy, loggers=[self.logger], logger=self.logger, global_step=0, is_global_zero=True,
             callback_metrics={}, default_root_dir=str(folder), callbacks=[], optimizers=[], precision="32-true",
-            max_steps=99,
+            max_steps=99, world_size=1, global_rank=0,
         )  # fmt: skip
         self.module: Any = torch.nn.Linear(3, 2)
         self.module.device = torch.device("cpu")
