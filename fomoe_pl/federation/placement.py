@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_choice
 
 PlacementKind = Literal["fixed", "random"]
 
@@ -123,8 +123,9 @@ def place(
         The placement; layers are staggered by one site each.
 
     Raises:
-        ConfigError: if the sizes do not divide.
+        ConfigError: if the kind is unknown, or the sizes do not divide.
     """
+    check_choice("trainer.strategy.init_args.placement", kind, PlacementKind)
     check_placement(n_experts, n_sites, overlap)
     layers = []
     for layer in range(n_layers):

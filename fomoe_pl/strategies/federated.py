@@ -22,6 +22,7 @@ from fomoe_pl.federation.loss import raise_if_lost
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.outer_state import OuterPlace
 from fomoe_pl.federation.placement import Placement, PlacementKind, all_arcs, check_placement, place
+from fomoe_pl.federation.report import SiteReport, share
 from fomoe_pl.federation.rounds import Federation, InnerMoments
 from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.federation.topology import Topology
@@ -33,7 +34,6 @@ from fomoe_pl.strategies.elastic import check_min_sites
 from fomoe_pl.strategies.evaluation import GlobalValidation
 from fomoe_pl.strategies.global_state import GlobalState
 from fomoe_pl.strategies.signals import end_children, observe_children_every, replace_signal_handling
-from fomoe_pl.strategies.statistics import SiteReport, share
 from fomoe_pl.strategies.stopping import StopsTogether
 
 

@@ -281,3 +281,8 @@ def test_residents_that_cannot_be_are_refused(n_resident: int) -> None:
 def test_empty_loads_are_refused(field: str) -> None:
     with pytest.raises(ConfigError):
         Load(**{field: 0})
+
+
+def test_every_backend_has_its_price() -> None:
+    """A backend that is added must say what it keeps: none is priced as another without a word."""
+    assert set(IN_KERNELS) == set(get_args(ExpertBackend))

@@ -132,3 +132,9 @@ def test_indivisible_sizes_name_valid_overlaps_and_valid_numbers_of_experts() ->
                     assert near != [""]
                     for number in near:
                         check_placement(int(number), sites, overlap)
+
+
+@pytest.mark.parametrize("kind", ["anything", "Fixed", "", None])
+def test_an_unknown_kind_is_no_fixed_placement(kind: Any) -> None:
+    with pytest.raises(ConfigError, match=r"placement = .* use fixed, random|placement = .*Use fixed, random"):
+        placed(kind, (4, 2, 1))
