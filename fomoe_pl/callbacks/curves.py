@@ -1,11 +1,15 @@
-"""Curves on a disk that is full: they have a gap, and training goes on."""
+"""Curves that last: on a full disk they have a gap, and a resumed run goes on with those in its folder."""
 
+import csv
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from fomoe_pl.federation.checkpoint import read_manifest
 
 
 class ForgivingFile:
@@ -49,3 +53,36 @@ class CurvesOnFullDisk(Callback):
             if isinstance(logger, TensorBoardLogger):
                 record_writer = logger.experiment._get_file_writer().event_writer._async_writer._writer
                 record_writer._writer = ForgivingFile(record_writer._writer)
+
+
+class ResumedRows(Callback):
+    """Keeps the rows of a run that goes on in its folder; the command line adds it to every run.
+
+    Lightning's `CSVLogger` removes a `metrics.csv` that it finds. Rows of steps after the checkpoint are dropped: they
+    are written a second time.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the rows back, before anything is logged."""
+        if stage != "fit" or not trainer.ckpt_path or not trainer.is_global_zero:
+            return
+        steps = read_manifest(Path(trainer.ckpt_path))["optimizer_steps"]
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                path = Path(logger.log_dir, "metrics.csv")
+                rows = _rows(path)
+                writer: Any = logger.experiment  # which removes the file
+                kept = [row for row in rows if int(row["step"]) < steps]
+                if kept:
+                    writer.metrics_keys = list(kept[0])
+                    with path.open("w", newline="") as file:
+                        table = csv.DictWriter(file, fieldnames=writer.metrics_keys)
+                        table.writeheader()
+                        table.writerows(kept)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

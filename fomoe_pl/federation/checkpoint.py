@@ -35,6 +35,7 @@ from fomoe_pl.files import write_whole
 FORMAT = 4
 MANIFEST = "manifest.json"
 MOMENTUM = "momentum-"  # before the names of the files of outer momentum
+AVERAGE = "average-"  # before those of a moving average of the global model
 _SEALS = "sealed-*.json"
 
 
@@ -263,7 +264,7 @@ class WeightFiles:
 
     Args:
         folder: checkpoint folder.
-        prefix: of the files that are read, `MOMENTUM` for outer momentum.
+        prefix: of the files that are read, `MOMENTUM` for outer momentum, `AVERAGE` for an average.
 
     Raises:
         ConfigError: if the folder is no complete checkpoint.
@@ -316,7 +317,7 @@ def read_weights(
         expert_layer: name -> layer of the stacked expert tensors among them.
         residents: per layer the expert ids that are wanted.
         n_experts: experts of a layer, E.
-        prefix: of the files that are read, `MOMENTUM` for outer momentum.
+        prefix: of the files that are read, `MOMENTUM` for outer momentum, `AVERAGE` for an average.
 
     Raises:
         ConfigError: if a tensor is missing, or a file that has one of them is damaged.

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import check_range
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,8 @@ class OuterRule:
             ConfigError: if lr <= 0 or momentum is outside [0, 1).
         """
         key = "trainer.strategy.init_args.outer"
-        if self.lr <= 0:
-            raise ConfigError(f"{key}.lr", self.lr, "must be positive", "1.0 for averaging, 0.7 for DiLoCo")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"{key}.momentum", self.momentum, "must be in [0, 1)", "0.9 for DiLoCo")
+        check_range(f"{key}.lr", self.lr, "1.0 for averaging, 0.7 for DiLoCo", above=0)
+        check_range(f"{key}.momentum", self.momentum, "0.9 for DiLoCo", least=0, below=1)
 
     def __str__(self) -> str:
         """`average 1.0`, or `nesterov 0.7/0.9`."""

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 PER_SITE = ("skipped", "left_out")
 """Fields of a report that every site has a place of its own for."""
 SUMMED = ("loss_sum", "loss_count", "stop", "save_failed", "saved")

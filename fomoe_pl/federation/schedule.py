@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_range
 
 KEY = "trainer.strategy.init_args.local_steps"
 
@@ -28,10 +28,11 @@ class RoundSchedule:
         Raises:
             ConfigError: if K < 1, the mapping does not start at 0, or a segment is no whole number of rounds.
         """
-        mapping = {0: local_steps} if isinstance(local_steps, int) else {int(s): int(k) for s, k in local_steps.items()}
+        given = local_steps if isinstance(local_steps, dict) else {0: local_steps}
+        for k in given.values():
+            check_range(KEY, k, "K is in optimizer steps: type a number such as 32", least=1)
+        mapping = {int(s): int(k) for s, k in given.items()}
         segments = tuple(sorted(mapping.items()))
-        if any(k < 1 for _, k in segments):
-            raise ConfigError(KEY, local_steps, "K must be at least 1 optimizer step", "type a number such as 32")
         if not segments or segments[0][0] != 0:
             raise ConfigError(KEY, local_steps, "a schedule starts at step 0", "for example {0: 1, 64: 32}")
         for (start, k), (end, _) in pairwise(segments):

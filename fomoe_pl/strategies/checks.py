@@ -10,7 +10,8 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
-from fomoe_pl.errors import ConfigError, check_choice
+from fomoe_pl.callbacks.supported import check_callbacks
+from fomoe_pl.errors import ConfigError, check_choice, check_range, check_seed
 from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
 from fomoe_pl.federation.outer_state import OuterPlace
 from fomoe_pl.federation.placement import PlacementKind
@@ -50,6 +51,9 @@ def check_settings(
     placement: str,
     stop_at: str,
     timeout_seconds: float,
+    overlap: int | None,
+    min_sites: int | None,
+    placement_seed: int,
 ) -> None:
     """Check what can be checked without a model or a trainer.
 
@@ -68,11 +72,12 @@ def check_settings(
     if ranks_per_site != 1:
         rule = "several ranks in a site are not supported yet"
         raise ConfigError(f"{KEY}.ranks_per_site", ranks_per_site, rule, "set it to 1 and let every rank be a site")
-    if timeout_seconds <= 0:
-        raise ConfigError(f"{KEY}.timeout_seconds", timeout_seconds, "must be positive", "1800 is the default")
-    for name, value in (("reshuffle_rounds", reshuffle_rounds), ("bucket_mib", bucket_mib)):
-        if value < 1:
-            raise ConfigError(f"{KEY}.{name}", value, "must be at least 1", "type 1 or more")
+    # 20 days: in milliseconds a timeout has to fit 32 bits.
+    check_range(f"{KEY}.timeout_seconds", timeout_seconds, "1800 is the default", above=0, most=20 * 24 * 3600)
+    for name, value in (("sites", sites), ("overlap", overlap), ("min_sites", min_sites),
+                        ("reshuffle_rounds", reshuffle_rounds), ("bucket_mib", bucket_mib)):  # fmt: skip
+        check_range(f"{KEY}.{name}", value, "type 1 or more", least=1)
+    check_seed(f"{KEY}.placement_seed", placement_seed)
     if wire_dtype == "float16" and inner_moments == "average":
         rule = "AdamW's second moments are mostly below float16's smallest number, and without them steps explode"
         raise ConfigError(f"{KEY}.wire_dtype", wire_dtype, rule, "type bfloat16 or float32, or inner_moments keep")
@@ -117,15 +122,18 @@ def check_training(trainer: Trainer, *, federated: bool) -> None:
     Raises:
         ConfigError: naming the setting and the rule.
     """
+    check_callbacks(trainer)
     if trainer.accumulate_grad_batches < 1:
         rule = "must be at least 1 micro-batch"
         raise ConfigError("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, rule, "1 is the default")
-    if not trainer.val_check_interval or trainer.val_check_interval < 0:
+    by_time = getattr(trainer, "_val_check_time_interval", None)
+    if by_time is None and not (trainer.val_check_interval or 0) > 0:
         rule = "must be a positive number of micro-batches"
         raise ConfigError("trainer.val_check_interval", trainer.val_check_interval, rule, "give a multiple of K")
-    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
-        rule = "must not be negative"
-        raise ConfigError("trainer.gradient_clip_val", trainer.gradient_clip_val, rule, "1.0 is common, null is off")
+    if by_time is not None and trainer.num_devices * trainer.num_nodes > 1:
+        rule = "is a time, and the clocks of several processes would have them validate after different steps"
+        raise ConfigError("trainer.val_check_interval", f"{by_time:g} s", rule, "give micro-batches: a multiple of K")
+    check_range("trainer.gradient_clip_val", trainer.gradient_clip_val, "1.0 is common, null is off", least=0)
     if not federated:
         return
     if trainer.max_steps < 1:

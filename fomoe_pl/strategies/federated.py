@@ -110,6 +110,9 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, DDPStrateg
             reshuffle_rounds=reshuffle_rounds,
             bucket_mib=bucket_mib,
             share_device=share_device,
+            overlap=overlap,
+            min_sites=min_sites,
+            placement_seed=placement_seed,
         )
         self.schedule = RoundSchedule.parse(local_steps)
         if share_device:

@@ -45,8 +45,10 @@ class SavingStrategy(Strategy):
         write_seconds: from the start of writing to the complete checkpoint, of the newest one (site 0).
         async_save: whether checkpoints are written while training goes on.
         observers: who looks at the ends of rounds.
+        average: a moving average of the global model, this site's rows; empty without.
     """
 
+    average: Mapping[str, Tensor] = {}
     ledger: Ledger
     rounds_done: int
     redraws: int
@@ -184,7 +186,8 @@ class SavingStrategy(Strategy):
         layout, site = self.layout(), self.topology.site
         names = {layer: layout.sparse(layer) for layer in set(layout.expert_layer.values())}
         contents: dict[str, Any] = {}
-        for prefix, tensors in (("", self.global_tensors()), (files.MOMENTUM, self.outer_momenta())):
+        for prefix, tensors in (("", self.global_tensors()), (files.MOMENTUM, self.outer_momenta()),
+                                (files.AVERAGE, self.average)):  # fmt: skip
             if tensors and self.writes_checkpoint():
                 contents[files.experts_name(site, prefix)] = {
                     f"{name}#{e}": tensors[name][row]
