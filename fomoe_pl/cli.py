@@ -253,7 +253,7 @@ def _checkpoint_folders(trainer: Trainer) -> tuple[list[Path], Path | None]:
         version = logger.version  # the id, if it was given
     if version is None:
         raise ConfigError("ckpt_path", "auto",
-                          f"{type(logger).__name__} gives every start a folder of its own, so that a restarted run would "
+                          f"{type(logger).__name__} gives every start a folder of its own: a restarted run would "
                           "find no checkpoints", "give ModelCheckpoint a dirpath, or the logger a version that stays: "
                           "trainer.logger.init_args.version (of W&B an id)")  # fmt: skip
     name = Path(logger.save_dir or trainer.default_root_dir, str(logger.name))

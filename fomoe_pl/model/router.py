@@ -197,8 +197,8 @@ class Router(nn.Module):
 def _sigmoid(logits_TN: Tensor) -> Tensor:
     """Sigmoid scores of which no token's are all 0: their sum divides them.
 
-    float32 has no sigmoid below a logit of about -103. There it is an exponential, whose shares do not change when all of
-    a token's logits are moved up until the largest is `LOWEST`.
+    float32 has no sigmoid below a logit of about -103. There it is an exponential, whose shares do not change when all
+    of a token's logits are moved up until the largest is `LOWEST`.
     """
     below_T1 = (logits_TN.detach().amax(dim=-1, keepdim=True) - LOWEST).clamp(max=0)
     return (logits_TN - below_T1).sigmoid()
