@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture
 def unstarted(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a command but the training itself."""
-    monkeypatch.setattr(L.Trainer, "fit", lambda self, *_, **__: None)
+    monkeypatch.setattr(L.Trainer, "fit", wraps(L.Trainer.fit)(lambda self, *_, **__: None))
 
 
 # -- paths ----------------------------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from fomoe_pl.federation.checkpoint import read_manifest
-
 
 class ForgivingFile:
     """TensorBoard's file of events, which drops a record that cannot be written, and says so once.
@@ -62,23 +60,30 @@ class ResumedRows(Callback):
     are written a second time.
     """
 
+    def __init__(self) -> None:
+        self._found: dict[Path, list[dict[str, str]]] = {}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the rows back, before anything is logged."""
-        if stage != "fit" or not trainer.ckpt_path or not trainer.is_global_zero:
-            return
-        steps = read_manifest(Path(trainer.ckpt_path))["optimizer_steps"]
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                path = Path(logger.log_dir, "metrics.csv")
-                rows = _rows(path)
-                writer: Any = logger.experiment  # which removes the file
-                kept = [row for row in rows if int(row["step"]) < steps]
-                if kept:
-                    writer.metrics_keys = list(kept[0])
-                    with path.open("w", newline="") as file:
-                        table = csv.DictWriter(file, fieldnames=writer.metrics_keys)
-                        table.writeheader()
-                        table.writerows(kept)
+        """Read the rows before anything is logged, which removes them."""
+        if stage == "fit" and trainer.is_global_zero:
+            paths = [Path(logger.log_dir, "metrics.csv") for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+            self._found = {path: _rows(path) for path in paths}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put those back that a resumed run goes on from: only now Lightning says which checkpoint it has read."""
+        for logger in trainer.loggers if trainer.ckpt_path else ():
+            path = Path(logger.log_dir, "metrics.csv") if isinstance(logger, CSVLogger) else None
+            if path is None or not self._found.get(path):
+                continue
+            kept = [row for row in self._found[path] if int(row["step"]) < trainer.global_step]
+            writer: Any = logger.experiment
+            rows = [*kept, *_rows(path)]
+            writer.metrics_keys = sorted({*writer.metrics_keys, *self._found[path][0]})
+            with path.open("w", newline="") as file:
+                table = csv.DictWriter(file, fieldnames=writer.metrics_keys)
+                table.writeheader()
+                table.writerows(rows)
+        self._found.clear()
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from fomoe_pl.callbacks import GlobalEMA
 from fomoe_pl.errors import ConfigError
 from tests.distributed import run_distributed
-from tests.training import Run, fit, launched_as, single, validate
+from tests.training import Run, fit, launched_as, validate
 
 DECAY, SITES = 0.6, 2
 TRAINER: dict[str, Any] = {
