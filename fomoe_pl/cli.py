@@ -149,7 +149,7 @@ class FoMoECLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything that can be seen from here."""
         self._check()
-        cast(Any, self.trainer).callbacks[:0] = [CurvesOnFullDisk(), ResumedRows()]
+        cast(Any, self.trainer).callbacks[:0] = [CurvesOnFullDisk(), ResumedRows(self.trainer.loggers)]
 
     def before_validate(self) -> None:
         """Check everything that can be seen from here."""

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ def test_the_page_is_what_the_report_writes_quickly_and_always_the_same(tmp_path
     report, page = tool("cost_report"), tmp_path / "page.md"
     page.write_text((ROOT / "docs/system-model.md").read_text())
     folders = [tmp_path / "a", tmp_path / "b"]
-    start = time.perf_counter()
     for folder in folders:
         report.main(["--output", str(folder), "--page", str(page)])
     assert page.read_text() == (ROOT / "docs/system-model.md").read_text()
@@ -107,7 +105,6 @@ def test_a_case_that_takes_too_long_is_told_and_its_process_ended(tmp_path: Path
     """Sites that say how far they are and then hang; every case has its own limit."""
     sites, script = tool("memory_sites"), tmp_path / "hangs.py"
     script.write_text("import time\nprint('NEXT', flush=True)\nprint('  1 rounds', flush=True)\ntime.sleep(60)\n")
-    start = time.perf_counter()
     case = sites.Case(model="tiny", sites=1)
     first, second = sites.measured([case, case], script, limit=0.5)
     assert first["problem"] == second["problem"] == "no result in 0.5 s; last: 1 rounds"

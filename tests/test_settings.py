@@ -49,7 +49,7 @@ def unstarted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "key"),
     [
-        (["--trainer.callbacks+", SAVER, "--trainer.callbacks.dirpath", "memory://bucket/run"], "trainer.callbacks.init_args.dirpath"),
+        (["--trainer.callbacks+", SAVER, "--trainer.callbacks.dirpath", "memory://bucket/run"], "dirpath"),
         (["--trainer.callbacks+", "fomoe_pl.callbacks.RunReport", "--trainer.callbacks.folder", "gs://b/r"], "folder"),
         (["--trainer.logger.init_args.save_dir", "s3://bucket/runs"], "trainer.logger.init_args.save_dir"),
         (["--trainer.logger.init_args.name", "hf://datasets/x"], "trainer.logger.init_args.name"),
@@ -176,11 +176,11 @@ def test_scratch_is_scratch_and_loud_beside_others(root: str, tmp_path: Path) ->
 
 def test_a_resumed_run_keeps_its_rows(root: str, tmp_path: Path) -> None:
     def train(steps: int, ckpt_path: str | None) -> None:
-        trainer = {"max_steps": steps, "enable_checkpointing": True,
+        trainer: dict[str, Any] = {"max_steps": steps, "enable_checkpointing": True,
                    "logger": CSVLogger(tmp_path, name="run", version="", flush_logs_every_n_steps=1)}  # fmt: skip
         saver = theirs.ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=2, save_top_k=-1)
         run = Training(root=root, folder=str(tmp_path), strategy="single", trainer=trainer)
-        fit(run, 0, 1, [ResumedRows(), saver], ckpt_path=ckpt_path)
+        fit(run, 0, 1, [ResumedRows([trainer["logger"]]), saver], ckpt_path=ckpt_path)
 
     def steps() -> list[int]:
         with (tmp_path / "run/metrics.csv").open() as file:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 
 class ForgivingFile:
@@ -58,20 +58,21 @@ class ResumedRows(Callback):
 
     Lightning's `CSVLogger` removes a `metrics.csv` that it finds. Rows of steps after the checkpoint are dropped: they
     are written a second time.
+
+    Args:
+        loggers: the trainer's, before it runs.
     """
 
-    def __init__(self) -> None:
-        self._found: dict[Path, list[dict[str, str]]] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the rows before anything is logged, which removes them."""
-        if stage == "fit" and trainer.is_global_zero:
-            paths = [Path(logger.log_dir, "metrics.csv") for logger in trainer.loggers if isinstance(logger, CSVLogger)]
-            self._found = {path: _rows(path) for path in paths}
+    def __init__(self, loggers: list[Logger]) -> None:
+        # Before Lightning's first hook, which starts the loggers. One without a version has a new folder.
+        paths = [Path(logger.log_dir, "metrics.csv") for logger in loggers
+                 if isinstance(logger, CSVLogger) and logger._version is not None]  # fmt: skip
+        self._found = {path: _rows(path) for path in paths}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put those back that a resumed run goes on from: only now Lightning says which checkpoint it has read."""
-        for logger in trainer.loggers if trainer.ckpt_path else ():
+        resumed = trainer.ckpt_path and trainer.is_global_zero
+        for logger in trainer.loggers if resumed else ():
             path = Path(logger.log_dir, "metrics.csv") if isinstance(logger, CSVLogger) else None
             if path is None or not self._found.get(path):
                 continue

@@ -52,7 +52,8 @@ class RunReport(TimedCallback):
     """Writes `report.json` when training ends, on rank zero.
 
     Keys: `strategy` (its class), `method` (in words), `data` (corpus, tokenizer, and which sequences are validated),
-    `sites`, `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last `val/...` values, of the global model),
+    `sites`, `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last `val/...` values, of the global
+    model),
     `validation_before_training` (the same of the initial model; empty unless `num_sanity_val_steps` reads all that a
     validation reads), `round` (the
     last round's means over all sites), `routing` (its means over the layers, of `RoutingStability`),
