@@ -30,7 +30,7 @@ class RoundSchedule:
         """
         given = local_steps if isinstance(local_steps, dict) else {0: local_steps}
         for k in given.values():
-            check_range(KEY, k, "K is in optimizer steps: type a number such as 32", least=1)
+            check_range(KEY, int(k) if isinstance(k, str) else k, "K is in optimizer steps: type a number such as 32", least=1)
         mapping = {int(s): int(k) for s, k in given.items()}
         segments = tuple(sorted(mapping.items()))
         if not segments or segments[0][0] != 0:
