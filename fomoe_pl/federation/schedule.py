@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from fomoe_pl.errors import ConfigError, check_range
 
@@ -29,8 +30,9 @@ class RoundSchedule:
             ConfigError: if K < 1, the mapping does not start at 0, or a segment is no whole number of rounds.
         """
         given = local_steps if isinstance(local_steps, dict) else {0: local_steps}
-        for k in given.values():
-            check_range(KEY, int(k) if isinstance(k, str) else k, "K is in optimizer steps: type a number such as 32", least=1)
+        numbers: list[Any] = list(given.values())
+        for k in numbers:  # text, where they come from JSON
+            check_range(KEY, int(k) if isinstance(k, str) else k, "it is in steps: type 32, say", least=1)
         mapping = {int(s): int(k) for s, k in given.items()}
         segments = tuple(sorted(mapping.items()))
         if not segments or segments[0][0] != 0:

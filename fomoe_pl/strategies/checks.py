@@ -136,6 +136,9 @@ def check_training(trainer: Trainer, *, federated: bool) -> None:
     check_range("trainer.gradient_clip_val", trainer.gradient_clip_val, "1.0 is common, null is off", least=0)
     if not federated:
         return
+    if trainer.fast_dev_run:
+        rule = "ends the run within a round, without checkpoints or curves"
+        raise ConfigError("trainer.fast_dev_run", trainer.fast_dev_run, rule, "set trainer.max_steps to one round, K")
     if trainer.max_steps < 1:
         rule = "the run's local steps must be known: its last round ends with the last of them"
         raise ConfigError("trainer.max_steps", trainer.max_steps, rule, "type a number, such as 480")
