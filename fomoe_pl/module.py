@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import check_range, check_seed
 from fomoe_pl.metrics import RoutingHealth, ValidationMetrics
 from fomoe_pl.metrics.language import IGNORED
 from fomoe_pl.metrics.validation import OWN_VIEW_GAP
@@ -63,14 +63,9 @@ class FoMoEModule(L.LightningModule):
         bf16_gradients: bool = True,
     ) -> None:
         super().__init__()
-        if max_skipped_steps < 0:
-            raise ConfigError(
-                "model.max_skipped_steps", max_skipped_steps, "must not be negative", "100 is the default"
-            )
-        if evaluation_window < 1:
-            raise ConfigError(
-                "model.evaluation_window", evaluation_window, "must be at least 1 batch", "64 is the default"
-            )
+        check_range("model.max_skipped_steps", max_skipped_steps, "100 is the default", least=0)
+        check_range("model.evaluation_window", evaluation_window, "64 batches are the default", least=1)
+        check_seed("model.seed", seed)
         self.config = architecture
         self.optimizer_config = optimizer
         self.seed = seed_or_default(seed)
@@ -403,9 +398,11 @@ class FoMoEModule(L.LightningModule):
         values = {f"val/{name}": float(value) for name, value in computed.items()}
         self.domain_load_LNE = metric.loads.load_LNE.cpu()
         if self.trainer.sanity_checking:  # Lightning logs nothing then, but it is where the curve starts
-            self.validation_before_training = values
-            for logger in self.loggers:
-                logger.log_metrics(values, step=0)
+            # Of a part of the text it is no point of that curve.
+            if self.trainer.num_sanity_val_batches == self.trainer.num_val_batches:
+                self.validation_before_training = values
+                for logger in self.loggers:
+                    logger.log_metrics(values, step=0)
         else:
             self.log_dict(values)
         self._validation, self.with_other_views = None, False

@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import WeightFiles
+from fomoe_pl.federation.checkpoint import AVERAGE, WeightFiles, dense_name
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
@@ -162,6 +162,7 @@ def consolidate(
     names: Literal["own", "olmoe"] = "own",
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_shard_gb: float = 5.0,
+    average: bool = False,
 ) -> None:
     """Write the global model.
 
@@ -171,6 +172,7 @@ def consolidate(
         names: `own` are this project's, `olmoe` those of Hugging Face's OLMoE.
         dtype: Of the values; checkpoints have float32.
         max_shard_gb: Size above which there are several files, 10^9 bytes.
+        average: Write the moving average that `GlobalEMA` has kept, not the model itself.
 
     Raises:
         ConfigError: if the checkpoint is incomplete or damaged, the output exists, or OLMoE computes something else.
@@ -180,7 +182,10 @@ def consolidate(
     folder, unfinished = Path(output), Path(f"{output.rstrip('/')}.partial")
     if folder.exists():
         raise ConfigError("output", output, "is there already", "give a new folder, or remove it")
-    files = WeightFiles(Path(checkpoint))
+    files = WeightFiles(Path(checkpoint), AVERAGE if average else "")
+    if average and dense_name(AVERAGE) not in files.manifest["files"]:
+        rule = "has no average of the global model"
+        raise ConfigError("average", checkpoint, rule, "leave it out, or train with fomoe_pl.callbacks.GlobalEMA")
     config = ModelConfig(**files.manifest["architecture"])
     if names == "olmoe":
         about, outputs = olmoe_config(config, checkpoint), olmoe_names(files, config)

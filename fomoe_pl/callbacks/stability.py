@@ -15,7 +15,7 @@ from fomoe_pl.callbacks.history import PickHistory
 from fomoe_pl.callbacks.observed import RoundCallback, log, observe_rounds, observed_module, observed_strategy
 from fomoe_pl.callbacks.probe import Look, Probe
 from fomoe_pl.callbacks.tags import by_layer, movement_values, routing_values
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import check_range
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.packing import pack_counts, unpack_counts
@@ -87,9 +87,8 @@ class RoutingStability(RoundCallback, RoundObserver):
             ("every_n_rounds", every_n_rounds, 1), ("probe_sequences", probe_sequences, 0),
             ("probe_tokens", probe_tokens, 1), ("other_views_every", other_views_every, 0),
         ):  # fmt: skip
-            if value < least:
-                raise ConfigError(f"trainer.callbacks.RoutingStability.{name}", value, f"must be at least {least}",
-                                  "see docs/configuration.md for the defaults")  # fmt: skip
+            key = f"trainer.callbacks.RoutingStability.{name}"
+            check_range(key, value, "see docs/configuration.md for the defaults", least=least)
         self.every_n_rounds = every_n_rounds
         self.probe_sequences, self.probe_tokens = probe_sequences, probe_tokens
         self.other_views_every = other_views_every

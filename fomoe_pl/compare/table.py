@@ -50,7 +50,7 @@ def _beside(report: dict[str, Any]) -> float:
 
 
 # Quality is that of the global model. Sent, speed and memory are site 0's: what left it (wire bytes) for training, and
-# apart from it for evaluation and checkpoints; "local" speed excludes synchronisation, and is not known of DDP.
+# apart from it for evaluation; "local" speed excludes synchronisation, and is not known of DDP.
 MAIN = (
     Column("sites", lambda r: r["sites"], ",d"),
     Column("steps", lambda r: r["steps"], ",d"),

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.config import ExpertBackend, ModelConfig
 from fomoe_pl.model.losses import chunk_rows
 from fomoe_pl.model.sizes import resident_counts
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+IN_KERNELS: dict[ExpertBackend, bool] = {"auto": True, "triton": True, "grouped": False, "loop": False}
+"""Whether a backend's experts run in our kernels; those that do not keep what `grouped` keeps (`loop` no more)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Types:
 
     def experts_in_kernels(self, config: ModelConfig) -> bool:
         """Whether experts run in our kernels."""
-        return self.kernels and config.expert_backend in ("auto", "triton")
+        return self.kernels and IN_KERNELS[config.expert_backend]
 
 
 def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> int:
@@ -67,7 +69,7 @@ def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> 
         norms += r * (q + kv) + statistics * norms_of_heads
     attention = types.casts * c * d + 2 * c * (q + kv) + 4 * config.n_heads
     router = 4 * d + 2 * 4 * n_scored + 4 + (4 if config.gate == "sigmoid" else 0)
-    router += 4 * k + 4 if config.normalize_gates else 0
+    router += 4 * k if config.normalize_gates and config.gate == "sigmoid" else 0
     experts = k * (8 + 4)  # which expert, gate
     if types.experts_in_kernels(config) or config.activation_checkpointing == "experts":
         experts += c * d if c < 4 else 0  # in float32 their input is the router's

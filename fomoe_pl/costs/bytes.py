@@ -102,7 +102,7 @@ def control_bytes(
 ) -> int:
     """Payload of the message in which callbacks add their float64 numbers over all sites after a round's averages.
 
-    The sites' own report before the averages is of 2 M + 3 numbers more (`fomoe_pl.strategies.statistics`).
+    The sites' own report before the averages is of `report_numbers` more (`fomoe_pl.federation.report`).
 
     Args:
         architecture: The model.

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import check_range
 
 Slots = Mapping[str, list[Tensor]]
 
@@ -69,7 +69,8 @@ class Average(OuterRule):
     """
 
     def __init__(self, lr: float = 1.0) -> None:
-        self.lr = positive("lr", lr, "1.0 is plain averaging")
+        check_range("outer.lr", lr, "1.0 is plain averaging", above=0)
+        self.lr = lr
 
     def __str__(self) -> str:
         return f"average {self.lr}"
@@ -95,10 +96,9 @@ class Nesterov(OuterRule):
     slots = ("momentum",)
 
     def __init__(self, lr: float = 0.7, momentum: float = 0.9) -> None:
-        self.lr = positive("lr", lr, "0.7 for DiLoCo")
-        if not 0 <= momentum < 1:
-            raise ConfigError("outer.momentum", momentum, "must be in [0, 1)", "0.9 for DiLoCo")
-        self.momentum = momentum
+        check_range("outer.lr", lr, "0.7 for DiLoCo", above=0)
+        check_range("outer.momentum", momentum, "0.9 for DiLoCo", least=0, below=1)
+        self.lr, self.momentum = lr, momentum
 
     def __str__(self) -> str:
         return f"nesterov {self.lr}/{self.momentum}"
@@ -121,14 +121,3 @@ class Nesterov(OuterRule):
         steps = torch._foreach_mul(momenta, [torch.where(rows, self.momentum, 0.0) for rows in active])
         torch._foreach_add_(steps, changes)  # of what is frozen both are zero
         torch._foreach_sub_(anchors, steps, alpha=self.lr)
-
-
-def positive(name: str, value: float, hint: str) -> float:
-    """The value of an outer rule's argument, if it is positive.
-
-    Raises:
-        ConfigError: otherwise.
-    """
-    if value <= 0:
-        raise ConfigError(f"outer.{name}", value, "must be positive", hint)
-    return value

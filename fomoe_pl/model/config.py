@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal, get_origin
 
-from fomoe_pl.errors import ConfigError, check_choice
+from fomoe_pl.errors import ConfigError, check_choice, check_range
 
 Gate = Literal["sigmoid", "softmax"]
 ExpertKind = Literal["silu", "swiglu"]
@@ -59,7 +59,7 @@ class ModelConfig:
             precision's type where our kernels run.
 
     Raises:
-        ConfigError: If a size is not positive, sizes do not fit each other, or a choice is none of a setting's.
+        ConfigError: If a number is out of its range, sizes do not fit each other, or a choice is none of a setting's.
     """
 
     vocab_size: int
@@ -101,12 +101,9 @@ class ModelConfig:
         positive = """vocab_size d_model n_layers n_heads n_experts top_k d_expert n_kv_heads head_dim norm_eps
             rope_theta base_width base_depth init_std loss_chunk_bytes"""
         for name in positive.split():
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(_KEY + name, value, "must be positive", "Give a number above 0")
+            check_range(_KEY + name, getattr(self, name), "Give a positive number", above=0)
         for name in ("n_shared_experts", "aux_loss_weight", "z_loss_weight", "bias_update_rate"):
-            if getattr(self, name) < 0:
-                raise ConfigError(_KEY + name, getattr(self, name), "must not be negative", "Give 0 or more")
+            check_range(_KEY + name, getattr(self, name), "Give 0 or more", least=0)
         if self.top_k > self.n_experts:
             rule = f"cannot choose more experts than n_experts ({self.n_experts})"
             raise ConfigError(_KEY + "top_k", self.top_k, rule, f"Use 1 to {self.n_experts}")
