@@ -28,8 +28,8 @@ tr:nth-child(even) td { background: #f4f4f4; } img { max-width: 100%; height: au
 .pictures img { max-width: 49%; } .pictures img.wide { max-width: 100%; }
 """
 CAPTIONS = {
-    "sites": "Quality is that of the global model. Sent, speed and memory are of site 0; sent is what left it in rings, "
-    "for training, and apart from it for evaluation and checkpoints.",
+    "sites": "Quality is that of the global model. Sent, speed and memory are of site 0; sent is what left it in "
+    "rings, for training, and apart from it for evaluation and checkpoints.",
     "load entropy": "Means over the layers: loads, ghosts, churn, agreement and drift of the last round, all sites; "
     "necessity and domain bits of the last validation that measured them.",
 }

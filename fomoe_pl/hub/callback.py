@@ -93,5 +93,3 @@ class TaskEvaluation(Callback):
                   if math.isfinite(value)}  # fmt: skip
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-
-

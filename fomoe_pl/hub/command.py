@@ -13,7 +13,12 @@ from fomoe_pl.hub.export import export
 from fomoe_pl.hub.generate import generate
 from fomoe_pl.hub.importing import import_model
 
-COMMANDS: dict[str, Callable[..., None]] = {"export": export, "import": import_model, "generate": generate, "evaluate": evaluate}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "export": export,
+    "import": import_model,
+    "generate": generate,
+    "evaluate": evaluate,
+}
 
 
 class Parser(OneMessage, ArgumentParser):

@@ -8,8 +8,8 @@ from typing import Any
 
 from fomoe_pl.callbacks.report import REPORT_NAME
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.files import prepare, write_whole
 from fomoe_pl.federation.checkpoint import MANIFEST
+from fomoe_pl.files import prepare, write_whole
 from fomoe_pl.hub import needs
 from fomoe_pl.hub.card import with_evaluations
 from fomoe_pl.hub.loading import Device, DTypeName, load
@@ -105,9 +105,7 @@ def note(model: Path, view: str, steps: int | None, found: dict[str, Any]) -> No
     print(f"noted in {path}")
 
 
-def merged(
-    before: dict[str, Any], view: str, steps: int | None, found: dict[str, dict[str, float]]
-) -> dict[str, Any]:
+def merged(before: dict[str, Any], view: str, steps: int | None, found: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Return results by view, with new ones added: `{view: {steps, tasks: {task: {metric: value}}}}`.
 
     Args:

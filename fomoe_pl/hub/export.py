@@ -117,7 +117,11 @@ def _output(files: WeightFiles, target: Target, dtype: torch.dtype) -> Output:
 
 def _config(source: Source, format: str, dtype: str) -> dict[str, Any]:
     if format == PLAIN:
-        about = {"model_type": "fomoe_pl", **asdict(source.config), "optimizer_steps": source.manifest["optimizer_steps"]}
+        about = {
+            "model_type": "fomoe_pl",
+            **asdict(source.config),
+            "optimizer_steps": source.manifest["optimizer_steps"],
+        }
         return about | {"dtype": dtype}
     assert source.tokenizer is not None
     eod_id = source.tokenizer.eod_id

@@ -171,7 +171,9 @@ def shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     model = Transformer(config, device=torch.device("meta"))
     stacked = model.expert_tensors()
     tensors = ParameterLayout.of(model, stacked).tensors
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, [name for name in tensors if name in stacked]
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, [
+        name for name in tensors if name in stacked
+    ]
 
 
 _OWN_BLOCK = {
@@ -201,6 +203,7 @@ def targets(name: str, config: ModelConfig) -> list[Target]:
         config: An architecture that the family computes exactly.
     """
     ours, stacked = shapes(config)
+    experts: Callable[[str, str, ModelConfig], list[Target]]
     if name == OWN:
         block, shared, experts = _OWN_BLOCK, "mlp.shared_experts", _own_experts
     else:

@@ -33,7 +33,9 @@ class TrainingLM(HarnessLM):
         tokenizer = corpus_tokenizer(data.manifest)
         library = tokenizer.library()
         super().__init__(
-            lambda text: list(library.encode(text, add_special_tokens=False).ids), tokenizer.eod_id, data.sequence_length
+            lambda text: list(library.encode(text, add_special_tokens=False).ids),
+            tokenizer.eod_id,
+            data.sequence_length,
         )
         self._module: Any = pl_module
         self._strategy: Any = trainer.strategy

@@ -122,7 +122,7 @@ def _load_export(path: str, site: int | None) -> Loaded:
     if own:  # this project's own class rather than code out of the folder
         from fomoe_pl.hub.modeling_fomoe import FomoeForCausalLM
 
-        model = FomoeForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model: Any = FomoeForCausalLM.from_pretrained(path, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     training = about.get("fomoe") or {}
@@ -137,7 +137,9 @@ def _load_export(path: str, site: int | None) -> Loaded:
     ends = about.get("eos_token_id")
     eod_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else ends
     if not isinstance(eod_id, int):
-        raise ConfigError("model", path, "does not say which token ends a document", "set eos_token in tokenizer_config")
+        raise ConfigError(
+            "model", path, "does not say which token ends a document", "set eos_token in tokenizer_config"
+        )
     return Loaded(model, tokenizer, eod_id, about["max_position_embeddings"], training.get("optimizer_steps"))
 
 
@@ -155,7 +157,7 @@ def model_of(files: WeightFiles, config: ModelConfig) -> Any:
     state = {target.name: _assembled(files, target) for target in targets(OWN, config)}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     tied = ["lm_head.weight"] if config.tie_embeddings else []
-    assert missing == tied and not unexpected, (missing, unexpected)
+    assert (missing, unexpected) == (tied, []), (missing, unexpected)
     model.tie_weights()
     return model.eval()
 

@@ -33,7 +33,7 @@ def resolved(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     if not names:
         raise ConfigError("tasks", list(names), "names no task", f"use sample, or some of {', '.join(shipped())}")
     local, others = [], []
-    for name in [single for name in names for single in GROUPS.get(name, (name,))]:
+    for name in [single for given in names for single in GROUPS.get(given, (given,))]:
         if name in shipped():
             local.append(_read(FOLDER / f"{name}.yaml"))
         elif name.endswith((".yaml", ".yml")):
@@ -51,7 +51,9 @@ def _read(path: Path) -> dict[str, Any]:
         name = task["task"]
     except (yaml.YAMLError, TypeError, KeyError) as error:
         rule = f"is no task file that can be read by itself ({str(error).splitlines()[0]})"
-        raise ConfigError("tasks", str(path), rule, "see the harness's task guide; !function is not supported") from None
+        raise ConfigError(
+            "tasks", str(path), rule, "see the harness's task guide; !function is not supported"
+        ) from None
     files = task.get("dataset_kwargs", {}).get("data_files")
     if isinstance(files, dict):  # beside the task file, wherever the command is given
         for split, file in files.items():

@@ -85,7 +85,9 @@ def write_checkpoint(
     files.begin(folder)
     files.write(folder, files.dense_name(), {name: t for name, t in layout.tensors.items() if name not in rows})
     files.write(
-        folder, files.experts_name(0), {f"{name}#{e}": layout.tensors[name][e] for name in rows for e in range(config.n_experts)}
+        folder,
+        files.experts_name(0),
+        {f"{name}#{e}": layout.tensors[name][e] for name in rows for e in range(config.n_experts)},
     )
     files.write(folder, files.site_name(0), {
         "optimizer_states": [{"state": {}, "param_groups": []}], "optimizer_names": [], "expert_layer": {},
@@ -97,5 +99,3 @@ def write_checkpoint(
         "identity": {"strategy": "FederatedStrategy", "sites": n_sites, **(identity or {})},
     })  # fmt: skip
     return folder
-
-

@@ -10,9 +10,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tests.distributed import run_distributed
-from tests.hub.models import make_model, write_checkpoint
-from tests.training import Run, fit, launched_as
 
 from fomoe_pl.callbacks import RunReport
 from fomoe_pl.compare.runs import Run as ComparedRun
@@ -25,6 +22,9 @@ from fomoe_pl.hub.loading import load
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.strategies.loading import load_global_model
+from tests.distributed import run_distributed
+from tests.hub.models import make_model, write_checkpoint
+from tests.training import Run, fit, launched_as
 
 pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
@@ -163,12 +163,15 @@ def _train(rank: int, root: str, folder: str) -> None:
                   trainer={"max_steps": 4, "enable_checkpointing": True})  # fmt: skip
         # Less than a whole window on each site, and two in all; the second round's end is the run's.
         watch = TaskEvaluation(["sample"], every_n_rounds=1, limit=None, batch_size=64, window=2)
-        fit(run, rank, SITES, [watch, RunReport(folder), ModelCheckpoint(folder, filename="last", every_n_train_steps=4)])
+        fit(
+            run,
+            rank,
+            SITES,
+            [watch, RunReport(folder), ModelCheckpoint(folder, filename="last", every_n_train_steps=4)],
+        )
 
 
-def test_checkpoint_export_and_training_agree(
-    tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoint_export_and_training_agree(tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
     run_distributed(_train, SITES, root, str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     trained = report["evaluations"]["global"]

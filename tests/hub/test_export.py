@@ -11,7 +11,6 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tests.hub.models import FAMILY_SETTINGS, SWITCHES, TINY, make_model, write_checkpoint
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import WeightFiles
@@ -19,6 +18,7 @@ from fomoe_pl.hub.export import export
 from fomoe_pl.hub.families import exact_families
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
+from tests.hub.models import FAMILY_SETTINGS, SWITCHES, TINY, make_model, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
@@ -227,9 +227,7 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("format", ["fomoe", "qwen3_moe", "plain"])
-def test_memory_is_that_of_one_tensor(
-    format: str, tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_that_of_one_tensor(format: str, tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model({**FAMILY_SETTINGS["qwen3_moe"], "n_experts": 24, "d_expert": 48})
     write_checkpoint(tmp_path / "one.ckpt", model)
     live, read = Live(), WeightFiles.read

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hub.models import make_model, write_checkpoint
 
 from fomoe_pl.cli import main
 from fomoe_pl.errors import ConfigError
@@ -14,6 +13,7 @@ from fomoe_pl.hub.export import export
 from fomoe_pl.hub.generate import generate
 from fomoe_pl.hub.loading import load
 from fomoe_pl.strategies.loading import load_global_model
+from tests.hub.models import make_model, write_checkpoint
 
 pytest.importorskip("transformers")
 
@@ -51,9 +51,7 @@ def test_greedy_is_the_models_own(
     assert said(capsys).removesuffix("\n") == expected
 
 
-def test_drawing_repeats_with_its_seed(
-    folders: dict[str, Path], root: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_drawing_repeats_with_its_seed(folders: dict[str, Path], root: str, capsys: pytest.CaptureFixture[str]) -> None:
     def drawn(**settings: Any) -> str:
         generate(str(folders["checkpoint"]), "A ship", max_new_tokens=20, data=root, device="cpu", **settings)
         return said(capsys)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.hub.models import FAMILY_SETTINGS, SWITCHES, make_model, write_checkpoint
-from tests.training import Run, fit
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.hub.export import export
 from fomoe_pl.hub.importing import import_model
 from fomoe_pl.strategies.loading import load_global_model
+from tests.hub.models import FAMILY_SETTINGS, SWITCHES, make_model, write_checkpoint
+from tests.training import Run, fit
 
 transformers = pytest.importorskip("transformers")
 
@@ -168,7 +168,7 @@ def test_what_computes_something_else_is_refused(
 
 def test_other_bad_input(tmp_path: Path) -> None:
     source = tmp_path / "theirs"
-    with pytest.raises(ConfigError, match="has no config.json"):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
         import_model(str(source), str(tmp_path / "one.ckpt"))
     source.mkdir()
     (source / "config.json").write_text(json.dumps({"model_type": "gpt2"}))

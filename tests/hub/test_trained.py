@@ -56,10 +56,18 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("shard_gb", [5.0, 4e-6])
-def test_values_are_the_checkpoints(
-    trained: Path, tmp_path: Path, name: str, shard_gb: float
-) -> None:
-    main(["export", str(trained / f"{name}.ckpt"), str(tmp_path / "out"), "--format", "plain", "--max_shard_gb", str(shard_gb)])
+def test_values_are_the_checkpoints(trained: Path, tmp_path: Path, name: str, shard_gb: float) -> None:
+    main(
+        [
+            "export",
+            str(trained / f"{name}.ckpt"),
+            str(tmp_path / "out"),
+            "--format",
+            "plain",
+            "--max_shard_gb",
+            str(shard_gb),
+        ]
+    )
     model = load_global_model(trained / f"{name}.ckpt")
     expected = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in model.state_dict()}}
     tensors = read(tmp_path / "out")
