@@ -333,12 +333,16 @@ class FoMoEModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fresh sums; a recorded step's memory is for the validation now."""
-        if self._passes is not None:
-            self._passes.release()
+        self.make_room()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._validation = ValidationMetrics(data.domains, self.config.n_layers, self.config.n_experts, self.device)
         # Started anew, so that every validation draws the same.
         self._random = torch.Generator(self.device).manual_seed(self.seed)
+
+    def make_room(self) -> None:
+        """Free a recorded step's memory, for whoever evaluates the model between two steps."""
+        if self._passes is not None:
+            self._passes.release()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect batches; a full window goes through the model layer by layer."""

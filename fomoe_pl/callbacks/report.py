@@ -48,6 +48,12 @@ def _routing(trainer: Trainer) -> dict[str, float | None]:
     return {tag.split("/")[1]: finite_or_none(value) for tag, value in values.items() if tag.endswith("/mean")}
 
 
+def _evaluations(trainer: Trainer) -> dict[str, Any]:
+    """What the run's callbacks have evaluated: `{view: {steps, tasks: {task: {metric: value}}}}`."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((found for c in callbacks if (found := getattr(c, "evaluations", None))), {})
+
+
 class RunReport(TimedCallback):
     """Writes `report.json` when training ends, on rank zero.
 
@@ -57,6 +63,7 @@ class RunReport(TimedCallback):
     `validation_before_training` (the same of the initial model; empty unless `num_sanity_val_steps` reads all that a
     validation reads), `round` (the
     last round's means over all sites), `routing` (its means over the layers, of `RoutingStability`),
+    `evaluations` (by view, of `TaskEvaluation` and later of `fomoe evaluate`),
     `other_views_step` (steps at the validation that measured routing necessity and own views), and of site 0:
     `bytes` (`payload` and `wire` by kind and in total), `train_seconds` (without validation and checkpoints),
     `sync_seconds` and `watch_seconds` of this process, `tokens_per_second` (`local`, `with_sync`), `peak_memory_mib`,
@@ -106,6 +113,7 @@ class RunReport(TimedCallback):
             "validation_before_training": before,
             "round": {name: finite_or_none(value) for name, value in strategy.round_stats.items()},
             "routing": _routing(trainer),
+            "evaluations": _evaluations(trainer),
             "other_views_step": None if stability is None else stability.other_views_step,
             "bytes": {"payload": payload_bytes(strategy.ledger), "wire": wire_bytes(strategy.ledger)},
             "train_seconds": self.trained.seconds,

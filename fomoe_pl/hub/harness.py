@@ -1,7 +1,6 @@
 """Models of this project for lm-evaluation-harness: checkpoints, exports, and a run's model while it is trained.
 
-`lm_eval --model fomoe --model_args pretrained=FOLDER` finds `FomoeLM` through the entry-point group `lm_eval.models`, in
-versions that read it.
+`FomoeLM` is also in the entry-point group `lm_eval.models`, for versions whose own command line reads it.
 
 Shapes: B sequences of a batch, S positions, D model, N scored positions, V vocabulary.
 """
@@ -72,14 +71,19 @@ def scores(sequences: Sequence[Scored], hidden_BSD: Tensor, logits_of: Callable[
         yield Score(nats, greedy)
 
 
-class HarnessLM(TemplateLM):  # type: ignore[misc]
+class HarnessLM(TemplateLM):
     """What the harness asks of a model, on top of scores of token sequences.
 
     Args:
         encode: Turns a text into token ids.
         eod_id: Token that ends a document; a text without context begins after it, as in training.
         max_length: Longest input, tokens.
+
+    Attributes:
+        generates: Whether it can make texts, not only score them.
     """
+
+    generates = True
 
     def __init__(self, encode: Callable[[str], list[int]], eod_id: int, max_length: int) -> None:
         super().__init__()

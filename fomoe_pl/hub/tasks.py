@@ -33,7 +33,7 @@ def resolved(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     if not names:
         raise ConfigError("tasks", list(names), "names no task", f"use sample, or some of {', '.join(shipped())}")
     local, others = [], []
-    for name in [single for name in names for single in GROUPS.get(name, (name,))]:
+    for name in [single for given in names for single in GROUPS.get(given, (given,))]:
         if name in shipped():
             local.append(_read(FOLDER / f"{name}.yaml"))
         elif name.endswith((".yaml", ".yml")):
@@ -91,6 +91,10 @@ def run_tasks(lm: Any, names: Sequence[str], *, num_fewshot: int | None = None, 
         rule = f"{', '.join(unknown)}: neither shipped, nor a .yaml file, nor a task of the harness"
         raise ConfigError("tasks", list(names), rule, f"shipped are {', '.join(shipped())}")
     loaded = manager.load([*local, *others])
+    generating = [n for n, task in loaded["tasks"].items() if task.get_config("output_type") == "generate_until"]
+    if generating and not lm.generates:
+        rule = f"{', '.join(generating)}: tasks that generate text are not measured in training"
+        raise ConfigError("tasks", list(names), rule, "use fomoe evaluate on a checkpoint")
     for task in loaded["tasks"].values():  # as the harness's own command line does
         own = task.get_config("num_fewshot")
         task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot)
