@@ -46,7 +46,7 @@ class GlobalEMA(RoundCallback, RoundObserver):
     sent for it: holders of an expert agree on its values, so on their average. Training never sees it.
 
     All `val/...` of a run with this callback are of the average. Checkpoints hold both, and a resumed run goes on with
-    both; `fomoe validate` with this callback reads the average, without it the model. `tools/consolidate.py --average`
+    both; `fomoe validate` with this callback reads the average, without it the model. `fomoe export --average true`
     writes the average.
 
     Args:
