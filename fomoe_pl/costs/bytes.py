@@ -1,17 +1,18 @@
 """Bytes that one site sends in a run, from the configuration alone (FoMoE, arXiv 2606.19025, cost model).
 
-Equal to the byte to the ledger that a run keeps, for the kinds dense, expert, moments, migration and evaluation.
+Equal to the byte to the ledger that a run keeps, for the kinds dense, expert, moments, migration, shadow and evaluation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fomoe_pl.costs.rounds import ITEMSIZE, Collective, SynchronizedSizes, collectives, count, held_by
+from fomoe_pl.costs.rounds import ITEMSIZE, Collective, SynchronizedSizes, collectives, copy_bytes, count, held_by
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.packing import digits
 from fomoe_pl.federation.placement import Placement, gather_layer, migration
 from fomoe_pl.federation.settings import FederationConfig, WireDtype
+from fomoe_pl.federation.shadow import refresh_layer
 from fomoe_pl.model.config import ModelConfig
 
 
@@ -42,8 +43,8 @@ def predict_bytes(
         param_dtype: dtype of the parameters, in which a validation gathers experts (buffers are float32).
 
     Returns:
-        A ledger with payload and wire bytes of the kinds dense, expert, moments, migration and evaluation. Its number
-        of calls counts one for each average or exchange, whatever the buckets.
+        A ledger with payload and wire bytes of the kinds dense, expert, moments, migration, shadow and evaluation. Its
+        number of calls counts one for each average or exchange, whatever the buckets.
 
     Raises:
         ConfigError: if sizes or the schedule do not fit.
@@ -60,17 +61,21 @@ def predict_bytes(
             inner_moments=federation.inner_moments,
         )  # fmt: skip
 
-    current, rounds, draws = placed(0), 0, 0
+    current, rounds, draws, n_layers = placed(0), 0, 0, architecture.n_layers
     averages = averaged(current)
     for step in range(steps + 1):
         if step and federation.schedule.is_round_end(step, steps):
             rounds += 1
             count(ledger, averages, site)
-            if federation.moves_after(rounds) and step < steps:
+            moved = federation.moves_after(rounds) and step < steps
+            if moved:
                 draws += 1
                 new = placed(draws)
                 _migration(ledger, current, new, site, sizes, n_slots=len(federation.rule.slots))
                 current, averages = new, averaged(new)
+            if federation.refreshes_after(rounds, moved=moved):
+                given = sum(t.giver == site for layer in range(n_layers) for t in refresh_layer(current, layer))
+                ledger.send("shadow", given * copy_bytes(architecture, federation.shadow))
         for _ in range(list(validations).count(step)):
             for _ in range(evaluation_windows):
                 _evaluation(ledger, current, site, sizes, ITEMSIZE[param_dtype])
@@ -99,6 +104,7 @@ def control_bytes(
     looked: bool = False,
     probe_tokens: int = 0,
     monitored: bool = False,
+    copied: bool = False,
 ) -> int:
     """Payload of the message in which callbacks add their float64 numbers over all sites after a round's averages.
 
@@ -111,6 +117,7 @@ def control_bytes(
         looked: Whether it looks at this round.
         probe_tokens: Tokens of its probe, sequences x tokens of each; 0 for no probe.
         monitored: Whether `CommunicationMonitor` is among the callbacks.
+        copied: Whether sites have copies of absent experts.
     """
     layers, cells = architecture.n_layers, architecture.n_layers * architecture.n_experts
     numbers = 0
@@ -119,6 +126,7 @@ def control_bytes(
         numbers += (4 + 2) * cells + layers + 1 + 1
     if watched and looked:
         numbers += 4 * cells + 4  # three squares of norms and a norm, of each expert and dense
+        numbers += 2 * layers if copied else 0  # squares of the copies' errors and of what they are copies of
         if probe_tokens:
             numbers += 3 * layers + 2 + -(-cells * probe_tokens // digits(n_sites))
     numbers += n_sites if monitored else 0

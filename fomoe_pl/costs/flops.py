@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Routing
-from fomoe_pl.model.sizes import TokenFlops, flops_by_part
+from fomoe_pl.model.residency import Routing, Shadow
+from fomoe_pl.model.sizes import TokenFlops, flops_by_part, scored_experts
 
 
 def executed_picks(
@@ -16,9 +16,10 @@ def executed_picks(
     Args:
         config: the architecture.
         n_resident: resident experts R of a layer.
-        routing: ``ghost`` skips picks that are not resident; ``partitioned`` takes the top min(k, R) residents.
-        ghost_fraction: measured share of skipped picks, `routing/ghost_fraction/mean`; None is balanced routing's
-            1 - R/E, the paper's sigma_st.
+        routing: ``ghost`` skips picks that are not resident; ``partitioned`` takes the top min(k, R) residents;
+            ``shadow`` computes all.
+        ghost_fraction: measured share of the picks that are not of residents, `routing/ghost_fraction/mean` or
+            `routing/copy_fraction/mean`; None is balanced routing's 1 - R/E, the paper's sigma_st.
 
     Raises:
         ConfigError: for a fraction outside 0..1 or a number of residents that cannot be.
@@ -30,6 +31,8 @@ def executed_picks(
         raise ConfigError("ghost_fraction", ghost_fraction, "must be in 0..1", "give the measured share")
     if routing == "partitioned":
         return min(config.top_k, n_resident)
+    if routing == "shadow":
+        return config.top_k
     live = n_resident / config.n_experts if ghost_fraction is None else 1 - ghost_fraction
     return config.top_k * live
 
@@ -41,6 +44,7 @@ def token_flops(
     n_resident: int | None = None,
     routing: Routing = "ghost",
     ghost_fraction: float | None = None,
+    shadow: Shadow = Shadow(),  # noqa: B008  frozen
 ) -> TokenFlops:
     """FLOPs that a site executes for a token; with ``n_resident`` None the nominal ones of the whole model.
 
@@ -50,11 +54,16 @@ def token_flops(
         n_resident: resident experts R of each layer.
         routing: the routing mode.
         ghost_fraction: as for ``executed_picks``.
+        shadow: how copies are used, with ``shadow`` routing: forward and input gradients are of all picks, gradients of
+            weights of residents' picks alone.
 
     Raises:
         ConfigError: as for ``executed_picks``.
     """
     resident = config.n_experts if n_resident is None else n_resident
     picks = executed_picks(config, resident, routing, ghost_fraction)
-    scored = config.n_experts if routing == "ghost" else resident
-    return flops_by_part(config, sequence_length, executed_picks=picks, n_scored=scored)
+    learning = executed_picks(config, resident, "ghost", ghost_fraction) if routing == "shadow" else picks
+    return flops_by_part(
+        config, sequence_length, executed_picks=picks, n_scored=scored_experts(config, resident, routing),
+        copied_picks=picks - learning, input_gradient=shadow.input_gradient,
+    )  # fmt: skip

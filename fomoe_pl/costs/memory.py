@@ -22,16 +22,18 @@ from fomoe_pl.costs.activations import (
     layer_activation_bytes,
     loss_bytes,
 )
-from fomoe_pl.costs.rounds import ADAMW_MOMENTS, ITEMSIZE
+from fomoe_pl.costs.rounds import ADAMW_MOMENTS, ITEMSIZE, copy_bytes
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Routing
-from fomoe_pl.model.sizes import expert_parameters, resident_counts
+from fomoe_pl.model.residency import Routing, Shadow
+from fomoe_pl.model.sizes import expert_parameters, resident_counts, scored_experts
 
 MIB, GIB = 2**20, 2**30
 
 LIBRARY_BYTES = 64 * MIB
 """Workspaces of the matrix library, from torch's allocator (cuBLAS on Hopper: two of 32 MiB)."""
+ENCODING = 4
+"""Tensors in float32 at once of what is encoded: it, in groups, over its scale, and what that is rounded to."""
 DDP_COPIES = 2
 """Copies of the gradients that DDP adds: its buckets, and as much again at the peak (measured on an H100)."""
 
@@ -93,11 +95,12 @@ class Load:
         return self.batch_size * self.sequence_length
 
 
-LASTING = ("weights", "moments", "anchors", "outer_momentum", "library")
+LASTING = ("weights", "copies", "moments", "anchors", "outer_momentum", "library")
 OF_MOMENT = {
     "end of the forward pass": ("gradients_kept", "activations", "logits"),
     "backward pass": ("backward",),
     "averaging": ("wire", "recorded"),
+    "refresh of the copies": ("refresh", "recorded"),
     "global validation": ("gradient_buckets", "validation"),
 }
 """Parts of `RankMemory` that are always there, and those that are there at each moment that can be the peak."""
@@ -109,6 +112,7 @@ class RankMemory:
 
     Attributes:
         weights: parameters, and copies of experts' that last.
+        copies: packed copies of absent experts.
         gradients: their gradients, in the backward pass, and until the last micro-batch of a step; and DDP's copies.
         gradients_kept: what of that is there in a forward pass; in rounds and validations DDP's copies alone are.
         gradient_buckets: DDP's copies.
@@ -120,12 +124,15 @@ class RankMemory:
         wire: buffers and temporary values of a round's averaging.
         validation: streams of a window and one whole layer of experts.
         library: workspace of the matrix library.
-        backward: most of what the backward pass holds beside weights, moments, anchors and outer momentum.
+        backward: most of what the backward pass holds beside weights, moments, anchors and outer momentum; with copies
+            one layer's unpacked ones, which the forward pass has before that.
+        refresh: new copies of absent experts beside the old ones, and a layer's on their way.
         recorded: what stays reserved of a step's passes while sites average.
         on_host: anchors and outer momentum in the host's memory, which is no part of any moment of the device.
     """
 
     weights: int
+    copies: int
     gradients: int
     gradients_kept: int
     gradient_buckets: int
@@ -138,12 +145,13 @@ class RankMemory:
     validation: int
     library: int
     backward: int
+    refresh: int
     recorded: int
     on_host: int
 
     @property
     def lasting(self) -> int:
-        """Bytes that are always there: weights, moments, anchors, outer momentum and the library's."""
+        """Bytes that are always there: weights, copies, moments, anchors, outer momentum and the library's."""
         return self._sum(LASTING)
 
     @property
@@ -219,9 +227,31 @@ def _layer_in_flight(config: ModelConfig, types: Types, tokens: int, n_resident:
     return rows
 
 
+def _unpacked_bytes(config: ModelConfig, types: Types, n_resident: int, shadow: Shadow) -> int:
+    """A matrix of each of a layer's copies, unpacked for one product of the backward pass."""
+    d, i, f = config.d_model, config.expert_in_width, config.d_expert
+    absent = config.n_experts - n_resident
+    if types.experts_in_kernels(config):
+        return types.compute * absent * d * (i if shadow.input_gradient else f)
+    # One tensor of all experts is put together from the residents, cast if they are of another type, and the copies.
+    parts = absent + (n_resident if types.parameter != types.compute else 0)
+    return types.compute * (config.n_experts + parts) * d * (i if shadow.input_gradient else f)
+
+
+def _refresh_bytes(config: ModelConfig, n_resident: int, shadow: Shadow) -> int:
+    """New copies beside the old ones; of a layer what arrives, what is sent, and the encoding of one tensor.
+
+    All residents are taken to be this site's to send: at most they are.
+    """
+    one, absent = copy_bytes(config, shadow), config.n_experts - n_resident
+    encoding = ENCODING * 4 * n_resident * config.d_model * config.expert_in_width
+    return config.n_layers * absent * one + config.n_experts * one + encoding
+
+
 def rank_memory(
-    config: ModelConfig, load: Load, *, n_resident: int, routing: Routing = "ghost", shards: int = 1
-) -> RankMemory:
+    config: ModelConfig, load: Load, *, n_resident: int, routing: Routing = "ghost", shards: int = 1,
+    shadow: Shadow = Shadow(),  # noqa: B008  frozen
+) -> RankMemory:  # fmt: skip
     """Memory of a rank that holds ``n_resident`` experts of every layer, in training with AdamW.
 
     Args:
@@ -231,6 +261,7 @@ def rank_memory(
         routing: with partitioned routing router rows go with their experts.
         shards: devices of a site over which its weights, gradients, moments, anchors and outer momentum are spread;
             what a device gathers of the others' parts is not counted.
+        shadow: how copies are kept, with shadow routing.
 
     Raises:
         ConfigError: if ``n_resident`` is no number of experts of a layer, or there is no shard.
@@ -241,7 +272,7 @@ def rank_memory(
         raise ConfigError("n_resident", n_resident, "must be a number of experts of a layer",
                           f"give 1 to {config.n_experts}")  # fmt: skip
     types = Types.of(load.precision, load.kernels)
-    n_scored = config.n_experts if routing == "ghost" else n_resident
+    n_scored = scored_experts(config, n_resident, routing)
     counts = resident_counts(config, n_resident, routing)
     parameters, experts = (-(-n // shards) for n in (counts.total, counts.experts))
     output = config.vocab_size * config.d_model
@@ -253,9 +284,14 @@ def rank_memory(
     gradients = types.parameter * (parameters - experts) + of_gradient * experts
     copies = types.compute * experts if small and config.activation_checkpointing == "none" else 0
     buckets = DDP_COPIES * gradients if load.method == "ddp" else 0
-    activations = activation_bytes(config, types, load.tokens, n_resident, n_scored, copies=bool(copies))
+    copied = routing == "shadow" and n_resident < config.n_experts
+    in_kernels = types.experts_in_kernels(config)
+    # With copies torch's grouped products cast weights anew in each pass, and keep none.
+    no_casts = bool(copies) or (copied and not in_kernels)
+    activations = activation_bytes(config, types, load.tokens, n_resident, n_scored, copies=no_casts)
     stream = load.tokens * config.d_model * types.stream
-    in_flight = 2 * stream + _layer_in_flight(config, types, load.tokens, n_resident, n_scored)
+    unpacked = _unpacked_bytes(config, types, n_resident, shadow) if copied else 0
+    in_flight = 2 * stream + unpacked + _layer_in_flight(config, types, load.tokens, n_resident, n_scored)
     kept = gradients if load.accumulate > 1 else 0
     # Gradients come while activations go. First the output matrix's is made, of its float32 sum; then the last layer
     # has gradients in flight, its experts' made before their tokens'.
@@ -266,6 +302,7 @@ def rank_memory(
     logits, backward = loss_bytes(config, types, load.tokens), max(first, last_layer, ends) + buckets
     return RankMemory(
         weights=types.parameter * parameters + copies,
+        copies=config.n_layers * (config.n_experts - n_resident) * copy_bytes(config, shadow) if copied else 0,
         gradients=gradients + buckets,
         # Freed after the step, with accumulation after the last micro-batch's.
         gradients_kept=kept + buckets,
@@ -279,6 +316,7 @@ def rank_memory(
         validation=_validation_bytes(config, load, types, n_resident, routing),
         library=LIBRARY_BYTES,
         backward=backward,
+        refresh=_refresh_bytes(config, n_resident, shadow) if copied and federated else 0,
         recorded=max(activations + logits, backward) if load.recorded else 0,
         on_host=agreed + momentum if load.state_on_host else 0,
     )

@@ -11,7 +11,7 @@ from fomoe_pl.federation.placement import Placement, check_placement, side_by_si
 from fomoe_pl.federation.report import report_numbers
 from fomoe_pl.federation.settings import InnerMoments, WireDtype
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Routing
+from fomoe_pl.model.residency import Routing, Shadow
 from fomoe_pl.model.sizes import dense_parameters, expert_parameters, parameter_counts, resident_counts
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -165,6 +165,22 @@ def migration_bytes(
     slots = architecture.n_layers * architecture.n_experts * overlap / n_sites
     elements = sizes.expert + sizes.expert_buffers + (sizes.expert if momentum else 0)
     return slots * (1 - overlap / n_sites) * elements * ITEMSIZE["float32"]
+
+
+def copy_bytes(architecture: ModelConfig, shadow: Shadow) -> int:
+    """Bytes of a packed copy of one expert of one layer: each matrix is one row of its codec."""
+    d = architecture.d_model
+    return sum(shadow.codec.nbytes(d * width) for width in (architecture.expert_in_width, architecture.d_expert))
+
+
+def refresh_bytes(architecture: ModelConfig, shadow: Shadow, *, n_sites: int, overlap: int) -> float:
+    """Mean bytes that a site sends when copies are refreshed: each expert goes from its owner to the M - O without it.
+
+    Per round divide by ``shadow_refresh``.
+    """
+    check_placement(architecture.n_experts, n_sites, overlap)
+    lacking = architecture.n_layers * architecture.n_experts * (n_sites - overlap)
+    return lacking * copy_bytes(architecture, shadow) / n_sites
 
 
 def evaluation_bytes(

@@ -10,8 +10,9 @@ from fomoe_pl.costs.memory import Load
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Routing
-from fomoe_pl.model.sizes import resident_counts
+from fomoe_pl.costs.rounds import copy_bytes
+from fomoe_pl.model.residency import Routing, Shadow
+from fomoe_pl.model.sizes import expert_parameters, resident_counts, scored_experts
 
 MOVES_OF_AN_ACTIVATION = 6
 """How often a kept activation, or one like it, goes to or from memory in a step: written and read forward, read
@@ -50,6 +51,7 @@ def step_work(
     n_resident: int,
     routing: Routing = "ghost",
     ghost_fraction: float | None = None,
+    shadow: Shadow = Shadow(),  # noqa: B008  frozen
 ) -> StepWork:
     """Work of one optimizer step of one micro-batch.
 
@@ -58,21 +60,30 @@ def step_work(
         load: precision and batch.
         n_resident: resident experts R of each layer.
         routing: the routing mode.
-        ghost_fraction: measured share of skipped picks; None for balanced routing's.
+        ghost_fraction: measured share of picks that are not of residents; None for balanced routing's.
+        shadow: how copies are kept and used, with ``shadow`` routing: each pass unpacks them.
     """
     flops = token_flops(
-        config, load.sequence_length, n_resident=n_resident, routing=routing, ghost_fraction=ghost_fraction
-    )
+        config, load.sequence_length, n_resident=n_resident, routing=routing, ghost_fraction=ghost_fraction,
+        shadow=shadow,
+    )  # fmt: skip
     types = Types.of(load.precision, load.kernels)
-    n_scored = config.n_experts if routing == "ghost" else n_resident
+    n_scored = scored_experts(config, n_resident, routing)
     kept = layer_activation_bytes(config, types, n_scored)
     again = {"none": 0, "experts": expert_activation_bytes(config, types, n_scored), "blocks": kept}
     moved = MOVES_OF_AN_ACTIVATION * kept + 2 * again[config.activation_checkpointing]
     logits = load.tokens * config.vocab_size * (3 * 4 + 3 * types.compute)
     parameters = resident_counts(config, n_resident, routing).total
+    unpacked = 0
+    if routing == "shadow":
+        # Read packed and written as numbers, once for each pass.
+        one = copy_bytes(config, shadow) + types.compute * expert_parameters(config)
+        passes = 2 if config.activation_checkpointing == "none" else 3
+        unpacked = passes * config.n_layers * (config.n_experts - n_resident) * one
+    moved = load.tokens * config.n_layers * moved + logits + unpacked
     return StepWork(
         flops=load.tokens * flops.training_executed(checkpointing=config.activation_checkpointing),
-        memory_bytes=load.tokens * config.n_layers * moved + logits + OPTIMIZER_MOVES * types.parameter * parameters,
+        memory_bytes=moved + OPTIMIZER_MOVES * types.parameter * parameters,
         precision=load.precision,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -92,6 +92,11 @@ class FederationConfig:
         for name in ("sites", "overlap", "min_sites", "reshuffle_rounds", "bucket_mib", "shadow_refresh"):
             check_range(name, getattr(self, name), "type 1 or more", least=1)
         check_seed("placement_seed", self.placement_seed)
+        unused = [field for field in fields(self) if field.name.startswith("shadow_")] if self.routing != "shadow" else []
+        for field in unused:
+            if (value := getattr(self, field.name)) != field.default:
+                rule = f"has no effect with routing {self.routing}, which has no copies of absent experts"
+                raise ConfigError(field.name, value, rule, "leave it out, or set routing to shadow")
         if self.wire_dtype == "float16" and self.inner_moments == "average":
             rule = "AdamW's second moments are mostly below float16's smallest number, and without them steps explode"
             raise ConfigError("wire_dtype", self.wire_dtype, rule, "type bfloat16 or float32, or inner_moments keep")
@@ -137,7 +142,12 @@ class FederationConfig:
 
     def residency(self, experts: tuple[tuple[int, ...], ...]) -> Residency:
         """What the model of a site is, that holds these experts of each layer."""
-        return Residency(self.routing, experts, Shadow(self.shadow_bits, self.shadow_input_gradient))
+        return Residency(self.routing, experts, self.shadow)
+
+    @property
+    def shadow(self) -> Shadow:
+        """How copies of absent experts are kept and used."""
+        return Shadow(self.shadow_bits, self.shadow_input_gradient)
 
     def refreshes_after(self, rounds: int, *, moved: bool) -> bool:
         """Whether copies of absent experts are refreshed after so many rounds have ended.
@@ -147,6 +157,14 @@ class FederationConfig:
             moved: whether experts have just moved, so that some sites lack others than before.
         """
         return self.routing == "shadow" and (moved or rounds % self.shadow_refresh == 0)
+
+    def age_of_copies(self, rounds: int) -> int:
+        """Rounds between the last refresh of the copies and the end of so many rounds, after which they may be due.
+
+        At the start they are new: sites pack what they draw.
+        """
+        since = (age for age in range(rounds) if self.refreshes_after(rounds - age, moved=self.moves_after(rounds - age)))
+        return next(since, rounds)
 
     def moves_after(self, rounds: int) -> bool:
         """Whether experts are placed again after so many rounds have ended."""

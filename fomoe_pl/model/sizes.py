@@ -1,6 +1,7 @@
 """Parameter counts and FLOPs from the configuration alone: pure functions, no torch, nothing is built."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from fomoe_pl.model.config import Checkpointing, ModelConfig
 from fomoe_pl.model.residency import Routing
@@ -52,6 +53,11 @@ def norm_parameters(config: ModelConfig) -> int:
     return config.n_layers * per_layer + config.d_model * (2 if config.embedding_norm else 1)
 
 
+def scored_experts(config: ModelConfig, n_resident: int, routing: Routing) -> int:
+    """Return how many experts of a layer the router scores: the residents in partitioned mode, else all."""
+    return n_resident if routing == "partitioned" else config.n_experts
+
+
 def resident_counts(config: ModelConfig, n_resident: int, routing: Routing) -> ParameterCounts:
     """Return what a site holds that has ``n_resident`` experts of every layer.
 
@@ -60,7 +66,7 @@ def resident_counts(config: ModelConfig, n_resident: int, routing: Routing) -> P
         n_resident: Resident experts R of each layer.
         routing: In partitioned mode the router has R rows, otherwise it is whole.
     """
-    rows = n_resident if routing == "partitioned" else config.n_experts
+    rows = scored_experts(config, n_resident, routing)
     return ParameterCounts(
         embeddings=config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2),
         attention=config.n_layers * attention_parameters(config),
@@ -94,7 +100,7 @@ def active_parameters(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs of one token's forward pass, 2 for each multiply-add; the backward pass is twice as much.
+    """FLOPs of one token's forward pass, 2 for each multiply-add; the backward pass is twice as much, less `spared`.
 
     Attributes:
         projections: Query, key, value and output of all layers.
@@ -102,6 +108,7 @@ class TokenFlops:
         router: Scoring of experts.
         experts: Routed and shared experts.
         output: The output matrix.
+        spared: Of the backward pass: gradients that frozen copies do not have.
     """
 
     projections: float
@@ -109,16 +116,17 @@ class TokenFlops:
     router: float
     experts: float
     output: float
+    spared: float = 0.0
 
     @property
     def forward(self) -> float:
-        """Sum of all parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Sum of the forward pass's parts."""
+        return self.projections + self.scores + self.router + self.experts + self.output
 
     @property
     def training(self) -> float:
         """Forward and backward pass, without recomputation."""
-        return 3 * self.forward
+        return 3 * self.forward - self.spared
 
     def training_executed(self, *, checkpointing: Checkpointing) -> float:
         """Forward and backward pass, with the second forward pass of what is checkpointed.
@@ -130,7 +138,13 @@ class TokenFlops:
 
 
 def flops_by_part(
-    config: ModelConfig, sequence_length: int, *, executed_picks: float | None = None, n_scored: int | None = None
+    config: ModelConfig,
+    sequence_length: int,
+    *,
+    executed_picks: float | None = None,
+    n_scored: int | None = None,
+    copied_picks: float = 0.0,
+    input_gradient: bool = True,
 ) -> TokenFlops:
     """Return the FLOPs of one token's forward pass: 2 for each multiply-add of every matrix product.
 
@@ -144,7 +158,10 @@ def flops_by_part(
         executed_picks: Mean number of routed experts that run for a token and layer; None is top_k (nominal). With
             ghosts it is FoMoE's sigma_st · top_k (§3.3).
         n_scored: Experts that the router scores; None is all.
+        copied_picks: How many of the executed picks frozen copies compute, whose weights get no gradients.
+        input_gradient: Whether tokens get gradients through copies.
     """
+    spared = expert_parameters(config) + (0 if input_gradient else config.d_model * config.expert_in_width)
     picks = config.top_k if executed_picks is None else executed_picks
     scored = config.n_experts if n_scored is None else n_scored
     layers = config.n_layers
@@ -154,6 +171,7 @@ def flops_by_part(
         router=2 * layers * scored * config.d_model,
         experts=2 * layers * (config.n_shared_experts + picks) * expert_parameters(config),
         output=2 * config.vocab_size * config.d_model,
+        spared=2 * layers * copied_picks * spared,
     )
 
 
@@ -164,11 +182,9 @@ def forward_flops_per_token(
     return flops_by_part(config, sequence_length, executed_picks=executed_picks, n_scored=n_scored).forward
 
 
-def training_flops_per_token(
-    config: ModelConfig, sequence_length: int, *, executed_picks: float | None = None, n_scored: int | None = None
-) -> float:
-    """Return the FLOPs of one token's forward and backward pass: three times the forward pass.
+def training_flops_per_token(config: ModelConfig, sequence_length: int, **of: Any) -> float:
+    """Return the FLOPs of one token's forward and backward pass: three times the forward pass, less what copies spare.
 
     Recomputation by activation checkpointing is not counted. Arguments as in ``flops_by_part``.
     """
-    return flops_by_part(config, sequence_length, executed_picks=executed_picks, n_scored=n_scored).training
+    return flops_by_part(config, sequence_length, **of).training

@@ -1,5 +1,6 @@
 """Bytes predicted from the configuration are those that real processes count, to the byte."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from fomoe_pl.costs.bytes import SynchronizedSizes, predict_bytes
+from fomoe_pl.costs.rounds import refresh_bytes
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.layout import ParameterLayout
@@ -14,6 +16,7 @@ from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.outer import Average, Nesterov, OuterRule
 from fomoe_pl.federation.placement import all_arcs
 from fomoe_pl.federation.settings import FederationConfig
+from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
 from fomoe_pl.model.config import ModelConfig
@@ -21,7 +24,7 @@ from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 from tests.distributed import run_distributed
 
-KINDS: tuple[Kind, ...] = ("dense", "expert", "moments", "migration", "evaluation")
+KINDS: tuple[Kind, ...] = ("dense", "expert", "moments", "migration", "shadow", "evaluation")
 # Odd sizes, so that rounding in the ring formula would show.
 ARCHITECTURE = ModelConfig(
     vocab_size=37, d_model=12, n_layers=2, n_heads=2, n_experts=6, top_k=2, d_expert=5, n_shared_experts=1
@@ -52,6 +55,14 @@ CASES: list[tuple[ModelConfig, dict[str, Any]]] = [
     (SWIGLU, {"overlap": 2, "outer": AVERAGE, "routing": "partitioned", "param_dtype": "bfloat16",
               "validations": [4, 11], "wire_dtype": "bfloat16"}),
     (ARCHITECTURE, {"overlap": 2, "outer": TwoSlots(), "placement": "random"}),
+    # Five rounds with a refresh after the second and fourth, and one after the last of three, which is a partial one.
+    (ARCHITECTURE, {"overlap": 1, "outer": AVERAGE, "routing": "shadow", "shadow_bits": 2, "shadow_refresh": 2,
+                    "local_steps": {0: 2, 4: 3}, "validations": [4]}),
+    (SWIGLU, {"overlap": 2, "outer": NESTEROV, "routing": "shadow", "inner_moments": "average"}),
+    # Where experts move copies are refreshed too, but nobody moves after the last round.
+    (SWIGLU, {"overlap": 2, "outer": AVERAGE, "routing": "shadow", "placement": "random", "reshuffle_rounds": 3,
+              "shadow_bits": 8, "shadow_refresh": 2, "local_steps": 2}),
+    (ARCHITECTURE, {"overlap": 3, "outer": AVERAGE, "routing": "shadow"}),
 ]  # fmt: skip
 IDS = [f"{i}-overlap{case['overlap']}" for i, (_, case) in enumerate(CASES)]
 
@@ -72,14 +83,19 @@ def _count(
     """The ledger of a run on real processes, with gradients of ones instead of training."""
     sizes = (architecture.n_layers, architecture.n_experts, M)
     placement = settings.place(*sizes)
-    model = Transformer(architecture, Residency(settings.routing, placement.residents(rank)))
+    model = Transformer(architecture, settings.residency(placement.residents(rank)))
     model.to(getattr(torch, param_dtype))
     layout = ParameterLayout.of(model, model.expert_tensors())
     arcs = all_arcs(architecture.n_experts, architecture.n_layers, M, settings.overlap_of(M))
     transport = Transport(
         Topology(M, 1, rank), arcs, Ledger(), device=torch.device("cpu"), dtype=settings.wire_dtype, bucket_bytes=2000
     )
-    federation = Federation(layout, placement, transport, outer=settings.rule, inner_moments=settings.inner_moments)
+    buffers = dict(model.named_buffers())
+    packed = {name.replace(".shadow.", ".experts."): buffers[name] for name in model.shadow_tensors()}
+    federation = Federation(
+        layout, placement, transport, outer=settings.rule, inner_moments=settings.inner_moments,
+        copies=Copies(packed, settings.shadow.codec, lambda: nullcontext(packed)) if packed else None,
+    )  # fmt: skip
     optimizer = RowAdamW(model.parameters(), lr=0.01)
     rounds = draws = 0
     for step in range(steps + 1):
@@ -90,9 +106,12 @@ def _count(
         if step and settings.schedule.is_round_end(step, steps):
             rounds += 1
             federation.synchronize(optimizer)
-            if settings.moves_after(rounds) and step != steps:
+            moved = settings.moves_after(rounds) and step != steps
+            if moved:
                 draws += 1
                 federation.adopt(settings.place(*sizes, draws), optimizer)
+            if settings.refreshes_after(rounds, moved=moved):
+                federation.refresh_copies()
         if step in validations:
             for _ in range(evaluation_windows):
                 for layer in range(architecture.n_layers):
@@ -132,7 +151,17 @@ def test_the_cases_count_every_kind(counted: list[list[Ledger]]) -> None:
         assert sum(ledger.payload(kind) > 0 for ledger in counted[0]) >= 2
 
 
-@pytest.mark.parametrize("routing", ["ghost", "partitioned"])
+@pytest.mark.parametrize("overlap", [1, 2, 3])
+def test_a_refresh_by_hand_is_the_planners_mean(overlap: int) -> None:
+    """Matrices of 12 x 5 numbers in 4 bits: a group of 64 levels and a scale each, twelve experts."""
+    settings = FederationConfig(overlap=overlap, routing="shadow", local_steps=4)
+    runs = [predict_bytes(ARCHITECTURE, settings, n_sites=M, site=site, steps=12) for site in range(M)]
+    sent = [ledger.payload("shadow") / 3 for ledger in runs]
+    assert sum(sent) == 12 * (M - overlap) * 2 * (64 // 2 + 2)
+    assert refresh_bytes(ARCHITECTURE, settings.shadow, n_sites=M, overlap=overlap) == sum(sent) / M
+
+
+@pytest.mark.parametrize("routing", ["ghost", "partitioned", "shadow"])
 @pytest.mark.parametrize("architecture", [ARCHITECTURE, SWIGLU])
 def test_synchronized_sizes_are_those_of_the_built_model(architecture: ModelConfig, routing: Any) -> None:
     ids = (0, 2, 5)

@@ -16,7 +16,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.attention import rotary_tables
 from fomoe_pl.model.config import ExpertBackend, ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss, token_losses
-from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.residency import Residency, Shadow
 from fomoe_pl.model.sizes import resident_counts
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
@@ -90,11 +90,16 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def step_peaks(config: ModelConfig, precision: str, batch: int, length: int) -> tuple[int, int]:
+def step_peaks(
+    config: ModelConfig, precision: str, batch: int, length: int, residency: Residency | None = None
+) -> tuple[int, int]:
     """Most live bytes up to the end of the forward pass, and of the backward pass, in a third training step."""
     forward = backward = 0
     with LiveBytes() as bytes_:
-        model = Transformer(config)
+        model = Transformer(config, residency)
+        for name, packed in model.named_buffers():
+            if name in model.shadow_tensors():
+                packed.zero_()
         optimizer = inner_optimizer(model, OptimizerConfig())
         for _ in range(3):
             tokens = torch.randint(config.vocab_size, (batch, length + 1))
@@ -145,6 +150,52 @@ def test_the_peak_of_a_step_is_what_lives_in_it(changes: dict[str, Any], batch: 
     memory = rank_memory(config, load, n_resident=4)
     measured = max(step_peaks(config, precision, batch, 128))
     assert memory.peak - memory.library == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("resident", "shadow"), [(2, Shadow(4)), (4, Shadow(2)), (4, Shadow(8, input_gradient=False)), (8, Shadow(4))]
+)
+def test_the_peak_of_a_step_with_copies_is_what_lives_in_it(resident: int, shadow: Shadow, precision: Any) -> None:
+    """Experts are most of this model, so that copies and the layer that is unpacked count."""
+    config = replace(SMALL, vocab_size=256, d_model=64, n_layers=4, n_heads=2, d_expert=512)
+    residency = Residency("shadow", (tuple(range(resident)),) * config.n_layers, shadow)
+    load = Load(precision=precision, batch_size=4, sequence_length=128, method="single", kernels=False)
+    memory = rank_memory(config, load, n_resident=resident, routing="shadow", shadow=shadow)
+    measured = max(step_peaks(config, precision, 4, 128, residency))
+    assert memory.peak - memory.library == pytest.approx(measured, rel=0.05)
+    model = Transformer(config, residency)
+    assert memory.copies == sum(t.nbytes for name, t in model.named_buffers() if name in model.shadow_tensors())
+    if resident == config.n_experts:
+        assert memory == rank_memory(config, load, n_resident=resident)
+
+
+def test_a_refresh_has_new_copies_beside_the_old_ones() -> None:
+    """Against the bytes that encoding a tensor of residents takes, and those of all copies."""
+    shadow, resident = Shadow(4), 4
+    memory = rank_memory(SMALL, Load(), n_resident=resident, routing="shadow", shadow=shadow)
+    values = torch.randn(resident, SMALL.d_model * SMALL.expert_in_width)
+    with LiveBytes() as bytes_:
+        packed = shadow.codec.encode(values)
+    layer = (memory.copies // SMALL.n_layers) * SMALL.n_experts // (SMALL.n_experts - resident)
+    assert memory.refresh - memory.copies - layer == pytest.approx(bytes_.peak + values.nbytes, rel=0.1)
+    assert packed.nbytes * 2 == layer // 2
+    assert memory.moments_of_peak["refresh of the copies"] == memory.lasting + memory.refresh
+    ghost = rank_memory(SMALL, Load(), n_resident=resident)
+    assert (ghost.copies, ghost.refresh) == (0, 0)
+    assert memory.lasting - ghost.lasting == memory.copies
+
+
+def test_in_our_kernels_one_matrix_of_each_copy_is_unpacked_at_a_time() -> None:
+    config = replace(SMALL, expert_backend="triton", expert="swiglu")
+
+    def backward(routing: Any, *, input_gradient: bool = True) -> int:
+        shadow = Shadow(4, input_gradient)
+        return rank_memory(config, Load(), n_resident=6, routing=routing, shadow=shadow).backward
+
+    matrix = 2 * 2 * config.d_model * config.d_expert  # of two absent experts, bfloat16
+    assert backward("shadow") - backward("ghost") == 2 * matrix  # gate and up
+    assert backward("shadow", input_gradient=False) - backward("ghost") == matrix
 
 
 def test_checkpointing_keeps_the_inputs_of_blocks_alone() -> None:
