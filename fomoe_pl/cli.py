@@ -291,6 +291,8 @@ def main(args: list[str] | None = None) -> None:
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)  # for a user's own classes, as with `python -m`; every process begins here
     try:
         if words[:1] == ["plan"]:  # needs no trainer
             plan_command.main(words[1:])

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fomoe_pl.model.config import ExpertBackend, ModelConfig
+from fomoe_pl.model.backends import AUTO, Backend, backend_of
+from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import chunk_rows
 from fomoe_pl.model.sizes import resident_counts
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
-IN_KERNELS: dict[ExpertBackend, bool] = {"auto": True, "triton": True, "grouped": False, "loop": False}
-"""Whether a backend's experts run in our kernels; those that do not keep what `grouped` keeps (`loop` no more)."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,15 @@ class Types:
         itemsize = 4 if precision == "32-true" else 2
         return cls(itemsize, itemsize, itemsize, casts=1, kernels=kernels)
 
+    def backend(self, config: ModelConfig) -> Backend:
+        """What runs the experts."""
+        if config.expert_backend not in (AUTO, "triton"):
+            return backend_of(config.expert_backend)
+        return backend_of("triton" if self.kernels else "grouped")
+
     def experts_in_kernels(self, config: ModelConfig) -> bool:
         """Whether experts run in our kernels."""
-        return self.kernels and IN_KERNELS[config.expert_backend]
+        return self.backend(config).fused
 
 
 def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> int:
@@ -93,13 +98,11 @@ def expert_activation_bytes(config: ModelConfig, types: Types, n_scored: int) ->
         config: the architecture.
         types: bytes of an element.
         n_scored: experts N that the router scores.
+
+    Raises:
+        ConfigError: if a backend of one's own does not declare it.
     """
-    c, k = types.compute, min(config.top_k, n_scored)
-    d, f, i = config.d_model, config.d_expert, config.expert_in_width
-    if types.experts_in_kernels(config):
-        return k * c * i
-    picks = 2 * 8 + 1 + c  # two orders, alive or not, gate
-    return k * (picks + c * (d + i + f * (3 if config.expert == "swiglu" else 2)))
+    return types.backend(config).kept_bytes(config, types.compute, min(config.top_k, n_scored))
 
 
 def activation_bytes(

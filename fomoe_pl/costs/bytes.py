@@ -1,6 +1,7 @@
 """Bytes that one site sends in a run, from the configuration alone (FoMoE, arXiv 2606.19025, cost model).
 
-Equal to the byte to the ledger that a run keeps, for the kinds dense, expert, moments, migration, shadow and evaluation.
+Equal to the byte to the ledger that a run keeps, for the kinds dense, expert, moments, migration, shadow and
+evaluation.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fomoe_pl.costs.rounds import ITEMSIZE, Collective, SynchronizedSizes, collectives, copy_bytes, count, held_by
+from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.packing import digits
 from fomoe_pl.federation.placement import Placement, gather_layer, migration
@@ -32,7 +34,7 @@ def predict_bytes(
 
     Args:
         architecture: the model.
-        federation: the federation's settings; its policy must not see loads, which only a run knows.
+        federation: the federation's settings; experts must not move by loads, which only a run knows.
         n_sites: number of sites M.
         site: the site whose bytes are predicted, 0..M-1.
         steps: optimizer steps of the run.
@@ -47,8 +49,11 @@ def predict_bytes(
         number of calls counts one for each average or exchange, whatever the buckets.
 
     Raises:
-        ConfigError: if sizes or the schedule do not fit.
+        ConfigError: if sizes or the schedule do not fit, or experts move by loads.
     """
+    if federation.policy.moves and federation.policy.sees_loads:
+        rule = "experts move by how often they are picked, which only a run knows"
+        raise ConfigError("placement", str(federation.policy), rule, "predict with fixed or random, or run it")
     sizes = SynchronizedSizes.of(architecture, federation.routing)
     ledger = Ledger()
 

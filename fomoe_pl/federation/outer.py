@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fomoe_pl.errors import check_range
+from fomoe_pl.errors import ConfigError, check_range
 
 Slots = Mapping[str, list[Tensor]]
 
@@ -23,6 +23,19 @@ class OuterRule(ABC):
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse names that files cannot have.
+
+        Raises:
+            ConfigError: if `slots` is no tuple of different identifiers, or takes the anchor's name.
+        """
+        super().__init_subclass__(**kwargs)
+        slots = cls.slots
+        named = isinstance(slots, tuple) and all(isinstance(slot, str) and slot.isidentifier() for slot in slots)
+        if not named or len({*slots, "anchor", "average"}) < len(slots) + 2:
+            rule = f"slots of {cls.__name__} must be a tuple of different names, other than anchor and average"
+            raise ConfigError("outer", slots, rule, 'write slots = ("m", "v"), or ("m",) for one')
 
     def __str__(self) -> str:
         """How logs and the identity of a checkpoint name it; settings that may change on resume come after a space."""

@@ -92,8 +92,8 @@ class FederationConfig:
         for name in ("sites", "overlap", "min_sites", "reshuffle_rounds", "bucket_mib", "shadow_refresh"):
             check_range(name, getattr(self, name), "type 1 or more", least=1)
         check_seed("placement_seed", self.placement_seed)
-        unused = [field for field in fields(self) if field.name.startswith("shadow_")] if self.routing != "shadow" else []
-        for field in unused:
+        of_copies = [field for field in fields(self) if field.name.startswith("shadow_")]
+        for field in of_copies if self.routing != "shadow" else ():
             if (value := getattr(self, field.name)) != field.default:
                 rule = f"has no effect with routing {self.routing}, which has no copies of absent experts"
                 raise ConfigError(field.name, value, rule, "leave it out, or set routing to shadow")
@@ -163,7 +163,9 @@ class FederationConfig:
 
         At the start they are new: sites pack what they draw.
         """
-        since = (age for age in range(rounds) if self.refreshes_after(rounds - age, moved=self.moves_after(rounds - age)))
+        since = (
+            age for age in range(rounds) if self.refreshes_after(rounds - age, moved=self.moves_after(rounds - age))
+        )
         return next(since, rounds)
 
     def moves_after(self, rounds: int) -> bool:

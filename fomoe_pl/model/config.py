@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_origin
 
 from fomoe_pl.errors import ConfigError, check_choice, check_range
+from fomoe_pl.model.backends import AUTO, backend_of
 
 Gate = Literal["sigmoid", "softmax"]
 ExpertKind = Literal["silu", "swiglu"]
@@ -12,7 +13,6 @@ NormKind = Literal["layernorm", "rmsnorm"]
 QKNorm = Literal["none", "full", "head"]
 Parametrization = Literal["completep", "standard"]
 Balance = Literal["none", "aux_loss", "bias"]
-ExpertBackend = Literal["auto", "loop", "grouped", "triton"]
 Checkpointing = Literal["none", "experts", "blocks"]
 
 _KEY = "model.architecture."
@@ -52,7 +52,7 @@ class ModelConfig:
         z_loss_weight: Weight of the router z-loss (ST-MoE, arXiv 2202.08906); 0 is off.
         bias_update_rate: Step of the balance bias per optimizer step; used with ``balance: bias``.
         expert_backend: ``triton`` is our kernels, ``grouped`` torch's grouped GEMM, ``loop`` the reference; ``auto`` is
-            the first of them that works.
+            the first of them that works; or the ``class_path`` of your own ``fomoe_pl.model.backends.Backend``.
         activation_checkpointing: What is computed again in the backward pass instead of kept: ``experts`` is what the
             experts keep, a large part of all for about a tenth more time; ``blocks`` is all, for about a third more.
         loss_chunk_bytes: Upper bound, in bytes, of one chunk of logits in the loss; they are float32, and of the
@@ -90,7 +90,7 @@ class ModelConfig:
     aux_loss_weight: float = 0.01
     z_loss_weight: float = 0.0
     bias_update_rate: float = 1e-3
-    expert_backend: ExpertBackend = "auto"
+    expert_backend: str = AUTO
     activation_checkpointing: Checkpointing = "none"
     loss_chunk_bytes: int = 512 * 2**20
 
@@ -98,6 +98,8 @@ class ModelConfig:
         for field in fields(self):
             if get_origin(field.type) is Literal:
                 check_choice(_KEY + field.name, getattr(self, field.name), field.type)
+        if self.expert_backend != AUTO:
+            backend_of(self.expert_backend)
         positive = """vocab_size d_model n_layers n_heads n_experts top_k d_expert n_kv_heads head_dim norm_eps
             rope_theta base_width base_depth init_std loss_chunk_bytes"""
         for name in positive.split():

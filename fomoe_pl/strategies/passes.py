@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fomoe_pl.federation.inner import RowAdamW
+from fomoe_pl.model.backends import backend_of
 from fomoe_pl.model.copies import ExpertCopies
 from fomoe_pl.model.experts import choose_backend
 from fomoe_pl.model.parts import compute_dtype
@@ -113,7 +114,7 @@ def expert_copies(trainer: Trainer, module: LightningModule, model: Transformer)
     if not isinstance(adamw, RowAdamW) or weight_RFD.dtype != torch.float32:
         return None
     backend, dtype = _experts_run(trainer, model)
-    if backend != "triton" or dtype != torch.bfloat16 or _more_than_one_backward_pass(trainer, module):
+    if not backend_of(backend).fused or dtype != torch.bfloat16 or _more_than_one_backward_pass(trainer, module):
         return None
     copies = ExpertCopies(model, dtype)
     adamw.copies = copies.of
@@ -127,8 +128,9 @@ def _why_not(trainer: Any, module: LightningModule, model: Transformer) -> str |
         return "float16 scales the loss by another factor now and then"
     if torch.is_anomaly_enabled():
         return "the search for anomalies reads gradients on the host"
-    if _experts_run(trainer, model)[0] == "loop":
-        return "expert_backend loop waits for the device"
+    backend, _ = _experts_run(trainer, model)
+    if backend_of(backend).waits_for_device:
+        return f"expert_backend {backend} waits for the device"
     return None
 
 

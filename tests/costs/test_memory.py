@@ -3,18 +3,18 @@
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from fomoe_pl.costs.activations import IN_KERNELS, Types, activation_bytes, chunk_bytes, loss_bytes
+from fomoe_pl.costs.activations import Types, activation_bytes, chunk_bytes, loss_bytes
 from fomoe_pl.costs.memory import Load, rank_memory
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.attention import rotary_tables
-from fomoe_pl.model.config import ExpertBackend, ModelConfig
+from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss, token_losses
 from fomoe_pl.model.residency import Residency, Shadow
 from fomoe_pl.model.sizes import resident_counts
@@ -332,8 +332,3 @@ def test_residents_that_cannot_be_are_refused(n_resident: int) -> None:
 def test_empty_loads_are_refused(field: str) -> None:
     with pytest.raises(ConfigError):
         Load(**{field: 0})
-
-
-def test_every_backend_has_its_price() -> None:
-    """A backend that is added must say what it keeps: none is priced as another without a word."""
-    assert set(IN_KERNELS) == set(get_args(ExpertBackend))

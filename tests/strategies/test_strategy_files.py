@@ -27,7 +27,8 @@ KINDS = ("dense", "expert", "moments", "migration", "shadow", "evaluation")
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "partitioned_overlap1_random": ("fomoe_random", {"routing": "partitioned", "overlap": 1, "reshuffle_rounds": 1}),
     "shadow_random": (
-        "fomoe_shadow", {"placement": "random", "reshuffle_rounds": 2, "shadow_bits": 2, "shadow_refresh": 3}
+        "fomoe_shadow",
+        {"placement": "random", "reshuffle_rounds": 2, "shadow_bits": 2, "shadow_refresh": 3},
     ),
     "diloco_random": ("fomoe_diloco", {"placement": "random", "reshuffle_rounds": 2}),
     "fomoe_full": ("fomoe", {"overlap": SITES}),
