@@ -1,6 +1,7 @@
 """Bytes that one site sends in a run, from the configuration alone (FoMoE, arXiv 2606.19025, cost model).
 
-Equal to the byte to the ledger that a run keeps, for the kinds dense, expert, moments, migration, shadow and evaluation.
+Equal to the byte to the ledger that a run keeps, for the kinds dense, expert, moments, migration, shadow and
+evaluation.
 """
 
 from __future__ import annotations

@@ -93,9 +93,8 @@ class FederationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(name, value, "must be at least 1", "type 1 or more")
-        unused = [field for field in fields(self) if field.name.startswith("shadow_")] if self.routing != "shadow" else []
-        for field in unused:
-            if (value := getattr(self, field.name)) != field.default:
+        for field in fields(self) if self.routing != "shadow" else ():
+            if field.name.startswith("shadow_") and (value := getattr(self, field.name)) != field.default:
                 rule = f"has no effect with routing {self.routing}, which has no copies of absent experts"
                 raise ConfigError(field.name, value, rule, "leave it out, or set routing to shadow")
         if self.placement_seed < 0:
@@ -166,8 +165,8 @@ class FederationConfig:
 
         At the start they are new: sites pack what they draw.
         """
-        since = (age for age in range(rounds) if self.refreshes_after(rounds - age, moved=self.moves_after(rounds - age)))
-        return next(since, rounds)
+        refreshes = (n for n in range(rounds, 0, -1) if self.refreshes_after(n, moved=self.moves_after(n)))
+        return rounds - next(refreshes, 0)
 
     def moves_after(self, rounds: int) -> bool:
         """Whether experts are placed again after so many rounds have ended."""

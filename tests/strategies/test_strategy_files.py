@@ -27,7 +27,8 @@ KINDS = ("dense", "expert", "moments", "migration", "shadow", "evaluation")
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "partitioned_overlap1_random": ("fomoe_random", {"routing": "partitioned", "overlap": 1, "reshuffle_rounds": 1}),
     "shadow_random": (
-        "fomoe_shadow", {"placement": "random", "reshuffle_rounds": 2, "shadow_bits": 2, "shadow_refresh": 3}
+        "fomoe_shadow",
+        {"placement": "random", "reshuffle_rounds": 2, "shadow_bits": 2, "shadow_refresh": 3},
     ),
     "diloco_random": ("fomoe_diloco", {"placement": "random", "reshuffle_rounds": 2}),
     "fomoe_full": ("fomoe", {"overlap": SITES}),
@@ -122,7 +123,9 @@ def test_every_collective_is_in_the_ledger(found: list[Any], name: str) -> None:
 def test_what_callbacks_tell_other_sites_is_in_the_control_message(found: list[Any], root: str, name: str) -> None:
     config = make_run(name, root, "").config
     watched, looked = (
-        control_bytes(config, SITES, watched=True, looked=look, probe_tokens=6 * 5, monitored=True)
+        control_bytes(
+            config, SITES, watched=True, looked=look, probe_tokens=6 * 5, monitored=True, copied="shadow" in name
+        )
         for look in (False, True)
     )
     for rank in range(SITES):
