@@ -121,13 +121,13 @@ def held_bytes(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
     Parameters, gradients, moments, anchors with outer momentum, and packed copies of absent experts where there are.
     """
     parameters = list(pl_module.parameters())
-    experts = [block.moe.experts for block in observed_module(pl_module).transformer.layers]
+    layers = [block.moe for block in observed_module(pl_module).transformer.layers]
+    experts = [layer.experts for layer in layers]
     copies = [(copy, e.copies.has_values) for e in experts if e.copies for copy in (e.copies.w_in, e.copies.w_out)]
     # Of gradients: experts' are of the copies' type, in the place of float32.
     saved = sum(copy.numel() * (4 - copy.itemsize) for copy, _ in copies)
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
-    transformer = observed_module(pl_module).transformer
-    packed = sum(transformer.get_buffer(name).nbytes for name in transformer.shadow_tensors())
+    packed = sum(layer.shadow.w_in.nbytes + layer.shadow.w_out.nbytes for layer in layers if layer.shadow is not None)
     return {
         "parameters": sum(p.nbytes for p in parameters) + sum(copy.nbytes for copy, lasts in copies if lasts),
         "gradients": sum(p.nbytes for p in parameters if p.requires_grad) - saved,  # there in the backward pass
