@@ -217,7 +217,7 @@ class FoMoEModule(L.LightningModule):
             assert done.gate_entropy_L is not None, "routers measure what is watched, from the start of training on"
             residency = self.transformer.residency
             resident_LE = resident_mask(residency, self.config.n_experts, done.load_LE.device)
-            scored_LE = None if residency.routing == "ghost" else resident_LE
+            scored_LE = resident_LE if residency.routing == "partitioned" else None
             self.routing_health.update(done.load_LE, done.gate_entropy_L, done.picks, scored_LE, resident_LE)
         if self.config.balance == "bias":
             self._loads_LE = done.load_LE if self._loads_LE is None else self._loads_LE + done.load_LE

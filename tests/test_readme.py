@@ -23,6 +23,7 @@ from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.data.prepare import prepare
 from fomoe_pl.federation.outer import Nesterov
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.hub.callback import TaskEvaluation
 from fomoe_pl.hub.evaluate import evaluate
 from fomoe_pl.hub.export import export
@@ -144,6 +145,7 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
         if type(value).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
             value = owner.__dataclass_fields__[name].default_factory()  # type: ignore[attr-defined]
         if parameter.kind is parameter.VAR_KEYWORD:
+            found |= defaults(FederationConfig)
             continue
         if value is parameter.empty:
             found[name] = "required"

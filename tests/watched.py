@@ -11,6 +11,7 @@ SITES = 2
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "ghost_1": ("federated", {"local_steps": 2, "overlap": 1}),
     "partitioned_2": ("federated", {"local_steps": 2, "overlap": 2, "routing": "partitioned"}),
+    "shadow_1": ("federated", {"local_steps": 2, "overlap": 1, "routing": "shadow", "shadow_refresh": 2}),
     "ddp": ("ddp", {}),
 }
 

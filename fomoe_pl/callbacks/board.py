@@ -25,6 +25,8 @@ CHARTS: dict[str, dict[str, list[str]]] = {
         "starved experts of a layer": ["routing/starved_experts/mean", "routing/live_starved_experts/mean"],
         "ghost fraction": ["routing/ghost_fraction/mean"],
         "ghost fraction beyond even routing": ["routing/ghost_excess/mean"],
+        "picks that copies served (share)": ["routing/copy_fraction/mean"],
+        "picks that copies served beyond even routing": ["routing/copy_excess/mean"],
     },
     "3 Is the router settled?": {
         "picks changed (share)": ["routing/churn/mean", "routing/sync_jump/mean"],
@@ -41,6 +43,8 @@ CHARTS: dict[str, dict[str, list[str]]] = {
         "cosine of pseudo-gradients": ["routing/drift_cosine/mean", "pseudo_gradient/dense_cosine"],
         "norm of the averaged pseudo-gradient": ["pseudo_gradient/dense_norm", "pseudo_gradient/expert_norm/mean"],
         "probe loss around averaging (nats)": ["routing/probe_loss_local_nats", "routing/probe_loss_nats"],
+        "error of copies by layer (relative)": ["routing/copy_error/layer_*"],
+        "age of copies (rounds)": ["routing/copy_age_rounds"],
     },
     "5 Communication": {
         "sent for training by site 0 (MiB)": [
@@ -95,8 +99,11 @@ def absent_tags(trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]
         absent += ["pseudo_gradient/", "round/", "comm/replica", "comm/of_replica", "comm/sync_share"]
     if residency.is_full(module.config):
         absent += ["val/own_view_gap"]
-    if residency.is_full(module.config) or residency.routing == "partitioned":
+    full = residency.is_full(module.config)
+    if full or residency.routing != "ghost":
         absent += ["routing/ghost_"]
+    if full or residency.routing != "shadow":
+        absent += ["routing/copy_"]
     if placement is not None and all(len(sites) == 1 for sites in placement.holder_sets()):
         absent += ["routing/drift"]
         absent += ["routing/site_agreement"] if residency.routing == "partitioned" else []
@@ -133,7 +140,7 @@ def final_values(trainer: Trainer, view: RoundView | None) -> dict[str, float]:
     for name in ("bits_per_byte", "loss"):
         if f"val/{name}" in trainer.callback_metrics:
             values[f"final/{name}"] = float(trainer.callback_metrics[f"val/{name}"])
-    for name in ("load_entropy", "starved_experts", "ghost_excess"):
+    for name in ("load_entropy", "starved_experts", "ghost_excess", "copy_excess"):
         if view is not None and f"routing/{name}/mean" in view.values:
             values[f"final/{name}"] = view.values[f"routing/{name}/mean"]
     return values

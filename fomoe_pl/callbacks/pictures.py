@@ -149,11 +149,13 @@ class RunPictures(RoundCallback):
             "load": figures.heat_map(load_LE, "Load of the last round", figures.EVEN, even=True),
             "timeline": figures.timeline(loads_RLE, edges, self._loads.rounds_each),
         }
-        ghosts_LE = view.health.ghost_share()
-        if ghosts_LE.nansum() > 0:
-            drawn["ghost_share"] = figures.heat_map(
-                ghosts_LE, "Skipped picks of each expert", "share of its picks, all sites", most=1.0
-            )
+        away_LE = view.health.ghost_share()
+        if away_LE.nansum() > 0:
+            copied = observed_module(pl_module).transformer.residency.routing == "shadow"
+            name, what = ("copy_share", "Picks of each expert that copies served") if copied else (
+                "ghost_share", "Skipped picks of each expert"
+            )  # fmt: skip
+            drawn[name] = figures.heat_map(away_LE, what, "share of its picks, all sites", most=1.0)
         if view.drift_LE is not None and view.drift_LE.isfinite().any():
             drawn["drift"] = figures.heat_map(
                 view.drift_LE, "Drift among holders before averaging", "distance / norm of the expert"

@@ -14,7 +14,7 @@ from torch import Tensor
 from fomoe_pl.callbacks.history import PickHistory
 from fomoe_pl.callbacks.observed import RoundCallback, log, observe_rounds, observed_module, observed_strategy
 from fomoe_pl.callbacks.probe import Look, Probe
-from fomoe_pl.callbacks.tags import by_layer, movement_values, routing_values
+from fomoe_pl.callbacks.tags import by_layer, copy_errors, movement_values, routing_values
 from fomoe_pl.errors import check_range
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
@@ -49,6 +49,7 @@ class RoutingStability(RoundCallback, RoundObserver):
     - on a fixed probe of held-out text, the same on all sites (`fomoe_pl.metrics.probe`): churn since the last round,
       agreement between the sites' routers before averaging, the jump that averaging causes, similarity of router rows,
       quantiles of the gates, loss before and after; when training ends, saturation against the last look;
+    - of copies of absent experts the share of picks that they served, their relative error and age;
     - drift of experts among their holders before averaging, norms of pseudo-gradients (`fomoe_pl.metrics.drift`);
     - in some validations of the global model: routing necessity and the gap of the sites' own views
       (`fomoe_pl.metrics.validation`).
@@ -158,10 +159,12 @@ class RoutingStability(RoundCallback, RoundObserver):
             "sites": torch.ones(1, dtype=torch.float64),
             "health": module.routing_health.states().cpu(),
             "holders_LE": resident_LE,
-            "scorers_LE": torch.ones_like(resident_LE) if residency.routing == "ghost" else resident_LE,
+            "scorers_LE": resident_LE if residency.routing == "partitioned" else torch.ones_like(resident_LE),
         }
         if self._movement is not None and self._looking:
             parts["dense"], parts["expert_LE"] = self._movement.sums()
+        if self._looking and (errors_L2 := strategy.copy_errors()) is not None:
+            parts["copies_L2"] = errors_L2
         if self._before is not None and self._after is not None:
             before, after = self._before, self._after
             changed_L = torch.zeros_like(after.similarity_L)
@@ -179,22 +182,27 @@ class RoutingStability(RoundCallback, RoundObserver):
 
     def receive(self, total: Tensor) -> None:
         """Turn the sums over the sites into the round's view."""
-        module, n_sites = observed_module(self._module), observed_strategy(self._trainer).topology.n_sites
+        module, strategy = observed_module(self._module), observed_strategy(self._trainer)
         flat = total.cpu().split([math.prod(shape) for shape in self._shapes.values()])
         parts = {name: part.view(self._shapes[name]) for name, part in zip(self._shapes, flat, strict=True)}
         health = RoutingHealth(module.config.n_layers, module.config.n_experts)
         health.load_states(parts["health"])
         module.routing_health.reset()
-        view = self.view = RoundView(health, routing_values(health), self._drift_LE, self._gates_LTK)
+        routing = module.transformer.residency.routing
+        view = self.view = RoundView(health, routing_values(health, routing), self._drift_LE, self._gates_LTK)
+        if (age := strategy.copy_age()) is not None:
+            view.values["routing/copy_age_rounds"] = float(age)
         sites, holders_LE = parts["sites"], parts["holders_LE"]
         if "expert_LE" in parts:
             self._drift_LE = view.drift_LE = movement_values(
                 view.values, parts["dense"], parts["expert_LE"], sites, holders_LE
             )
+        if "copies_L2" in parts:
+            view.values |= copy_errors(parts["copies_L2"])
         if "picked" in parts and self._after is not None:
             picks_LTK = self._after.picks_LTK
             shape = (*picks_LTK.shape[:2], module.config.n_experts)
-            sites_LTE = unpack_counts(parts["picked"], n_sites, shape)
+            sites_LTE = unpack_counts(parts["picked"], strategy.topology.n_sites, shape)
             agreement_L = site_agreement(sites_LTE, parts["scorers_LE"])
             view.values |= by_layer("routing/site_agreement", agreement_L)
             view.values |= by_layer("routing/sync_jump", parts["jump_L"] / sites)

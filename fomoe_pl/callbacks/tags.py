@@ -9,15 +9,19 @@ from torch import Tensor
 from fomoe_pl.federation.movement import AGREED, MEAN, OWN, OWN_NORM
 from fomoe_pl.metrics import RoutingHealth
 from fomoe_pl.metrics.drift import mean_cosine, relative_drift
+from fomoe_pl.model.residency import Routing
 
 
-def routing_values(health: RoutingHealth) -> dict[str, float]:
+def routing_values(health: RoutingHealth, routing: Routing = "ghost") -> dict[str, float]:
     """Return `routing/<statistic>/mean` and `routing/<statistic>/layer_<ii>`; statistics as in `RoutingHealth`.
 
-    The layers' numbers have two digits or more, so that they sort.
+    The layers' numbers have two digits or more, so that they sort. With shadow routing the picks of absent experts are
+    no ghosts, copies have served them: `copy_fraction` and `copy_excess`.
     """
     values: dict[str, float] = {}
     for statistic, value_L in health.by_layer().items():
+        if routing == "shadow":
+            statistic = statistic.replace("ghost_", "copy_")
         values |= _named(f"routing/{statistic}", value_L, float(value_L.mean()))
     return values
 
@@ -31,6 +35,15 @@ def by_layer(name: str, value_L: Tensor) -> dict[str, float]:
 def _named(name: str, value_L: Tensor, mean: float) -> dict[str, float]:
     # All layers in one list: to read a tensor's numbers one by one takes ten times as long.
     return {f"{name}/mean": mean} | {f"{name}/layer_{i:02d}": value for i, value in enumerate(value_L.tolist())}
+
+
+def copy_errors(sums_L2: Tensor) -> dict[str, float]:
+    """Return `routing/copy_error/...`: norm of the error of quantisation over that of the experts.
+
+    Args:
+        sums_L2: squares of errors and of values, of all sites.
+    """
+    return by_layer("routing/copy_error", (sums_L2[:, 0] / sums_L2[:, 1]).sqrt())
 
 
 def movement_values(

@@ -116,18 +116,24 @@ class TimedCallback(Callback):
 
 
 def held_bytes(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
-    """Bytes of what this rank keeps on its device: parameters, gradients, moments, and anchors with outer momentum."""
+    """Bytes of what this rank keeps on its device.
+
+    Parameters, gradients, moments, anchors with outer momentum, and packed copies of absent experts where there are.
+    """
     parameters = list(pl_module.parameters())
-    experts = [block.moe.experts for block in observed_module(pl_module).transformer.layers]
+    layers = [block.moe for block in observed_module(pl_module).transformer.layers]
+    experts = [layer.experts for layer in layers]
     copies = [(copy, e.copies.has_values) for e in experts if e.copies for copy in (e.copies.w_in, e.copies.w_out)]
     # Of gradients: experts' are of the copies' type, in the place of float32.
     saved = sum(copy.numel() * (4 - copy.itemsize) for copy, _ in copies)
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    packed = sum(layer.shadow.w_in.nbytes + layer.shadow.w_out.nbytes for layer in layers if layer.shadow is not None)
     return {
         "parameters": sum(p.nbytes for p in parameters) + sum(copy.nbytes for copy, lasts in copies if lasts),
         "gradients": sum(p.nbytes for p in parameters if p.requires_grad) - saved,  # there in the backward pass
         "moments": sum(t.nbytes for state in states for t in state.values() if isinstance(t, torch.Tensor)),
         "anchors": observed_strategy(trainer).agreed_bytes(),
+        **({"copies": packed} if packed else {}),
     }
 
 
@@ -139,14 +145,15 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
     - `throughput/with_sync_tokens_per_s`: one site, everything between two steps included;
     - `throughput/with_sync_global_tokens_per_s`: the same of all sites, which all wait for each other;
     - `throughput/nominal_TFLOP_per_s`: speed of the local steps times the FLOPs of a token with top-k experts, forward
-      and backward; `throughput/executed_TFLOP_per_s`: times those of the picks that residents executed, measured over
-      the last round, and so missing before the first one ends;
+      and backward; `throughput/executed_TFLOP_per_s`: times those of the picks that residents executed, and without
+      weights' gradients those that copies did, measured over the last round, and so missing before the first one ends;
     - `throughput/mfu_nominal`, `throughput/mfu_executed`: the same over the device's peak, where Lightning knows that;
     - `time/train_s`, `time/watch_s`: since this process started to train, validation and checkpoints excluded;
     - `time/save_stall_s`: for which training stood still for a save, once after each;
     - `memory/peak_MiB`: tensors on a GPU, or the process's resident set on a CPU;
     - `memory/<part>_MiB`: parameters (with experts' copies), gradients, moments, anchors (with outer momentum, unless
-      they are on the host), and on a GPU `activations_and_rest`, what the peak has beyond them.
+      they are on the host), packed copies of absent experts where there are, and on a GPU `activations_and_rest`, what
+      the peak has beyond them.
 
     Args:
         every_n_steps: Length of a window in optimizer steps.
@@ -168,7 +175,8 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         self._save_seconds = observed_strategy(trainer).save_seconds
         self._module = observed_module(pl_module)
         config, residency = self._module.config, self._module.transformer.residency
-        skips = residency.routing == "ghost" and not residency.is_full(config)
+        # Picks of ghosts are skipped, copies' weights get no gradients.
+        skips = residency.routing != "partitioned" and not residency.is_full(config)
         self._counted, self._resets = (0.0, 0.0), self._module.routing_health.resets
         self._picks = None if skips else float(min(config.top_k, residency.n_scored(0, config)))
         if skips:
@@ -180,7 +188,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
             self._peak_flops = get_available_flops(pl_module.device, torch.bfloat16 if bf16 else torch.float32)
 
     def after_synchronization(self) -> None:
-        """Note how many of a token's picks were executed in the round, before the counts start again."""
+        """Note how many of a token's picks were residents' in the round, before the counts start again."""
         health = self._module.routing_health
         live, picks = health.executed()
         # They start again only if somebody else reads them.
@@ -229,14 +237,21 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
 
     def _flops(self, window: Interval, sequence_length: int) -> dict[str, float]:
         config = self._module.config
-        scored = self._module.transformer.residency.n_scored(0, config)
+        residency = self._module.transformer.residency
+        scored = residency.n_scored(0, config)
         values = {}
         for name, picks in (("nominal", float(config.top_k)), ("executed", self._picks)):
             if picks is None:
                 continue
             # What is nominal has no ghosts, and no router with fewer rows.
             n_scored = config.n_experts if name == "nominal" else scored
-            flops = training_flops_per_token(config, sequence_length, executed_picks=picks, n_scored=n_scored)
+            copied = 0.0
+            if name == "executed" and residency.routing == "shadow":
+                picks, copied = float(config.top_k), config.top_k - picks
+            flops = training_flops_per_token(
+                config, sequence_length, executed_picks=picks, n_scored=n_scored, copied_picks=copied,
+                input_gradient=residency.shadow.input_gradient,
+            )  # fmt: skip
             values[f"throughput/{name}_TFLOP_per_s"] = flops * window.local_rate / 1e12
             if self._peak_flops:
                 values[f"throughput/mfu_{name}"] = flops * window.local_rate / self._peak_flops

@@ -40,7 +40,7 @@ PLOTS = (
     ("Quality and bytes", plots.pareto),
     ("Routing", plots.routing),
 )
-SHOWN = ("load", "ghost_share", "drift", "timeline", "domains", "placement")
+SHOWN = ("load", "ghost_share", "copy_share", "drift", "timeline", "domains", "placement")
 WIDE = 1000
 """Pixels from which a picture, one of several panels, has a row of its own: its words are too small in half a row."""
 

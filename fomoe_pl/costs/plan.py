@@ -20,6 +20,7 @@ from fomoe_pl.costs.rounds import (
     control_collectives,
     ddp_collectives,
     evaluation_bytes,
+    refresh_bytes,
     round_collectives,
 )
 from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work
@@ -127,7 +128,7 @@ class Planner:
                 yield Choice(self.name, layout, m, overlap, method, "ghost", self.param_dtype, 1)
             return
         for wire_dtype in self.request.wire_dtypes:
-            for routing in self.request.routings:
+            for routing in self.request.routings if overlap < m else self.request.routings[:1]:
                 for k in self.request.local_steps:
                     yield Choice(self.name, layout, m, overlap, method, routing, wire_dtype, k)
 
@@ -178,7 +179,10 @@ class Planner:
 
         @cache
         def on_one_of(devices: int) -> RankMemory:
-            return rank_memory(config, load, n_resident=self._resident(choice), routing=choice.routing, shards=devices)
+            return rank_memory(
+                config, load, n_resident=self._resident(choice), routing=choice.routing, shards=devices,
+                shadow=self.request.shadow,
+            )  # fmt: skip
 
         sharded = choice.layout == "sharded"
         return tuple(on_one_of(site.devices if sharded else 1) for site in self.request.sites)
@@ -277,7 +281,7 @@ class Planner:
         request, batch = self.request, division[0]
         config, load = self._asked(choice, division, saving)
         memory = self._memory(choice, division, saving)
-        work = step_work(config, load, n_resident=self._resident(choice), routing=choice.routing)
+        work = step_work(config, load, n_resident=self._resident(choice), routing=choice.routing, shadow=request.shadow)
         accumulate = [division[1]] * len(request.sites)
         global_batch = choice.sites * batch * division[1]
         shards = [1] * len(request.sites)
@@ -299,6 +303,11 @@ class Planner:
         bus = max(own.on_host / (site.host_gbps * 1e9) for own, site in zip(memory, request.sites, strict=True))
         if bus:
             round_seconds += max(0.0, bus - links.round_seconds([call for call in calls if call.kind != "moments"]))
+        if choice.routing == "shadow":
+            copies = refresh_bytes(self.config, request.shadow, n_sites=choice.sites, overlap=choice.overlap)
+            seconds_of_copies = links.exchange_seconds(copies, messages=self.config.n_layers)
+            round_seconds += seconds_of_copies / request.shadow_refresh
+            sent += max(links.leaving(copies)) / request.shadow_refresh
         windows = -(-self._validation_batches(choice, batch) // request.evaluation_window)
         gathered = 0.0 if choice.method == "ddp" else evaluation_bytes(
             self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,

@@ -34,11 +34,14 @@ def pareto(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
-    """The fastest plan of each model, layout, overlap and method, and the fastest whose quality was measured."""
+    """The fastest plan of each model, layout, overlap, method and kind of routing, and the fastest that was measured.
+
+    Copies of absent experts are a kind of their own: sites without them are always faster, and worse.
+    """
     seen: dict[tuple[Any, ...], Plan] = {}
     for plan in plans:
         c = plan.choice
-        seen.setdefault((c.model, c.layout, c.overlap, c.method, plan.quality is None), plan)
+        seen.setdefault((c.model, c.layout, c.overlap, c.method, c.routing == "shadow", plan.quality is None), plan)
     return list(seen.values())
 
 
@@ -103,6 +106,10 @@ def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
         lines.append("outer state on the host: anchors and outer momentum, page-locked, for which torch may take up to "
                      "twice as much; saves make copies there of all that they write (`async_save: false`: none). "
                      "Whether the host has that much is not checked.")  # fmt: skip
+    if any(plan.choice.routing == "shadow" for plan in plans):
+        often = "every round" if request.shadow_refresh == 1 else f"every {request.shadow_refresh} rounds"
+        lines.append(f"shadow: picks of absent experts are computed with copies of {request.shadow_bits} bits, "
+                     f"refreshed {often}; ghost: they are skipped.")  # fmt: skip
     for layout in sorted({plan.choice.layout for plan in plans if plan.why_not_today}):
         lines.append(f"fit today: {layout} {RUNS_TODAY[layout]}.")
     measured = {(p.quality.model, p.quality.source) for p in plans if p.quality is not None}

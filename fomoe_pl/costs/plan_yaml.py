@@ -43,11 +43,13 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
     strategy: Any = "ddp_counted" if c.sites > 1 else "single_site"
     if c.method != "ddp":
         nesterov = c.method == "diloco"
+        copies = {"shadow_bits": request.shadow_bits, "shadow_refresh": request.shadow_refresh}
         strategy = {
             "class_path": "fomoe_pl.strategies.FederatedStrategy",
             "init_args": {
                 "overlap": c.overlap,
                 "routing": c.routing,
+                **(copies if c.routing == "shadow" else {}),
                 "placement": "fixed",
                 "local_steps": c.local_steps,
                 "outer": _NESTEROV if nesterov else None,

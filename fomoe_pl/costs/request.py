@@ -8,10 +8,10 @@ from typing import Literal
 from fomoe_pl.costs.activations import Precision
 from fomoe_pl.costs.network import Links
 from fomoe_pl.costs.sites import Site
-from fomoe_pl.errors import ConfigError, check_range
+from fomoe_pl.errors import ConfigError, check_choice, check_range
 from fomoe_pl.federation.settings import OuterPlace
 from fomoe_pl.files import check_local
-from fomoe_pl.model.residency import Routing
+from fomoe_pl.model.residency import Routing, Shadow, ShadowBits
 
 Method = Literal["local_adamw", "diloco", "local_sgd", "ddp"]
 Layout = Literal["one", "each", "sharded"]
@@ -40,7 +40,9 @@ class PlanRequest:
         sequence_length: tokens of a sequence.
         local_steps: values of K to consider.
         overlaps: sites that hold each expert; null is all that divide.
-        routings: routing modes to consider.
+        routings: routing modes to consider; for full replicas, which have no absent experts, the first of them.
+        shadow_bits: bits of a number in a copy of an absent expert, with `shadow` routing: 2, 4, 8 or 16.
+        shadow_refresh: rounds between two refreshes of the copies.
         methods: `local_adamw` averages parameters and moments, `diloco` has an outer momentum, `local_sgd` averages
             parameters, `ddp` averages gradients in every step.
         wire_dtypes: dtypes of averaged values on the wire.
@@ -69,7 +71,9 @@ class PlanRequest:
     sequence_length: int = 2048
     local_steps: list[int] = field(default_factory=lambda: [32])
     overlaps: list[int] | None = None
-    routings: list[Routing] = field(default_factory=lambda: ["ghost"])
+    routings: list[Routing] = field(default_factory=lambda: ["ghost", "shadow"])
+    shadow_bits: ShadowBits = 4
+    shadow_refresh: int = 1
     methods: list[Method] = field(default_factory=lambda: ["local_adamw", "diloco", "ddp"])
     wire_dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
     layouts: list[Layout] = field(default_factory=lambda: ["one", "each", "sharded"])
@@ -99,7 +103,7 @@ class PlanRequest:
         if self.overlaps is not None and not self.overlaps:
             raise ConfigError("overlaps", self.overlaps, "must not be empty", "give at least one, or null for all")
         for name in ("tokens", "global_batch", "sequence_length", "evaluation_window", "val_sequences", "validations",
-                     "bucket_mib"):  # fmt: skip
+                     "bucket_mib", "shadow_refresh"):  # fmt: skip
             check_range(name, getattr(self, name), "give a positive one", above=0)
         check_range("mtu", self.mtu, "1500 is Ethernet's", least=68, most=65535)  # IPv4's least and largest
         for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "round_overhead_seconds"):
@@ -107,6 +111,7 @@ class PlanRequest:
         check_range("headroom", self.headroom, "it is a share of the memory, such as 0.08", least=0, below=1)
         for k in self.local_steps:
             check_range("local_steps", k, "K is in optimizer steps: give 32, say", least=1)
+        check_choice("shadow_bits", self.shadow_bits, ShadowBits)
         most = max(sum(s.devices for s in self.sites) if "each" in self.layouts else 0, len(self.sites))
         if any(not 1 <= o <= most for o in self.overlaps or ()):
             raise ConfigError("overlaps", self.overlaps, f"must be between 1 and the number of sites ({most})",
@@ -121,6 +126,11 @@ class PlanRequest:
         for path in (*self.models, self.data_root):
             check_local("models" if path in self.models else "data_root", path)
         self.links(self.layouts[0])
+
+    @property
+    def shadow(self) -> Shadow:
+        """How copies of absent experts are kept."""
+        return Shadow(self.shadow_bits)
 
     def place_of(self, layout: Layout) -> tuple[int, ...]:
         """For each site of the federation the index of its place."""

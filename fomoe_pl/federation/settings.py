@@ -92,9 +92,8 @@ class FederationConfig:
         for name in ("sites", "overlap", "min_sites", "reshuffle_rounds", "bucket_mib", "shadow_refresh"):
             check_range(name, getattr(self, name), "type 1 or more", least=1)
         check_seed("placement_seed", self.placement_seed)
-        of_copies = [field for field in fields(self) if field.name.startswith("shadow_")]
-        for field in of_copies if self.routing != "shadow" else ():
-            if (value := getattr(self, field.name)) != field.default:
+        for field in fields(self) if self.routing != "shadow" else ():
+            if field.name.startswith("shadow_") and (value := getattr(self, field.name)) != field.default:
                 rule = f"has no effect with routing {self.routing}, which has no copies of absent experts"
                 raise ConfigError(field.name, value, rule, "leave it out, or set routing to shadow")
         if self.wire_dtype == "float16" and self.inner_moments == "average":
@@ -163,10 +162,8 @@ class FederationConfig:
 
         At the start they are new: sites pack what they draw.
         """
-        since = (
-            age for age in range(rounds) if self.refreshes_after(rounds - age, moved=self.moves_after(rounds - age))
-        )
-        return next(since, rounds)
+        refreshes = (n for n in range(rounds, 0, -1) if self.refreshes_after(n, moved=self.moves_after(n)))
+        return rounds - next(refreshes, 0)
 
     def moves_after(self, rounds: int) -> bool:
         """Whether experts are placed again after so many rounds have ended."""

@@ -49,6 +49,38 @@ class Copies:
         return ParameterLayout(self.tensors, layers, frozenset())
 
 
+def quantisation_errors(
+    copies: Copies, layout: ParameterLayout, placement: Placement, site: int, anchors: Mapping[str, Tensor]
+) -> Tensor:
+    """How far copies of today's agreed values would be from these, of the experts that this site owns.
+
+    Added over the sites every expert counts once. Where experts are, a tensor at a time is encoded, of a layer.
+
+    Args:
+        copies: this site's.
+        layout: which layer a tensor belongs to.
+        placement: who holds what.
+        site: this one.
+        anchors: agreed values by name.
+
+    Returns:
+        Squares of the differences and of the values, float64 (L,2), on the CPU.
+    """
+    sums = torch.zeros(len(placement.holders), 2, dtype=torch.float64)
+    found = []
+    for name, tensor in copies.tensors.items():
+        owned = owned_rows(placement, layout.expert_layer[name], site)
+        found.append(copies.error(anchors[name][owned].to(tensor.device)))
+    layers = torch.tensor([layout.expert_layer[name] for name in copies.tensors])
+    return sums.index_add_(0, layers, torch.stack(found).cpu().double())
+
+
+def owned_rows(placement: Placement, layer: int, site: int) -> list[int]:
+    """Rows of this site's residents of a layer that it owns: those that it gives copies of."""
+    residents = placement.residents_in(layer, site)
+    return [row for row, expert in enumerate(residents) if placement.owner(layer, expert) == site]
+
+
 def refresh_layer(placement: Placement, layer: int) -> list[Transfer]:
     """Each expert of a layer from its owner to all sites that lack it."""
     return [

@@ -18,8 +18,8 @@ class OtherViews(FlatSumMetric):
     - ``routing_necessity_nats``: random routing takes the gates of the learned picks, but experts drawn evenly. It
       alone tells of experts that have become interchangeable: near 0, learned routing is worth nothing
       (after CASSANDRA's Chorus study; formula with gates kept is this project's).
-    - ``own_view_gap_nats``: a site's own view skips what is not resident (ghost routing) or chooses among its
-      residents (partitioned); mean of the sites.
+    - ``own_view_gap_nats``: a site's own view skips what is not resident (ghost routing), computes it with its
+      copies (shadow) or chooses among its residents (partitioned); mean of the sites.
     """
 
     nats: Tensor

@@ -24,6 +24,7 @@ from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.settings import WireDtype
+from fomoe_pl.federation.shadow import quantisation_errors
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
 from fomoe_pl.strategies.checks import check_data, check_launched, check_position, check_precision, check_training
@@ -194,6 +195,17 @@ class SiteStrategy(CheckpointingStrategy):
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         self.federation.movement = Movement(config.n_layers, config.n_experts, self.watched)
         return self.federation.movement
+
+    def copy_errors(self) -> Tensor | None:
+        """Of the agreed values, see `quantisation_errors`; None without copies."""
+        of = self.federation
+        if of is None or of.copies is None:
+            return None
+        return quantisation_errors(of.copies, of.layout, of.placement, of.site, of.anchors)
+
+    def copy_age(self) -> int | None:
+        """Without rounds there are no copies."""
+        return None
 
     @property
     def placement(self) -> Placement | None:

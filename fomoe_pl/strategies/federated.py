@@ -192,6 +192,12 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
 
         return Copies(found, model.residency.shadow.codec, refreshing) if found else None
 
+    def copy_age(self) -> int | None:
+        """Of the copies that the last round had."""
+        if self.federation is None or self.federation.copies is None:
+            return None
+        return self.settings.age_of_copies(max(self.rounds_done - 1, 0))
+
     def describe(self) -> str:
         """One line that says which method this is."""
         return self.settings.describe(self.topology.n_sites)

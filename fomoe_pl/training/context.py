@@ -87,6 +87,15 @@ class SiteContext(Protocol):
     def watch_movement(self) -> Movement | None:
         """Have every round fill a `Movement`; None where there are no rounds."""
 
+    def copy_errors(self) -> Tensor | None:
+        """Squares of the errors of copies of experts, and of the experts, float64 (L,2), of those that this site owns.
+
+        To be added over the sites. None without copies.
+        """
+
+    def copy_age(self) -> int | None:
+        """Rounds for which copies had been in use when the round began that has ended last; None without copies."""
+
     def agreed_bytes(self) -> int:
         """Bytes of anchors and outer momentum on this rank's device."""
 
@@ -143,6 +152,12 @@ class Alone:
 
     def watch_movement(self) -> None:
         """Nothing: there are no rounds."""
+
+    def copy_errors(self) -> None:
+        """Nothing: every rank has all experts."""
+
+    def copy_age(self) -> None:
+        """Nothing, likewise."""
 
     def agreed_bytes(self) -> int:
         """Nothing is kept twice."""

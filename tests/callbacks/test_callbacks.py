@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from fomoe_pl.metrics import RoutingHealth
 from fomoe_pl.model.backends.kernels import Copies
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
-from fomoe_pl.model.sizes import training_flops_per_token
+from fomoe_pl.model.sizes import expert_parameters, training_flops_per_token
 from fomoe_pl.module import FoMoEModule
 from tests.training import Run as TrainingRun
 from tests.training import fit
@@ -54,7 +55,7 @@ class Run:
         self.strategy: Any = SimpleNamespace(
             topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={},
             has_rounds=True, observers=[], wire_dtype="float32", watch_seconds=0.0, placement=None,
-            watch_movement=lambda: None, agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
+            watch_movement=lambda: None, copy_errors=lambda: None, copy_age=lambda: None, agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
             save_seconds=0.0, measures_sync=True, optimizer_steps=0,
         )  # fmt: skip
         self.strategy.context = self.strategy
@@ -310,10 +311,36 @@ def test_throughput_by_hand(run: Run, clock: SimpleNamespace) -> None:
 def test_copies_count_with_the_parameters_and_halve_gradients(run: Run, has_values: bool) -> None:
     places = [torch.empty(n, dtype=torch.bfloat16) for n in (3, 2)]
     experts = SimpleNamespace(copies=Copies(places[0], places[1], has_values))
-    run.module.transformer.layers = [SimpleNamespace(moe=SimpleNamespace(experts=experts))]
+    run.module.transformer.layers = [SimpleNamespace(moe=SimpleNamespace(experts=experts, shadow=None))]
     held = throughput_module.held_bytes(run.trainer, run.module)
     assert held["parameters"] == 8 * 4 + (5 * 2 if has_values else 0)
     assert held["gradients"] == 8 * 4 - 5 * 2
+
+
+def test_packed_copies_of_absent_experts_are_counted_apart(run: Run) -> None:
+    assert "copies" not in throughput_module.held_bytes(run.trainer, run.module)
+    shadow = SimpleNamespace(w_in=torch.empty(2, 34, dtype=torch.uint8), w_out=torch.empty(2, 17, dtype=torch.uint8))
+    run.module.transformer.layers = [
+        SimpleNamespace(moe=SimpleNamespace(experts=SimpleNamespace(copies=None), shadow=shadow))
+    ]
+    held = throughput_module.held_bytes(run.trainer, run.module)
+    assert (held["copies"], held["parameters"]) == (2 * (34 + 17), 8 * 4)
+
+
+def test_picks_that_copies_compute_are_executed_and_learn_nothing(run: Run, clock: Any) -> None:
+    callback = ThroughputMonitor(every_n_steps=1)
+    run.module.transformer.residency = replace(run.module.transformer.residency, routing="shadow")
+    run.start(callback)
+    resident_LE = (torch.arange(4) < 1).expand(2, 4)
+    run.module.routing_health.update(torch.full((2, 4), 2.0), torch.zeros(2), 8, None, resident_LE)
+    clock.now += 1
+    run.step(callback, round_end=True)
+    config = run.module.config
+    values = run.logger.lines[-1][1]
+    learnt = 2 * 2 * 1.5 * expert_parameters(config)  # one and a half of two picks in two layers, without this product
+    expected = training_flops_per_token(config, 5) - learnt
+    assert values["throughput/executed_TFLOP_per_s"] == pytest.approx(expected * 100 / 1e12)
+    assert values["throughput/nominal_TFLOP_per_s"] > values["throughput/executed_TFLOP_per_s"]
 
 
 def test_watching_is_no_part_of_local_steps(run: Run, clock: SimpleNamespace) -> None:

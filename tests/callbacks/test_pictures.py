@@ -43,6 +43,7 @@ def test_no_chart_of_the_layout_is_empty(events: EventAccumulator) -> None:
         assert found, f"{chart.title} is empty"
     titles = {chart.title for chart in charts}
     assert ("ghost fraction" in titles) == name_of(events).startswith("ghost")
+    assert ("error of copies by layer (relative)" in titles) == name_of(events).startswith("shadow")
     assert ("drift of holders (relative)" in titles) == (name_of(events) != "ddp")
 
 
@@ -67,8 +68,7 @@ def test_pictures_are_there_and_not_blank(events: EventAccumulator, tmp_path: Pa
         expected |= {"placement"}
     if name_of(events).endswith("_2"):
         expected |= {"drift"}
-    if name_of(events) == "ghost_1":
-        expected |= {"ghost_share"}
+    expected |= {"ghost_1": {"ghost_share"}, "shadow_1": {"copy_share"}}.get(name_of(events), set())
     assert {tag.removeprefix("pictures/") for tag in events.Tags()["images"]} == expected
     for tag in events.Tags()["images"]:
         picture = tmp_path / "picture.png"

@@ -22,8 +22,11 @@ from fomoe_pl.costs.plan_output import merged, one_of_each, pareto, spans
 from fomoe_pl.costs.plan_yaml import fit_settings, fit_yaml, processes
 from fomoe_pl.costs.quality import MEASUREMENTS, Measurement, measured_quality
 from fomoe_pl.costs.request import PlanRequest
+from fomoe_pl.costs.rounds import refresh_bytes
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.model.residency import Shadow
+from fomoe_pl.strategies import FederatedStrategy
 
 ROOT = Path(__file__).parents[2]
 THREE_SITES = str(ROOT / "configs/plan/three_sites.yaml")
@@ -70,13 +73,41 @@ def test_plans_are_ranked_and_full() -> None:
 
 
 def test_less_overlap_is_smaller_and_faster_and_larger_k_is_faster() -> None:
-    plans, _ = planned(methods=["local_adamw"], wire_dtypes=["float32"], local_steps=[4, 8])
+    plans, _ = planned(methods=["local_adamw"], wire_dtypes=["float32"], local_steps=[4, 8], routings=["ghost"])
     by = {(p.choice.overlap, p.choice.local_steps): p for p in plans}
     for k in (4, 8):
         held = [max(by[o, k].held_bytes) for o in (1, 2, 3, 4)]
         assert held == sorted(set(held))
         assert by[1, k].sent_per_round < by[2, k].sent_per_round < by[4, k].sent_per_round
     assert all(by[o, 8].hours < by[o, 4].hours for o in (1, 2, 3, 4))
+
+
+def test_copies_are_offered_beside_ghosts_and_full_replicas() -> None:
+    plans, _ = planned(methods=["local_adamw"], wire_dtypes=["float32"])
+    by = {(p.choice.overlap, p.choice.routing): p for p in plans}
+    assert [key for key in by if key in {(p.choice.overlap, p.choice.routing) for p in one_of_each(plans)}] == [*by]
+    assert {routing for overlap, routing in by if overlap == 4} == {"ghost"}  # nobody lacks an expert
+    config = plan_command.read_model(TINY)
+    for overlap in (1, 2, 3):
+        ghost, shadow = by[overlap, "ghost"], by[overlap, "shadow"]
+        copies = refresh_bytes(config, Shadow(4), n_sites=4, overlap=overlap)
+        assert shadow.sent_per_round - ghost.sent_per_round == pytest.approx(copies)
+        assert shadow.round_seconds > ghost.round_seconds
+        assert shadow.step_seconds > ghost.step_seconds
+        assert shadow.memory[0].copies > 0
+        assert shadow.quality is None
+    rare, _ = planned(methods=["local_adamw"], wire_dtypes=["float32"], shadow_refresh=4, shadow_bits=2)
+    rarely = next(p for p in rare if (p.choice.overlap, p.choice.routing) == (2, "shadow"))
+    ghost, shadow = by[2, "ghost"], by[2, "shadow"]
+    copies = refresh_bytes(config, Shadow(2), n_sites=4, overlap=2)
+    assert rarely.sent_per_round - ghost.sent_per_round == pytest.approx(copies / 4)
+    assert rarely.round_seconds < shadow.round_seconds
+    written = fit_settings(rarely, request(shadow_refresh=4, shadow_bits=2), plan_command.read_settings(TINY))
+    settings = written["trainer"]["strategy"]["init_args"]
+    assert (settings["routing"], settings["shadow_bits"], settings["shadow_refresh"]) == ("shadow", 2, 4)
+    FederatedStrategy(**settings)
+    ghosts = fit_settings(ghost, request(), plan_command.read_settings(TINY))["trainer"]["strategy"]["init_args"]
+    assert "shadow_bits" not in ghosts
 
 
 def test_where_memory_is_short_the_host_keeps_what_was_agreed_on() -> None:
@@ -403,7 +434,8 @@ def test_settings_name_what_was_planned() -> None:
     assert [settings["compile_blocks"] for settings in on_gpu] == [True, False]  # unless the model's file says it
     assert "compile_blocks" not in fit_settings(plans[0], request(), model)["model"]
     strategy = fit_settings(plans[0], request(), model)["trainer"]["strategy"]["init_args"]
-    assert (strategy["overlap"], strategy["wire_dtype"], strategy["outer"]["rule"]) == (2, "bfloat16", "nesterov")
+    assert (strategy["overlap"], strategy["wire_dtype"]) == (2, "bfloat16")
+    assert strategy["outer"]["class_path"] == "fomoe_pl.federation.outer.Nesterov"
 
 
 def test_numbers_are_drawn_together() -> None:
@@ -424,6 +456,8 @@ def test_numbers_are_drawn_together() -> None:
         ({"models": [TINY, TINY]}, "models"),
         ({"sites": [{n: v for n, v in SITES[0].items() if n != "tflops_fp32"}]}, "sites.a.tflops_fp32"),
         ({"headroom": 1.0}, "headroom"),
+        ({"shadow_bits": 3}, "shadow_bits"),
+        ({"shadow_refresh": 0}, "shadow_refresh"),
         ({"local_steps": [0]}, "local_steps"),
         ({"overlaps": [5]}, "overlaps"),
         ({"overlaps": []}, "overlaps"),

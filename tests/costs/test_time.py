@@ -27,6 +27,7 @@ from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.federation.placement import place
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Shadow
 from fomoe_pl.model.sizes import forward_flops_per_token, parameter_counts, training_flops_per_token
 
 SMALL = ModelConfig(vocab_size=257, d_model=64, n_layers=3, n_heads=2, n_experts=8, top_k=2, d_expert=32)
@@ -59,6 +60,33 @@ def test_ghosts_are_skipped_and_residents_are_not() -> None:
     assert [executed_picks(SMALL, r, "partitioned") for r in (1, 2, 8)] == [1, 2, 2]
     forward = [token_flops(SMALL, 64, n_resident=r).forward for r in range(1, 9)]
     assert forward == sorted(set(forward))
+
+
+def test_copies_compute_all_picks_and_learn_none() -> None:
+    """2 of 8 experts are residents: of a token's two picks one and a half are computed with copies."""
+    full, ghost = token_flops(SMALL, 64), token_flops(SMALL, 64, n_resident=2)
+    shadow = token_flops(SMALL, 64, n_resident=2, routing="shadow")
+    assert shadow.forward == full.forward
+    matrix = 2 * SMALL.n_layers * 1.5 * SMALL.d_model * SMALL.d_expert  # of one of an expert's two matrices
+    assert full.training - shadow.training == 2 * matrix
+    assert shadow.training - ghost.training == (3 - 1) * 2 * matrix  # forward, and the gradient of what goes in
+    sparing = token_flops(SMALL, 64, n_resident=2, routing="shadow", shadow=Shadow(input_gradient=False))
+    assert shadow.training - sparing.training == matrix
+    measured = token_flops(SMALL, 64, n_resident=2, routing="shadow", ghost_fraction=0.5)
+    assert full.training - measured.training == pytest.approx(matrix * 2 / 1.5)
+    assert shadow.training_executed(checkpointing="blocks") == shadow.training + full.forward - full.output
+    whole = token_flops(SMALL, 64, n_resident=8, routing="shadow")
+    assert whole == full
+
+
+def test_copies_are_unpacked_once_in_each_pass() -> None:
+    load = Load(batch_size=1, sequence_length=64)
+    for checkpointing, passes in (("none", 2), ("experts", 3)):
+        config = replace(SMALL, activation_checkpointing=checkpointing)
+        ghost, shadow = (step_work(config, load, n_resident=2, routing=of) for of in ("ghost", "shadow"))
+        packed = 2 * SMALL.d_model * SMALL.d_expert // 64 * (64 // 2 + 2)
+        numbers = 2 * 2 * SMALL.d_model * SMALL.d_expert
+        assert shadow.memory_bytes - ghost.memory_bytes == passes * 3 * 6 * (packed + numbers)
 
 
 def test_a_ring_by_hand() -> None:

@@ -123,7 +123,9 @@ def test_every_collective_is_in_the_ledger(found: list[Any], name: str) -> None:
 def test_what_callbacks_tell_other_sites_is_in_the_control_message(found: list[Any], root: str, name: str) -> None:
     config = make_run(name, root, "").config
     watched, looked = (
-        control_bytes(config, SITES, watched=True, looked=look, probe_tokens=6 * 5, monitored=True)
+        control_bytes(
+            config, SITES, watched=True, looked=look, probe_tokens=6 * 5, monitored=True, copied="shadow" in name
+        )
         for look in (False, True)
     )
     for rank in range(SITES):
