@@ -1,4 +1,4 @@
-"""The command line: `fomoe fit`, `fomoe validate`, `fomoe plan` and `fomoe compare`, with settings from YAML files."""
+"""The command line: `fomoe fit` and `fomoe validate` with settings from YAML files, and the other commands by name."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ class FoMoECLI(LightningCLI):
             auto_configure_optimizers=False,  # the module has its own, under `model.optimizer`
             parser_kwargs={
                 "description": "Federated mixture-of-experts pre-training. `fomoe plan --help`: what it will cost; "
-                "`fomoe compare --help`: runs side by side."
+                "`fomoe compare --help`: runs side by side; `fomoe export`, `import`, `generate`, `evaluate` "
+                "with --help: what a finished model is for."
             },
         )
 

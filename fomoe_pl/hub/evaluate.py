@@ -65,6 +65,8 @@ def evaluate(
     resolved(tasks)  # before a model is loaded
     loaded = load(model, site=site, data=data, device=device, dtype=dtype, command="evaluate")
     found = run_tasks(FomoeLM(loaded, batch_size=batch_size), tasks, num_fewshot=num_fewshot, limit=limit)
+    if num_fewshot is not None:
+        found = {f"{task}, {num_fewshot} shots": metrics for task, metrics in found.items()}
     view = "global" if site is None else f"site {site}"
     print(f"{model}, {view}:")
     for task, metrics in found.items():
@@ -106,14 +108,17 @@ def note(model: Path, view: str, steps: int | None, found: dict[str, Any]) -> No
 
 
 def merged(before: dict[str, Any], view: str, steps: int | None, found: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Return results by view, with new ones added: `{view: {steps, tasks: {task: {metric: value}}}}`.
+    """Return results by view, with new ones added: `{view: {steps, limit, tasks: {task: {metric: value}}}}`.
 
     Args:
-        before: Earlier results; those of a view at another step are dropped.
+        before: Earlier results; those of a view at another step, or of fewer rows, are dropped.
         view: Of the new ones.
         steps: Of the new ones.
         found: The new ones.
     """
     known = before.get(view, {})
-    tasks = known["tasks"] if known.get("steps") == steps and known else {}
-    return {**before, view: {"steps": steps, "tasks": {**tasks, **found}}}
+    same = known.get("steps") == steps and known.get("limit") is None
+    return {
+        **before,
+        view: {"steps": steps, "limit": None, "tasks": {**(known.get("tasks", {}) if same else {}), **found}},
+    }

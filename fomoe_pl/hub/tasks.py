@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,14 @@ def run_tasks(lm: Any, names: Sequence[str], *, num_fewshot: int | None = None, 
         ConfigError: As `resolved`, and if the harness does not know a task.
     """
     import datasets
+    from lm_eval.api import task as harness_task
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
+    from tqdm import tqdm
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    harness_task.tqdm = partial(tqdm, disable=True)  # a bar for each task and site, gone in an instant
     local, others = resolved(names)
     manager = TaskManager(include_defaults=bool(others))  # reading all of them takes a while
     unknown = [name for name in others if not manager.match_tasks([name])]

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fomoe_pl.callbacks import RunReport
 from fomoe_pl.compare.runs import Run as ComparedRun
-from fomoe_pl.compare.table import tables
+from fomoe_pl.compare.table import evaluation_columns, row, tables
 from fomoe_pl.data import Manifest
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.hub.evaluate import evaluate, merged
@@ -59,19 +59,19 @@ def plain_bits_per_byte(model: Transformer, texts: list[str], length: int) -> fl
     return nats / n_bytes / math.log(2)
 
 
-def plain_accuracy(model: Transformer, rows: list[dict[str, Any]], length: int) -> float:
+def plain_accuracy(model: Transformer, questions: list[dict[str, Any]], length: int) -> float:
     right = 0
-    for row in rows:
+    for question in questions:
         found = []
-        for choice in row["choices"]:
+        for choice in question["choices"]:
             # As the harness does: blanks at a context's end belong to what follows.
-            context = row["context"].rstrip()
-            continuation = (row["context"] + choice).encode()[len(context.encode()) :]
+            context = question["context"].rstrip()
+            continuation = (question["context"] + choice).encode()[len(context.encode()) :]
             ids = [*context.encode(), *continuation][-(length + 1) :]
             n = min(len(continuation), length)
             found.append(float(log_probabilities(model, ids)[-n:].sum()))
-        right += int(max(range(4), key=lambda i: found[i]) == row["label"])
-    return right / len(rows)
+        right += int(max(range(4), key=lambda i: found[i]) == question["label"])
+    return right / len(questions)
 
 
 def rows_of(task: str) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def test_numbers_are_a_plain_loops(checkpoint: Path, root: str) -> None:
     model = load_global_model(checkpoint)
     lm = FomoeLM(str(checkpoint), data=root, device="cpu", max_length=96, batch_size=7)
     found = run_tasks(lm, ["sample"])
-    texts = [row["text"] for row in rows_of("sample_bpb")]
+    texts = [found["text"] for found in rows_of("sample_bpb")]
     assert found["sample_bpb"]["bits_per_byte"] == pytest.approx(plain_bits_per_byte(model, texts, 96), rel=1e-5)
     assert found["sample_choice"]["acc"] == pytest.approx(plain_accuracy(model, rows_of("sample_choice"), 96))
 
@@ -215,12 +215,27 @@ def test_results_of_another_step_are_dropped() -> None:
     assert merged(before, "global", 4, {"b": {"acc": 1.0}})["global"]["tasks"].keys() == {"a", "b"}
     assert merged(before, "global", 8, {"b": {"acc": 1.0}})["global"]["tasks"].keys() == {"b"}
     assert merged(before, "site 0", 8, {}).keys() == {"global", "site 0"}
+    partly = {"global": {"steps": 4, "limit": 8, "tasks": {"a": {"acc": 0.5}}}}
+    assert merged(partly, "global", 4, {"b": {"acc": 1.0}})["global"]["tasks"].keys() == {"b"}
+
+
+def test_runs_are_compared_on_the_same_rows_alone() -> None:
+    def run(name: str, steps: int, limit: int | None, acc: float) -> ComparedRun:
+        found = {"global": {"steps": steps, "limit": limit, "tasks": {"a": {"acc": acc, "acc_stderr": 0.1}}}}
+        return ComparedRun(name, {"steps": 8, "evaluations": found})
+
+    runs = [run("whole", 8, None, 0.5), run("partly", 8, 5, 0.25), run("earlier", 4, None, 0.75)]
+    columns = evaluation_columns(runs)
+    assert [column.heading for column in columns] == ["a acc", "a acc first 5"]
+    assert [row(r, columns) for r in runs] == [
+        ["whole", "0.5000", "-"], ["partly", "-", "0.2500"], ["earlier", "0.7500 @ 4", "-"]
+    ]  # fmt: skip
 
 
 def test_shipped_tasks_are_of_the_sample_corpus() -> None:
     assert shipped() == ["sample_bpb", "sample_choice"]
-    assert {row["domain"] for row in rows_of("sample_bpb")} == {"drama", "prose", "speech"}
-    labels = [row["label"] for row in rows_of("sample_choice")]
+    assert {found["domain"] for found in rows_of("sample_bpb")} == {"drama", "prose", "speech"}
+    labels = [found["label"] for found in rows_of("sample_choice")]
     assert all(labels.count(label) > len(labels) / 8 for label in range(4))
 
 
