@@ -1,8 +1,10 @@
 """The harness's numbers are a plain loop's; a checkpoint, its export and the run's own model have the same scores."""
 
+import importlib
 import json
 import math
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +192,7 @@ def test_checkpoint_export_and_training_agree(tmp_path: Path, root: str, capsys:
             for metric, value in metrics.items():
                 assert found["tasks"][task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
 
-    evaluate(str(checkpoint), ["sample_bpb"], site=1, device="cpu")
+    evaluate(str(checkpoint), "sample_bpb", site=1, device="cpu")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["evaluations"]["global"] == after["evaluations"]["global"], "those of other views stay"
     [headings, cells] = tables([ComparedRun("run", report)])[-1]
@@ -204,7 +206,7 @@ def test_checkpoint_export_and_training_agree(tmp_path: Path, root: str, capsys:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| sample_bpb, bits_per_byte (site 1) |" in card
     assert card.count("## Evaluations") == 1
-    evaluate(str(tmp_path / "out"), ["sample_bpb"], device="cpu")
+    evaluate(str(tmp_path / "out"), "sample_bpb", device="cpu")
     again = (tmp_path / "out" / "README.md").read_text()
     assert (again.count("## Evaluations"), again.count("## Licence")) == (1, 1)
     assert again.index("## Evaluations") < again.index("## Licence")
@@ -241,11 +243,11 @@ def test_shipped_tasks_are_of_the_sample_corpus() -> None:
 
 @pytest.mark.parametrize(
     ("tasks", "told"),
-    [([], "names no task"), (["none.yaml"], "there is no such file"), (["bad.yaml"], "no task file"),
-     (["lost.yaml"], "which is missing")],
+    [("", "names no task"), ("none.yaml", "there is no such file"), ("sample,bad.yaml", "no task file"),
+     ("lost.yaml", "which is missing")],
 )  # fmt: skip
 def test_bad_tasks_are_told_before_a_model_is_loaded(
-    tasks: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tasks: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text("task: x\nprocess: !function utils.f\n")
@@ -278,3 +280,59 @@ def test_where_the_harness_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_settings_of_the_callback(setting: str) -> None:
     with pytest.raises(ConfigError, match=f"{setting} = 0"):
         TaskEvaluation(**{setting: 0})
+
+
+def _train_each(rank: int, root: str, folder: str) -> None:
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "ghost": ("federated", {"local_steps": 2, "overlap": 1, "placement": "random"}),
+        "partitioned": ("federated", {"local_steps": 2, "overlap": 1, "routing": "partitioned"}),
+        "ddp": ("ddp", {}),
+    }
+    with launched_as(rank, SITES, folder):
+        for name, (strategy, settings) in kinds.items():
+            for watched in (False, True):
+                watch = TaskEvaluation(["sample_choice"], every_n_rounds=1, every_n_steps=2, limit=3, batch_size=5)
+                run = Run(root=root, folder=folder, strategy=strategy, settings=settings,
+                          architecture={"balance": "bias"},
+                          trainer={"max_steps": 4, "enable_checkpointing": True})  # fmt: skip
+                saved = ModelCheckpoint(folder, filename=f"{name}-{watched}", every_n_train_steps=4)
+                fit(run, rank, SITES, [*([watch] if watched else []), saved])
+                if watched and rank == 0:
+                    Path(folder, f"{name}.json").write_text(json.dumps(watch.evaluations))
+
+
+def test_evaluating_changes_no_training_and_measures_the_agreed_model(tmp_path: Path, root: str) -> None:
+    run_distributed(_train_each, SITES, root, str(tmp_path))
+    for name in ("ghost", "partitioned", "ddp"):
+        plain, watched = (load_global_model(tmp_path / f"{name}-{kind}.ckpt") for kind in (False, True))
+        for (key, value), other in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
+            assert torch.equal(value, other), (name, key)
+        found = json.loads((tmp_path / f"{name}.json").read_text())["global"]
+        assert (found["steps"], found["limit"]) == (4, 3)
+        lm = FomoeLM(str(tmp_path / f"{name}-True.ckpt"), data=root, device="cpu", max_length=16)
+        after = run_tasks(lm, ["sample_choice"], limit=3)
+        assert found["tasks"]["sample_choice"]["acc"] == after["sample_choice"]["acc"]
+
+
+def test_tasks_that_generate_are_refused_in_training(tmp_path: Path, root: str) -> None:
+    task = yaml.safe_load((FOLDER / "sample_bpb.yaml").read_text()) | {
+        "task": "made", "output_type": "generate_until", "doc_to_text": "text", "generation_kwargs": {"until": ["."]},
+        "metric_list": [{"metric": "exact_match"}],
+    }  # fmt: skip
+    task["dataset_kwargs"]["data_files"]["test"] = str(FOLDER / "sample_bpb.jsonl")
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump(task))
+    run = Run(root=root, folder=str(tmp_path), strategy="single", trainer={"max_steps": 1})
+    with pytest.raises(ConfigError, match="tasks that generate text are not measured in training"):
+        fit(run, 0, 1, [TaskEvaluation([str(tmp_path / "made.yaml")])])
+
+
+def test_the_harness_finds_it_by_its_entry_point(checkpoint: Path, root: str) -> None:
+    from lm_eval.api.registry import get_model
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["lm_eval.models"]["fomoe"].partition(":")
+    assert getattr(importlib.import_module(module), name) is FomoeLM is get_model("fomoe")
+    lm = FomoeLM.create_from_arg_string(
+        f"pretrained={checkpoint},data={root}", {"batch_size": 2, "max_batch_size": None, "device": "cpu"}
+    )
+    assert (lm.batch_size, lm.eot_token_id) == (2, EOD)
