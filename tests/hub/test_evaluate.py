@@ -256,6 +256,15 @@ def test_bad_tasks_are_told_before_a_model_is_loaded(
         evaluate("nothing", tasks)
 
 
+def test_data_that_cannot_be_fetched(checkpoint: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, tasks: Any) -> None:
+        raise ConnectionError("Couldn't reach 'x' on the Hub")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", fail)
+    with pytest.raises(ConfigError, match=r"cannot be had .Couldn't reach 'x' on the Hub"):
+        run_tasks(FomoeLM(str(checkpoint), data=root, device="cpu"), ["sample_bpb"])
+
+
 def test_a_task_file_of_ones_own(checkpoint: Path, corpus: Manifest, tmp_path: Path) -> None:
     task = yaml.safe_load((FOLDER / "sample_bpb.yaml").read_text()) | {"task": "mine"}
     task["dataset_kwargs"]["data_files"]["test"] = "mine.jsonl"
