@@ -18,6 +18,7 @@ from fomoe_pl.compare.runs import Run as ComparedRun
 from fomoe_pl.compare.table import evaluation_columns, row, tables
 from fomoe_pl.data import Manifest
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.hub.card import evaluations
 from fomoe_pl.hub.evaluate import evaluate, merged
 from fomoe_pl.hub.export import export
 from fomoe_pl.hub.loading import load
@@ -232,6 +233,17 @@ def test_runs_are_compared_on_the_same_rows_alone() -> None:
     assert [row(r, columns) for r in runs] == [
         ["whole", "0.5000", "-"], ["partly", "-", "0.2500"], ["earlier", "0.7500 @ 4", "-"]
     ]  # fmt: skip
+
+
+def test_a_card_says_what_was_measured() -> None:
+    found = {
+        "site 1": {"steps": 4, "limit": 5, "tasks": {"a": {"acc": 0.5}}},
+        "global": {"steps": 4, "tasks": {"a": {"acc": 1.0}}},
+    }
+    table = evaluations(found)
+    assert "| a, acc (site 1, first 5 rows) | 0.5000 |" in table
+    assert "| a, acc | 1.0000 |" in table
+    assert evaluations({}) == ""
 
 
 def test_shipped_tasks_are_of_the_sample_corpus() -> None:
