@@ -1,4 +1,4 @@
-"""The command line: `fomoe prepare`, `fit`, `validate`, `plan` and `compare`, with settings from YAML files."""
+"""The command line: `fomoe fit` and `fomoe validate` with settings from YAML files, and the other commands by name."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ class FoMoECLI(LightningCLI):
             auto_configure_optimizers=False,  # the module has its own, under `model.optimizer`
             parser_kwargs={
                 "description": "Federated mixture-of-experts pre-training. `fomoe prepare --help`: data for it; "
-                "`fomoe plan --help`: what it will cost; `fomoe compare --help`: runs side by side."
+                "`fomoe plan --help`: what it will cost; "
+                "`fomoe compare --help`: runs side by side; `fomoe export`, `import`, `generate`, `evaluate` "
+                "with --help: what a finished model is for."
             },
         )
 

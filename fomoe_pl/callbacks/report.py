@@ -49,7 +49,7 @@ def _routing(trainer: Trainer) -> dict[str, float | None]:
 
 
 def _evaluations(trainer: Trainer) -> dict[str, Any]:
-    """What the run's callbacks have evaluated: `{view: {steps, tasks: {task: {metric: value}}}}`."""
+    """What the run's callbacks have evaluated: `{view: {steps, limit, tasks: {task: {metric: value}}}}`."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return next((found for c in callbacks if (found := getattr(c, "evaluations", None))), {})
 

@@ -83,23 +83,24 @@ ROUTING = (
 )
 
 
-def _evaluation(view: str, task: str, metric: str) -> Column:
+def _evaluation(view: str, limit: int | None, task: str, metric: str) -> Column:
     def found(report: dict[str, Any]) -> dict[str, Any]:
         known: dict[str, Any] = report.get("evaluations", {}).get(view, {})
-        return known if metric in known.get("tasks", {}).get(task, {}) else {}
+        return known if metric in known.get("tasks", {}).get(task, {}) and known.get("limit") == limit else {}
 
     def at(report: dict[str, Any]) -> int | None:
         steps: int | None = found(report).get("steps")
         return None if steps == report["steps"] else steps
 
     heading = f"{task} {metric}" + ("" if view == "global" else f" {view}")
+    heading += "" if limit is None else f" first {limit}"
     return Column(heading, lambda report: found(report).get("tasks", {}).get(task, {}).get(metric), ".4f", at)
 
 
 def evaluation_columns(runs: Sequence[Run]) -> tuple[Column, ...]:
-    """A column for each view, task and metric that some run was evaluated on; standard errors are left out."""
+    """A column for each view, number of rows, task and metric that some run has; standard errors are left out."""
     keys = {
-        (view, task, metric): None
+        (view, found.get("limit"), task, metric): None
         for run in runs
         for view, found in run.report.get("evaluations", {}).items()
         for task, metrics in found["tasks"].items()

@@ -88,7 +88,7 @@ class TaskEvaluation(Callback):
             found = run_tasks(lm, self.tasks, limit=self.limit)
         if found is None:
             return
-        self.evaluations = {"global": {"steps": trainer.global_step, "tasks": found}}
+        self.evaluations = {"global": {"steps": trainer.global_step, "limit": self.limit, "tasks": found}}
         values = {f"eval/{task}/{metric}": value for task, metrics in found.items() for metric, value in metrics.items()
                   if math.isfinite(value)}  # fmt: skip
         for logger in trainer.loggers:

@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from tqdm import tqdm
 
 from fomoe_pl.hub.loading import Loaded, load
 
@@ -170,7 +171,8 @@ class FomoeLM(HarnessLM):
         """Score all sequences, in their order, in batches of similar length."""
         model = self.loaded.model
         found: dict[int, Score] = {}
-        for batch in batches_by_length(sequences, self.batch_size):
+        batches = batches_by_length(sequences, self.batch_size)
+        for batch in tqdm(batches, desc="Scoring", disable=None, leave=False):
             chosen = [sequences[i] for i in batch]
             with torch.no_grad():
                 hidden_BSD = model.base_model(padded(chosen, model.device), use_cache=False).last_hidden_state

@@ -1,6 +1,7 @@
 """Generation from checkpoints and exports: greedy is the model's own, drawing repeats, lines are answered."""
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,17 @@ def test_where_transformers_is_missing(
         main(["generate", str(folders["checkpoint"]), "--prompt", "A"])
     assert ended.value.code == 2
     assert 'pip install "fomoe-pl[export]"' in capsys.readouterr().err
+
+
+def test_exporting_needs_neither_transformers_nor_the_harness(
+    folders: dict[str, Path], root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("transformers", "lm_eval", "datasets")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("transformers", "lm_eval", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    main(["export", str(folders["checkpoint"]), str(tmp_path / "out"), "--data", root])
+    assert (tmp_path / "out" / "modeling_fomoe.py").is_file()
 
 
 @pytest.mark.parametrize("command", ["export", "import", "generate", "evaluate"])
