@@ -14,11 +14,14 @@ from fomoe_pl.metrics.drift import mean_cosine, relative_drift
 def routing_values(health: RoutingHealth) -> dict[str, float]:
     """Return `routing/<statistic>/mean` and `routing/<statistic>/layer_<ii>`; statistics as in `RoutingHealth`.
 
+    Those that a user named are under `statistic/` instead.
     The layers' numbers have two digits or more, so that they sort.
     """
     values: dict[str, float] = {}
     for statistic, value_L in health.by_layer().items():
         values |= _named(f"routing/{statistic}", value_L, float(value_L.mean()))
+    for name, value_L in health.named().items():
+        values |= by_layer(f"statistic/{name}", value_L)
     return values
 
 
