@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from fomoe_pl.errors import check_range, check_seed
-from fomoe_pl.metrics import RoutingHealth, ValidationMetrics
+from fomoe_pl.metrics import RoutingHealth, Statistic, ValidationMetrics
 from fomoe_pl.metrics.language import IGNORED
 from fomoe_pl.metrics.validation import OWN_VIEW_GAP
 from fomoe_pl.model.config import ModelConfig
@@ -76,6 +77,7 @@ class FoMoEModule(L.LightningModule):
         )
         self.model: Transformer | None = None
         self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
+        self.statistics: tuple[Statistic, ...] = ()  # that a callback wants beside
         self.routing_watched = False  # whether a callback reads it; set before training starts
         self.tokens_seen = 0
         self.tokens_of_all_sites = 0
@@ -162,8 +164,9 @@ class FoMoEModule(L.LightningModule):
         if self._passes is not None:  # of a run that was interrupted
             self._passes.close()
         self._passes = Passes(
-            self.trainer, self, self.transformer, graphs=self.cuda_graphs, bf16_gradients=self.bf16_gradients
-        )
+            self.trainer, self, self.transformer, graphs=self.cuda_graphs, bf16_gradients=self.bf16_gradients,
+            statistics=self.statistics,
+        )  # fmt: skip
         for configured in self.trainer.lr_scheduler_configs:
             schedule = cast(LambdaLR, configured.scheduler)
             for group, base, factor in zip(
@@ -218,11 +221,21 @@ class FoMoEModule(L.LightningModule):
             residency = self.transformer.residency
             resident_LE = resident_mask(residency, self.config.n_experts, done.load_LE.device)
             scored_LE = resident_LE if residency.routing == "partitioned" else None
-            self.routing_health.update(done.load_LE, done.gate_entropy_L, done.picks, scored_LE, resident_LE)
+            self.routing_health.update(
+                done.load_LE, done.gate_entropy_L, done.picks, scored_LE, resident_LE, done.sums_NL, tokens
+            )
         if self.config.balance == "bias":
             self._loads_LE = done.load_LE if self._loads_LE is None else self._loads_LE + done.load_LE
         if self.site.sees_loads:
             self._picks_LE = self.loads() + done.load_LE
+
+    def watch_statistics(self, statistics: Sequence[Statistic]) -> None:
+        """Have training passes sum these in `routing_health` too; called before training starts."""
+        names = tuple(statistic.name for statistic in statistics)
+        if names != self.routing_health.names:
+            health = RoutingHealth(self.config.n_layers, self.config.n_experts, names)
+            self.routing_health = health.to(self.routing_health.load_LE.device)
+        self.statistics = tuple(statistics)
 
     def loads(self) -> Tensor:
         """Picks of each expert on this site since experts were last placed, float32 (L, E)."""

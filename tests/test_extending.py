@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fomoe_pl.costs.activations import Types, expert_activation_bytes
 from fomoe_pl.costs.bytes import predict_bytes
@@ -33,6 +34,9 @@ SMALL: dict[str, Any] = {
     "trainer": {
         "devices": SITES, "max_steps": STEPS, "limit_val_batches": 0, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
         "enable_progress_bar": False,
+        "strategy": {
+            "class_path": "fomoe_pl.strategies.FederatedStrategy", "init_args": {"overlap": 1, "local_steps": 2},
+        },
         "callbacks": [
             {
                 "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -74,7 +78,8 @@ def fit(folder: Path, root: str, settings: str, *more: str, name: str = "") -> P
     """Type the command of SETTINGS.yaml, on a small scale; returns the run's folder."""
     program, *words = command_of(f"{settings}.yaml")
     run = name or settings
-    words += ["-c", "small.yaml", "--data.root", root, "--trainer.logger.init_args.name", run, *more]
+    words[3:3] = ["-c", "small.yaml"]  # behind the quickstart
+    words += ["--data.root", root, "--trainer.logger.init_args.name", run, *more]
     start = str(Path(sys.executable).with_name(program))  # the console command, which knows no current folder
     done = subprocess.run([start, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -164,6 +169,16 @@ def test_an_expert_backend_gives_what_the_reference_gives(folder: Path, root: st
     assert manifest(run)["architecture"]["expert_backend"] == "dense_experts.Dense"
     one, other = (load_weights(checkpoint(of, STEPS)) for of in (run, expected))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_statistic_is_summed_over_the_sites_logged_and_drawn(folder: Path, root: str) -> None:
+    events = EventAccumulator(str(fit(folder, root, "lost_tokens"))).Reload()
+    points = {tag: events.Scalars(f"statistic/lost_tokens/{tag}") for tag in ("mean", "layer_00", "layer_01")}
+    assert all(0 < point.value < 1 for of in points.values() for point in of)
+    mean, *layers = (of[0].value for of in points.values())
+    assert mean == pytest.approx(sum(layers) / 2)
+    chart = events.Tensors("custom_scalars__config__")[0]
+    assert b"lost_tokens (share of tokens)" in chart.tensor_proto.string_val[0]
 
 
 def test_the_planner_asks_an_expert_backend_what_it_keeps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

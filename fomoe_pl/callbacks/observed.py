@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fomoe_pl.errors import check_range
 from fomoe_pl.federation.observer import RoundObserver
-from fomoe_pl.metrics import RoutingHealth
+from fomoe_pl.metrics import RoutingHealth, Statistic
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.training.context import SiteContext, context
@@ -50,6 +50,9 @@ class ObservedModule(Protocol):
     @property
     def transformer(self) -> Transformer:
         """The built model."""
+
+    def watch_statistics(self, statistics: Sequence[Statistic]) -> None:
+        """Have training passes sum these in `routing_health` too; called before training starts."""
 
 
 def observed_strategy(trainer: Trainer) -> SiteContext:

@@ -110,6 +110,7 @@ def control_bytes(
     probe_tokens: int = 0,
     monitored: bool = False,
     copied: bool = False,
+    n_statistics: int = 0,
 ) -> int:
     """Payload of the message in which callbacks add their float64 numbers over all sites after a round's averages.
 
@@ -123,12 +124,14 @@ def control_bytes(
         probe_tokens: Tokens of its probe, sequences x tokens of each; 0 for no probe.
         monitored: Whether `CommunicationMonitor` is among the callbacks.
         copied: Whether sites have copies of absent experts.
+        n_statistics: Statistics of a user's own that `RoutingStability` has.
     """
     layers, cells = architecture.n_layers, architecture.n_layers * architecture.n_experts
     numbers = 0
     if watched:
         # Loads, live loads, scored, resident; holders, scorers; gate entropy, picks, sites.
         numbers += (4 + 2) * cells + layers + 1 + 1
+        numbers += n_statistics * layers + 1 if n_statistics else 0  # sums, and the tokens that they are over
     if watched and looked:
         numbers += 4 * cells + 4  # three squares of norms and a norm, of each expert and dense
         numbers += 2 * layers if copied else 0  # squares of the copies' errors and of what they are copies of

@@ -121,7 +121,12 @@ def site_view(config: ModelConfig, training: dict[str, Any], site: int) -> Resid
     if "overlap" not in identity:  # every process held everything
         return Residency.full(config)
     placement = place(
-        identity["placement"], n_layers=config.n_layers, n_experts=config.n_experts, n_sites=n_sites,
-        overlap=identity["overlap"], seed=identity.get("placement_seed", 0), draw=training["redraws"], loads=training.get("loads_at_draw"),
-    )  # fmt: skip
+        identity["placement"],
+        n_layers=config.n_layers,
+        n_experts=config.n_experts,
+        n_sites=n_sites,
+        overlap=identity["overlap"],
+        seed=identity.get("placement_seed", 0),
+        draw=training["redraws"],
+    )
     return Residency(identity["routing"], placement.residents(site))

@@ -131,6 +131,10 @@ class Router(nn.Module):
         # While all experts are live for a validation, a partitioned router has E rows, of which row e is expert e.
         return self.resident_ids[picks_TK] if self.routing == "partitioned" else picks_TK
 
+    def is_live(self, picks_TK: Tensor) -> Tensor:
+        """Whether the experts of picks, as in `RoutingStats.picks_TK`, are resident."""
+        return self.slot_of_expert[self.expert_ids(picks_TK)] < self.resident_ids.numel()
+
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
         """Pick experts for each token.
 

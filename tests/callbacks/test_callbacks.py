@@ -55,7 +55,8 @@ class Run:
         self.strategy: Any = SimpleNamespace(
             topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={},
             has_rounds=True, observers=[], wire_dtype="float32", watch_seconds=0.0, placement=None,
-            watch_movement=lambda: None, copy_errors=lambda: None, copy_age=lambda: None, agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
+            watch_movement=lambda: None, copy_errors=lambda: None, copy_age=lambda: None,
+            agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
             save_seconds=0.0, measures_sync=True, optimizer_steps=0,
         )  # fmt: skip
         self.strategy.context = self.strategy
