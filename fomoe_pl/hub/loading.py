@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fomoe_pl.codec import Codec
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import MANIFEST, WeightFiles
 from fomoe_pl.hub import needs
@@ -20,7 +21,7 @@ from fomoe_pl.hub.families import OWN, Target, config_of, targets
 from fomoe_pl.hub.pieces import target_parts
 from fomoe_pl.hub.source import read_source, site_view
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.residency import Residency, absent_ids
 
 Device = Literal["auto", "cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16"]
@@ -176,7 +177,7 @@ def apply_view(model: Any, residency: Residency) -> None:
     """Let a `FomoeForCausalLM` see only the experts that a site holds, as in that site's training.
 
     Ghosts: a pick of an absent expert is skipped, nothing replaces it, and gates are not renormalised. Partitioned: a
-    token chooses among the residents alone.
+    token chooses among the residents alone. Shadow: absent experts are what copies of the checkpoint's values decode to.
 
     Args:
         model: With all experts; changed in place.
@@ -193,12 +194,23 @@ def apply_view(model: Any, residency: Residency) -> None:
             router.register_buffer("here", here_E, persistent=False)
             router.register_forward_hook(_skip_ghosts)
             continue
+        if residency.routing == "shadow":
+            _copy_absent(layer.mlp.experts, absent_ids(n_experts, ids), residency.shadow.codec)
+            continue
         router.register_buffer("ids", ids_R, persistent=False)
         router.weight = nn.Parameter(router.weight.detach()[ids_R], requires_grad=False)
         if router.e_score_correction_bias is not None:
             router.e_score_correction_bias = router.e_score_correction_bias[ids_R]
         router.top_k = min(router.top_k, len(ids))
         router.register_forward_hook(_name_residents)
+
+
+@torch.no_grad()
+def _copy_absent(experts: nn.Module, absent: tuple[int, ...], codec: Codec) -> None:
+    for weight in experts.parameters():  # (E, ...), each row as a site packs it
+        for expert in absent:
+            row = weight[expert]
+            row.copy_(codec.decode(codec.encode(row.flatten()), row.numel()).view(row.shape))
 
 
 def _skip_ghosts(router: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from fomoe_pl.federation.checkpoint import AVERAGE, WeightFiles, dense_name
 from fomoe_pl.federation.placement import place
 from fomoe_pl.hub.tokenizer import ExportedTokenizer, corpus_tokenizer, imported_tokenizer
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.residency import Residency, Shadow
 
 CONFIG_NAME = "config.yaml"
 
@@ -129,4 +129,5 @@ def site_view(config: ModelConfig, training: dict[str, Any], site: int) -> Resid
         seed=identity.get("placement_seed", 0),
         draw=training["redraws"],
     )
-    return Residency(identity["routing"], placement.residents(site))
+    shadow = Shadow(identity.get("shadow_bits", 4))
+    return Residency(identity["routing"], placement.residents(site), shadow)

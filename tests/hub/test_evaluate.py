@@ -22,7 +22,7 @@ from fomoe_pl.hub.card import evaluations
 from fomoe_pl.hub.evaluate import evaluate, merged
 from fomoe_pl.hub.export import export
 from fomoe_pl.hub.loading import load
-from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.residency import Residency, Shadow
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.strategies.loading import load_global_model
 from tests.distributed import run_distributed
@@ -128,7 +128,7 @@ def test_generate_until(checkpoint: Path, root: str, tmp_path: Path) -> None:
     assert lm.generate_until(requests) == [expected[0][: expected[0].index(stop)], *expected[1:]]
 
 
-@pytest.mark.parametrize("routing", ["ghost", "partitioned"])
+@pytest.mark.parametrize("routing", ["ghost", "partitioned", "shadow"])
 @pytest.mark.parametrize("settings", [{}, {"gate": "softmax", "normalize_gates": True, "balance": "bias"}])
 @pytest.mark.parametrize("kind", ["checkpoint", "export"])
 def test_a_sites_view_is_what_its_training_sees(
@@ -137,20 +137,25 @@ def test_a_sites_view_is_what_its_training_sees(
     from fomoe_pl.federation.placement import place
 
     model = make_model({"n_experts": 6, "top_k": 3, **settings})
-    identity = {"overlap": 1, "routing": routing, "placement": "random", "placement_seed": 3}
+    identity = {"overlap": 1, "routing": routing, "placement": "random", "placement_seed": 3, "shadow_bits": 2}
     path = write_checkpoint(tmp_path / "one.ckpt", model, identity, n_sites=3, redraws=2)
     if kind == "export":
         export(str(path), str(tmp_path / "out"), data=root)
         path = tmp_path / "out"
-    placement = place("random", n_layers=3, n_experts=6, n_sites=3, overlap=1, seed=3, epoch=2)
+    placement = place("random", n_layers=3, n_experts=6, n_sites=3, overlap=1, seed=3, draw=2)
     ids = torch.randint(0, 257, (2, 11))
     for site in range(3):
         residents = placement.residents(site)
-        alone = Transformer(model.config, Residency(routing, residents)).eval()
+        alone = Transformer(model.config, Residency(routing, residents, Shadow(2))).eval()
         state = model.state_dict()
         for name, layer in alone.expert_tensors().items():
             state[name] = state[name][list(residents[layer])]
         alone.load_state_dict(state)
+        with alone.refreshing() as copies:
+            for name, layer in alone.shadow_tensors().items():
+                whole = dict(model.named_parameters())[name.replace(".shadow.", ".experts.")]
+                absent = list(alone.residency.absent(layer, model.config))
+                copies[name].copy_(alone.residency.shadow.codec.encode(whole[absent].flatten(1)))
         seen = load(str(path), site=site, data=root, device="cpu").model
         with torch.no_grad():
             expected = alone.logits(alone(ids)[0])
