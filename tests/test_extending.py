@@ -1,5 +1,6 @@
 """docs/extending.md as a user would try it: its files, in a folder of their own, and its commands."""
 
+import importlib
 import json
 import re
 import shlex
@@ -179,6 +180,21 @@ def test_a_statistic_is_summed_over_the_sites_logged_and_drawn(folder: Path, roo
     assert mean == pytest.approx(sum(layers) / 2)
     chart = events.Tensors("custom_scalars__config__")[0]
     assert b"lost_tokens (share of tokens)" in chart.tensor_proto.string_val[0]
+
+
+def test_a_wire_codec_sends_what_it_says(folder: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fit(folder, root, "signs")  # which compares the sites whenever it saves
+    monkeypatch.syspath_prepend(folder)
+    codec = importlib.import_module("signs").Signs()
+    federation = FederationConfig(overlap=1, local_steps=2, wire_codec=codec, inner_moments="average")
+    config = ModelConfig(**manifest(run)["architecture"])
+    for site in range(SITES):
+        counted = Ledger()
+        counted.load_state_dict(site_state(run, site)["strategy"]["ledger"])
+        expected = predict_bytes(config, federation, n_sites=SITES, site=site, steps=STEPS)
+        for kind in ("dense", "expert", "moments"):
+            assert counted.payload(kind) == expected.payload(kind)
+        assert 0 < counted.payload("dense") < 3 * 2 * 7000 // 8
 
 
 def test_the_planner_asks_an_expert_backend_what_it_keeps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

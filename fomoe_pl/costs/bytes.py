@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from fomoe_pl.codec import Codec
 from fomoe_pl.costs.rounds import ITEMSIZE, Collective, SynchronizedSizes, collectives, copy_bytes, count, held_by
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.federation import averaged
+from fomoe_pl.federation.flight import buckets
+from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.packing import digits
 from fomoe_pl.federation.placement import Placement, gather_layer, migration
 from fomoe_pl.federation.settings import FederationConfig, WireDtype
 from fomoe_pl.federation.shadow import refresh_layer
+from fomoe_pl.federation.transport import bucket_numel, slice_numel
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.transformer import Transformer
 
 
 def predict_bytes(
@@ -60,24 +68,29 @@ def predict_bytes(
     def placed(draw: int) -> Placement:
         return federation.place(architecture.n_layers, architecture.n_experts, n_sites, draw)
 
-    def averaged(placement: Placement) -> list[Collective]:
-        return collectives(
+    def calls_of(placement: Placement) -> list[Collective]:
+        calls = collectives(
             held_by(placement), sizes, n_sites=n_sites, wire_dtype=federation.wire_dtype,
             inner_moments=federation.inner_moments,
         )  # fmt: skip
+        if federation.wire_codec is None:
+            return calls
+        return [call for call in calls if call.kind == "moments"]  # the others are codes
 
     current, rounds, draws, n_layers = placed(0), 0, 0, architecture.n_layers
-    averages = averaged(current)
+    averages = calls_of(current)
     for step in range(steps + 1):
         if step and federation.schedule.is_round_end(step, steps):
             rounds += 1
             count(ledger, averages, site)
+            if federation.wire_codec is not None:
+                _coded(ledger, architecture, federation, federation.wire_codec, current, site)
             moved = federation.moves_after(rounds) and step < steps
             if moved:
                 draws += 1
                 new = placed(draws)
                 _migration(ledger, current, new, site, sizes, n_slots=len(federation.rule.slots))
-                current, averages = new, averaged(new)
+                current, averages = new, calls_of(new)
             if federation.refreshes_after(rounds, moved=moved):
                 given = sum(t.giver == site for layer in range(n_layers) for t in refresh_layer(current, layer))
                 ledger.send("shadow", given * copy_bytes(architecture, federation.shadow))
@@ -139,6 +152,23 @@ def control_bytes(
             numbers += 3 * layers + 2 + -(-cells * probe_tokens // digits(n_sites))
     numbers += n_sites if monitored else 0
     return 8 * numbers
+
+
+def _coded(
+    ledger: Ledger, architecture: ModelConfig, federation: FederationConfig, codec: Codec, placement: Placement,
+    site: int,
+) -> None:  # fmt: skip
+    """Codes of a round, bucket by bucket: to each other site of a bucket its slice, and of one's own slice the mean."""
+    with torch.device("meta"):
+        model = Transformer(architecture, federation.residency(placement.residents(site)), device=torch.device("meta"))
+    layout = ParameterLayout.of(model, model.expert_tensors())
+    limit = bucket_numel(federation.bucket_mib * 2**20, federation.wire_dtype)
+    for kind, sites, pieces in averaged(layout, placement, site, limit):
+        numels = [piece.of(layout.tensors[piece.name]).numel() for piece in pieces]
+        for indices in buckets(numels, limit) if len(sites) > 1 else ():
+            of_slice = codec.nbytes(slice_numel(sum(numels[i] for i in indices), len(sites)))
+            for _ in range(2):
+                ledger.send(kind, (len(sites) - 1) * of_slice)
 
 
 def _migration(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -76,6 +77,11 @@ def dense_name(prefix: str = "") -> str:
 def experts_name(site: int, prefix: str = "") -> str:
     """The file of the experts that a site owns."""
     return f"{prefix}experts-{site:05d}.safetensors"
+
+
+def has_tensors(name: str, prefix: str = "") -> bool:
+    """Whether a file has tensors of this prefix: a slot may be called `dense` or `experts_v` too."""
+    return re.fullmatch(rf"{re.escape(prefix)}(dense|experts-\d+)\.safetensors", name) is not None
 
 
 def site_name(site: int) -> str:
@@ -280,7 +286,7 @@ class WeightFiles:
         self._where: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         for name in self.manifest["files"]:
-            if name.endswith(".safetensors") and name.startswith((f"{prefix}dense", f"{prefix}experts")):
+            if has_tensors(name, prefix):
                 with safe_open(folder / name, framework="pt") as file:
                     self._where |= dict.fromkeys(file.keys(), name)
 

@@ -120,21 +120,7 @@ class Federation:
 
     def _groups(self) -> list[tuple[Kind, tuple[int, ...], list[Piece]]]:
         """(kind, sites, pieces) of every average that this site takes part in, in the global order."""
-        tensors, numel = self.layout.tensors, self.transport.bucket_numel
-        dense = [piece for name in self.layout.dense for piece in cut(name, tensors[name], numel)]
-        groups: list[tuple[Kind, tuple[int, ...], list[Piece]]] = [("dense", self.transport.everyone, dense)]
-        residents = self.placement.residents(self.site)
-        rows = [{expert: row for row, expert in enumerate(layer)} for layer in residents]
-        for sites in self.placement.holder_sets():
-            if self.site in sites:
-                # Tensor by tensor, so that experts that follow each other are one piece of a bucket.
-                pieces = [
-                    Piece(name, (rows[layer][expert], rows[layer][expert] + 1))
-                    for layer, experts in groupby(self.placement.experts_of(sites), key=itemgetter(0))
-                    for name, (_, expert) in product(self.layout.sparse(layer), experts)
-                ]
-                groups.append(("expert", sites, pieces))
-        return groups
+        return averaged(self.layout, self.placement, self.site, self.transport.bucket_numel)
 
     def _changes(self, left_out: frozenset[int], measured: bool) -> list[Bucket]:
         """A bucket after another of pseudo-gradients; its mean takes the outer step."""
@@ -398,6 +384,32 @@ class Federation:
         for name, anchor in self.anchors.items():
             anchor.copy_(weights[name])
         self.layout.fill(self.anchors)
+
+
+def averaged(
+    layout: ParameterLayout, placement: Placement, site: int, bucket_numel: int
+) -> list[tuple[Kind, tuple[int, ...], list[Piece]]]:
+    """(kind, sites, pieces) of every average that a site takes part in, in the global order.
+
+    Args:
+        layout: the site's tensors.
+        placement: who holds what.
+        site: 0..M-1.
+        bucket_numel: most elements of a bucket, into which large dense tensors are cut.
+    """
+    dense = [piece for name in layout.dense for piece in cut(name, layout.tensors[name], bucket_numel)]
+    groups: list[tuple[Kind, tuple[int, ...], list[Piece]]] = [("dense", tuple(range(placement.n_sites)), dense)]
+    rows = [{expert: row for row, expert in enumerate(layer)} for layer in placement.residents(site)]
+    for sites in placement.holder_sets():
+        if site in sites:
+            # Tensor by tensor, so that experts that follow each other are one piece of a bucket.
+            pieces = [
+                Piece(name, (rows[layer][expert], rows[layer][expert] + 1))
+                for layer, experts in groupby(placement.experts_of(sites), key=itemgetter(0))
+                for name, (_, expert) in product(layout.sparse(layer), experts)
+            ]
+            groups.append(("expert", sites, pieces))
+    return groups
 
 
 def _changes(local: list[Tensor], anchors: list[Tensor]) -> list[Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
+from fomoe_pl.codec import Codec
 from fomoe_pl.errors import ConfigError, check_choice, check_range, check_seed
 from fomoe_pl.federation.outer import Average, OuterRule
 from fomoe_pl.federation.placement import (
@@ -44,6 +45,8 @@ class FederationConfig:
             `Average`.
         inner_moments: what a round does to the inner optimizer's moments: keep, reset or average them.
         wire_dtype: dtype of averaged values on the wire; anchors and outer state are always float32.
+        wire_codec: a `fomoe_pl.codec.Codec` of the sites' changes on the wire, such as `fomoe_pl.codec.Groups`; None
+            is a cast to `wire_dtype`, which moments always are.
         bucket_mib: size of a communication buffer, MiB; one travels while another is read or written.
         outer_state: where anchors and the outer rule's state live between rounds: on the `device`, or on the `host`,
             which saves a GPU 4 to 8 bytes a parameter, and takes twice as many over its bus in a round.
@@ -70,6 +73,7 @@ class FederationConfig:
     outer: OuterRule | None = None
     inner_moments: InnerMoments = "keep"
     wire_dtype: WireDtype = "float32"
+    wire_codec: Codec | None = None
     bucket_mib: int = 64
     outer_state: OuterPlace = "device"
     check_agreement: bool = False

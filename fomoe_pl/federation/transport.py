@@ -9,10 +9,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fomoe_pl.codec import Codec
+from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.loss import PATIENCE, sites_watched, wait_watching
 from fomoe_pl.federation.settings import WireDtype
 from fomoe_pl.federation.topology import Topology
+
+
+def bucket_numel(bucket_bytes: int, dtype: WireDtype) -> int:
+    """Most elements of a bucket."""
+    wire: torch.dtype = getattr(torch, dtype)
+    return bucket_bytes // wire.itemsize
+
+
+def slice_numel(numel: int, n_sites: int) -> int:
+    """Elements of a slice of coded values, of which each site of a holder set averages one; the last is padded."""
+    return -(-numel // n_sites)
 
 
 class Pending:
@@ -46,6 +59,7 @@ class Transport:
         dtype: dtype of averaged values on the wire; sums are decoded to float32.
         bucket_bytes: upper bound of one buffer (a single larger piece gets a buffer of its own).
         timeout: after which a collective raises.
+        codec: of what is averaged in the kinds dense and expert; None is a cast to `dtype`.
         home: where the values live that are averaged; None is the wire's device. Host buffers for values of a GPU are
             page-locked.
     """
@@ -61,14 +75,16 @@ class Transport:
         bucket_bytes: int = 64 * 2**20,
         timeout: timedelta | None = None,
         home: torch.device | None = None,
+        codec: Codec | None = None,
     ) -> None:
         self.topology = topology
         self.home = device if home is None else home
         self.pinned = self.home.type == "cuda" and device.type == "cpu"
         self.ledger = ledger
         self.device = device
+        self.codec = codec
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.bucket_numel = bucket_bytes // self.dtype.itemsize
+        self.bucket_numel = bucket_numel(bucket_bytes, dtype)
         self.patience = PATIENCE if timeout is None else min(PATIENCE, timeout.total_seconds())
         self.everyone = everyone = tuple(range(topology.n_sites))
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
@@ -102,6 +118,8 @@ class Transport:
         if len(sites) == 1:  # nothing crosses, so nothing is rounded to the wire's dtype either
             alone = torch.cat([value.reshape(-1) for value in read()])
             return Pending(lambda: alone)
+        if self.codec is not None and kind != "moments":
+            return self._average_coded(self.codec, kind, sites, numel, read, left_out)
         buffer = self._filled(numel, None if self.topology.site in left_out else read)
         wait = self._start_all_reduce(kind, buffer, sites)
 
@@ -113,6 +131,57 @@ class Transport:
             return total
 
         return Pending(mean)
+
+    def _average_coded(
+        self, codec: Codec, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
+        left_out: frozenset[int],
+    ) -> Pending:  # fmt: skip
+        """As `average`, of codes, which cannot be added: each site averages an equal slice, and gives it to all."""
+        n, n_taken = len(sites), len([site for site in sites if site not in left_out])
+        n_slice = slice_numel(numel, n)
+        values = torch.zeros(n * n_slice, dtype=torch.float32, device=self.home)
+        if self.topology.site not in left_out:
+            flat = [value.reshape(-1) for value in read()]
+            torch._foreach_copy_(values[:numel].split([len(value) for value in flat]), flat)
+        outgoing = self._coded(codec, values.view(n, n_slice))
+        incoming = torch.empty_like(outgoing)
+        group, sent = self._groups[sites], (n - 1) * outgoing.shape[1]
+        self.ledger.send(kind, sent)
+        with sites_watched(self.topology, self.patience):
+            shared = dist.all_to_all_single(incoming, outgoing, group=group, async_op=True)
+
+        def mean() -> Tensor:
+            with sites_watched(self.topology, self.patience):
+                wait_watching(shared, self.topology)
+            total = torch.zeros(n_slice, dtype=torch.float32, device=self.home)
+            for site, decoded in zip(sites, codec.decode(incoming.to(self.home), n_slice), strict=True):
+                if site not in left_out:  # codes of zeros need not be zeros
+                    total += decoded
+            total /= torch.full((), n_taken, dtype=torch.float32, device=self.home)  # a tensor, as above
+            self.ledger.send(kind, sent)
+            with sites_watched(self.topology, self.patience):
+                agreed = self._coded(codec, total[None])[0]
+                work = dist.all_gather(list(incoming.unbind()), agreed, group=group, async_op=True)
+                wait_watching(work, self.topology)
+            # All decode the same codes, the slice's owner too: the same bits everywhere.
+            return codec.decode(incoming.to(self.home), n_slice).reshape(-1)[:numel]
+
+        return Pending(mean)
+
+    def _coded(self, codec: Codec, rows: Tensor) -> Tensor:
+        """Rows as bytes on the wire's device.
+
+        Raises:
+            ConfigError: if the codec makes other bytes than it says.
+        """
+        coded = codec.encode(rows)
+        size = len(rows), codec.nbytes(rows.shape[1])
+        if coded.dtype != torch.uint8 or coded.shape != size:
+            rule = (
+                f"encode must give uint8 {size} of float32 {tuple(rows.shape)}, not {coded.dtype} {tuple(coded.shape)}"
+            )
+            raise ConfigError("wire_codec", type(codec).__name__, rule, "see fomoe_pl.codec.Codec")
+        return coded.to(self.device).contiguous()
 
     def _filled(self, numel: int, read: Callable[[], Sequence[Tensor]] | None) -> Tensor:
         buffer = torch.empty(numel, dtype=self.dtype, device=self.device, pin_memory=self.pinned)

@@ -177,7 +177,7 @@ def apply_view(model: Any, residency: Residency) -> None:
     """Let a `FomoeForCausalLM` see only the experts that a site holds, as in that site's training.
 
     Ghosts: a pick of an absent expert is skipped, nothing replaces it, and gates are not renormalised. Partitioned: a
-    token chooses among the residents alone. Shadow: absent experts are what copies of the checkpoint's values decode to.
+    token chooses among the residents alone. Shadow: absent experts are what copies of them decode to.
 
     Args:
         model: With all experts; changed in place.

@@ -172,6 +172,7 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
             bucket_bytes=settings.bucket_mib * 2**20,
             timeout=self._timeout,
             home=self.root_device,
+            codec=settings.wire_codec,
         )
         self.federation = Federation(
             self.layout(), self.placed(config), transport, outer=settings.rule, inner_moments=settings.inner_moments,

@@ -48,7 +48,7 @@ class Passes:
         self.copies = expert_copies(trainer, module, model) if bf16_gradients else None
         self.recorded: RecordedPass | None = None
         if graphs and model.output_weight.is_cuda:
-            self.recorded = recorded_pass(trainer, module, model, self._run)
+            self.recorded = recorded_pass(trainer, module, model, statistics)
 
     def __call__(self, inputs_BS: Tensor, targets_BS: Tensor) -> TrainingPass:
         """Run forward on a micro-batch of int64 token ids."""
@@ -91,7 +91,7 @@ class ReportedPass(RecordedPass):
 
 
 def recorded_pass(
-    trainer: Trainer, module: LightningModule, model: Transformer, run: Callable[[Tensor, Tensor], TrainingPass]
+    trainer: Trainer, module: LightningModule, model: Transformer, statistics: Sequence[Statistic] = ()
 ) -> RecordedPass | None:
     """Return what records a run's passes; None where it cannot be, which a line says.
 
@@ -99,11 +99,11 @@ def recorded_pass(
         trainer: Of the run, about to start.
         module: What it trains.
         model: The transformer in it, on its device.
-        run: The pass.
+        statistics: What passes sum over their tokens beside.
     """
     reason = _why_not(trainer, module, model)
     if reason is None:
-        return ReportedPass(run, model)
+        return ReportedPass(partial(training_pass, model, statistics=statistics), model)
     rank_zero_info(f"model.cuda_graphs: this run's steps are not recorded: {reason}")
     return None
 

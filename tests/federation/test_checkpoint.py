@@ -144,3 +144,16 @@ def test_the_manifest_is_read_once_however_many_files_there_are(
     weights = checkpoint.read_weights(folder, ["x", "y"], {"x": 0}, ((2, 0, 1),), n_experts=3)
     assert {name: tensor.tolist() for name, tensor in weights.items()} == {"x": [3, 1, 2], "y": 0}
     assert reads == [folder]
+
+
+@pytest.mark.parametrize("slot", ["momentum", "dense", "experts", "dense_v", "experts_m"])
+def test_files_of_a_slot_are_not_taken_for_weights(slot: str) -> None:
+    names = {
+        prefix: [checkpoint.dense_name(prefix), checkpoint.experts_name(3, prefix)]
+        for prefix in ("", checkpoint.of_slot(slot))
+    }
+    for prefix, of_prefix in names.items():
+        assert all(checkpoint.has_tensors(name, prefix) for name in of_prefix)
+        assert not any(
+            checkpoint.has_tensors(name, prefix) for other in names if other != prefix for name in names[other]
+        )

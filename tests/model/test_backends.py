@@ -11,8 +11,11 @@ from torch import Tensor
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model import experts as experts_module
 from fomoe_pl.model.backends import grouped, kernels, loop
+from fomoe_pl.model.backends.loop import Loop
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.experts import Experts
+from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.transformer import Transformer
 
 D, W = 16, 8
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -206,3 +209,28 @@ def test_experts_follow_autocast(make_config: Callable[..., ModelConfig]) -> Non
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert experts.w_in.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("fast", "is not one of the choices"),
+        ("nowhere.Backend", "cannot be imported: No module named 'nowhere'"),
+        ("fomoe_pl.model.moe.Nothing", "cannot be imported"),
+        ("fomoe_pl.model.moe.MoELayer", "is no subclass of fomoe_pl.model.backends.Backend"),
+        (".Backend", "cannot be imported"),
+    ],
+)
+def test_what_is_no_backend_is_refused(make_config: Callable[..., ModelConfig], name: str, rule: str) -> None:
+    with pytest.raises(ConfigError, match=rf"expert_backend = '{name}': {rule}"):
+        make_config(expert_backend=name)
+
+
+class NoCopies(Loop):
+    computes_copies = False
+
+
+def test_shadow_routing_needs_a_backend_that_computes_copies(make_config: Callable[..., ModelConfig]) -> None:
+    config = make_config(n_experts=2, n_layers=1, expert_backend=f"{__name__}.NoCopies")
+    with pytest.raises(ConfigError, match="computes no copies of absent experts"):
+        Transformer(config, Residency("shadow", ((0,),)))
