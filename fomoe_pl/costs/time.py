@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from fomoe_pl.costs.activations import Precision, Types, expert_activation_bytes, layer_activation_bytes
 from fomoe_pl.costs.flops import token_flops
 from fomoe_pl.costs.memory import Load
+from fomoe_pl.costs.rounds import copy_bytes
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.costs.rounds import copy_bytes
 from fomoe_pl.model.residency import Routing, Shadow
 from fomoe_pl.model.sizes import expert_parameters, resident_counts, scored_experts
 

@@ -55,7 +55,8 @@ class Run:
         self.strategy: Any = SimpleNamespace(
             topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={},
             has_rounds=True, observers=[], wire_dtype="float32", watch_seconds=0.0, placement=None,
-            watch_movement=lambda: None, copy_errors=lambda: None, copy_age=lambda: None, agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
+            watch_movement=lambda: None, copy_errors=lambda: None, copy_age=lambda: None,
+            agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
             save_seconds=0.0, measures_sync=True, optimizer_steps=0,
         )  # fmt: skip
         self.strategy.context = self.strategy
@@ -320,7 +321,9 @@ def test_copies_count_with_the_parameters_and_halve_gradients(run: Run, has_valu
 def test_packed_copies_of_absent_experts_are_counted_apart(run: Run) -> None:
     assert "copies" not in throughput_module.held_bytes(run.trainer, run.module)
     shadow = SimpleNamespace(w_in=torch.empty(2, 34, dtype=torch.uint8), w_out=torch.empty(2, 17, dtype=torch.uint8))
-    run.module.transformer.layers = [SimpleNamespace(moe=SimpleNamespace(experts=SimpleNamespace(copies=None), shadow=shadow))]
+    run.module.transformer.layers = [
+        SimpleNamespace(moe=SimpleNamespace(experts=SimpleNamespace(copies=None), shadow=shadow))
+    ]
     held = throughput_module.held_bytes(run.trainer, run.module)
     assert (held["copies"], held["parameters"]) == (2 * (34 + 17), 8 * 4)
 

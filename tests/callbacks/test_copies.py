@@ -1,6 +1,5 @@
 """What is watched of copies of absent experts, on two real sites: share of picks, error, age, a site's own view."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
