@@ -1,32 +1,46 @@
-"""The command line: `fomoe prepare`, `fit`, `validate`, `plan` and `compare`, with settings from YAML files."""
+"""The command line: `fomoe fit` and `fomoe validate` with settings from YAML files, and the other commands by name."""
 
 from __future__ import annotations
 
 import logging
 import os
+import pkgutil
 import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fomoe_pl.callbacks.curves import CurvesOnFullDisk
+from fomoe_pl.callbacks.curves import CurvesOnFullDisk, ResumedRows
 from fomoe_pl.costs import plan_command
 from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
-from fomoe_pl.errors import KEY_PATHS, ConfigError, OneMessage, SiteLostError, config_message, fail, speaks
+from fomoe_pl.errors import (
+    KEY_PATHS,
+    ConfigError,
+    OneMessage,
+    SiteLostError,
+    check_seed,
+    config_message,
+    fail,
+    speaks,
+)
 from fomoe_pl.federation.settings import FederationConfig
-from fomoe_pl.files import ForgivingStream
+from fomoe_pl.files import ForgivingStream, check_local
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SiteStrategy
 from fomoe_pl.strategies.checkpoints import resolve
@@ -38,11 +52,13 @@ KEY_PATHS |= dict.fromkeys(
     {*signature(FederationConfig).parameters, *signature(FederatedStrategy).parameters}, "trainer.strategy.init_args."
 )
 HUB_COMMANDS = ("export", "import", "generate", "evaluate")
+SERVERS = ("url", "uri", "host", "endpoint", "address", "init_method", "artifact_location")
+"""Ends of the settings that may be URLs."""
 
 QUIET = (
     ".*recommended to use `self.log.*sync_dist=True.*",  # validation sums are reduced by the strategy, counted
     ".*does not have many workers.*",  # reading is far from being the bottleneck at the shipped sizes
-    ".*exists and is not empty.*",  # a run folder holds curves and checkpoints side by side
+    ".*Checkpoint directory .* exists and is not empty.*",  # a run folder holds curves and checkpoints side by side
     ".*dirpath has changed from.*",  # validating reads a checkpoint wherever it lies
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own affair with torch
 )
@@ -79,7 +95,9 @@ class FoMoECLI(LightningCLI):
             auto_configure_optimizers=False,  # the module has its own, under `model.optimizer`
             parser_kwargs={
                 "description": "Federated mixture-of-experts pre-training. `fomoe prepare --help`: data for it; "
-                "`fomoe plan --help`: what it will cost; `fomoe compare --help`: runs side by side."
+                "`fomoe plan --help`: what it will cost; "
+                "`fomoe compare --help`: runs side by side; `fomoe export`, `import`, `generate`, `evaluate` "
+                "with --help: what a finished model is for."
             },
         )
 
@@ -97,6 +115,14 @@ class FoMoECLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint is a folder, whose settings are compared with the configured ones, not taken over."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check what is used before classes are instantiated."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if not isinstance(config.seed_everything, bool):
+            check_seed("seed_everything", config.seed_everything)
+        _check_paths("", config)
 
     def before_instantiate_classes(self) -> None:
         """Validation is of the whole model on one device; a strategy's name is one of this project's."""
@@ -116,6 +142,7 @@ class FoMoECLI(LightningCLI):
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError("trainer.accelerator", accelerator, f"torch {torch.__version__} finds no CUDA device",
                               "use cpu, or install a CUDA build of torch where there is a GPU")  # fmt: skip
+        _drop_disabled(config.trainer)
         self._planned_nodes = config.trainer.num_nodes
         if isinstance(config.trainer.strategy, str):
             config.trainer.strategy = self._own_strategy(config.trainer)
@@ -137,7 +164,7 @@ class FoMoECLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything that can be seen from here."""
         self._check()
-        cast(Any, self.trainer).callbacks.insert(0, CurvesOnFullDisk())
+        cast(Any, self.trainer).callbacks[:0] = [CurvesOnFullDisk(), ResumedRows(self.trainer.loggers)]
 
     def before_validate(self) -> None:
         """Check everything that can be seen from here."""
@@ -150,7 +177,7 @@ class FoMoECLI(LightningCLI):
             raise _unknown_strategy(f"{type(strategy).__module__}.{type(strategy).__qualname__}")
         path = self.config[self.subcommand].ckpt_path
         if path is not None and self.subcommand == "fit":
-            path = resolve(_checkpoint_folder(trainer), path)
+            path = _newest(trainer) if path == "auto" else path
             self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
         if isinstance(strategy, FederatedStrategy) and strategy.settings.min_sites is not None:
             self._keep_pace(strategy, trainer.num_nodes * trainer.num_devices, path)
@@ -174,16 +201,67 @@ class FoMoECLI(LightningCLI):
             trainer.fit_loop.epoch_loop.max_steps = last
 
 
-def _checkpoint_folder(trainer: Trainer) -> Path:
-    """Where the run's ModelCheckpoint writes, which Lightning finds out only when it trains."""
-    given = getattr(trainer.checkpoint_callback, "dirpath", None)
-    if given is not None:
-        return Path(given)
+def _check_paths(key: str, value: Any) -> None:
+    """Refuse URLs among all settings, but for those that are addresses of servers."""
+    if isinstance(value, (Namespace, Mapping)):
+        items: Iterable[tuple[str, Any]] = vars(value).items() if isinstance(value, Namespace) else value.items()
+        for name, inner in items:
+            _check_paths(f"{key}.{name}" if key else str(name), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_paths(key, inner)
+    elif not key.endswith(SERVERS):
+        check_local(key, os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+def _drop_disabled(trainer: Any) -> None:
+    """Leave out the callbacks of what is switched off: Lightning refuses them, and files list them."""
+    debugs = bool(trainer.fast_dev_run)
+    off: dict[type[Callback], bool] = {
+        ProgressBar: trainer.enable_progress_bar is False,
+        ModelSummary: trainer.enable_model_summary is False,
+        Checkpoint: trainer.enable_checkpointing is False and not debugs,
+    }
+    dropped = tuple(kind for kind, is_off in off.items() if is_off)
+    if dropped and isinstance(trainer.callbacks, list):
+        trainer.callbacks = [
+            c for c in trainer.callbacks if not issubclass(pkgutil.resolve_name(c.class_path), dropped)
+        ]
+
+
+def _checkpoint_folders(trainer: Trainer) -> tuple[list[Path], Path | None]:
+    """Where the run's checkpoints are, which Lightning finds out only when it trains; and other runs of its name.
+
+    Raises:
+        ConfigError: where every start has a folder of its own, in which a restarted run finds nothing.
+    """
+    given = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    folders = [Path(path) for path in given if path is not None]
+    if not given:  # only what is saved where a run ends
+        folders.append(Path(trainer.default_root_dir, "checkpoints"))
+    if len(folders) >= max(1, len(given)):
+        return folders, None
     logger = trainer.logger
     if logger is None:
-        return Path(trainer.default_root_dir, "checkpoints")
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version, "checkpoints")
+        return [*folders, Path(trainer.default_root_dir, "checkpoints")], None
+    # Not `version` itself: where it is not given it is made up there, and some loggers ask a server for it.
+    version = getattr(logger, "_version", None) if isinstance(logger, (TensorBoardLogger, CSVLogger)) else None
+    if isinstance(logger, WandbLogger):
+        version = logger.version  # the id, if it was given
+    if version is None:
+        raise ConfigError("ckpt_path", "auto",
+                          f"{type(logger).__name__} gives every start a folder of its own: a restarted run would "
+                          "find no checkpoints", "give ModelCheckpoint a dirpath, or the logger a version that stays: "
+                          "trainer.logger.init_args.version (of W&B an id)")  # fmt: skip
+    name = Path(logger.save_dir or trainer.default_root_dir, str(logger.name))
+    version = version if isinstance(version, str) else f"version_{version}"
+    return [*folders, name / version / "checkpoints"], name
+
+
+def _newest(trainer: Trainer) -> str | None:
+    """What `--ckpt_path auto` is for this run."""
+    folders, others = _checkpoint_folders(trainer)
+    return resolve(folders, "auto", others)
 
 
 def _unknown_strategy(given: str) -> ConfigError:
@@ -215,6 +293,8 @@ def main(args: list[str] | None = None) -> None:
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)  # for a user's own classes, as with `python -m`; every process begins here
     try:
         if words[:1] == ["plan"]:  # needs no trainer
             plan_command.main(words[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -66,6 +67,58 @@ def check_names(given: Iterable[str], valid: Sequence[str]) -> None:
             near = get_close_matches(name, valid, 1)
             raise ConfigError(name, "given", "there is no such setting",
                               f"did you mean {near[0]}?" if near else f"there are {', '.join(valid)}")  # fmt: skip
+
+
+MOST_SEED = 2**32 - 1
+"""The largest seed that torch, NumPy and Lightning all take."""
+
+
+def check_range(
+    key: str,
+    value: float | None,
+    hint: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Refuse a number that is not finite or out of its range; None, a setting that was left out, is fine.
+
+    Args:
+        key: As of `ConfigError`.
+        value: What was given.
+        hint: As of `ConfigError`.
+        least: The smallest value, if there is one.
+        above: What the value must be larger than.
+        below: What the value must be smaller than.
+        most: The largest value.
+
+    Raises:
+        ConfigError: stating the range.
+    """
+    bounds = {"at least": least, "above": above, "below": below, "at most": most}
+    given = {words: bound for words, bound in bounds.items() if bound is not None}
+    holds = value is None or (
+        math.isfinite(value)
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (below is None or value < below)
+        and (most is None or value <= most)
+    )
+    if not holds:
+        rule = " and ".join(f"{words} {bound:g}" if isinstance(bound, float) else f"{words} {bound}"
+                            for words, bound in given.items())  # fmt: skip
+        raise ConfigError(key, value, f"must be a finite number, {rule}", hint)
+
+
+def check_seed(key: str, value: int | None) -> None:
+    """Refuse a seed that not every generator takes.
+
+    Raises:
+        ConfigError: stating the range.
+    """
+    check_range(key, value, "42 is as good as any", least=0, most=MOST_SEED)
 
 
 class SiteLostError(RuntimeError):

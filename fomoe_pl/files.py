@@ -1,6 +1,7 @@
 """Writing files of which a reader never meets half, and to streams that may be on a full disk."""
 
 import errno
+import re
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -46,12 +47,24 @@ class ForgivingStream:
         return getattr(self._stream, name)
 
 
+def check_local(key: str, path: object) -> None:
+    """Refuse a URL where a folder or file of this machine is meant: it would become a local folder of that name.
+
+    Raises:
+        ConfigError: for what begins as `s3://` does.
+    """
+    if isinstance(path, (str, Path)) and re.match(r"\s*[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):
+        raise ConfigError(key, str(path), "is a URL, and only local paths are served",
+                          "name a folder of a mounted file system, and copy it from there")  # fmt: skip
+
+
 def prepare(key: str, path: Path) -> None:
     """Make a file's folder, before the work is done that goes into it.
 
     Raises:
-        ConfigError: if it cannot be made, or the path is a folder itself.
+        ConfigError: if it cannot be made, or the path is a URL or a folder itself.
     """
+    check_local(key, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from fomoe_pl.errors import ConfigError
-from fomoe_pl.metrics import RoutingHealth, ValidationMetrics
+from fomoe_pl.errors import check_range, check_seed
+from fomoe_pl.metrics import RoutingHealth, Statistic, ValidationMetrics
 from fomoe_pl.metrics.language import IGNORED
 from fomoe_pl.metrics.validation import OWN_VIEW_GAP
 from fomoe_pl.model.config import ModelConfig
@@ -63,14 +64,9 @@ class FoMoEModule(L.LightningModule):
         bf16_gradients: bool = True,
     ) -> None:
         super().__init__()
-        if max_skipped_steps < 0:
-            raise ConfigError(
-                "model.max_skipped_steps", max_skipped_steps, "must not be negative", "100 is the default"
-            )
-        if evaluation_window < 1:
-            raise ConfigError(
-                "model.evaluation_window", evaluation_window, "must be at least 1 batch", "64 is the default"
-            )
+        check_range("model.max_skipped_steps", max_skipped_steps, "100 is the default", least=0)
+        check_range("model.evaluation_window", evaluation_window, "64 batches are the default", least=1)
+        check_seed("model.seed", seed)
         self.config = architecture
         self.optimizer_config = optimizer
         self.seed = seed_or_default(seed)
@@ -81,6 +77,7 @@ class FoMoEModule(L.LightningModule):
         )
         self.model: Transformer | None = None
         self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
+        self.statistics: tuple[Statistic, ...] = ()  # that a callback wants beside
         self.routing_watched = False  # whether a callback reads it; set before training starts
         self.tokens_seen = 0
         self.tokens_of_all_sites = 0
@@ -167,8 +164,9 @@ class FoMoEModule(L.LightningModule):
         if self._passes is not None:  # of a run that was interrupted
             self._passes.close()
         self._passes = Passes(
-            self.trainer, self, self.transformer, graphs=self.cuda_graphs, bf16_gradients=self.bf16_gradients
-        )
+            self.trainer, self, self.transformer, graphs=self.cuda_graphs, bf16_gradients=self.bf16_gradients,
+            statistics=self.statistics,
+        )  # fmt: skip
         for configured in self.trainer.lr_scheduler_configs:
             schedule = cast(LambdaLR, configured.scheduler)
             for group, base, factor in zip(
@@ -223,11 +221,21 @@ class FoMoEModule(L.LightningModule):
             residency = self.transformer.residency
             resident_LE = resident_mask(residency, self.config.n_experts, done.load_LE.device)
             scored_LE = resident_LE if residency.routing == "partitioned" else None
-            self.routing_health.update(done.load_LE, done.gate_entropy_L, done.picks, scored_LE, resident_LE)
+            self.routing_health.update(
+                done.load_LE, done.gate_entropy_L, done.picks, scored_LE, resident_LE, done.sums_NL, tokens
+            )
         if self.config.balance == "bias":
             self._loads_LE = done.load_LE if self._loads_LE is None else self._loads_LE + done.load_LE
         if self.site.sees_loads:
             self._picks_LE = self.loads() + done.load_LE
+
+    def watch_statistics(self, statistics: Sequence[Statistic]) -> None:
+        """Have training passes sum these in `routing_health` too; called before training starts."""
+        names = tuple(statistic.name for statistic in statistics)
+        if names != self.routing_health.names:
+            health = RoutingHealth(self.config.n_layers, self.config.n_experts, names)
+            self.routing_health = health.to(self.routing_health.load_LE.device)
+        self.statistics = tuple(statistics)
 
     def loads(self) -> Tensor:
         """Picks of each expert on this site since experts were last placed, float32 (L, E)."""
@@ -338,12 +346,16 @@ class FoMoEModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fresh sums; a recorded step's memory is for the validation now."""
-        if self._passes is not None:
-            self._passes.release()
+        self.make_room()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._validation = ValidationMetrics(data.domains, self.config.n_layers, self.config.n_experts, self.device)
         # Started anew, so that every validation draws the same.
         self._random = torch.Generator(self.device).manual_seed(self.seed)
+
+    def make_room(self) -> None:
+        """Free a recorded step's memory, for whoever evaluates the model between two steps."""
+        if self._passes is not None:
+            self._passes.release()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect batches; a full window goes through the model layer by layer."""
@@ -403,9 +415,11 @@ class FoMoEModule(L.LightningModule):
         values = {f"val/{name}": float(value) for name, value in computed.items()}
         self.domain_load_LNE = metric.loads.load_LNE.cpu()
         if self.trainer.sanity_checking:  # Lightning logs nothing then, but it is where the curve starts
-            self.validation_before_training = values
-            for logger in self.loggers:
-                logger.log_metrics(values, step=0)
+            # Of a part of the text it is no point of that curve.
+            if self.trainer.num_sanity_val_batches == self.trainer.num_val_batches:
+                self.validation_before_training = values
+                for logger in self.loggers:
+                    logger.log_metrics(values, step=0)
         else:
             self.log_dict(values)
         self._validation, self.with_other_views = None, False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import check_range
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.model.parametrization import parameter_groups
 from fomoe_pl.model.transformer import Transformer
@@ -22,10 +22,10 @@ class OptimizerConfig:
 
     Attributes:
         kind: `adamw`, or `sgd` without momentum (for comparisons with data parallelism).
-        lr: Peak learning rate at CompleteP's base width.
-        betas: Decay rates of AdamW's moments.
-        eps: AdamW's epsilon.
-        weight_decay: Decoupled weight decay; the paper uses none.
+        lr: Peak learning rate at CompleteP's base width; above 0.
+        betas: Decay rates of AdamW's moments, in [0, 1).
+        eps: AdamW's epsilon; above 0.
+        weight_decay: Decoupled weight decay, 0 or more; the paper uses none.
         warmup_steps: Steps of linear warm-up.
         cooldown_steps: Steps of linear decay to 0 at the end of the run; the paper uses none.
         received_warmup_steps: Warm-up of an expert's learning rate after a site received it (random placement).
@@ -44,17 +44,16 @@ class OptimizerConfig:
         """Refuse values that cannot train.
 
         Raises:
-            ConfigError: for a learning rate <= 0 or a negative number of steps.
+            ConfigError: for a number out of its range.
         """
-        if self.lr <= 0:
-            raise ConfigError("model.optimizer.lr", self.lr, "must be positive", "0.01 is the paper's value")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError("model.optimizer.betas", self.betas, "must be in [0, 1)", "[0.9, 0.95] is the paper's")
+        key = "model.optimizer."
+        check_range(f"{key}lr", self.lr, "0.01 is the paper's value", above=0)
+        for beta in self.betas:
+            check_range(f"{key}betas", beta, "the paper has [0.9, 0.95]", least=0, below=1)
+        check_range(f"{key}eps", self.eps, "1e-8 is the default; 0 would divide by moments that are 0", above=0)
+        check_range(f"{key}weight_decay", self.weight_decay, "0 is none", least=0)
         for name in ("warmup_steps", "cooldown_steps", "received_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(
-                    f"model.optimizer.{name}", getattr(self, name), "must not be negative", "Give 0 or more"
-                )
+            check_range(key + name, getattr(self, name), "0 is none", least=0)
 
 
 def learning_rate_factor(step: float, *, warmup: int, cooldown: int, last: int | None) -> float:

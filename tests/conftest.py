@@ -1,7 +1,12 @@
+import ctypes
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +18,28 @@ from fomoe_pl.data import Manifest
 from fomoe_pl.data.prepare import prepare
 from tests.distributed import run_distributed
 from tests.watched import SITES, fit_all
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+_started_plainly = subprocess.Popen.__init__
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _start_bound(self: subprocess.Popen, *args: Any, preexec_fn: Any = None, **kwargs: Any) -> None:
+    """Start a process that ends when the one that starts it does, whatever ends that: a time limit, or a signal."""
+
+    def prepare_child() -> None:
+        _end_with_parent()
+        if preexec_fn is not None:
+            preexec_fn()
+
+    _started_plainly(self, *args, preexec_fn=prepare_child, **kwargs)
+
+
+if sys.platform == "linux":  # children of a run end with it themselves: they listen to its first process
+    subprocess.Popen.__init__ = _start_bound  # type: ignore[method-assign]
 
 _WORDS = {
     "farm": ["cow", "barn", "hay", "plough", "field", "harvest", "the", "a", "of", "and", "sows", "früh", "tractor"],

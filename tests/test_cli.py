@@ -69,7 +69,7 @@ def environment() -> dict[str, str]:
 def run(command: list[str], folder: Path, launcher: tuple[str, ...] = ()) -> str:
     """Run `fomoe COMMAND` in a folder; returns what it printed."""
     start = [sys.executable, *launcher, "-m", "fomoe_pl", *command]
-    done = subprocess.run(start, cwd=folder, env=environment(), capture_output=True, text=True, timeout=110)
+    done = subprocess.run(start, cwd=folder, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -131,7 +131,7 @@ def test_a_signal_stops_all_sites_at_the_end_of_a_round(root: str, tmp_path: Pat
             if (tmp_path / CHECKPOINT / "manifest.json").is_file():  # it trains
                 break
         process.terminate()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=500)
     assert process.returncode == 128 + 15, errors
     assert errors.count("fomoe: stopped by a signal; go on with") == 1
     assert "Traceback" not in errors

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from fomoe_pl.callbacks import RoutingStability, RunPictures
-from fomoe_pl.cli import FoMoECLI, main
+from fomoe_pl.cli import HUB_COMMANDS, FoMoECLI, main
 from fomoe_pl.costs import plan_command
 from fomoe_pl.costs.request import PlanRequest
 from fomoe_pl.costs.sites import Site
@@ -24,6 +24,11 @@ from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.data.prepare import prepare
 from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.federation.settings import FederationConfig
+from fomoe_pl.hub.callback import TaskEvaluation
+from fomoe_pl.hub.evaluate import evaluate
+from fomoe_pl.hub.export import export
+from fomoe_pl.hub.generate import generate
+from fomoe_pl.hub.importing import import_model
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.optimizer import OptimizerConfig
@@ -69,7 +74,7 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
         own_parsers[rest[0]]().parse_args(rest[1:])
         return
     patch.setattr(sys, "argv", rest if program == "python" else words)
-    if program != "python" and rest[0] != "compare":
+    if program != "python" and rest[0] not in ("compare", *HUB_COMMANDS):
         ParsedOnly()
         return
     for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
@@ -163,6 +168,11 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
         ("configuration", "dirichlet_alpha", FoMoEData),
         ("configuration", "probe_tokens", RoutingStability),
         ("configuration", "draw_every", RunPictures),
+        ("after-training", "format", export),
+        ("after-training", "n_experts", import_model),
+        ("after-training", "top_p", generate),
+        ("after-training", "num_fewshot", evaluate),
+        ("after-training", "window", TaskEvaluation),
         ("data", "val_fraction", prepare),
         ("system-model", "models", PlanRequest),
         ("system-model", "devices", Site),

@@ -10,7 +10,6 @@ import yaml
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "data").rglob("*.md"))]
-MAX_LINES = 350
 
 
 def leaf_keys(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
@@ -56,13 +55,6 @@ trainer:
       init_args: {every: 5}
 """
     assert uncommented_keys(text) == ["line 6: heads", "line 10: init_args"]
-
-
-def test_files_stay_readable() -> None:
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in ROOT.glob("fomoe_pl/**/*.py")
-    }
-    assert {file: lines for file, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
 def missing_names(document: str, folder: Path) -> list[str]:

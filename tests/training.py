@@ -115,9 +115,9 @@ def fit(
     return trainer
 
 
-def validate(run: Run, ckpt_path: str) -> dict[str, float]:
+def validate(run: Run, ckpt_path: str, callbacks: Sequence[L.Callback] = ()) -> dict[str, float]:
     """Metrics of a checkpoint's global model in one process."""
-    trainer = make_trainer(single(run), 0, 1)
+    trainer = make_trainer(single(run), 0, 1, callbacks)
     trainer.validate(run.module(), run.datamodule(), ckpt_path=ckpt_path, weights_only=False, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.placement import place
-from fomoe_pl.model.config import Checkpointing, ExpertBackend, ModelConfig
+from fomoe_pl.model.config import Checkpointing, ModelConfig
 from fomoe_pl.model.copies import ExpertCopies
 from fomoe_pl.model.passes import TrainingPass, training_pass
 from fomoe_pl.model.recorded import RecordedPass
@@ -52,7 +52,7 @@ class Ours:
         shadow_bits: of copies that compute the picks of absent experts; None skips these.
     """
 
-    backend: ExpertBackend
+    backend: str
     compiled: bool
     recorded: bool = False
     bf16_gradients: bool = False

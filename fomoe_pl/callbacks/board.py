@@ -77,6 +77,10 @@ def layout(trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, 
         for chart, tags in charts.items():
             if not all(tag.startswith(absent) for tag in tags):
                 found.setdefault(group, {})[chart] = ["Multiline", [_pattern(tag) for tag in tags]]
+    stability = stability_of(trainer)
+    for own in stability.own_statistics if stability else ():
+        tags = [_pattern(f"statistic/{own.name}/mean")]
+        found.setdefault("7 Your own", {})[f"{own.name} ({own.unit})"] = ["Multiline", tags]
     return found
 
 

@@ -19,8 +19,8 @@ from fomoe_pl.costs.counterfactual import ddp_step_bytes, replica_round_bytes
 from fomoe_pl.federation.ledger import KINDS, Ledger
 from fomoe_pl.federation.observer import RoundObserver
 
-NOT_TRAINING = ("evaluation", "checkpoint")
-"""Kinds that depend on how often one validates and saves, not on the method."""
+NOT_TRAINING = ("evaluation",)
+"""Kinds that depend on how often one validates, not on the method."""
 LINKS = (0.1, 1.0, 10.0)
 """Speeds of a site's link for which time is modelled, 10^9 bits a second."""
 
@@ -36,7 +36,7 @@ def payload_bytes(ledger: Ledger) -> dict[str, int]:
 
 
 def training_bytes(by_kind: dict[str, int]) -> int:
-    """Total without what validations and checkpoints send."""
+    """Total without what validations send."""
     return by_kind["total"] - sum(by_kind[kind] for kind in NOT_TRAINING)
 
 
@@ -45,7 +45,7 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
 
     - `comm/payload_MiB/<kind>` and `comm/wire_MiB/<kind>`: since the start of the run;
     - `comm/round_wire_MiB/<kind>`: since the last time, so a round and the evaluation before it;
-    - `comm/training_wire_MiB`: since the start of the run, without evaluation and checkpoints;
+    - `comm/training_wire_MiB`: since the start of the run, without evaluation;
     - `comm/site_wire_MiB/site_<ii>` and `comm/all_sites_wire_MiB`: all kinds since the start of the run, up to the
       round's control message, which carries them;
     - `comm/wire_per_token_B`: wire bytes of all kinds over this site's tokens, both since this process started to

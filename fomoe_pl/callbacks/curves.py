@@ -1,11 +1,13 @@
-"""Curves on a disk that is full: they have a gap, and training goes on."""
+"""Curves that last: on a full disk they have a gap, and a resumed run goes on with those in its folder."""
 
+import csv
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 
 class ForgivingFile:
@@ -49,3 +51,44 @@ class CurvesOnFullDisk(Callback):
             if isinstance(logger, TensorBoardLogger):
                 record_writer = logger.experiment._get_file_writer().event_writer._async_writer._writer
                 record_writer._writer = ForgivingFile(record_writer._writer)
+
+
+class ResumedRows(Callback):
+    """Keeps the rows of a run that goes on in its folder; the command line adds it to every run.
+
+    Lightning's `CSVLogger` removes a `metrics.csv` that it finds. Rows of steps after the checkpoint are dropped: they
+    are written a second time.
+
+    Args:
+        loggers: the trainer's, before it runs.
+    """
+
+    def __init__(self, loggers: list[Logger]) -> None:
+        # Before Lightning's first hook, which starts the loggers. One without a version has a new folder.
+        paths = [Path(logger.log_dir, "metrics.csv") for logger in loggers
+                 if isinstance(logger, CSVLogger) and logger._version is not None]  # fmt: skip
+        self._found = {path: _rows(path) for path in paths}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put those back that a resumed run goes on from: only now Lightning says which checkpoint it has read."""
+        resumed = trainer.ckpt_path and trainer.is_global_zero
+        for logger in trainer.loggers if resumed else ():
+            path = Path(logger.log_dir, "metrics.csv") if isinstance(logger, CSVLogger) else None
+            if path is None or not self._found.get(path):
+                continue
+            kept = [row for row in self._found[path] if int(row["step"]) < trainer.global_step]
+            writer: Any = cast(Any, logger).experiment
+            rows = [*kept, *_rows(path)]
+            writer.metrics_keys = sorted({*writer.metrics_keys, *self._found[path][0]})
+            with path.open("w", newline="") as file:
+                table = csv.DictWriter(file, fieldnames=writer.metrics_keys)
+                table.writeheader()
+                table.writerows(rows)
+        self._found.clear()
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import check_range
 from fomoe_pl.federation.observer import RoundObserver
-from fomoe_pl.metrics import RoutingHealth
+from fomoe_pl.metrics import RoutingHealth, Statistic
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.training.context import SiteContext, context
@@ -49,6 +50,9 @@ class ObservedModule(Protocol):
     @property
     def transformer(self) -> Transformer:
         """The built model."""
+
+    def watch_statistics(self, statistics: Sequence[Statistic]) -> None:
+        """Have training passes sum these in `routing_health` too; called before training starts."""
 
 
 def observed_strategy(trainer: Trainer) -> SiteContext:
@@ -86,6 +90,22 @@ def log(trainer: Trainer, values: dict[str, float], after: int | None = None) ->
         logger.log_metrics(values, step=(trainer.global_step if after is None else after) - 1)
 
 
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of this run alone: the first logger's, as Lightning's ModelCheckpoint finds it, or the root folder.
+
+    A logger that numbers its runs when they start (W&B, MLflow, Comet) has started by the time training does.
+    """
+    logger = trainer.logger
+    if logger is None:
+        return Path(trainer.default_root_dir)
+    # Not trainer.log_dir: it broadcasts, and only rank zero may be here.
+    own = getattr(logger, "log_dir", None)
+    if own:
+        return Path(own)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+
+
 @contextmanager
 def watching(trainer: Trainer) -> Iterator[None]:
     """Charge the time spent inside to watching."""
@@ -109,9 +129,8 @@ def check_interval(callback: Callback, every_n_steps: int) -> int:
     Raises:
         ConfigError: if it is below 1.
     """
-    if every_n_steps < 1:
-        key = f"trainer.callbacks.{type(callback).__name__}.every_n_steps"
-        raise ConfigError(key, every_n_steps, "must be at least 1 optimizer step", "10 is the default")
+    key = f"trainer.callbacks.{type(callback).__name__}.every_n_steps"
+    check_range(key, every_n_steps, "10 optimizer steps are the default", least=1)
     return every_n_steps
 
 

@@ -16,7 +16,7 @@ from fomoe_pl.callbacks import board, figures
 from fomoe_pl.callbacks.history import LoadHistory, relative_load
 from fomoe_pl.callbacks.observed import RoundCallback, observed_module, observed_strategy, watching
 from fomoe_pl.callbacks.stability import RoundView, RoutingStability, stability_of
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_range
 
 
 def next_drawing(drawn_after: int, draw_every: int) -> int:
@@ -51,9 +51,7 @@ class RunPictures(RoundCallback):
 
     def __init__(self, draw_every: int = 64, every_n_steps: int = 10) -> None:
         super().__init__(every_n_steps)
-        if draw_every < 1:
-            raise ConfigError("trainer.callbacks.RunPictures.draw_every", draw_every,
-                              "must be at least 1 round", "64 is the default")  # fmt: skip
+        check_range("trainer.callbacks.RunPictures.draw_every", draw_every, "64 rounds are the default", least=1)
         self.draw_every = draw_every
         self._ends = self._drawn_after = 0
         self._loads = LoadHistory()

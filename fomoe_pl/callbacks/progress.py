@@ -4,6 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from fomoe_pl.callbacks.observed import observed_module, observed_strategy
+from fomoe_pl.errors import check_range
 
 
 def human_bytes(n: int) -> str:
@@ -24,6 +25,7 @@ class FoMoEProgressBar(TQDMProgressBar):
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
+        check_range("trainer.callbacks.FoMoEProgressBar.refresh_rate", refresh_rate, "0 shows no bar", least=0)
         super().__init__(refresh_rate=refresh_rate)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

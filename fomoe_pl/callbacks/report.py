@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
 from fomoe_pl.callbacks.communication import payload_bytes, wire_bytes
-from fomoe_pl.callbacks.observed import measures_sync, observed_module, observed_strategy, peak_memory
+from fomoe_pl.callbacks.observed import measures_sync, observed_module, observed_strategy, peak_memory, run_folder
 from fomoe_pl.callbacks.stability import stability_of
 from fomoe_pl.callbacks.throughput import TimedCallback
 from fomoe_pl.files import write_whole
@@ -26,7 +26,19 @@ def finite_or_none(value: float) -> float | None:
 def _data_identity(trainer: Trainer) -> dict[str, Any] | None:
     """What the datamodule says it is; None for one that says nothing."""
     data: Any = getattr(trainer, "datamodule", None)
-    return data.identity() if hasattr(data, "identity") else None
+    return {**data.identity(), **_validated(trainer)} if hasattr(data, "identity") else None
+
+
+def _validated(trainer: Trainer) -> dict[str, Any]:
+    """Which part of the validation sequences a validation reads: all of them, or which batches of which site."""
+    loader: Any = trainer.val_dataloaders
+    given, whole = sum(trainer.num_val_batches), None if loader is None else len(loader)
+    part = "all"
+    if given != whole:
+        sites = observed_strategy(trainer).topology.n_sites
+        part = f"the first {given} batches of {getattr(loader, 'batch_size', '?')} on each of {sites} sites"
+    overfit = {"overfit_batches": cast(Any, trainer).overfit_batches} if cast(Any, trainer).overfit_batches else {}
+    return {"validated": part if given else "nothing", **overfit}
 
 
 def _routing(trainer: Trainer) -> dict[str, float | None]:
@@ -36,13 +48,22 @@ def _routing(trainer: Trainer) -> dict[str, float | None]:
     return {tag.split("/")[1]: finite_or_none(value) for tag, value in values.items() if tag.endswith("/mean")}
 
 
+def _evaluations(trainer: Trainer) -> dict[str, Any]:
+    """What the run's callbacks have evaluated: `{view: {steps, limit, tasks: {task: {metric: value}}}}`."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((found for c in callbacks if (found := getattr(c, "evaluations", None))), {})
+
+
 class RunReport(TimedCallback):
     """Writes `report.json` when training ends, on rank zero.
 
-    Keys: `strategy` (its class), `method` (in words), `data` (corpus, tokenizer and validated sequences), `sites`,
-    `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last `val/...` values, of the global model),
-    `validation_before_training` (the same of the initial model; empty without `num_sanity_val_steps`), `round` (the
+    Keys: `strategy` (its class), `method` (in words), `data` (corpus, tokenizer, and which sequences are validated),
+    `sites`, `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last `val/...` values, of the global
+    model),
+    `validation_before_training` (the same of the initial model; empty unless `num_sanity_val_steps` reads all that a
+    validation reads), `round` (the
     last round's means over all sites), `routing` (its means over the layers, of `RoutingStability`),
+    `evaluations` (by view, of `TaskEvaluation` and later of `fomoe evaluate`),
     `other_views_step` (steps at the validation that measured routing necessity and own views), and of site 0:
     `bytes` (`payload` and `wire` by kind and in total), `train_seconds` (without validation and checkpoints),
     `sync_seconds` and `watch_seconds` of this process, `tokens_per_second` (`local`, `with_sync`), `peak_memory_mib`,
@@ -50,7 +71,8 @@ class RunReport(TimedCallback):
     Undefined numbers are null, and so is what data parallelism hides: its seconds of synchronisation, local speed.
 
     Args:
-        folder: Where to write; None is the logger's folder, or the trainer's root folder without a logger.
+        folder: Where to write; None is the run's own folder, as its first logger names it, or without a logger
+            the trainer's root folder.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -91,6 +113,7 @@ class RunReport(TimedCallback):
             "validation_before_training": before,
             "round": {name: finite_or_none(value) for name, value in strategy.round_stats.items()},
             "routing": _routing(trainer),
+            "evaluations": _evaluations(trainer),
             "other_views_step": None if stability is None else stability.other_views_step,
             "bytes": {"payload": payload_bytes(strategy.ledger), "wire": wire_bytes(strategy.ledger)},
             "train_seconds": self.trained.seconds,
@@ -102,7 +125,4 @@ class RunReport(TimedCallback):
         }
 
     def _folder_of(self, trainer: Trainer) -> Path:
-        # Not trainer.log_dir: it broadcasts, and only rank zero is here.
-        logger = trainer.logger
-        own = getattr(logger, "log_dir", None) or (logger and logger.save_dir) or trainer.default_root_dir
-        return Path(self.folder or own)
+        return run_folder(trainer) if self.folder is None else Path(self.folder)

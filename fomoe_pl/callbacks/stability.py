@@ -15,11 +15,11 @@ from fomoe_pl.callbacks.history import PickHistory
 from fomoe_pl.callbacks.observed import RoundCallback, log, observe_rounds, observed_module, observed_strategy
 from fomoe_pl.callbacks.probe import Look, Probe
 from fomoe_pl.callbacks.tags import by_layer, copy_errors, movement_values, routing_values
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_range
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.packing import pack_counts, unpack_counts
-from fomoe_pl.metrics import RoutingHealth
+from fomoe_pl.metrics import RoutingHealth, Statistic
 from fomoe_pl.metrics.probe import pick_overlap, picked_by, site_agreement
 
 QUANTILES = (0.1, 0.5, 0.9)
@@ -68,10 +68,13 @@ class RoutingStability(RoundCallback, RoundObserver):
         other_views_every: Every how many validations the text is read twice more, for routing necessity and own views;
             0 for never. The last one of a run always does, where `max_steps` tells which it is, and so does
             `fomoe validate`, unless it is 0.
+        statistics: Your own, objects of subclasses of `fomoe_pl.metrics.Statistic`: summed in every training step, and
+            logged with the loads.
 
     Attributes:
         view: the last round; None before the first.
         latest: newest value of each tag.
+        own_statistics: what was given as `statistics`.
         other_views_step: optimizer steps at the last validation that read the text twice more; None before.
     """
 
@@ -82,18 +85,23 @@ class RoutingStability(RoundCallback, RoundObserver):
         probe_sequences: int = 8,
         probe_tokens: int = 64,
         other_views_every: int = 4,
+        statistics: list[Statistic] | None = None,
     ) -> None:
         super().__init__(every_n_steps)
         for name, value, least in (
             ("every_n_rounds", every_n_rounds, 1), ("probe_sequences", probe_sequences, 0),
             ("probe_tokens", probe_tokens, 1), ("other_views_every", other_views_every, 0),
         ):  # fmt: skip
-            if value < least:
-                raise ConfigError(f"trainer.callbacks.RoutingStability.{name}", value, f"must be at least {least}",
-                                  "see docs/configuration.md for the defaults")  # fmt: skip
+            key = f"trainer.callbacks.RoutingStability.{name}"
+            check_range(key, value, "see docs/configuration.md for the defaults", least=least)
         self.every_n_rounds = every_n_rounds
         self.probe_sequences, self.probe_tokens = probe_sequences, probe_tokens
         self.other_views_every = other_views_every
+        self.own_statistics = statistics or []
+        names = [getattr(statistic, "name", "") for statistic in self.own_statistics]
+        if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
+            raise ConfigError("trainer.callbacks.RoutingStability.statistics", names, "have no different names",
+                              'give each class a name of its own, such as name = "lost_tokens"')  # fmt: skip
         self.view: RoundView | None = None
         self.latest: dict[str, float] = {}
         self._looking = True
@@ -119,6 +127,8 @@ class RoutingStability(RoundCallback, RoundObserver):
         self._trainer, self._module, self._started = trainer, pl_module, True
         strategy = observed_strategy(trainer)
         observed_module(pl_module).routing_watched = True
+        if self.own_statistics:
+            observed_module(pl_module).watch_statistics(self.own_statistics)
         observe_rounds(trainer, self)
         self._movement: Movement | None = strategy.watch_movement()
         self._probe = None
@@ -186,7 +196,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         module, strategy = observed_module(self._module), observed_strategy(self._trainer)
         flat = total.cpu().split([math.prod(shape) for shape in self._shapes.values()])
         parts = {name: part.view(self._shapes[name]) for name, part in zip(self._shapes, flat, strict=True)}
-        health = RoutingHealth(module.config.n_layers, module.config.n_experts)
+        health = RoutingHealth(module.config.n_layers, module.config.n_experts, module.routing_health.names)
         health.load_states(parts["health"])
         module.routing_health.reset()
         routing = module.transformer.residency.routing
@@ -222,8 +232,8 @@ class RoutingStability(RoundCallback, RoundObserver):
             log(trainer, values if self._looking else {k: v for k, v in values.items() if "/layer_" not in k})
 
     def _look_alone(self) -> None:
-        health = observed_module(self._module).routing_health
-        kept = RoutingHealth(*health.load_LE.shape)
+        config, health = observed_module(self._module).config, observed_module(self._module).routing_health
+        kept = RoutingHealth(config.n_layers, config.n_experts, health.names)
         kept.load_states(health.states().cpu())
         health.reset()
         self.view = RoundView(kept, routing_values(kept))
@@ -293,10 +303,12 @@ class RoutingStability(RoundCallback, RoundObserver):
         self._resumed = state_dict if "of" in state_dict else None
 
     def _of(self) -> tuple[Any, ...]:
-        """What picks depend on beside the weights: the sites, this one's experts, and the probe's text."""
+        """What picks depend on beside the weights: sites, this one's experts, the probe's text; and what is summed."""
+        names = [statistic.name for statistic in self.own_statistics]
         residency = observed_module(self._module).transformer.residency
         n_sites = observed_strategy(self._trainer).topology.n_sites
-        return n_sites, residency.routing, residency.experts, None if self._probe is None else self._probe.text()
+        text = None if self._probe is None else self._probe.text()
+        return n_sites, residency.routing, residency.experts, text, *names
 
     def _go_on(self, state: dict[str, Any]) -> None:
         health = observed_module(self._module).routing_health

@@ -17,12 +17,15 @@ def routing_values(health: RoutingHealth, routing: Routing = "ghost") -> dict[st
 
     The layers' numbers have two digits or more, so that they sort. With shadow routing the picks of absent experts are
     no ghosts, copies have served them: `copy_fraction` and `copy_excess`.
+    Those that a user named are under `statistic/` instead.
     """
     values: dict[str, float] = {}
     for statistic, value_L in health.by_layer().items():
         if routing == "shadow":
             statistic = statistic.replace("ghost_", "copy_")
         values |= _named(f"routing/{statistic}", value_L, float(value_L.mean()))
+    for name, value_L in health.named().items():
+        values |= by_layer(f"statistic/{name}", value_L)
     return values
 
 

@@ -11,7 +11,7 @@ from fomoe_pl.compare.page import write_page
 from fomoe_pl.compare.runs import check_comparable, read_runs
 from fomoe_pl.compare.table import failures, markdown, print_table, tables, write_csv
 from fomoe_pl.errors import ConfigError, OneMessage
-from fomoe_pl.files import prepare
+from fomoe_pl.files import check_local, prepare
 
 
 class Parser(OneMessage, argparse.ArgumentParser):
@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     for key, path in (("csv", options.csv), ("html", options.html)):
         if path is not None:
             prepare(key, path)
+    for folder in options.runs:
+        check_local("compare", folder)
     runs = read_runs(options.runs)
     if not options.any_data:
         check_comparable(runs)

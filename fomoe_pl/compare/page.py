@@ -27,12 +27,14 @@ tr:nth-child(even) td { background: #f4f4f4; } img { max-width: 100%; height: au
 .pictures { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: flex-start; }
 .pictures img { max-width: 49%; } .pictures img.wide { max-width: 100%; }
 """
-CAPTIONS = (
-    "Quality is that of the global model. Sent, speed and memory are of site 0; sent is what left it in rings, for "
-    "training, and apart from it for evaluation and checkpoints.",
-    "Means over the layers: loads, ghosts, churn, agreement and drift of the last round, all sites; necessity and "
-    "domain bits of the last validation that measured them.",
-)
+CAPTIONS = {
+    "sites": "Quality is that of the global model. Sent, speed and memory are of site 0; sent is what left it in "
+    "rings, for training, and apart from it for evaluation and checkpoints.",
+    "load entropy": "Means over the layers: loads, ghosts, churn, agreement and drift of the last round, all sites; "
+    "necessity and domain bits of the last validation that measured them.",
+}
+"""By a table's first column; other tables are of evaluations."""
+EVALUATED = "Tasks of lm-evaluation-harness: of the global model where no site is named."
 PLOTS = (
     ("Quality against tokens, bytes and time", plots.quality),
     ("Quality and bytes", plots.pareto),
@@ -46,8 +48,8 @@ WIDE = 1000
 def page(runs: Sequence[Run]) -> str:
     """The page as HTML."""
     parts = [f"<h1>{len(runs)} runs side by side</h1>", _data(runs)]
-    for (headings, rows), caption in zip(tables(runs), CAPTIONS, strict=False):
-        parts += [_table(headings, rows), f'<p class="note">{caption}</p>']
+    for headings, rows in tables(runs):
+        parts += [_table(headings, rows), f'<p class="note">{CAPTIONS.get(headings[1], EVALUATED)}</p>']
     for title, plot in PLOTS:
         figure = plot(runs)
         if figure is not None:

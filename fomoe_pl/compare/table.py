@@ -50,7 +50,7 @@ def _beside(report: dict[str, Any]) -> float:
 
 
 # Quality is that of the global model. Sent, speed and memory are site 0's: what left it (wire bytes) for training, and
-# apart from it for evaluation and checkpoints; "local" speed excludes synchronisation, and is not known of DDP.
+# apart from it for evaluation; "local" speed excludes synchronisation, and is not known of DDP.
 MAIN = (
     Column("sites", lambda r: r["sites"], ",d"),
     Column("steps", lambda r: r["steps"], ",d"),
@@ -83,6 +83,33 @@ ROUTING = (
 )
 
 
+def _evaluation(view: str, limit: int | None, task: str, metric: str) -> Column:
+    def found(report: dict[str, Any]) -> dict[str, Any]:
+        known: dict[str, Any] = report.get("evaluations", {}).get(view, {})
+        return known if metric in known.get("tasks", {}).get(task, {}) and known.get("limit") == limit else {}
+
+    def at(report: dict[str, Any]) -> int | None:
+        steps: int | None = found(report).get("steps")
+        return None if steps == report["steps"] else steps
+
+    heading = f"{task} {metric}" + ("" if view == "global" else f" {view}")
+    heading += "" if limit is None else f" first {limit}"
+    return Column(heading, lambda report: found(report).get("tasks", {}).get(task, {}).get(metric), ".4f", at)
+
+
+def evaluation_columns(runs: Sequence[Run]) -> tuple[Column, ...]:
+    """A column for each view, number of rows, task and metric that some run has; standard errors are left out."""
+    keys = {
+        (view, found.get("limit"), task, metric): None
+        for run in runs
+        for view, found in run.report.get("evaluations", {}).items()
+        for task, metrics in found["tasks"].items()
+        for metric in metrics
+        if not metric.endswith("_stderr")
+    }
+    return tuple(_evaluation(*key) for key in keys)
+
+
 def row(run: Run, columns: Sequence[Column]) -> list[str]:
     """One run's cells, its name first; `-` for what it has not."""
     return [run.name, *(_cell(column, run.report) for column in columns)]
@@ -96,11 +123,12 @@ def _cell(column: Column, report: dict[str, Any]) -> str:
 
 
 def tables(runs: Sequence[Run]) -> list[tuple[list[str], list[list[str]]]]:
-    """Headings and rows of each table; that of the routing only if a run has watched it."""
+    """Headings and rows of each table; those of routing and of evaluations only if a run has any."""
     watched = any(run.report.get("routing") for run in runs)
+    evaluated = evaluation_columns(runs)
     return [
         (["run", *(column.heading for column in columns)], [row(run, columns) for run in runs])
-        for columns in ((MAIN, ROUTING) if watched else (MAIN,))
+        for columns in (MAIN, *((ROUTING,) if watched else ()), *((evaluated,) if evaluated else ()))
     ]
 
 
@@ -128,7 +156,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
     """All numbers, unrounded; empty for what a run has not."""
-    columns = (*MAIN, *ROUTING)
+    columns = (*MAIN, *ROUTING, *evaluation_columns(runs))
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["run", "method", *(column.heading for column in columns)])

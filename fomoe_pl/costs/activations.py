@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fomoe_pl.model.backends import AUTO, Backend, backend_of
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import chunk_rows
 from fomoe_pl.model.sizes import resident_counts
@@ -42,9 +43,15 @@ class Types:
         itemsize = 4 if precision == "32-true" else 2
         return cls(itemsize, itemsize, itemsize, casts=1, kernels=kernels)
 
+    def backend(self, config: ModelConfig) -> Backend:
+        """What runs the experts."""
+        if config.expert_backend not in (AUTO, "triton"):
+            return backend_of(config.expert_backend)
+        return backend_of("triton" if self.kernels else "grouped")
+
     def experts_in_kernels(self, config: ModelConfig) -> bool:
         """Whether experts run in our kernels."""
-        return self.kernels and config.expert_backend in ("auto", "triton")
+        return self.backend(config).fused
 
 
 def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> int:
@@ -67,7 +74,7 @@ def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> 
         norms += r * (q + kv) + statistics * norms_of_heads
     attention = types.casts * c * d + 2 * c * (q + kv) + 4 * config.n_heads
     router = 4 * d + 2 * 4 * n_scored + 4 + (4 if config.gate == "sigmoid" else 0)
-    router += 4 * k + 4 if config.normalize_gates else 0
+    router += 4 * k if config.normalize_gates and config.gate == "sigmoid" else 0
     experts = k * (8 + 4)  # which expert, gate
     if types.experts_in_kernels(config) or config.activation_checkpointing == "experts":
         experts += c * d if c < 4 else 0  # in float32 their input is the router's
@@ -91,13 +98,11 @@ def expert_activation_bytes(config: ModelConfig, types: Types, n_scored: int) ->
         config: the architecture.
         types: bytes of an element.
         n_scored: experts N that the router scores.
+
+    Raises:
+        ConfigError: if a backend of one's own does not declare it.
     """
-    c, k = types.compute, min(config.top_k, n_scored)
-    d, f, i = config.d_model, config.d_expert, config.expert_in_width
-    if types.experts_in_kernels(config):
-        return k * c * i
-    picks = 2 * 8 + 1 + c  # two orders, alive or not, gate
-    return k * (picks + c * (d + i + f * (3 if config.expert == "swiglu" else 2)))
+    return types.backend(config).kept_bytes(config, types.compute, min(config.top_k, n_scored))
 
 
 def activation_bytes(

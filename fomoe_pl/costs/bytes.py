@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fomoe_pl.costs.rounds import ITEMSIZE, Collective, SynchronizedSizes, collectives, copy_bytes, count, held_by
+from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.packing import digits
 from fomoe_pl.federation.placement import Placement, gather_layer, migration
@@ -33,7 +34,7 @@ def predict_bytes(
 
     Args:
         architecture: the model.
-        federation: the federation's settings; its policy must not see loads, which only a run knows.
+        federation: the federation's settings; experts must not move by loads, which only a run knows.
         n_sites: number of sites M.
         site: the site whose bytes are predicted, 0..M-1.
         steps: optimizer steps of the run.
@@ -48,8 +49,11 @@ def predict_bytes(
         number of calls counts one for each average or exchange, whatever the buckets.
 
     Raises:
-        ConfigError: if sizes or the schedule do not fit.
+        ConfigError: if sizes or the schedule do not fit, or experts move by loads.
     """
+    if federation.policy.moves and federation.policy.sees_loads:
+        rule = "experts move by how often they are picked, which only a run knows"
+        raise ConfigError("placement", str(federation.policy), rule, "predict with fixed or random, or run it")
     sizes = SynchronizedSizes.of(architecture, federation.routing)
     ledger = Ledger()
 
@@ -106,10 +110,11 @@ def control_bytes(
     probe_tokens: int = 0,
     monitored: bool = False,
     copied: bool = False,
+    n_statistics: int = 0,
 ) -> int:
     """Payload of the message in which callbacks add their float64 numbers over all sites after a round's averages.
 
-    The sites' own report before the averages is of 2 M + 3 numbers more (`fomoe_pl.strategies.statistics`).
+    The sites' own report before the averages is of `report_numbers` more (`fomoe_pl.federation.report`).
 
     Args:
         architecture: The model.
@@ -119,12 +124,14 @@ def control_bytes(
         probe_tokens: Tokens of its probe, sequences x tokens of each; 0 for no probe.
         monitored: Whether `CommunicationMonitor` is among the callbacks.
         copied: Whether sites have copies of absent experts.
+        n_statistics: Statistics of a user's own that `RoutingStability` has.
     """
     layers, cells = architecture.n_layers, architecture.n_layers * architecture.n_experts
     numbers = 0
     if watched:
         # Loads, live loads, scored, resident; holders, scorers; gate entropy, picks, sites.
         numbers += (4 + 2) * cells + layers + 1 + 1
+        numbers += n_statistics * layers + 1 if n_statistics else 0  # sums, and the tokens that they are over
     if watched and looked:
         numbers += 4 * cells + 4  # three squares of norms and a norm, of each expert and dense
         numbers += 2 * layers if copied else 0  # squares of the copies' errors and of what they are copies of

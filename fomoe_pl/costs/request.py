@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fomoe_pl.costs.activations import Precision
 from fomoe_pl.costs.network import Links
 from fomoe_pl.costs.sites import Site
-from fomoe_pl.errors import ConfigError, check_choice
+from fomoe_pl.errors import ConfigError, check_choice, check_range
 from fomoe_pl.federation.settings import OuterPlace
+from fomoe_pl.files import check_local
 from fomoe_pl.model.residency import Routing, Shadow, ShadowBits
 
 Method = Literal["local_adamw", "diloco", "local_sgd", "ddp"]
@@ -104,13 +104,14 @@ class PlanRequest:
             raise ConfigError("overlaps", self.overlaps, "must not be empty", "give at least one, or null for all")
         for name in ("tokens", "global_batch", "sequence_length", "evaluation_window", "val_sequences", "validations",
                      "bucket_mib", "shadow_refresh"):  # fmt: skip
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(name, getattr(self, name), "must be a number above 0", "give a positive one")
+            check_range(name, getattr(self, name), "give a positive one", above=0)
+        check_range("mtu", self.mtu, "1500 is Ethernet's", least=68, most=65535)  # IPv4's least and largest
+        for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "round_overhead_seconds"):
+            check_range(name, getattr(self, name), "0 is nothing beside", least=0)
+        check_range("headroom", self.headroom, "it is a share of the memory, such as 0.08", least=0, below=1)
+        for k in self.local_steps:
+            check_range("local_steps", k, "K is in optimizer steps: give 32, say", least=1)
         check_choice("shadow_bits", self.shadow_bits, ShadowBits)
-        if not 0 <= self.headroom < 1:
-            raise ConfigError("headroom", self.headroom, "is a share of the memory", "give a number such as 0.08")
-        if any(k < 1 for k in self.local_steps):
-            raise ConfigError("local_steps", self.local_steps, "K must be at least 1 optimizer step", "give 32, say")
         most = max(sum(s.devices for s in self.sites) if "each" in self.layouts else 0, len(self.sites))
         if any(not 1 <= o <= most for o in self.overlaps or ()):
             raise ConfigError("overlaps", self.overlaps, f"must be between 1 and the number of sites ({most})",
@@ -122,6 +123,8 @@ class PlanRequest:
             raise ConfigError("models", self.models, "names a file twice", "name each once")
         for site in self.sites:
             site.peak_flops(self.precision)
+        for path in (*self.models, self.data_root):
+            check_local("models" if path in self.models else "data_root", path)
         self.links(self.layouts[0])
 
     @property

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.placement import Placement, check_placement, side_by_side
+from fomoe_pl.federation.report import report_numbers
 from fomoe_pl.federation.settings import InnerMoments, WireDtype
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing, Shadow
@@ -148,7 +149,7 @@ def control_collectives(n_sites: int) -> list[Collective]:
     if n_sites < 2:
         return []
     everyone = tuple(range(n_sites))
-    return [Collective("control", everyone, 8 * (2 * n_sites + 3)), Collective("control", everyone, 8 * n_sites)]
+    return [Collective("control", everyone, 8 * report_numbers(n_sites)), Collective("control", everyone, 8 * n_sites)]
 
 
 def migration_bytes(

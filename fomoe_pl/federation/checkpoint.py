@@ -34,6 +34,7 @@ from fomoe_pl.files import write_whole
 
 FORMAT = 4
 MANIFEST = "manifest.json"
+AVERAGE = "average-"  # before the names of the files of a moving average of the global model
 _SEALS = "sealed-*.json"
 
 
@@ -267,7 +268,7 @@ class WeightFiles:
 
     Args:
         folder: checkpoint folder.
-        prefix: of the files that are read, from `of_slot`; empty for the weights.
+        prefix: of the files that are read, from `of_slot`, or `AVERAGE`; empty for the weights.
 
     Raises:
         ConfigError: if the folder is no complete checkpoint.
@@ -320,7 +321,7 @@ def read_weights(
         expert_layer: name -> layer of the stacked expert tensors among them.
         residents: per layer the expert ids that are wanted.
         n_experts: experts of a layer, E.
-        prefix: of the files that are read, from `of_slot`; empty for the weights.
+        prefix: of the files that are read, from `of_slot`, or `AVERAGE`; empty for the weights.
 
     Raises:
         ConfigError: if a tensor is missing, or a file that has one of them is damaged.

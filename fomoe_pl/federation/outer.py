@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_range
 
 Slots = Mapping[str, list[Tensor]]
 
@@ -23,6 +23,19 @@ class OuterRule(ABC):
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse names that files cannot have.
+
+        Raises:
+            ConfigError: if `slots` is no tuple of different identifiers, or takes the anchor's name.
+        """
+        super().__init_subclass__(**kwargs)
+        slots = cls.slots
+        named = isinstance(slots, tuple) and all(isinstance(slot, str) and slot.isidentifier() for slot in slots)
+        if not named or len({*slots, "anchor", "average"}) < len(slots) + 2:
+            rule = f"slots of {cls.__name__} must be a tuple of different names, other than anchor and average"
+            raise ConfigError("outer", slots, rule, 'write slots = ("m", "v"), or ("m",) for one')
 
     def __str__(self) -> str:
         """How logs and the identity of a checkpoint name it; settings that may change on resume come after a space."""
@@ -69,7 +82,8 @@ class Average(OuterRule):
     """
 
     def __init__(self, lr: float = 1.0) -> None:
-        self.lr = positive("lr", lr, "1.0 is plain averaging")
+        check_range("outer.lr", lr, "1.0 is plain averaging", above=0)
+        self.lr = lr
 
     def __str__(self) -> str:
         return f"average {self.lr}"
@@ -95,10 +109,9 @@ class Nesterov(OuterRule):
     slots = ("momentum",)
 
     def __init__(self, lr: float = 0.7, momentum: float = 0.9) -> None:
-        self.lr = positive("lr", lr, "0.7 for DiLoCo")
-        if not 0 <= momentum < 1:
-            raise ConfigError("outer.momentum", momentum, "must be in [0, 1)", "0.9 for DiLoCo")
-        self.momentum = momentum
+        check_range("outer.lr", lr, "0.7 for DiLoCo", above=0)
+        check_range("outer.momentum", momentum, "0.9 for DiLoCo", least=0, below=1)
+        self.lr, self.momentum = lr, momentum
 
     def __str__(self) -> str:
         return f"nesterov {self.lr}/{self.momentum}"
@@ -121,14 +134,3 @@ class Nesterov(OuterRule):
         steps = torch._foreach_mul(momenta, [torch.where(rows, self.momentum, 0.0) for rows in active])
         torch._foreach_add_(steps, changes)  # of what is frozen both are zero
         torch._foreach_sub_(anchors, steps, alpha=self.lr)
-
-
-def positive(name: str, value: float, hint: str) -> float:
-    """The value of an outer rule's argument, if it is positive.
-
-    Raises:
-        ConfigError: otherwise.
-    """
-    if value <= 0:
-        raise ConfigError(f"outer.{name}", value, "must be positive", hint)
-    return value

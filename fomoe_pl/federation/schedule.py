@@ -5,8 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_range
 
 KEY = "local_steps"
 
@@ -28,10 +29,12 @@ class RoundSchedule:
         Raises:
             ConfigError: if K < 1, the mapping does not start at 0, or a segment is no whole number of rounds.
         """
-        mapping = {0: local_steps} if isinstance(local_steps, int) else {int(s): int(k) for s, k in local_steps.items()}
+        given = local_steps if isinstance(local_steps, dict) else {0: local_steps}
+        numbers: list[Any] = list(given.values())
+        for k in numbers:  # text, where they come from JSON
+            check_range(KEY, int(k) if isinstance(k, str) else k, "it is in steps: type 32, say", least=1)
+        mapping = {int(s): int(k) for s, k in given.items()}
         segments = tuple(sorted(mapping.items()))
-        if any(k < 1 for _, k in segments):
-            raise ConfigError(KEY, local_steps, "K must be at least 1 optimizer step", "type a number such as 32")
         if not segments or segments[0][0] != 0:
             raise ConfigError(KEY, local_steps, "a schedule starts at step 0", "for example {0: 1, 64: 32}")
         for (start, k), (end, _) in pairwise(segments):

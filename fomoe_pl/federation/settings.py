@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
-from fomoe_pl.errors import ConfigError, check_choice
+from fomoe_pl.errors import ConfigError, check_choice, check_range, check_seed
 from fomoe_pl.federation.outer import Average, OuterRule
 from fomoe_pl.federation.placement import (
     Placement,
@@ -90,15 +90,12 @@ class FederationConfig:
             rule = "several ranks in a site are not supported yet"
             raise ConfigError("ranks_per_site", self.ranks_per_site, rule, "set it to 1 and let every rank be a site")
         for name in ("sites", "overlap", "min_sites", "reshuffle_rounds", "bucket_mib", "shadow_refresh"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(name, value, "must be at least 1", "type 1 or more")
+            check_range(name, getattr(self, name), "type 1 or more", least=1)
+        check_seed("placement_seed", self.placement_seed)
         for field in fields(self) if self.routing != "shadow" else ():
             if field.name.startswith("shadow_") and (value := getattr(self, field.name)) != field.default:
                 rule = f"has no effect with routing {self.routing}, which has no copies of absent experts"
                 raise ConfigError(field.name, value, rule, "leave it out, or set routing to shadow")
-        if self.placement_seed < 0:
-            raise ConfigError("placement_seed", self.placement_seed, "must not be negative", "0 is the default")
         if self.wire_dtype == "float16" and self.inner_moments == "average":
             rule = "AdamW's second moments are mostly below float16's smallest number, and without them steps explode"
             raise ConfigError("wire_dtype", self.wire_dtype, rule, "type bfloat16 or float32, or inner_moments keep")

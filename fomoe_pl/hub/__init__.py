@@ -22,4 +22,4 @@ def needs(package: str, command: str) -> None:
     """
     if find_spec(package) is None:
         rule = f"needs {package}, which is not installed"
-        raise ConfigError("fomoe", command, rule, f'pip install "fomoe-pl[{EXTRAS[package]}]"')
+        raise ConfigError("fomoe", command, rule, f'install it: pip install "fomoe-pl[{EXTRAS[package]}]"')

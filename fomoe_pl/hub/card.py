@@ -102,13 +102,18 @@ def _results(report: dict[str, Any]) -> str:
 def evaluations(results: dict[str, dict[str, Any]]) -> str:
     """Return a table of what `fomoe evaluate` has measured, by view and task; empty without."""
     rows = {
-        f"{task}, {metric}" + ("" if view == "global" else f" ({view})"): f"{value:.4f}"
-        for view, tasks in results.items()
-        for task, metrics in tasks["tasks"].items()
+        f"{task}, {metric}{_of(view, found.get('limit'))}": f"{value:.4f}"
+        for view, found in results.items()
+        for task, metrics in found["tasks"].items()
         for metric, value in metrics.items()
         if isinstance(value, float)
     }
     return _table("Evaluations", rows)
+
+
+def _of(view: str, limit: int | None) -> str:
+    said = ([] if view == "global" else [view]) + ([] if limit is None else [f"first {limit} rows"])
+    return f" ({', '.join(said)})" if said else ""
 
 
 def with_evaluations(text: str, results: dict[str, dict[str, Any]]) -> str:

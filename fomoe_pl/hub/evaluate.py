@@ -20,7 +20,7 @@ RESULTS = "evaluations.json"
 
 def evaluate(
     model: str,
-    tasks: list[str] = ["sample"],  # noqa: B006  read alone
+    tasks: str = "sample",
     site: int | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
@@ -37,8 +37,8 @@ def evaluate(
 
     Args:
         model: Checkpoint or export.
-        tasks: `sample` is what is shipped, `sample_bpb` and `sample_choice`; paths of `.yaml` files; or names of the
-            harness's tasks, which fetch their data from the network.
+        tasks: Separated by commas: `sample` is what is shipped, `sample_bpb` and `sample_choice`; paths of `.yaml`
+            files; or names of the harness's tasks, which fetch their data from the network.
         site: Measure the model as this site of its run sees it, with that site's experts alone; null is the global
             model.
         num_fewshot: Examples before each question; null is each task's own number.
@@ -62,9 +62,12 @@ def evaluate(
     from fomoe_pl.hub.harness import FomoeLM
     from fomoe_pl.hub.tasks import resolved, run_tasks
 
-    resolved(tasks)  # before a model is loaded
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    resolved(names)  # before a model is loaded
     loaded = load(model, site=site, data=data, device=device, dtype=dtype, command="evaluate")
-    found = run_tasks(FomoeLM(loaded, batch_size=batch_size), tasks, num_fewshot=num_fewshot, limit=limit)
+    found = run_tasks(FomoeLM(loaded, batch_size=batch_size), names, num_fewshot=num_fewshot, limit=limit)
+    if num_fewshot is not None:
+        found = {f"{task}, {num_fewshot} shots": metrics for task, metrics in found.items()}
     view = "global" if site is None else f"site {site}"
     print(f"{model}, {view}:")
     for task, metrics in found.items():
@@ -106,14 +109,17 @@ def note(model: Path, view: str, steps: int | None, found: dict[str, Any]) -> No
 
 
 def merged(before: dict[str, Any], view: str, steps: int | None, found: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Return results by view, with new ones added: `{view: {steps, tasks: {task: {metric: value}}}}`.
+    """Return results by view, with new ones added: `{view: {steps, limit, tasks: {task: {metric: value}}}}`.
 
     Args:
-        before: Earlier results; those of a view at another step are dropped.
+        before: Earlier results; those of a view at another step, or of fewer rows, are dropped.
         view: Of the new ones.
         steps: Of the new ones.
         found: The new ones.
     """
     known = before.get(view, {})
-    tasks = known["tasks"] if known.get("steps") == steps and known else {}
-    return {**before, view: {"steps": steps, "tasks": {**tasks, **found}}}
+    same = known.get("steps") == steps and known.get("limit") is None
+    return {
+        **before,
+        view: {"steps": steps, "limit": None, "tasks": {**(known.get("tasks", {}) if same else {}), **found}},
+    }

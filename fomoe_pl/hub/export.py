@@ -47,6 +47,7 @@ def export(
     data: str | None = None,
     license: str | None = None,
     max_shard_gb: float = 5.0,
+    average: bool = False,
 ) -> None:
     """Write the global model of a checkpoint into a new folder.
 
@@ -60,6 +61,7 @@ def export(
         data: Folder of the corpus whose tokenizer the model has; null is the one that the run's settings name.
         license: Name for the model card, such as `apache-2.0`.
         max_shard_gb: Size above which there are several files, 10^9 bytes.
+        average: Write the moving average that `GlobalEMA` has kept, not the model itself.
 
     Raises:
         ConfigError: If the checkpoint is incomplete or damaged, the output exists, the format computes something
@@ -70,7 +72,7 @@ def export(
     folder, unfinished = Path(output), Path(f"{output.rstrip('/')}.partial")
     if folder.exists():
         raise ConfigError("output", output, "is there already", "give a new folder, or remove it")
-    source = read_source(checkpoint, data)
+    source = read_source(checkpoint, data, average=average)
     if format == PLAIN:
         outputs = _plain(source, DTYPES[dtype])
     else:

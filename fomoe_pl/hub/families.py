@@ -203,6 +203,7 @@ def targets(name: str, config: ModelConfig) -> list[Target]:
         config: An architecture that the family computes exactly.
     """
     ours, stacked = shapes(config)
+    experts: Callable[[str, str, ModelConfig], list[Target]]
     if name == OWN:
         block, shared, experts = _OWN_BLOCK, "mlp.shared_experts", _own_experts
     else:

@@ -33,7 +33,8 @@ def generate(
         temperature: Of the drawing; 0 takes the most likely token.
         top_p: Draw among the most likely tokens that together have this probability.
         seed: Of the drawing.
-        site: Let the model be as this site of its run sees it, with that site's experts alone; null is the global model.
+        site: Let the model be as this site of its run sees it, with that site's experts alone; null is the global
+            model.
         data: Folder of the corpus whose tokenizer a checkpoint has; null is the one that the run's settings name.
         device: `auto` is a GPU where there is one.
         dtype: Of the weights.

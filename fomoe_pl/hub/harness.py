@@ -1,7 +1,6 @@
 """Models of this project for lm-evaluation-harness: checkpoints, exports, and a run's model while it is trained.
 
-`lm_eval --model fomoe --model_args pretrained=FOLDER` finds `FomoeLM` through the entry-point group `lm_eval.models`, in
-versions that read it.
+`FomoeLM` is also in the entry-point group `lm_eval.models`, for versions whose own command line reads it.
 
 Shapes: B sequences of a batch, S positions, D model, N scored positions, V vocabulary.
 """
@@ -16,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from tqdm import tqdm
 
 from fomoe_pl.hub.loading import Loaded, load
 
@@ -72,14 +72,19 @@ def scores(sequences: Sequence[Scored], hidden_BSD: Tensor, logits_of: Callable[
         yield Score(nats, greedy)
 
 
-class HarnessLM(TemplateLM):  # type: ignore[misc]
+class HarnessLM(TemplateLM):
     """What the harness asks of a model, on top of scores of token sequences.
 
     Args:
         encode: Turns a text into token ids.
         eod_id: Token that ends a document; a text without context begins after it, as in training.
         max_length: Longest input, tokens.
+
+    Attributes:
+        generates: Whether it can make texts, not only score them.
     """
+
+    generates = True
 
     def __init__(self, encode: Callable[[str], list[int]], eod_id: int, max_length: int) -> None:
         super().__init__()
@@ -166,7 +171,8 @@ class FomoeLM(HarnessLM):
         """Score all sequences, in their order, in batches of similar length."""
         model = self.loaded.model
         found: dict[int, Score] = {}
-        for batch in batches_by_length(sequences, self.batch_size):
+        batches = batches_by_length(sequences, self.batch_size)
+        for batch in tqdm(batches, desc="Scoring", disable=None, leave=False):
             chosen = [sequences[i] for i in batch]
             with torch.no_grad():
                 hidden_BSD = model.base_model(padded(chosen, model.device), use_cache=False).last_hidden_state

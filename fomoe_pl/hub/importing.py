@@ -253,14 +253,17 @@ def _write(
     sizes, stacked = shapes(config)
     dense = [Output(name, shape, torch.float32, partial(_values, tensors, found[name], name, shape, upcycling))
              for name, shape in sizes.items() if name not in stacked]  # fmt: skip
-    experts = [
-        Output(key, sizes[name][1:], torch.float32, partial(_values, tensors, found[key], key, sizes[name][1:], upcycling))
-        for name in stacked for key in (f"{name}#{expert}" for expert in range(config.n_experts))
-    ]  # fmt: skip
+    rows = {f"{name}#{expert}": sizes[name][1:] for name in stacked for expert in range(config.n_experts)}
+    experts = [Output(key, shape, torch.float32, partial(_values, tensors, found[key], key, shape, upcycling))
+               for key, shape in rows.items()]  # fmt: skip
     names = [files.dense_name(), files.experts_name(0), files.site_name(0), "trainer.pt"]
     write_one(files.partial(folder) / names[0], dense)
     write_one(files.partial(folder) / names[1], experts)
-    no_state = {"optimizer_states": [{"state": {}, "param_groups": []}], "optimizer_names": [], "expert_layer": {}}
+    no_state: dict[str, Any] = {
+        "optimizer_states": [{"state": {}, "param_groups": []}],
+        "optimizer_names": [],
+        "expert_layer": {},
+    }
     files.write(folder, names[2], {
         **no_state, "residents": Residency.full(config).experts, "rng": {}, "losses": (0.0, 0.0),
         "strategy": {"ledger": Ledger().state_dict(), "sync_seconds": 0.0},

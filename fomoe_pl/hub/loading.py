@@ -122,7 +122,7 @@ def _load_export(path: str, site: int | None) -> Loaded:
     if own:  # this project's own class rather than code out of the folder
         from fomoe_pl.hub.modeling_fomoe import FomoeForCausalLM
 
-        model = FomoeForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model: Any = FomoeForCausalLM.from_pretrained(path, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     training = about.get("fomoe") or {}
@@ -157,7 +157,7 @@ def model_of(files: WeightFiles, config: ModelConfig) -> Any:
     state = {target.name: _assembled(files, target) for target in targets(OWN, config)}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     tied = ["lm_head.weight"] if config.tie_embeddings else []
-    assert missing == tied and not unexpected, (missing, unexpected)
+    assert (missing, unexpected) == (tied, []), (missing, unexpected)
     model.tie_weights()
     return model.eval()
 

@@ -141,7 +141,7 @@ def rotate(x_BHSC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -164,7 +164,7 @@ def eager_attention_forward(
 class FomoeAttention(nn.Module):
     """Causal self-attention with rotary positions, grouped-query heads and optional query/key norms."""
 
-    def __init__(self, config: FomoeConfig, layer_idx: int) -> None:
+    def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.head_dim
@@ -416,7 +416,8 @@ class FomoeModel(FomoePreTrainedModel):
             cache=cache,
             position_ids=position_ids,
         )
-        tables = rotary_tables(position_ids, self.config.head_dim, self.config.rope_parameters["rope_theta"])
+        config: Any = self.config
+        tables = rotary_tables(position_ids, config.head_dim, config.rope_parameters["rope_theta"])
         x_BSD = self.embedding_norm(x_BSD)
         for layer in self.layers:
             x_BSD = layer(x_BSD, position_embeddings=tables, attention_mask=mask, cache=cache, **kwargs)
@@ -463,7 +464,7 @@ class FomoeForCausalLM(FomoePreTrainedModel, GenerationMixin):
         """Return logits (B,S,V), and with `labels` the mean cross entropy in nats."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        outputs: MoeModelOutputWithPast = self.model(
+        outputs: Any = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,

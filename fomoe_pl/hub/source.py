@@ -12,7 +12,7 @@ import yaml
 from fomoe_pl.callbacks.report import REPORT_NAME
 from fomoe_pl.data.manifest import Manifest, read_manifest
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import WeightFiles
+from fomoe_pl.federation.checkpoint import AVERAGE, WeightFiles, dense_name
 from fomoe_pl.federation.placement import place
 from fomoe_pl.hub.tokenizer import ExportedTokenizer, corpus_tokenizer, imported_tokenizer
 from fomoe_pl.model.config import ModelConfig
@@ -60,17 +60,21 @@ class Source:
         return kept | {"tokens": self.report.get("tokens", {}).get("global")}
 
 
-def read_source(checkpoint: str | Path, data: str | None = None) -> Source:
+def read_source(checkpoint: str | Path, data: str | None = None, *, average: bool = False) -> Source:
     """Read a checkpoint's description, and what lies beside it.
 
     Args:
         checkpoint: Folder that `fomoe fit` has written.
         data: Folder of the corpus; None is the one that the run's settings name, if it is there.
+        average: Read the moving average that `GlobalEMA` has kept, not the model itself.
 
     Raises:
-        ConfigError: If it is no complete checkpoint, or the corpus has another vocabulary.
+        ConfigError: If it is no complete checkpoint, has no average, or the corpus has another vocabulary.
     """
-    files = WeightFiles(Path(checkpoint))
+    files = WeightFiles(Path(checkpoint), AVERAGE if average else "")
+    if average and dense_name(AVERAGE) not in files.manifest["files"]:
+        rule = "has no average of the global model"
+        raise ConfigError("average", str(checkpoint), rule, "leave it out, or train with fomoe_pl.callbacks.GlobalEMA")
     config = ModelConfig(**files.manifest["architecture"])
     run = _run_of(Path(checkpoint))
     settings = yaml.safe_load((run / CONFIG_NAME).read_text()) if run is not None else {}
@@ -120,7 +124,12 @@ def site_view(config: ModelConfig, training: dict[str, Any], site: int) -> Resid
     if "overlap" not in identity:  # every process held everything
         return Residency.full(config)
     placement = place(
-        identity["placement"], n_layers=config.n_layers, n_experts=config.n_experts, n_sites=n_sites,
-        overlap=identity["overlap"], seed=identity.get("placement_seed", 0), draw=training["redraws"],
-    )  # fmt: skip
+        identity["placement"],
+        n_layers=config.n_layers,
+        n_experts=config.n_experts,
+        n_sites=n_sites,
+        overlap=identity["overlap"],
+        seed=identity.get("placement_seed", 0),
+        draw=training["redraws"],
+    )
     return Residency(identity["routing"], placement.residents(site))

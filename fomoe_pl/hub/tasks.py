@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def resolved(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     if not names:
         raise ConfigError("tasks", list(names), "names no task", f"use sample, or some of {', '.join(shipped())}")
     local, others = [], []
-    for name in [single for name in names for single in GROUPS.get(name, (name,))]:
+    for name in [single for given in names for single in GROUPS.get(given, (given,))]:
         if name in shipped():
             local.append(_read(FOLDER / f"{name}.yaml"))
         elif name.endswith((".yaml", ".yml")):
@@ -76,21 +77,34 @@ def run_tasks(lm: Any, names: Sequence[str], *, num_fewshot: int | None = None, 
         Task -> metric -> value, standard errors as `<metric>_stderr`; None on processes that do not collect.
 
     Raises:
-        ConfigError: As `resolved`, and if the harness does not know a task.
+        ConfigError: As `resolved`, and if the harness does not know a task, its data cannot be had, or it generates
+            text and the model does not.
     """
     import datasets
+    from lm_eval.api import task as harness_task
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
+    from tqdm import tqdm
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    harness_task.tqdm = partial(tqdm, disable=True)  # a bar for each task and site, gone in an instant
     local, others = resolved(names)
     manager = TaskManager(include_defaults=bool(others))  # reading all of them takes a while
     unknown = [name for name in others if not manager.match_tasks([name])]
     if unknown:
         rule = f"{', '.join(unknown)}: neither shipped, nor a .yaml file, nor a task of the harness"
         raise ConfigError("tasks", list(names), rule, f"shipped are {', '.join(shipped())}")
-    loaded = manager.load([*local, *others])
+    try:
+        loaded = manager.load([*local, *others])
+    except OSError as error:  # no network, or no such data set there
+        told = " ".join(str(error).split())
+        rule = f"the data of a task cannot be had ({told})"
+        raise ConfigError("tasks", list(names), rule, f"without a network use {', '.join(shipped())}") from None
+    generating = [n for n, task in loaded["tasks"].items() if task.get_config("output_type") == "generate_until"]
+    if generating and not lm.generates:
+        rule = f"{', '.join(generating)}: tasks that generate text are not measured in training"
+        raise ConfigError("tasks", list(names), rule, "use fomoe evaluate on a checkpoint")
     for task in loaded["tasks"].values():  # as the harness's own command line does
         own = task.get_config("num_fewshot")
         task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot)

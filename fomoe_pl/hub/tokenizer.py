@@ -1,4 +1,4 @@
-"""The tokenizer of an export: what the model was trained with, with its end-of-document token, as transformers reads it.
+"""The tokenizer of an export: the corpus's, with its end-of-document token, as transformers reads it.
 
 Without one transformers would build an empty tokenizer, and an evaluation would measure nonsense.
 """
@@ -88,7 +88,9 @@ def corpus_tokenizer(manifest: Manifest) -> ExportedTokenizer:
     if not path.is_file():
         raise ConfigError("data", str(manifest.root), f"{path} is missing", "copy the whole folder again")
     serialized = path.read_text(encoding="utf-8")
-    return with_special_end(serialized, Tokenizer.from_str(serialized).id_to_token(info.eod_id))
+    eod = Tokenizer.from_str(serialized).id_to_token(info.eod_id)
+    assert eod is not None, "the corpus was prepared with it"
+    return with_special_end(serialized, eod)
 
 
 def imported_tokenizer(checkpoint: Path) -> ExportedTokenizer | None:
@@ -115,4 +117,6 @@ def with_special_end(serialized: str, eod: str) -> ExportedTokenizer:
     if not any(t.content == eod and t.special for t in tokenizer.get_added_tokens_decoder().values()):
         tokenizer.add_special_tokens([AddedToken(eod, special=True, normalized=False)])
         serialized = tokenizer.to_str(pretty=True)
-    return ExportedTokenizer(serialized, eod, tokenizer.token_to_id(eod))
+    eod_id = tokenizer.token_to_id(eod)
+    assert eod_id is not None, "it was added"
+    return ExportedTokenizer(serialized, eod, eod_id)

@@ -4,5 +4,6 @@ from fomoe_pl.metrics.language import LanguageModelMetric
 from fomoe_pl.metrics.routing import RoutingHealth
 from fomoe_pl.metrics.specialisation import DomainLoad
 from fomoe_pl.metrics.validation import ValidationMetrics
+from fomoe_pl.model.statistic import Statistic
 
-__all__ = ["DomainLoad", "LanguageModelMetric", "RoutingHealth", "ValidationMetrics"]
+__all__ = ["DomainLoad", "LanguageModelMetric", "RoutingHealth", "Statistic", "ValidationMetrics"]

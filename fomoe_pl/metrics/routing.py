@@ -1,5 +1,7 @@
 """Health of the routing: how evenly experts are chosen, and how many choices are lost to ghosts."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -106,6 +108,7 @@ class RoutingHealth(FlatSumMetric):
     Args:
         n_layers: Number of MoE layers L.
         n_experts: Number of routed experts E of a layer.
+        names: Of the N statistics that are summed over tokens beside these.
 
     Attributes:
         resets: How often the sums were started anew.
@@ -118,12 +121,19 @@ class RoutingHealth(FlatSumMetric):
     gate_entropy_L: Tensor
     picks: Tensor
 
-    def __init__(self, n_layers: int, n_experts: int) -> None:
+    sums_NL: Tensor
+    tokens: Tensor
+
+    def __init__(self, n_layers: int, n_experts: int, names: Sequence[str] = ()) -> None:
         super().__init__()
+        self.names = tuple(names)
         for name in ("load_LE", "live_LE", "scored_LE", "resident_LE"):
             self.add_sum(name, (n_layers, n_experts))
         self.add_sum("gate_entropy_L", (n_layers,))
         self.add_sum("picks", ())
+        if names:
+            self.add_sum("sums_NL", (len(names), n_layers))
+            self.add_sum("tokens", ())
         self.resets = 0
 
     def reset(self) -> None:
@@ -143,6 +153,8 @@ class RoutingHealth(FlatSumMetric):
         picks: int,
         scored_LE: Tensor | None = None,
         resident_LE: Tensor | None = None,
+        sums_NL: Tensor | None = None,
+        tokens: int = 0,
     ) -> None:
         """Add one forward pass. All layers at once: single layers would cost L times the kernel launches.
 
@@ -152,6 +164,8 @@ class RoutingHealth(FlatSumMetric):
             picks: All picks of one layer (tokens times choices), the same in each.
             scored_LE: Bool, the experts that the router could pick; None = all.
             resident_LE: Bool, the experts that execute their picks; None = all.
+            sums_NL: Of each named statistic the sum over tokens; None where there are none.
+            tokens: How many they are.
         """
         self.load_LE = self.load_LE + load_LE
         self.live_LE = self.live_LE + (load_LE if resident_LE is None else load_LE * resident_LE)
@@ -159,11 +173,20 @@ class RoutingHealth(FlatSumMetric):
         self.resident_LE = self.resident_LE + (1 if resident_LE is None else resident_LE)
         self.gate_entropy_L = self.gate_entropy_L + gate_entropy_L * picks
         self.picks = self.picks + picks
+        if sums_NL is not None:
+            self.sums_NL = self.sums_NL + sums_NL
+            self.tokens = self.tokens + tokens
 
     def ghost_share(self) -> Tensor:
         """Return the share of each expert's own picks that was skipped, (L,E) on the CPU; NaN where it has none."""
         load_LE = self.load_LE.cpu()
         return 1 - self.live_LE.cpu() / load_LE
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the mean over tokens of each named statistic, float64 (L,) on the CPU; NaN without tokens."""
+        if not self.names:
+            return {}
+        return dict(zip(self.names, self.sums_NL.cpu() / self.tokens.cpu(), strict=True))
 
     def by_layer(self) -> dict[str, Tensor]:
         """Return each statistic, float64 (L,) on the CPU.

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Literal, get_origin
 
-from fomoe_pl.errors import ConfigError, check_choice
+from fomoe_pl.errors import ConfigError, check_choice, check_range
+from fomoe_pl.model.backends import AUTO, backend_of
 
 Gate = Literal["sigmoid", "softmax"]
 ExpertKind = Literal["silu", "swiglu"]
@@ -12,7 +13,6 @@ NormKind = Literal["layernorm", "rmsnorm"]
 QKNorm = Literal["none", "full", "head"]
 Parametrization = Literal["completep", "standard"]
 Balance = Literal["none", "aux_loss", "bias"]
-ExpertBackend = Literal["auto", "loop", "grouped", "triton"]
 Checkpointing = Literal["none", "experts", "blocks"]
 
 _KEY = "model.architecture."
@@ -52,14 +52,14 @@ class ModelConfig:
         z_loss_weight: Weight of the router z-loss (ST-MoE, arXiv 2202.08906); 0 is off.
         bias_update_rate: Step of the balance bias per optimizer step; used with ``balance: bias``.
         expert_backend: ``triton`` is our kernels, ``grouped`` torch's grouped GEMM, ``loop`` the reference; ``auto`` is
-            the first of them that works.
+            the first of them that works; or the ``class_path`` of your own ``fomoe_pl.model.backends.Backend``.
         activation_checkpointing: What is computed again in the backward pass instead of kept: ``experts`` is what the
             experts keep, a large part of all for about a tenth more time; ``blocks`` is all, for about a third more.
         loss_chunk_bytes: Upper bound, in bytes, of one chunk of logits in the loss; they are float32, and of the
             precision's type where our kernels run.
 
     Raises:
-        ConfigError: If a size is not positive, sizes do not fit each other, or a choice is none of a setting's.
+        ConfigError: If a number is out of its range, sizes do not fit each other, or a choice is none of a setting's.
     """
 
     vocab_size: int
@@ -90,7 +90,7 @@ class ModelConfig:
     aux_loss_weight: float = 0.01
     z_loss_weight: float = 0.0
     bias_update_rate: float = 1e-3
-    expert_backend: ExpertBackend = "auto"
+    expert_backend: str = AUTO
     activation_checkpointing: Checkpointing = "none"
     loss_chunk_bytes: int = 512 * 2**20
 
@@ -98,15 +98,14 @@ class ModelConfig:
         for field in fields(self):
             if get_origin(field.type) is Literal:
                 check_choice(_KEY + field.name, getattr(self, field.name), field.type)
+        if self.expert_backend != AUTO:
+            backend_of(self.expert_backend)
         positive = """vocab_size d_model n_layers n_heads n_experts top_k d_expert n_kv_heads head_dim norm_eps
             rope_theta base_width base_depth init_std loss_chunk_bytes"""
         for name in positive.split():
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(_KEY + name, value, "must be positive", "Give a number above 0")
+            check_range(_KEY + name, getattr(self, name), "Give a positive number", above=0)
         for name in ("n_shared_experts", "aux_loss_weight", "z_loss_weight", "bias_update_rate"):
-            if getattr(self, name) < 0:
-                raise ConfigError(_KEY + name, getattr(self, name), "must not be negative", "Give 0 or more")
+            check_range(_KEY + name, getattr(self, name), "Give 0 or more", least=0)
         if self.top_k > self.n_experts:
             rule = f"cannot choose more experts than n_experts ({self.n_experts})"
             raise ConfigError(_KEY + "top_k", self.top_k, rule, f"Use 1 to {self.n_experts}")

@@ -7,17 +7,18 @@ F expert width.
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.model.backends import grouped, kernels, loop
+from fomoe_pl.model.backends import AUTO, KEY, SHIPPED, backend_of, kernels
 from fomoe_pl.model.backends.activation import activate
 from fomoe_pl.model.backends.frozen import Frozen
-from fomoe_pl.model.config import ExpertBackend, ModelConfig
+from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.parts import compute_dtype
 
 
@@ -42,6 +43,8 @@ class Experts(nn.Module):
         super().__init__()
         self.kind = config.expert
         self.backend = config.expert_backend
+        for name in SHIPPED if self.backend == AUTO else (self.backend,):
+            _prepare(name)
         self.checkpointing = config.activation_checkpointing == "experts"
         self.copies: kernels.Copies | None = None  # read by our kernels alone
         shape_in = (n_resident, config.d_model, config.expert_in_width)
@@ -70,17 +73,25 @@ class Experts(nn.Module):
         x_TD = x_TD.to(dtype)
         picks = (x_TD, gates_TK, slots_TK)
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            if backend == "triton":
+            run, fused = _RUNS[backend, x_TD.is_cuda, self.checkpointing and torch.is_grad_enabled()]
+            given = (*picks, self.w_in, self.w_out, self.kind, frozen)
+            if fused:
                 # A validation has other experts' weights in their place.
-                copies = self.copies if torch.is_grad_enabled() else None
-                return kernels.dispatch(*picks, self.w_in, self.w_out, self.kind, frozen, copies, self.checkpointing)
-            run = _dispatch_of(backend, x_TD.device.type, self.checkpointing and torch.is_grad_enabled())
-            return run(*picks, self.w_in, self.w_out, self.kind, frozen)
+                return run(*given, self.copies if torch.is_grad_enabled() else None, self.checkpointing)
+            return run(*given)
 
 
-def _dispatch_of(backend: str, device_type: str, checkpointing: bool) -> Callable[..., Tensor]:
-    in_graphs = backend == "grouped" and device_type == "cuda"
-    return (_DISPATCH if in_graphs else _OUTSIDE_OF_GRAPHS)[backend, checkpointing]
+_RUNS: dict[tuple[str, bool, bool], tuple[Callable[..., Tensor], bool]] = {}
+"""(backend, on CUDA, checkpointing) -> what runs the experts, and whether it is fused. Compiled code reads it."""
+
+
+def _prepare(name: str) -> None:
+    backend = backend_of(name)
+    for on_cuda, checkpointing in product((False, True), repeat=2):
+        run = _again(backend.dispatch) if checkpointing and not backend.fused else backend.dispatch
+        if ("cuda" if on_cuda else "cpu") not in backend.compiles_on:
+            run = torch.compiler.disable(run)
+        _RUNS.setdefault((name, on_cuda, checkpointing), (run, backend.fused))
 
 
 def _again(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -90,20 +101,8 @@ def _again(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return dispatch
 
 
-_DISPATCH: dict[tuple[str, bool], Callable[..., Tensor]] = {
-    ("grouped", False): grouped.dispatch,
-    ("grouped", True): _again(grouped.dispatch),
-    ("loop", False): loop.dispatch,
-    ("loop", True): _again(loop.dispatch),
-}
-# On a CPU both take shapes from the numbers in the tensors, which compiled code cannot.
-_OUTSIDE_OF_GRAPHS = {key: torch.compiler.disable(run) for key, run in _DISPATCH.items()}
-
-
 @torch.compiler.assume_constant_result
-def choose_backend(
-    wanted: ExpertBackend, device: torch.device, dtype: torch.dtype, d_expert: int, d_model: int
-) -> Literal["triton", "grouped", "loop"]:
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, d_expert: int, d_model: int) -> str:
     """Return which backend runs the experts; with ``auto`` the first of triton, grouped and loop that works.
 
     Args:
@@ -116,23 +115,20 @@ def choose_backend(
     Raises:
         ConfigError: If the backend that is asked for does not work here.
     """
-    if wanted == "loop":
-        return "loop"
-    reasons = {
-        "triton": kernels.unsupported(device, dtype),
-        "grouped": grouped.unsupported(device, dtype, d_model, d_expert),
-    }
-    if wanted != "auto":
-        if reasons[wanted] is not None:
-            rule, hint = f"does not work here: {reasons[wanted]}", "Use auto or loop, or another precision or size"
-            raise ConfigError("model.architecture.expert_backend", wanted, rule, hint)
+    if wanted != AUTO:
+        reason = backend_of(wanted).unsupported(device, dtype, d_model, d_expert)
+        if reason is not None:
+            hint = "Use auto or loop, or another precision or size"
+            raise ConfigError(KEY, wanted, f"does not work here: {reason}", hint)
         return wanted
-    # On a CPU nobody expects a GPU's kernels.
-    for name in ("triton", "grouped") if device.type == "cuda" else ("grouped",):
-        if reasons[name] is None:
+    for name in SHIPPED:
+        if name == "triton" and device.type != "cuda":
+            continue  # on a CPU nobody expects a GPU's kernels
+        reason = backend_of(name).unsupported(device, dtype, d_model, d_expert)
+        if reason is None:
             return name
-        _tell_fallback(name, reasons[name])
-    return "loop"
+        _tell_fallback(name, reason)
+    raise AssertionError("loop works everywhere")
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.model.backends import AUTO, KEY, backend_of
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.experts import Experts, SharedExperts
 from fomoe_pl.model.residency import Routing, Shadow
@@ -43,6 +45,9 @@ class MoELayer(nn.Module):
         self.router = Router(config, routing, resident, device=device, dtype=dtype)
         self.experts = Experts(config, len(resident), device=device, dtype=dtype)
         copied = routing == "shadow" and len(resident) < config.n_experts
+        if copied and config.expert_backend != AUTO and not backend_of(config.expert_backend).computes_copies:
+            rule = "computes no copies of absent experts, which shadow routing needs"
+            raise ConfigError(KEY, config.expert_backend, rule, "use ghost routing, or auto")
         self.shadow = ShadowExperts(config, shadow, resident, device=device) if copied else None
         self.shared = SharedExperts(config, device=device, dtype=dtype) if config.n_shared_experts else None
 

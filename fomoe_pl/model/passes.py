@@ -1,14 +1,18 @@
 """One forward pass of training: what is minimised, and what is told of it.
 
-Shapes: B batch, S sequence, L layers, E experts.
+Shapes: B batch, S sequence, L layers, E experts, T tokens, N statistics.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fomoe_pl.errors import ConfigError
 from fomoe_pl.model.losses import auxiliary_loss
+from fomoe_pl.model.router import RoutingStats
+from fomoe_pl.model.statistic import Statistic
 from fomoe_pl.model.transformer import Transformer
 
 
@@ -24,6 +28,7 @@ class TrainingPass(NamedTuple):
         live_L: Picks of each layer that were executed, int64.
         gate_entropy_L: Mean entropy of the gates over its bound, float32; None if the routers do not measure it.
         picks: All picks of one layer, T·K.
+        sums_NL: Of each statistic that was asked for the sum over tokens, by layer, float64; None without.
     """
 
     total: Tensor
@@ -34,15 +39,19 @@ class TrainingPass(NamedTuple):
     live_L: Tensor
     gate_entropy_L: Tensor | None
     picks: int
+    sums_NL: Tensor | None = None
 
 
-def training_pass(model: Transformer, inputs_BS: Tensor, targets_BS: Tensor) -> TrainingPass:
+def training_pass(
+    model: Transformer, inputs_BS: Tensor, targets_BS: Tensor, statistics: Sequence[Statistic] = ()
+) -> TrainingPass:
     """Run a model forward on one micro-batch.
 
     Args:
         model: The transformer.
         inputs_BS: Token ids, int64.
         targets_BS: Next tokens, int64; -100 does not count.
+        statistics: What else is summed over the tokens.
     """
     hidden_BSD, stats = model(inputs_BS)
     loss = model.loss(hidden_BSD, targets_BS)
@@ -57,4 +66,21 @@ def training_pass(model: Transformer, inputs_BS: Tensor, targets_BS: Tensor) -> 
         live_L=torch.stack([layer.live for layer in stats]),
         gate_entropy_L=torch.stack(entropies) if entropies else None,
         picks=stats[0].picks,
+        sums_NL=_sums(statistics, model, stats) if statistics else None,
     )
+
+
+@torch.no_grad()
+def _sums(statistics: Sequence[Statistic], model: Transformer, stats: Sequence[RoutingStats]) -> Tensor:
+    sums: list[list[Tensor]] = [[] for _ in statistics]
+    for block, layer in zip(model.layers, stats, strict=True):
+        router = block.moe.router
+        routed = router.expert_ids(layer.picks_TK), layer.gates_TK, router.is_live(layer.picks_TK)
+        for statistic, of_layers in zip(statistics, sums, strict=True):
+            value_T = statistic.of_tokens(*routed)
+            if value_T.shape != layer.picks_TK.shape[:1]:
+                rule = f"of_tokens must give a number of each token, shape ({len(layer.picks_TK)},)"
+                raise ConfigError(f"RoutingStability.statistics.{statistic.name}", tuple(value_T.shape), rule,
+                                  "sum or average over the picks, dimension 1")  # fmt: skip
+            of_layers.append(value_T.double().sum())
+    return torch.stack([torch.stack(of_layers) for of_layers in sums])

@@ -31,7 +31,7 @@ class Shadow:
     input_gradient: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("trainer.strategy.init_args.shadow_bits", self.bits, ShadowBits)
+        check_choice("shadow_bits", self.bits, ShadowBits)
 
     @property
     def codec(self) -> Codec:

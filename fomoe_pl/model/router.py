@@ -18,6 +18,9 @@ from fomoe_pl.model.backends import kernels, rows
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing, absent_ids
 
+LOWEST = -60.0
+"""Largest logit of a token that a sigmoid router tells from smaller ones."""
+
 
 class RoutingStats(NamedTuple):
     """What one layer's router did with one batch. Only ``importance_E`` and ``z`` carry gradients.
@@ -128,6 +131,10 @@ class Router(nn.Module):
         # While all experts are live for a validation, a partitioned router has E rows, of which row e is expert e.
         return self.resident_ids[picks_TK] if self.routing == "partitioned" else picks_TK
 
+    def is_live(self, picks_TK: Tensor) -> Tensor:
+        """Whether the experts of picks, as in `RoutingStats.picks_TK`, are resident."""
+        return self.slot_of_expert[self.expert_ids(picks_TK)] < self.resident_ids.numel()
+
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, RoutingStats]:
         """Pick experts for each token.
 
@@ -140,14 +147,17 @@ class Router(nn.Module):
         """
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             logits_TN = F.linear(x_TD.float(), self.weight.float())
-            scores_TN = logits_TN.sigmoid() if self.gate == "sigmoid" else logits_TN.softmax(dim=-1)
+            scores_TN = _sigmoid(logits_TN) if self.gate == "sigmoid" else logits_TN.softmax(dim=-1)
             n_scored = scores_TN.shape[1]
             # The bias is for choosing only; the gate stays the score (arXiv 2408.15664, §3).
             choose_TN = scores_TN if self.balance_bias is None else scores_TN.detach() + self.balance_bias
             chosen_TK, load_N = _choose(choose_TN.detach(), min(self.top_k, n_scored))
             gates_TK = scores_TN.gather(1, chosen_TK)
             if self.normalize_gates:
-                gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
+                # As a softmax: a bias may have chosen experts whose scores are all 0 in float32, and 0/0 is no gate.
+                chosen_logits_TK = logits_TN.gather(1, chosen_TK)
+                log_scores_TK = -F.softplus(-chosen_logits_TK) if self.gate == "sigmoid" else chosen_logits_TK
+                gates_TK = log_scores_TK.softmax(dim=-1)
             if self._random is not None:
                 order_TN = torch.rand(scores_TN.shape, generator=self._random, device=scores_TN.device)
                 chosen_TK, load_N = _choose(order_TN, chosen_TK.shape[1])
@@ -187,6 +197,16 @@ class Router(nn.Module):
             return
         load_N = load_E[self.resident_ids] if self.routing == "partitioned" else load_E
         self.balance_bias += rate * torch.sign(load_N.mean() - load_N)
+
+
+def _sigmoid(logits_TN: Tensor) -> Tensor:
+    """Sigmoid scores of which no token's are all 0: their sum divides them.
+
+    float32 has no sigmoid below a logit of about -103. There it is an exponential, whose shares do not change when all
+    of a token's logits are moved up until the largest is `LOWEST`.
+    """
+    below_T1 = (logits_TN.detach().amax(dim=-1, keepdim=True) - LOWEST).clamp(max=0)
+    return (logits_TN - below_T1).sigmoid()
 
 
 def _choose(scores_TN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

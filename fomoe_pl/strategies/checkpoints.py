@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.seed import _set_rng_states
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
@@ -54,6 +54,12 @@ class CheckpointingStrategy(SavingStrategy):
         return files.read_weights(
             folder, names, self.layout().expert_layer, residency.experts, config.n_experts, prefix
         )
+
+    def saved_average(self, folder: Path) -> dict[str, Tensor] | None:
+        """The moving average of the global model in a checkpoint, this site's rows; None if it has none."""
+        if files.dense_name(files.AVERAGE) not in files.read_manifest(folder)["files"]:
+            return None
+        return self._read(folder, list(self.layout().tensors), files.AVERAGE)
 
     def set_global(self, weights: dict[str, Tensor]) -> None:
         """Put the global model's values into this rank's tensors."""
@@ -110,23 +116,44 @@ class CheckpointingStrategy(SavingStrategy):
         return super().training_step(*args, **kwargs)
 
 
-def resolve(folder: Path, path: str) -> str | None:
+def resolve(folders: list[Path], path: str, others: Path | None = None) -> str | None:
     """What `--ckpt_path` means: `auto` is the newest undamaged checkpoint of a run, or None for a start from scratch.
 
     Args:
-        folder: where the run's checkpoints lie.
+        folders: where the run's checkpoints lie; in folders below, too, where a file name has a slash in it.
         path: as given.
+        others: where other runs of this name would have theirs.
 
     Raises:
         ConfigError: for `auto`, if there are checkpoints but none is complete and undamaged.
     """
     if path != "auto":
         return path
-    found, wrong = files.newest(folder, hashes=True)
+    there = sorted({p.parent for folder in folders for p in _checkpoints(folder)})
+    found, wrong = None, []
+    for folder in there:
+        newest, messages = files.newest(folder, hashes=True)
+        wrong += messages
+        if newest is not None and (found is None or _age(newest) > _age(found)):
+            found = newest
     for message in wrong:
         rank_zero_info(f"not used: {message}")
+    named = ", ".join(map(str, folders))
     # What the very first save was interrupted in is nothing to go on from, and no loss either.
-    if found is None and any(not name.name.endswith(".partial") for name in folder.glob("*.ckpt*")):
-        raise ConfigError("ckpt_path", path, f"no checkpoint in {folder} is complete", "; ".join(wrong))
-    rank_zero_info(f"going on from {found}" if found else f"no checkpoint in {folder} yet: starting from scratch")
+    if found is None and any(p.suffix != ".partial" for folder in folders for p in _checkpoints(folder)):
+        raise ConfigError("ckpt_path", path, f"no checkpoint in {named} is complete", "; ".join(wrong))
+    rank_zero_info(f"going on from {found}" if found else f"no checkpoint in {named} yet: starting from scratch")
+    beside = [] if others is None else [p for p in _checkpoints(others) if p.parent not in there]
+    if found is None and beside:
+        rank_zero_warn(f"starting from scratch, though other runs of this name have checkpoints, such as {beside[-1]}: "
+                       "to go on from one, name it with --ckpt_path")  # fmt: skip
     return str(found) if found else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoint folders below, complete or not, the newest last."""
+    return sorted((p for p in folder.rglob("*.ckpt*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
+
+
+def _age(checkpoint: Path) -> tuple[int, float]:
+    return files.read_manifest(checkpoint)["optimizer_steps"], (checkpoint / files.MANIFEST).stat().st_mtime

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from torch.nn.parallel import DistributedDataParallel
 
+from fomoe_pl.callbacks.supported import check_callbacks
 from fomoe_pl.data.module import FoMoEData
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_range
 from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
 from fomoe_pl.model.config import ModelConfig
 
@@ -166,17 +167,24 @@ def check_training(trainer: Trainer, *, federated: bool) -> None:
     Raises:
         ConfigError: naming the setting and the rule.
     """
+    check_callbacks(trainer)
     if trainer.accumulate_grad_batches < 1:
         rule = "must be at least 1 micro-batch"
         raise ConfigError("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, rule, "1 is the default")
-    if not trainer.val_check_interval or trainer.val_check_interval < 0:
+    by_time = getattr(trainer, "_val_check_time_interval", None)
+    if by_time is None and not (trainer.val_check_interval or 0) > 0:
         rule = "must be a positive number of micro-batches"
         raise ConfigError("trainer.val_check_interval", trainer.val_check_interval, rule, "give a multiple of K")
-    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
-        rule = "must not be negative"
-        raise ConfigError("trainer.gradient_clip_val", trainer.gradient_clip_val, rule, "1.0 is common, null is off")
+    if by_time is not None and trainer.num_devices * trainer.num_nodes > 1:
+        rule = "is a time, and the clocks of several processes would have them validate after different steps"
+        raise ConfigError("trainer.val_check_interval", f"{by_time:g} s", rule, "give micro-batches: a multiple of K")
+    check_range("trainer.gradient_clip_val", trainer.gradient_clip_val, "1.0 is common, null is off", least=0)
     if not federated:
         return
+    fast_dev_run = cast(Any, trainer).fast_dev_run
+    if fast_dev_run:
+        rule = "ends the run within a round, without checkpoints or curves"
+        raise ConfigError("trainer.fast_dev_run", fast_dev_run, rule, "set trainer.max_steps to one round, K")
     if trainer.max_steps < 1:
         rule = "the run's local steps must be known: its last round ends with the last of them"
         raise ConfigError("trainer.max_steps", trainer.max_steps, rule, "type a number, such as 480")

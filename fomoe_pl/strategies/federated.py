@@ -18,11 +18,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from fomoe_pl.errors import ConfigError, check_choice, check_names
+from fomoe_pl.errors import ConfigError, check_choice, check_names, check_range
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.loss import raise_if_lost
 from fomoe_pl.federation.placement import Placement, all_arcs
+from fomoe_pl.federation.report import SiteReport, share
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
@@ -42,7 +43,6 @@ from fomoe_pl.strategies.evaluation import GlobalValidation
 from fomoe_pl.strategies.global_state import GlobalState
 from fomoe_pl.strategies.processes import SiteProcesses
 from fomoe_pl.strategies.signals import PatientLauncher, end_children, replace_signal_handling
-from fomoe_pl.strategies.statistics import SiteReport, share
 from fomoe_pl.strategies.stopping import StopsTogether
 
 
@@ -85,8 +85,8 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
         check_names(settings, [field.name for field in fields(FederationConfig)])
         self.settings = FederationConfig(**settings)
         check_choice("stop_at", stop_at, StopAt)
-        if timeout_seconds <= 0:
-            raise ConfigError("timeout_seconds", timeout_seconds, "must be positive", "1800 is the default")
+        # 20 days: in milliseconds a timeout has to fit 32 bits.
+        check_range("timeout_seconds", timeout_seconds, "1800 is the default", above=0, most=20 * 24 * 3600)
         if share_device:
             if self.settings.sites is None:
                 raise ConfigError("sites", None, "must be given when sites share a device", "for example 4")

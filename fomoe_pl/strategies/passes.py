@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fomoe_pl.federation.inner import RowAdamW
+from fomoe_pl.model.backends import backend_of
 from fomoe_pl.model.copies import ExpertCopies
 from fomoe_pl.model.experts import choose_backend
 from fomoe_pl.model.parts import compute_dtype
 from fomoe_pl.model.passes import TrainingPass, training_pass
 from fomoe_pl.model.recorded import WARM_UP, RecordedPass
+from fomoe_pl.model.statistic import Statistic
 from fomoe_pl.model.transformer import Transformer
 
 
@@ -31,26 +33,29 @@ class Passes:
         model: The transformer in it, on its device.
         graphs: Record them, on a GPU, if that can be.
         bf16_gradients: Experts have copies, if that can be.
+        statistics: What passes sum over their tokens beside.
 
     Attributes:
         recorded: What records them.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, model: Transformer, *, graphs: bool, bf16_gradients: bool
-    ) -> None:
+        self, trainer: Trainer, module: LightningModule, model: Transformer, *, graphs: bool, bf16_gradients: bool,
+        statistics: Sequence[Statistic] = (),
+    ) -> None:  # fmt: skip
         self.model = model
+        self._run = partial(training_pass, model, statistics=statistics)
         self.copies = expert_copies(trainer, module, model) if bf16_gradients else None
         self.recorded: RecordedPass | None = None
         if graphs and model.output_weight.is_cuda:
-            self.recorded = recorded_pass(trainer, module, model)
+            self.recorded = recorded_pass(trainer, module, model, self._run)
 
     def __call__(self, inputs_BS: Tensor, targets_BS: Tensor) -> TrainingPass:
         """Run forward on a micro-batch of int64 token ids."""
         if self.copies is not None:
             self.copies.refresh()
         if self.recorded is None:
-            return training_pass(self.model, inputs_BS, targets_BS)
+            return self._run(inputs_BS, targets_BS)
         return self.recorded(inputs_BS, targets_BS, variant=self.model.layers[0].moe.router.measures_entropy)
 
     def backward(self) -> bool:
@@ -85,17 +90,20 @@ class ReportedPass(RecordedPass):
         return graph
 
 
-def recorded_pass(trainer: Trainer, module: LightningModule, model: Transformer) -> RecordedPass | None:
+def recorded_pass(
+    trainer: Trainer, module: LightningModule, model: Transformer, run: Callable[[Tensor, Tensor], TrainingPass]
+) -> RecordedPass | None:
     """Return what records a run's passes; None where it cannot be, which a line says.
 
     Args:
         trainer: Of the run, about to start.
         module: What it trains.
         model: The transformer in it, on its device.
+        run: The pass.
     """
     reason = _why_not(trainer, module, model)
     if reason is None:
-        return ReportedPass(partial(training_pass, model), model)
+        return ReportedPass(run, model)
     rank_zero_info(f"model.cuda_graphs: this run's steps are not recorded: {reason}")
     return None
 
@@ -113,7 +121,7 @@ def expert_copies(trainer: Trainer, module: LightningModule, model: Transformer)
     if not isinstance(adamw, RowAdamW) or weight_RFD.dtype != torch.float32:
         return None
     backend, dtype = _experts_run(trainer, model)
-    if backend != "triton" or dtype != torch.bfloat16 or _more_than_one_backward_pass(trainer, module):
+    if not backend_of(backend).fused or dtype != torch.bfloat16 or _more_than_one_backward_pass(trainer, module):
         return None
     copies = ExpertCopies(model, dtype)
     adamw.copies = copies.of
@@ -127,8 +135,9 @@ def _why_not(trainer: Any, module: LightningModule, model: Transformer) -> str |
         return "float16 scales the loss by another factor now and then"
     if torch.is_anomaly_enabled():
         return "the search for anomalies reads gradients on the host"
-    if _experts_run(trainer, model)[0] == "loop":
-        return "expert_backend loop waits for the device"
+    backend, _ = _experts_run(trainer, model)
+    if backend_of(backend).waits_for_device:
+        return f"expert_backend {backend} waits for the device"
     return None
 
 

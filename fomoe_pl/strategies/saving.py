@@ -66,8 +66,10 @@ class SavingStrategy(Strategy):
         write_seconds: from the start of writing to the complete checkpoint, of the newest one (site 0).
         async_save: whether checkpoints are written while training goes on.
         observers: who looks at the ends of rounds.
+        average: a moving average of the global model, this site's rows; empty without.
     """
 
+    average: Mapping[str, Tensor] = {}
     ledger: Ledger
     rounds_done: int
     redraws: int
@@ -282,7 +284,7 @@ class SavingStrategy(Strategy):
         names = {layer: layout.sparse(layer) for layer in set(layout.expert_layer.values())}
         contents: dict[str, Any] = {}
         slots = {files.of_slot(slot): tensors for slot, tensors in self.outer_slots().items()}
-        for prefix, tensors in {"": self.global_tensors(), **slots}.items():
+        for prefix, tensors in {"": self.global_tensors(), **slots, files.AVERAGE: self.average}.items():
             if tensors and self.writes_checkpoint():
                 contents[files.experts_name(site, prefix)] = {
                     f"{name}#{e}": tensors[name][row]

@@ -460,6 +460,7 @@ def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
         "train_seconds": pytest.approx(9),
         "sync_seconds": pytest.approx(1),
         "watch_seconds": 0,
+        "evaluations": {},
         "other_views_step": None,
         "validation_before_training": {"val/bits_per_byte": 8.0, "val/bits_per_byte/empty": None},
         "tokens_per_second": {"local": pytest.approx(400 / 8), "with_sync": pytest.approx(400 / 9)},

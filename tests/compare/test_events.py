@@ -14,7 +14,7 @@ TIME, WIRE, CHURN = "time/train_s", "comm/training_wire_MiB", "routing/churn/mea
 
 
 def report(steps: int, seconds: float, mib: int) -> dict[str, Any]:
-    wire = {"total": (mib + 3) * MIB, "evaluation": 2 * MIB, "checkpoint": MIB}
+    wire = {"total": (mib + 3) * MIB, "evaluation": 3 * MIB}
     return {"steps": steps, "train_seconds": seconds, "bytes": {"wire": wire}}
 
 

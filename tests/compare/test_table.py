@@ -24,11 +24,10 @@ ROUTING = {"load_entropy": 0.98765, "max_violation": 0.25, "starved_experts": 0.
 
 
 def write(folder: Path, bits_per_byte: float | None, **changes: Any) -> Path:
-    kinds = ("dense", "expert", "moments", "migration", "evaluation", "checkpoint", "control")
+    kinds = ("dense", "expert", "moments", "migration", "evaluation", "control")
     wire = dict.fromkeys(kinds, 0) | {
         "dense": 3 * MIB,
-        "evaluation": MIB,
-        "checkpoint": MIB // 2,
+        "evaluation": 3 * MIB // 2,
         "total": 9 * MIB // 2,
     }
     report: dict[str, Any] = {

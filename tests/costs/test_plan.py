@@ -347,7 +347,7 @@ def test_the_written_file_trains(tmp_path: Path, root: str) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-m", "fomoe_pl", "fit", "-c", str(written)], cwd=tmp_path, capture_output=True, text=True,
-        timeout=110,
+        timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(next((tmp_path / "runs").rglob("report.json")).read_text())

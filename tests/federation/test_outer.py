@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,3 +84,9 @@ def test_rates_that_cannot_train(options: dict[str, float], key: str) -> None:
     with pytest.raises(ConfigError) as error:
         Nesterov(**options)
     assert error.value.key == f"outer.{key}"
+
+
+@pytest.mark.parametrize("names", ["momentum", ("anchor",), ("m", "m"), ("m/v",), ["m"]])
+def test_slots_that_files_cannot_have_are_refused(names: Any) -> None:
+    with pytest.raises(ConfigError, match=r"slots of Wrong must be a tuple of different names"):
+        type("Wrong", (OuterRule,), {"slots": names})

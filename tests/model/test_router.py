@@ -207,3 +207,45 @@ def test_picks_are_told_as_expert_ids(make_config: Callable[..., ModelConfig]) -
     ids = router.expert_ids(stats.picks_TK)
     assert set(ids.flatten().tolist()) == set(resident)
     assert torch.equal(torch.bincount(ids.flatten(), minlength=config.n_experts).float(), stats.load_E)
+
+
+@pytest.mark.parametrize("logit", [-1e4, -200.0, -104.0, -95.0, -60.0, 0.0, 200.0])
+@pytest.mark.parametrize("balance", ["aux_loss", "bias"])
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("routing", ["ghost", "partitioned"])
+def test_extreme_logits_have_finite_shares_and_gradients(
+    make_config: Callable[..., ModelConfig], logit: float, balance: str, gate: str, normalize: bool, routing: str
+) -> None:
+    """Also where a bias chooses experts whose scores are nothing beside the others'."""
+    config = make_config(gate=gate, balance=balance, normalize_gates=normalize, z_loss_weight=0.1)
+    router = make(config, routing)
+    n_scored = len(router.weight)
+    with torch.no_grad():
+        router.weight.fill_(logit / 32)
+        router.weight[0] += 1 / 32
+        router.weight[-1] -= 300 / 32
+        if router.balance_bias is not None:
+            router.balance_bias[-2:] = 10
+    x = torch.ones(7, 32, requires_grad=True)
+    gates, _, stats = router(x)
+    assert gates.isfinite().all()
+    assert stats.importance_E.sum().item() == pytest.approx(1, rel=1e-5)
+    if normalize:
+        torch.testing.assert_close(gates.sum(dim=-1), torch.ones(7))
+    (gates.square().sum() + balance_loss(stats, n_scored) + 1e-6 * stats.z).backward()
+    assert router.weight.grad.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shift", [-150.0, -70.0, -3.0])
+def test_shares_are_those_of_exact_arithmetic(make_config: Callable[..., ModelConfig], shift: float) -> None:
+    router, x = make(make_config(normalize_gates=True)), torch.zeros(9, 32)
+    x[:, 0] = 1
+    with torch.no_grad():
+        router.weight[:, 0] = torch.linspace(-2, 2, len(router.weight)) + shift
+    exact = router.weight.detach()[:, 0].double().sigmoid()
+    gates, _, stats = router(x)
+    torch.testing.assert_close(stats.importance_E.double(), exact / exact.sum(), rtol=1e-5, atol=0)
+    top = exact.topk(router.top_k).values
+    torch.testing.assert_close(gates[0].double(), top / top.sum(), rtol=1e-5, atol=0)

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fomoe_pl.model.backends import kernels
+from fomoe_pl.model.backends import Backend, kernels
 from fomoe_pl.model.backends.activation import activate
 from fomoe_pl.model.backends.frozen import Frozen, unpack_copies
-from fomoe_pl.model.config import ExpertKind
+from fomoe_pl.model.config import ExpertKind, ModelConfig
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
@@ -156,3 +156,21 @@ def dispatch(
     h_LF = activate(pre_LI, kind) * gates_L[:, None].to(x_TD.dtype)
     y_LD = _product(h_LF, w_out_RFD, ends_N, packed_out, bits)
     return _ToTokens.apply(y_LD, order_L, place_TK, live_TK1)
+
+
+class Grouped(Backend):
+    """`dispatch` as a backend. On a CPU it takes shapes from the values in tensors, which compiled code cannot."""
+
+    waits_for_device = False
+    compiles_on = frozenset({"cuda"})
+    computes_copies = True
+    dispatch = staticmethod(dispatch)
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
+        """As the function of this name."""
+        return unsupported(device, dtype, d_model, d_expert)
+
+    def kept_bytes(self, config: ModelConfig, itemsize: int, picks: int) -> int:
+        """Of each pick two orders, whether it is live, its gate; and its row before and inside of both products."""
+        rows = config.d_model + config.expert_in_width + config.d_expert * (3 if config.expert == "swiglu" else 2)
+        return picks * (2 * 8 + 1 + itemsize + itemsize * rows)

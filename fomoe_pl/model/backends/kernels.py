@@ -27,9 +27,10 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fomoe_pl.model.backends import Backend
 from fomoe_pl.model.backends.frozen import Frozen, unpack
 from fomoe_pl.model.backends.tuning import DESCRIPTORS_FROM, Tiles, Tuning, tuned, up_to_power
-from fomoe_pl.model.config import ExpertKind
+from fomoe_pl.model.config import ExpertKind, ModelConfig
 
 try:
     import triton
@@ -418,3 +419,21 @@ def dispatch(
     weights = (*given, *learning, packed_in, packed_out, bits, input_gradient)
     y_TD: Tensor = skip_experts(x_TD.contiguous(), *picks, *weights, checkpointing)[0]
     return y_TD
+
+
+class Triton(Backend):
+    """`dispatch` as a backend."""
+
+    waits_for_device = False
+    compiles_on = frozenset({"cuda", "cpu"})
+    computes_copies = True
+    fused = True
+    dispatch = staticmethod(dispatch)
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
+        """As the function of this name; sizes do not matter."""
+        return unsupported(device, dtype)
+
+    def kept_bytes(self, config: ModelConfig, itemsize: int, picks: int) -> int:
+        """Of each pick what is inside the activation."""
+        return picks * itemsize * config.expert_in_width

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fomoe_pl.model.backends.activation import activate
 from fomoe_pl.model.backends.frozen import Frozen, unpack
+from fomoe_pl.model.backends.grouped import Grouped
 from fomoe_pl.model.config import ExpertKind
 
 
@@ -71,3 +72,15 @@ def dispatch(
         outputs.append(y_ND)
     y_PD = x_TD.new_zeros(n_tokens * top_k, x_TD.shape[1]).index_copy(0, torch.cat(rows), torch.cat(outputs))
     return y_PD.view(n_tokens, top_k, -1).sum(dim=1)
+
+
+class Loop(Grouped):
+    """`dispatch` as a backend; it keeps no more than `grouped` does."""
+
+    waits_for_device = True
+    compiles_on = frozenset()
+    dispatch = staticmethod(dispatch)
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
+        """Nothing: it works everywhere."""
+        return None

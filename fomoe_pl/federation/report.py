@@ -1,4 +1,4 @@
-"""What sites tell each other with every round, in one small message."""
+"""What sites report to each other before a round's averages, in one small message."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+PER_SITE = ("skipped", "left_out")
+"""Fields of a report that every site has a place of its own for."""
+SUMMED = ("loss_sum", "loss_count", "stop", "save_failed", "saved")
+"""Fields that are added over the sites."""
+
+
+def report_numbers(n_sites: int) -> int:
+    """How many float64 numbers the message of `share` has.
+
+    Args:
+        n_sites: number of sites M.
+    """
+    return len(PER_SITE) * n_sites + len(SUMMED)
 
 
 class SiteReport(NamedTuple):
@@ -49,7 +63,7 @@ class SharedReport(NamedTuple):
 
 
 def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor], Tensor]) -> SharedReport:
-    """Tell all sites of each other: 2 M + 5 numbers in float64.
+    """Tell all sites of each other: `report_numbers` numbers in float64.
 
     Args:
         report: this site's.
@@ -57,14 +71,16 @@ def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor],
         n_sites: number of sites M.
         total: sums a tensor over all sites.
     """
-    per_site = torch.zeros(2, n_sites, dtype=torch.float64)
-    per_site[0, site], per_site[1, site] = report.skipped, float(report.left_out)
+    message = torch.zeros(report_numbers(n_sites), dtype=torch.float64)
+    per_site, summed = message[: -len(SUMMED)].view(len(PER_SITE), n_sites), message[-len(SUMMED) :]
+    per_site[:, site] = torch.tensor([float(getattr(report, name)) for name in PER_SITE])
     # One number for both: a signal weighs more than all sites' wishes.
     stop = report.stop * (n_sites + 1) + report.ends
-    summands = [report.loss_sum, report.loss_count, stop, report.save_failed, report.saved]
-    values = total(torch.cat([per_site.flatten(), torch.tensor(summands, dtype=torch.float64)]))
-    skipped, left_out = values[: 2 * n_sites].view(2, n_sites)
-    loss_sum, loss_count, stop, save_failed, saved = values[2 * n_sites :].tolist()
+    flags = (report.loss_sum, report.loss_count, stop, report.save_failed, report.saved)  # as in SUMMED
+    summed.copy_(torch.tensor(flags, dtype=torch.float64))
+    values = total(message)
+    skipped, left_out = values[: -len(SUMMED)].view(len(PER_SITE), n_sites)
+    loss_sum, loss_count, stop, save_failed, saved = values[-len(SUMMED) :].tolist()
     return SharedReport(
         [int(n) for n in skipped.tolist()],
         frozenset(left_out.nonzero().flatten().tolist()),

@@ -1,9 +1,8 @@
-"""A checkpoint as plain safetensors: the same values, readable by others, and refused where it is damaged."""
+"""Exports of trained checkpoints: the same values, readable by others, and refused where one is damaged."""
 
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,9 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fomoe_pl.cli import main
 from fomoe_pl.strategies.loading import load_global_model
 from tests.distributed import run_distributed
-from tests.tools import load
 from tests.training import Run, fit, launched_as
 
 SITES = 2
@@ -44,11 +43,6 @@ def trained(root: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return load("consolidate")
-
-
 def read(folder: Path) -> dict[str, Tensor]:
     """All tensors, found as others find them."""
     index = folder / "model.safetensors.index.json"
@@ -62,10 +56,18 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("shard_gb", [5.0, 4e-6])
-def test_values_are_the_checkpoints(
-    trained: Path, tool: ModuleType, tmp_path: Path, name: str, shard_gb: float
-) -> None:
-    tool.main([str(trained / f"{name}.ckpt"), str(tmp_path / "out"), "--max_shard_gb", str(shard_gb)])
+def test_values_are_the_checkpoints(trained: Path, tmp_path: Path, name: str, shard_gb: float) -> None:
+    main(
+        [
+            "export",
+            str(trained / f"{name}.ckpt"),
+            str(tmp_path / "out"),
+            "--format",
+            "plain",
+            "--max_shard_gb",
+            str(shard_gb),
+        ]
+    )
     model = load_global_model(trained / f"{name}.ckpt")
     expected = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in model.state_dict()}}
     tensors = read(tmp_path / "out")
@@ -80,15 +82,15 @@ def test_values_are_the_checkpoints(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_bfloat16_is_rounded(trained: Path, tool: ModuleType, tmp_path: Path) -> None:
-    tool.main([str(trained / "fomoe.ckpt"), str(tmp_path / "out"), "--dtype", "bfloat16"])
+def test_bfloat16_is_rounded(trained: Path, tmp_path: Path) -> None:
+    main(["export", str(trained / "fomoe.ckpt"), str(tmp_path / "out"), "--format", "plain", "--dtype", "bfloat16"])
     for name, value in load_global_model(trained / "fomoe.ckpt").named_parameters():
         assert torch.equal(read(tmp_path / "out")[name], value.to(torch.bfloat16)), name
 
 
-def test_transformers_computes_the_same_with_olmoes_names(trained: Path, tool: ModuleType, tmp_path: Path) -> None:
+def test_transformers_computes_the_same_with_olmoes_names(trained: Path, root: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    tool.main([str(trained / "olmoe.ckpt"), str(tmp_path / "out"), "--names", "olmoe"])
+    main(["export", str(trained / "olmoe.ckpt"), str(tmp_path / "out"), "--format", "olmoe", "--data", root])
     theirs, unused = transformers.OlmoeForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(unused.values()), unused
     ours, tokens = load_global_model(trained / "olmoe.ckpt"), torch.randint(0, 257, (2, 11))
@@ -98,9 +100,12 @@ def test_transformers_computes_the_same_with_olmoes_names(trained: Path, tool: M
         torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_no_olmoe_is_refused(trained: Path, tool: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="gate 'sigmoid', not 'softmax'"):
-        tool.main([str(trained / "fomoe.ckpt"), str(tmp_path / "out"), "--names", "olmoe"])
+def test_what_is_no_olmoe_is_refused(
+    trained: Path, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(trained / "fomoe.ckpt"), str(tmp_path / "out"), "--format", "olmoe", "--data", root])
+    assert "gate 'sigmoid', not 'softmax'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -113,12 +118,13 @@ def test_what_is_no_olmoe_is_refused(trained: Path, tool: ModuleType, tmp_path: 
     ],
 )
 def test_a_damaged_checkpoint_is_refused(
-    trained: Path, tool: ModuleType, tmp_path: Path, damage: Any, told: str
+    trained: Path, root: str, tmp_path: Path, damage: Any, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(trained / "olmoe.ckpt", tmp_path / "copy.ckpt")
     damage(tmp_path / "copy.ckpt")
-    with pytest.raises(SystemExit, match=told):
-        tool.main([str(tmp_path / "copy.ckpt"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "copy.ckpt"), str(tmp_path / "out"), "--data", root])
+    assert told in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["copy.ckpt"], "nothing is left behind"
 
 
@@ -128,6 +134,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_what_is_there_is_not_replaced(trained: Path, tool: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="is there already"):
-        tool.main([str(trained / "olmoe.ckpt"), str(tmp_path)])
+def test_what_is_there_is_not_replaced(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(trained / "olmoe.ckpt"), str(tmp_path)])
+    assert "is there already" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""A moving average of the global model, in whose place it is validated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from fomoe_pl.callbacks.observed import RoundCallback, observe_rounds, observed_strategy
+from fomoe_pl.errors import ConfigError, check_range
+from fomoe_pl.federation.layout import ParameterLayout
+from fomoe_pl.federation.observer import RoundObserver
+
+
+@runtime_checkable
+class AveragedStrategy(Protocol):
+    """The part of this project's strategies that an average of the global model needs.
+
+    Attributes:
+        average: what checkpoints hold beside the global model; empty for nothing.
+    """
+
+    average: Mapping[str, Tensor]
+
+    def layout(self) -> ParameterLayout:
+        """The tensors that make up the global model."""
+
+    def global_tensors(self) -> Mapping[str, Tensor]:
+        """Agreed values by name, with this site's rows of expert tensors."""
+
+    def saved_average(self, folder: Path) -> dict[str, Tensor] | None:
+        """The average in a checkpoint, this site's rows; None if it has none."""
+
+
+class GlobalEMA(RoundCallback, RoundObserver):
+    """Keeps an exponential moving average of the global model, and has it validated in the model's place.
+
+    After each round `average = decay x average + (1 - decay) x agreed values`, buffers included. Each site keeps it of
+    what it holds: dense values and its residents, in float32, 4 bytes a parameter where the anchors are. Nothing is
+    sent for it: holders of an expert agree on its values, so on their average. Training never sees it.
+
+    All `val/...` of a run with this callback are of the average. Checkpoints hold both, and a resumed run goes on with
+    both; `fomoe validate` with this callback reads the average, without it the model. `fomoe export --average true`
+    writes the average.
+
+    Args:
+        decay: Weight of what was before, in [0, 1); of a round, so 0.9 is a memory of about ten rounds.
+        every_n_steps: Interval in synchronous training, which has no rounds, in optimizer steps.
+    """
+
+    def __init__(self, decay: float = 0.9, every_n_steps: int = 10) -> None:
+        super().__init__(every_n_steps)
+        check_range("trainer.callbacks.GlobalEMA.decay", decay, "0.9 is the default", least=0, below=1)
+        self.decay = decay
+        self._average: dict[str, Tensor] = {}
+        self._stash: dict[str, Tensor] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from the global model, or where the checkpoint's average was."""
+        super().on_train_start(trainer, pl_module)
+        self._strategy = _averaged(trainer)
+        saved = self._strategy.saved_average(Path(trainer.ckpt_path)) if trainer.ckpt_path else None
+        if trainer.ckpt_path and saved is None:
+            rank_zero_info(f"{trainer.ckpt_path} has no average of the global model: it starts at the model")
+        values = self._strategy.global_tensors()
+        source = values if saved is None else saved
+        self._average = {
+            name: torch.empty_like(t, dtype=torch.float32, requires_grad=False).copy_(source[name].detach())
+            for name, t in values.items()
+        }
+        self._strategy.average = self._average
+        observe_rounds(trainer, self)
+
+    def after_synchronization(self) -> None:
+        """Add the values that a round has ended with."""
+        self._update()
+
+    def on_round_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the values of synchronous training; of a round they are in already."""
+        if not observed_strategy(trainer).has_rounds:
+            self._update()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        for name, value in self._strategy.global_tensors().items():
+            self._average[name].lerp_(value.float(), 1 - self.decay)
+
+    # -- validation -----------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average into the model; before the first step it is the model itself."""
+        strategy, average = _averaged(trainer), self._average
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            average = self._of_checkpoint(trainer, strategy)
+        if average and not trainer.sanity_checking:
+            layout = strategy.layout()
+            # On the host: the device has room for one copy of the model.
+            self._stash = {name: t.detach().to("cpu", copy=True) for name, t in layout.tensors.items()}
+            layout.fill(average)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Back to the model; not at the epoch's end, which is before the last window is evaluated."""
+        if self._stash is not None:
+            _averaged(trainer).layout().fill(self._stash)
+            self._stash = None
+
+    def _of_checkpoint(self, trainer: Trainer, strategy: AveragedStrategy) -> dict[str, Tensor]:
+        found = strategy.saved_average(Path(trainer.ckpt_path)) if trainer.ckpt_path else None
+        if found is None:
+            raise ConfigError("ckpt_path", trainer.ckpt_path and str(trainer.ckpt_path),
+                              "has no average of the global model, which GlobalEMA validates",
+                              "leave GlobalEMA out, or give a checkpoint of a run with it")  # fmt: skip
+        return found
+
+
+def _averaged(trainer: Trainer) -> AveragedStrategy:
+    strategy: object = trainer.strategy
+    if not isinstance(strategy, AveragedStrategy):
+        raise ConfigError("trainer.callbacks", "GlobalEMA", "needs a strategy of this project",
+                          "choose one of fomoe_pl.strategies")  # fmt: skip
+    return strategy

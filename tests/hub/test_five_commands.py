@@ -1,0 +1,73 @@
+"""The README's commands from text to a model that others load, as printed, with fewer steps."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("transformers")
+pytest.importorskip("lm_eval")
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+
+
+def printed() -> list[list[str]]:
+    section = (ROOT / "README.md").read_text().split("## After training\n")[1].split("\n## ")[0]
+    block = re.findall(r"^```\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)[0]
+    return [shlex.split(line) for line in block.splitlines()]
+
+
+def shorter(folder: Path) -> Path:
+    """Settings of the quickstart with few steps: its callbacks are a list, which a later file replaces as a whole."""
+    settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["trainer"]
+    for callback in settings["callbacks"]:
+        if "every_n_train_steps" in callback.get("init_args", {}):
+            callback["init_args"]["every_n_train_steps"] = STEPS
+    kept = [c for c in settings["callbacks"] if c["class_path"].rpartition(".")[2] in ("ModelCheckpoint", "RunReport")]
+    path = folder / "shorter.yaml"
+    path.write_text(yaml.safe_dump({
+        "trainer": {"callbacks": kept, "max_steps": STEPS, "val_check_interval": STEPS, "num_sanity_val_steps": 0,
+                    "enable_progress_bar": False},
+        "model": {"optimizer": {"warmup_steps": 2, "cooldown_steps": 2}}, "data": {"val_sequences": 12},
+    }))  # fmt: skip
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_readme(tmp_path: Path, root: str) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "runs" / "data").mkdir(parents=True)
+    (tmp_path / "runs" / "data" / "sample").symlink_to(root)
+    commands = printed()
+    assert [" ".join(words[:2]) for words in commands] == [
+        "fomoe fit", "fomoe export", "python -c", "fomoe generate", "fomoe evaluate"
+    ]  # fmt: skip
+    said = []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for program, *words in commands:
+        start = [sys.executable] if program == "python" else [sys.executable, "-m", "fomoe_pl"]
+        more = ["-c", str(shorter(tmp_path))] if words[0] == "fit" else []
+        done = subprocess.run(
+            [*start, *words, *more],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, (words, done.stderr)
+        said.append(done.stdout)
+    assert "FomoeForCausalLM" in said[2]
+    assert said[3].startswith("My fellow citizens, ")
+    assert "sample_bpb: " in said[4]
+    found = json.loads((tmp_path / "runs/quickstart/model/evaluations.json").read_text())["global"]
+    assert found["steps"] == STEPS
+    assert 1 < found["tasks"]["sample_bpb"]["bits_per_byte"] < 9
