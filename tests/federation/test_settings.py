@@ -1,0 +1,48 @@
+"""Settings of copies that cannot work are refused in one message, before any process starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.settings import FederationConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "told"),
+    [
+        ({"routing": "shadow", "shadow_bits": 3}, "shadow_bits", "Use 2, 4, 8, 16, 32"),
+        ({"routing": "shadow", "shadow_refresh": 0}, "shadow_refresh", "must be at least 1"),
+        ({"shadow_bits": 2}, "shadow_bits", "has no effect with routing ghost"),
+        ({"routing": "partitioned", "shadow_refresh": 2}, "shadow_refresh", "has no effect with routing partitioned"),
+        ({"shadow_input_gradient": False}, "shadow_input_gradient", "set routing to shadow"),
+        ({"routing": "shadows"}, "routing", "shadow"),
+    ],
+)
+def test_settings_of_copies_that_cannot_work_are_refused(settings: dict[str, Any], key: str, told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        FederationConfig(**settings)
+    assert error.value.key == key
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("routing", ["ghost", "partitioned", "shadow"])
+def test_defaults_go_with_any_routing(routing: Any) -> None:
+    """A file that names them may be followed by one with another routing."""
+    FederationConfig(routing=routing, shadow_bits=4, shadow_refresh=1, shadow_input_gradient=True)
+
+
+def test_fit_tells_of_copies_without_their_routing_in_one_message() -> None:
+    command = [sys.executable, "-m", "fomoe_pl", "fit", "-c", "configs/quickstart.yaml"]
+    command += ["-c", "configs/strategy/fomoe_shadow.yaml", "--trainer.strategy.init_args.routing", "ghost"]
+    command += ["--trainer.strategy.init_args.shadow_bits", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("shadow_bits") == 1
+    assert "has no effect with routing ghost" in done.stderr
+    assert "Traceback" not in done.stderr
