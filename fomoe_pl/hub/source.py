@@ -113,11 +113,11 @@ def site_view(config: ModelConfig, training: dict[str, Any], site: int) -> Resid
         site: Its number.
 
     Raises:
-        ConfigError: If there is no such site, or it had copies of the experts that it lacks.
+        ConfigError: If there is no such site, or its copies of absent experts were older than the global model.
     """
     n_sites, identity = training["n_sites"], training["identity"]
-    if identity.get("routing") == "shadow" and identity["overlap"] < n_sites:
-        rule = "sites of this run had copies of absent experts, which are not in the global model's files"
+    if identity.get("shadow_refresh", 1) > 1 and identity["overlap"] < n_sites:
+        rule = "copies of absent experts were older than the global model, and are not in its files"
         raise ConfigError("site", site, rule, "leave it out: the global model is what they agreed on")
     if not 0 <= site < n_sites:
         raise ConfigError("site", site, f"this model was trained by {n_sites} sites", f"use 0 to {n_sites - 1}")

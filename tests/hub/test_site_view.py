@@ -15,7 +15,12 @@ CONFIG = ModelConfig(**TINY)
 
 @pytest.mark.parametrize(
     ("settings", "draw"),
-    [({}, 0), ({"routing": "partitioned"}, 0), ({"placement": "random", "placement_seed": 3}, 2)],
+    [
+        ({}, 0),
+        ({"routing": "partitioned"}, 0),
+        ({"routing": "shadow", "shadow_bits": 2}, 0),
+        ({"placement": "random", "placement_seed": 3}, 2),
+    ],
 )
 def test_a_sites_experts_are_those_of_its_run(settings: dict[str, Any], draw: int) -> None:
     run = FederationConfig(overlap=1, **settings)
@@ -25,8 +30,9 @@ def test_a_sites_experts_are_those_of_its_run(settings: dict[str, Any], draw: in
         assert site_view(CONFIG, training, site) == run.residency(placement.residents(site))
 
 
-def test_a_site_with_copies_is_refused_rather_than_shown_without_them() -> None:
-    training = {"n_sites": 2, "redraws": 0, "identity": FederationConfig(overlap=1, routing="shadow").identity(2)}
+def test_a_site_with_older_copies_is_refused_rather_than_shown_with_others() -> None:
+    run = FederationConfig(overlap=1, routing="shadow", shadow_refresh=2)
+    training = {"n_sites": 2, "redraws": 0, "identity": run.identity(2)}
     with pytest.raises(ConfigError, match="copies of absent experts"):
         site_view(CONFIG, training, 1)
     full = {"n_sites": 2, "redraws": 0, "identity": FederationConfig(overlap=2, routing="shadow").identity(2)}
