@@ -28,6 +28,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fomoe_random accumulation": {"trainer": {"accumulate_grad_batches": 3}, "data": {"split": "domain"}},
     "diloco workers accumulation": {"trainer": {"accumulate_grad_batches": 2}, "data": {"num_workers": 2}},
     "fomoe_partitioned bias": {"architecture": {"balance": "bias", "bias_update_rate": 0.01}},
+    # Saved while copies are older than the anchors.
+    "fomoe_shadow older": {"settings": {"shadow_refresh": 3, "shadow_bits": 2}},
+    "fomoe_shadow random": {"settings": {"placement": "random", "reshuffle_rounds": 1, "shadow_refresh": 3}},
 }
 
 
@@ -79,6 +82,7 @@ def make_run(name: str, root: str, folder: str) -> Run:
         settings |= {"local_steps": K, "overlap": settings.get("overlap") and 1}
         settings |= {"reshuffle_rounds": 1} if "reshuffle_rounds" in settings else {}
     more = VARIANTS[name]
+    settings |= more.get("settings", {})
     return Run(root=root, folder=folder, strategy=kind, settings=settings, data=more.get("data", {}),
                architecture={"n_experts": 8, **more.get("architecture", {})},
                trainer={"max_steps": STEPS, "gradient_clip_val": 1.0, **more.get("trainer", {})})  # fmt: skip
@@ -136,6 +140,7 @@ READERS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "fomoe 2": (2, "federated", {**FOMOE, "overlap": 1}),
     "fomoe 8": (8, "federated", FOMOE),
     "fomoe 1": (1, "federated", {**FOMOE, "overlap": 1}),
+    "shadow 2": (2, "federated", {**FOMOE, "overlap": 1, "routing": "shadow"}),
     "diloco 2": (2, "federated", {"local_steps": K, "outer": NESTEROV, "overlap": 2}),
     "random partitioned 4": (4, "federated", {**FOMOE, "placement": "random", "routing": "partitioned", "overlap": 1}),
     "ddp 2": (2, "ddp", {}),
