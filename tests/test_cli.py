@@ -173,7 +173,9 @@ def test_torchrun_trains_the_same_model(trained: Path, root: str, tmp_path: Path
 
 def test_data_parallelism_by_its_file_trains_validates_and_goes_on(root: str, tmp_path: Path) -> None:
     common = [*small(root, tmp_path), "-c", str(ROOT / "configs/strategy/ddp.yaml")]
-    run(["fit", *common], tmp_path)
+    output = run(["fit", *common], tmp_path)
+    for noise in ("deprecated", "Warning", "C++", "what():"):
+        assert noise not in output, output
     assert report(tmp_path)["strategy"] == "CountedDDPStrategy"
     assert report(tmp_path)["bytes"]["payload"]["dense"] == 4 * 4 * report(tmp_path)["resident_parameters"]
     output = run(["validate", *common, "--ckpt_path", CHECKPOINT], tmp_path)

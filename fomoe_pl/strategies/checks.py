@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from fomoe_pl.callbacks.supported import check_callbacks
@@ -50,21 +51,32 @@ DDP_ARGUMENTS: dict[str, str] = {
     "start_method": OWN_HOOK["start_method"],
     "timeout": "the same is said in seconds, by timeout_seconds",
 }
+_DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for owner in (DistributedDataParallel, DDPStrategy)
+    for name, parameter in signature(owner.__init__).parameters.items()
+}
 
 
-def check_arguments(given: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+def check_arguments(given: Mapping[str, Any], refused: Mapping[str, str]) -> dict[str, Any]:
     """Refuse arguments that would have no effect.
 
     Args:
         given: arguments by name.
         refused: name -> why.
 
+    Returns:
+        Those that are not what Lightning's `DDPStrategy` or torch's DDP takes anyway: a command line gives all of them,
+        and torch warns of some whatever their value.
+
     Raises:
         ConfigError: for the first that is refused.
     """
-    for name, value in given.items():
-        if name in refused and value != "popen":  # of `start_method`, which is how processes are started here
+    changed = {name: value for name, value in given.items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
+    for name, value in changed.items():
+        if name in refused:
             raise ConfigError(name, value, f"has no effect here: {refused[name]}", "leave it out")
+    return changed
 
 
 def check_processes(sites: int | None, n_processes: int, num_nodes: int, *, share_device: bool) -> int:

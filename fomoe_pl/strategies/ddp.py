@@ -1,5 +1,6 @@
 """Stock data parallelism with its bytes counted from its real gradient buckets: the synchronous baseline."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
     saves_when_stopped = False
 
     def __init__(self, async_save: bool = True, **kwargs: Any) -> None:
-        check_arguments(kwargs, OWN_HOOK)
+        kwargs = check_arguments(kwargs, OWN_HOOK)
         # All ranks draw the same initial weights and the balance bias is updated from summed loads, so neither
         # parameters nor buffers need DDP's broadcasts.
         super().__init__(init_sync=False, broadcast_buffers=False, **kwargs)
@@ -45,6 +46,12 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
     def topology(self) -> Topology:
         """Every rank is a site of its own."""
         return Topology(self.world_size, 1, self.global_rank)
+
+    def _setup_model(self, model: Any) -> DistributedDataParallel:
+        with warnings.catch_warnings():
+            # Its successor is newer than the oldest torch that is supported, and does something else.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
+            return super()._setup_model(model)
 
     def _register_ddp_hooks(self) -> None:
         assert isinstance(self.model, DistributedDataParallel)
