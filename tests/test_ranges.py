@@ -12,7 +12,8 @@ from fomoe_pl.cli import main
 from fomoe_pl.costs.request import PlanRequest
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError, check_range
-from fomoe_pl.federation.outer import OuterRule
+from fomoe_pl.federation.outer import Average, Nesterov
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.optimizer import OptimizerConfig
@@ -21,7 +22,8 @@ from fomoe_pl.strategies import FederatedStrategy
 SIZES = {"vocab_size": 17, "d_model": 8, "n_layers": 1, "n_heads": 1, "n_experts": 2, "top_k": 1, "d_expert": 4}
 SITE = {"tflops": 1.0, "memory_gib": 1.0, "memory_gbps": 1.0}
 MADE: dict[Callable[..., Any], dict[str, Any]] = {
-    ModelConfig: SIZES, OptimizerConfig: {}, OuterRule: {}, FederatedStrategy: {}, Site: SITE,
+    ModelConfig: SIZES, OptimizerConfig: {}, Nesterov: {}, Average: {}, FederatedStrategy: {},
+    FederationConfig: {}, Site: SITE,
     FoMoEModule: {"architecture": ModelConfig(**SIZES)},
     PlanRequest: {"models": ["a.yaml"], "sites": [Site(**SITE)], "tokens": 1e9},
     **{getattr(callbacks, name): {} for name in callbacks.__all__},

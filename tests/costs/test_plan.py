@@ -338,7 +338,7 @@ def test_the_written_file_trains(tmp_path: Path, root: str) -> None:
     model.write_text(yaml.safe_dump({"model": section | {"optimizer": {"lr": 0.003, "warmup_steps": 2}}}))
     settings = REQUEST | {
         "models": [str(model)], "data_root": root, "overlaps": [1], "sites": SITES[:2], "wire_dtypes": ["float32"],
-        "tokens": 8 * 16 * 64, "val_sequences": 14, "validations": 2, "methods": ["diloco"],
+        "tokens": 8 * 16 * 64, "val_sequences": 14, "validations": 2, "methods": ["diloco"], "routings": ["ghost"],
     }  # fmt: skip
     (tmp_path / "request.yaml").write_text(yaml.safe_dump(settings))
     written = tmp_path / "fit.yaml"

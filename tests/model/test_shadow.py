@@ -482,7 +482,7 @@ def test_a_step_never_waits_for_the_device_and_keeps_no_second_copy(
     """Memory between forward and backward pass is that of ghosts; at most, one layer's copies more."""
     sizes = {"d_model": 256, "d_expert": 512, "n_layers": 4, "n_experts": 16, "top_k": 2, "base_depth": 4}
     config, here = make_config(**sizes, expert_backend="triton", expert="swiglu"), (tuple(range(8)),) * 4
-    kept, most = [], []
+    given, kept, most = batch(size=8), [], []  # a copy to the device makes the host wait
     for residency in (Residency("ghost", here), Residency("shadow", here, Shadow(4, input_gradient))):
         model = Transformer(config, residency, device=torch.device("cuda"))
         copies = ExpertCopies(model, torch.bfloat16)
@@ -495,7 +495,7 @@ def test_a_step_never_waits_for_the_device_and_keeps_no_second_copy(
             torch.cuda.set_sync_debug_mode("error" if i else "default")
             try:
                 with torch.autocast("cuda", torch.bfloat16):
-                    total = training_pass(model, *batch(size=8)).total
+                    total = training_pass(model, *given).total
                 between = torch.cuda.memory_allocated() - before
                 total.backward()
             finally:

@@ -93,7 +93,7 @@ def test_outer_state_on_the_host_changes_nothing(root: str, tmp_path: Path) -> N
     """Sites that share a GPU, with experts that move, outer momentum, saved and resumed."""
     changes = ["--trainer.accelerator", "gpu", "--trainer.devices", "1", f"{STRATEGY}.sites", "2"]
     changes += [f"{STRATEGY}.share_device", "true", f"{STRATEGY}.placement", "random", f"{STRATEGY}.overlap", "1"]
-    changes += [f"{STRATEGY}.outer", "{rule: nesterov, lr: 0.7, momentum: 0.9}"]
+    changes += [f"{STRATEGY}.outer", "{class_path: Nesterov, init_args: {lr: 0.7, momentum: 0.9}}"]
     found = {}
     for where in ("device", "host"):
         name = f"{where:_<6}"  # of one length: sites tell each other the paths of checkpoints, which is counted
