@@ -63,7 +63,7 @@ class Switch(L.Callback):
     def __init__(self, callbacks: list[L.Callback], seconds: float) -> None:
         self.callbacks, self.limit = callbacks, seconds
         self.rounds = {kind: Rounds() for kind in ("alone", "watched", "looked")}
-        self._on = True
+        self._on, self._over = True, False
         self._hidden: tuple[Any, ...] = ([], None, False, None)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -99,13 +99,13 @@ class Switch(L.Callback):
             return
         now = self._now()
         done: int = trainer.strategy.rounds_done  # type: ignore[attr-defined]
-        if done > WARMUP_ROUNDS:
+        if done > WARMUP_ROUNDS and not self._over:
             looked = any(isinstance(c, RoutingStability) and c._looking for c in self.callbacks)
             rounds = self.rounds["alone" if not self._on else "looked" if looked else "watched"]
             rounds.steps.append(self._steps)
             rounds.ends.append(now - self._start)
         if done % LOOK_EVERY == 0 and done > WARMUP_ROUNDS and now - self._began > self.limit:
-            trainer.should_stop = True
+            trainer.should_stop = self._over = True  # the run ends with its next round
         self._turn(trainer, pl_module)
         self._start = self._now()
 
