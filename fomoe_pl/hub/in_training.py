@@ -59,7 +59,7 @@ class TrainingLM(HarnessLM):
         model, device = self._module.transformer, self._module.device
         streams = [model.embed(padded(chosen, device)) for _, chosen in batches]
         for layer, block in enumerate(model.layers):
-            with self._module.expert_source(layer):
+            with self._module.site.all_experts_of(layer):
                 for i, x_BSD in enumerate(streams):
                     streams[i] = block(x_BSD)[0]
         for (places, chosen), x_BSD in zip(batches, streams, strict=True):

@@ -165,7 +165,7 @@ def _fit_interrupted_and_without_copies(rank: int, run: Run) -> tuple[bool, bool
             make_trainer(run, rank, 1, [Interrupt()]).fit(module, run.datamodule())
         experts = module.transformer.layers[0].moe.experts
         had = experts.copies is not None
-        module.bf16_gradients = False
+        module.bf16_gradients, module.tokens_seen = False, 0  # else its second run would be refused
         make_trainer(run, rank, 1).fit(module, run.datamodule())
         return had, experts.copies is not None, experts.w_in.grad_dtype
 
