@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
     ("settings", "key", "told"),
     [
         ({"routing": "shadow", "shadow_bits": 3}, "shadow_bits", "Use 2, 4, 8, 16, 32"),
-        ({"routing": "shadow", "shadow_refresh": 0}, "shadow_refresh", "must be at least 1"),
+        ({"routing": "shadow", "shadow_refresh": 0}, "shadow_refresh", "at least 1"),
         ({"shadow_bits": 2}, "shadow_bits", "has no effect with routing ghost"),
         ({"routing": "partitioned", "shadow_refresh": 2}, "shadow_refresh", "has no effect with routing partitioned"),
         ({"shadow_input_gradient": False}, "shadow_input_gradient", "set routing to shadow"),
