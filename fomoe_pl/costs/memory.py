@@ -286,7 +286,7 @@ def rank_memory(
     buckets = DDP_COPIES * gradients if load.method == "ddp" else 0
     copied = routing == "shadow" and n_resident < config.n_experts
     in_kernels = types.experts_in_kernels(config)
-    # With copies torch's grouped products cast weights anew in each pass, and keep none.
+    # With copies torch's grouped products cast weights again in each pass, and keep none.
     no_casts = bool(copies) or (copied and not in_kernels)
     activations = activation_bytes(config, types, load.tokens, n_resident, n_scored, copies=no_casts)
     stream = load.tokens * config.d_model * types.stream

@@ -107,12 +107,12 @@ class Transport:
             kind: ledger kind.
             sites: the holder set; this rank's site is one of it.
             numel: elements of all values together, equal on all holders.
-            read: gives the values, float32, at home; not called where this site is left out.
+            read: gives the values, float32, on the tensors' own device; not called where this site is left out.
             left_out: sites whose weight is zero, the same on all sites, but not all of the holder set: the mean is
                 over the others.
 
         Returns:
-            What waits for the mean: one flat float32 tensor, at home.
+            What waits for the mean: one flat float32 tensor, on the tensors' own device.
         """
         n_taken = len([site for site in sites if site not in left_out])
         if len(sites) == 1:  # nothing crosses, so nothing is rounded to the wire's dtype either

@@ -42,7 +42,7 @@ class TrainingLM(HarnessLM):
         self.batch_size, self.window = batch_size, window
 
     def score(self, sequences: Sequence[Scored]) -> list[Score]:
-        """Score all sequences: this site its share, of which the others are told in one message."""
+        """Score all sequences: each site its share, summed over sites in one message."""
         topology = self._strategy.topology
         batches = batches_by_length(sequences, self.batch_size)
         own = batches[topology.site :: topology.n_sites]

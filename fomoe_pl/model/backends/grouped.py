@@ -77,7 +77,7 @@ class _ToTokens(torch.autograd.Function):
 
 
 class _ProductWithCopies(torch.autograd.Function):
-    """Rows times weights of which the last are copies: unpacked anew in the backward pass, and without gradients.
+    """Rows times weights of which the last are copies: unpacked again in the backward pass, and without gradients.
 
     With ``to_copies`` false the rows of copies get no gradients either, and hold whatever the memory held.
     """
