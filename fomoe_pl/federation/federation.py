@@ -25,7 +25,7 @@ from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
 from fomoe_pl.federation.settings import InnerMoments
-from fomoe_pl.federation.shadow import Copies, refresh_layer
+from fomoe_pl.federation.shadow import Copies, owned_rows, refresh_layer
 from fomoe_pl.federation.state import ANCHOR, Piece, State, cut, joined
 from fomoe_pl.federation.transport import Transport
 
@@ -296,12 +296,12 @@ class Federation:
     def _packed(self, layer: int) -> dict[str, Tensor]:
         """The experts of a layer that this site owns, as copies; other rows are left as they happen to be."""
         copies = cast(Copies, self.copies)
-        residents = self.placement.residents_in(layer, self.site)
-        owned = [r for r, expert in enumerate(residents) if self.placement.owner(layer, expert) == self.site]
+        n_residents = len(self.placement.residents_in(layer, self.site))
+        owned = owned_rows(self.placement, layer, self.site)
         packed = {}
         for name, tensor in copies.tensors.items():
             if self.layout.expert_layer[name] == layer:
-                packed[name] = tensor.new_empty(len(residents), tensor.shape[1])
+                packed[name] = tensor.new_empty(n_residents, tensor.shape[1])
                 values = self.anchors[name][owned].to(tensor.device)
                 packed[name][owned] = copies.encode(values)
         return packed
