@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from fomoe_pl.errors import check_range, check_seed
+from fomoe_pl.errors import ConfigError, check_range, check_seed
 from fomoe_pl.metrics import RoutingHealth, Statistic, ValidationMetrics
 from fomoe_pl.metrics.language import IGNORED
 from fomoe_pl.metrics.validation import OWN_VIEW_GAP
@@ -359,6 +359,9 @@ class FoMoEModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect batches; a full window goes through the model layer by layer."""
+        if missing := {"inputs", "targets", "domain", "bytes"} - batch.keys():
+            hint = "give bytes (B, S) of the text behind each target and domain (B,), or set limit_val_batches to 0"
+            raise ConfigError("val_dataloaders", sorted(batch), f"a batch has no {', '.join(sorted(missing))}", hint)
         self._window.append(batch)
         if len(self._window) == self.evaluation_window:
             self._evaluate_window()

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ def make_documents(domain: str, n: int) -> list[str]:
     """Different texts of 5 to 60 words of one domain, with characters of one to three bytes."""
     draw = random.Random(domain)
     return [f"{i} " + " ".join(draw.choices(_WORDS[domain], k=draw.randint(5, 60))) for i in range(n)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The next test sees neither the seed of `seed_everything`, which is in the environment, nor signals' handlers."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "")
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

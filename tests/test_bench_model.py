@@ -231,10 +231,8 @@ def test_a_site_trains_with_its_own_values_for_its_peers(monkeypatch: pytest.Mon
 def test_the_mirror_gives_back_what_it_gets() -> None:
     sites = load("model_site").SITES
     wire = load("model_site").MirrorTransport(Topology(sites, 1, 0), [], Ledger(), device=CPU)
-    mine, found = [torch.tensor([1.0, 2.0]), torch.tensor([5.0])], []
-    wire.average("dense", wire.everyone, [2, 1], lambda bucket: [mine[i] for i in bucket],
-                 lambda bucket, mean: found.extend(mean.tolist()))  # fmt: skip
-    assert found == [1.0, 2.0, 5.0]
+    mine = [torch.tensor([1.0, 2.0]), torch.tensor([5.0])]
+    assert wire.average("dense", wire.everyone, 3, lambda: mine).wait().tolist() == [1.0, 2.0, 5.0]
     assert wire.ledger.payload("dense") == 12
 
 

@@ -24,6 +24,7 @@ from fomoe_pl.data import FoMoEData
 from fomoe_pl.data.validation import ValidationSequences
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy
+from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.loading import load_global_model
 from tests.training import ROOT, STRATEGIES
 
@@ -268,6 +269,7 @@ def test_the_whole_model_goes_where_the_accelerator_is(monkeypatch: pytest.Monke
     for accelerator, device in ((CPUAccelerator(), "cpu"), (CUDAAccelerator(), "cuda:0")):
         monkeypatch.setattr(type(accelerator), "setup_device", lambda *_: None)
         strategy = SingleSiteStrategy(accelerator=accelerator)
+        monkeypatch.setattr(SiteStrategy, "setup_environment", lambda _: None)  # which needs a run
         strategy.setup_environment()
         assert strategy.root_device == torch.device(device)
 
@@ -309,7 +311,7 @@ ARCHITECTURE = "--model.architecture"
         (f"fit {ARCHITECTURE}.n_heads 3", ["architecture.d_model = 16", "divisible by n_heads (3)"]),
         (f"fit {ARCHITECTURE}.gate tanh", ["model.architecture.gate", "tanh", "sigmoid", "softmax"]),
         (f"fit {ARCHITECTURE}.widht 3", ["widht"]),
-        (f"fit {STRATEGY}.local_steps 0", ["init_args.local_steps = 0", "at least 1", "such as 32"]),
+        (f"fit {STRATEGY}.local_steps 0", ["init_args.local_steps = 0", "at least 1", "type 32"]),
         (f"fit {STRATEGY}.local_steps '{{0: 1, 3: 2, 6: 4}}'", ["3..6", "rounds of 2", "5 or 7"]),
         (f"fit {STRATEGY}.ranks_per_site 2", ["init_args.ranks_per_site = 2", "not supported yet", "to 1"]),
         (f"fit {STRATEGY}.sites 3", ["init_args.sites = 3", "(2 =", "trainer.devices to 3"]),
@@ -320,12 +322,12 @@ ARCHITECTURE = "--model.architecture"
         ("fit --trainer.max_time 00:00:01:00", ["trainer.max_time", "middle of a round"]),
         ("fit --trainer.accumulate_grad_batches 0", ["accumulate_grad_batches = 0", "at least 1"]),
         ("fit --trainer.val_check_interval 0", ["val_check_interval = 0", "positive"]),
-        ("fit --trainer.gradient_clip_val -1", ["gradient_clip_val = -1", "negative"]),
+        ("fit --trainer.gradient_clip_val -1", ["gradient_clip_val = -1", "at least 0"]),
         ("fit --trainer.precision 16-mixed", ["trainer.precision = '16-mixed'", "bf16-mixed"]),
         ("fit --trainer.strategy single_site", ["trainer.devices = 2", "single_site"]),
-        (f"fit {STRATEGY}.timeout_seconds -5", ["timeout_seconds = -5", "positive"]),
-        ("fit --model.optimizer.betas [1.5,2]", ["model.optimizer.betas", "[0, 1)"]),
-        (f"fit {STRATEGY}.outer Nesterov {STRATEGY}.outer.momentum 1.5", ["outer.momentum = 1.5", "[0, 1)"]),
+        (f"fit {STRATEGY}.timeout_seconds -5", ["timeout_seconds = -5", "above 0"]),
+        ("fit --model.optimizer.betas [1.5,2]", ["model.optimizer.betas = 1.5", "at least 0 and below 1"]),
+        (f"fit {STRATEGY}.outer Nesterov {STRATEGY}.outer.momentum 1.5", ["momentum = 1.5", "at least 0 and below 1"]),
         (f"fit {ARCHITECTURE}.vocab_size 256", ["vocab_size = 256", "(257)", "Set it to 257"]),
         ("fit --data.root nowhere", ["data.root = 'nowhere'", "no nowhere/manifest.json", "fomoe prepare --source"]),
         ("fit --data.num_workers 50", ["data.num_workers = 50", "training shards", "2 sites x 50", "at most"]),

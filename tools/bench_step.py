@@ -45,6 +45,7 @@ from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer, inner_schedule
 from fomoe_pl.strategies import FederatedStrategy
 
 DISTINCT_BATCHES = 8
+SEED = 0
 CLIP_NORM = 1.0
 LOG_EVERY = 10
 MIB = 2**20
@@ -90,7 +91,7 @@ class PlainLoop:
     def __init__(self, architecture: ModelConfig, batches: RandomBatches, device: torch.device, max_steps: int) -> None:
         settings = OptimizerConfig()
         self.device = device
-        self.model = Transformer(architecture).to(device)
+        self.model = Transformer(architecture, seed=SEED).to(device)
         self.optimizer = inner_optimizer(self.model, settings)
         self.schedule = inner_schedule(self.optimizer, settings, max_steps)
         ready = [batches[i] for i in range(DISTINCT_BATCHES)]
@@ -268,7 +269,7 @@ def measure(
     )
     # batch_size None: these are batches already.
     loader = DataLoader(batches, batch_size=None, pin_memory=device.type == "cuda")
-    trainer.fit(FoMoEModule(architecture, cuda_graphs=False), loader)  # as the plain loop runs
+    trainer.fit(FoMoEModule(architecture, seed=SEED, cuda_graphs=False), loader)  # as the plain loop runs
     ours, theirs = alternate.of_trainer, alternate.of_plain
     ratios = [a / b for a, b in zip(ours.tokens_per_second, theirs.tokens_per_second, strict=True)]
     return {

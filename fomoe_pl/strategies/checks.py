@@ -18,6 +18,7 @@ from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, check_range
 from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.training.context import DomainData
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -135,9 +136,9 @@ def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, *, fi
         data.check_vocabulary(config.vocab_size)
         if fitting:
             check_endless(trainer)
-    elif not fitting or trainer.enable_validation:
-        rule = "only FoMoEData knows the domains and the bytes of the text that is validated"
-        hint = "give datamodule=FoMoEData(...), or set limit_val_batches to 0"
+    elif not isinstance(data, DomainData) and (not fitting or trainer.enable_validation):
+        rule = "validation needs a datamodule with `domains`, the names that its batches' `domain` indexes"
+        hint = "give datamodule=FoMoEData(...) or one of your own that has them, or set limit_val_batches to 0"
         raise ConfigError("val_dataloaders", type(data).__name__, rule, hint)
 
 

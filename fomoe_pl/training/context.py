@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -15,6 +16,17 @@ from fomoe_pl.federation.settings import WireDtype
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
+
+
+@runtime_checkable
+class DomainData(Protocol):
+    """What validation asks of a datamodule; its batches have `inputs`, `targets`, `domain` and `bytes`.
+
+    Attributes:
+        domains: names of the domains; a batch's `domain` (B,) indexes into them.
+    """
+
+    domains: Sequence[str]
 
 
 class SiteContext(Protocol):

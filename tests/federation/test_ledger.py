@@ -26,8 +26,10 @@ def filled() -> Ledger:
 
 
 def check(ledger: Ledger) -> None:
-    assert [ledger.payload(kind) for kind in KINDS] == [160, 80, 0, 7, 13, 0]
-    assert [ledger.wire(kind) for kind in KINDS] == [240, 50 + 40, 0, 7, 5 + 12, 0]
+    payload = {"dense": 160, "expert": 80, "migration": 7, "evaluation": 13}
+    wire = {"dense": 240, "expert": 50 + 40, "migration": 7, "evaluation": 5 + 12}
+    assert {kind: ledger.payload(kind) for kind in KINDS} == dict.fromkeys(KINDS, 0) | payload
+    assert {kind: ledger.wire(kind) for kind in KINDS} == dict.fromkeys(KINDS, 0) | wire
     assert (ledger.total_payload, ledger.total_wire) == (260, 354)
     assert ledger.calls == {"dense": 2, "expert": 2, "migration": 1, "evaluation": 2}
 

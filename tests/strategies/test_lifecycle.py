@@ -376,6 +376,11 @@ def test_somebodys_validation_loader_is_refused(root: str, tmp_path: Path) -> No
     loader = torch.utils.data.DataLoader([{"inputs": tokens, "targets": tokens}] * 4, batch_size=None)
     with pytest.raises(ConfigError, match="val_dataloaders = 'NoneType'"):
         make_trainer(run, 0, 1).fit(run.module(), loader, loader)
+    data = L.LightningDataModule()
+    data.train_dataloader = data.val_dataloader = lambda: loader
+    data.domains = ["text"]
+    with pytest.raises(ConfigError, match="a batch has no bytes, domain"):
+        make_trainer(run, 0, 1).fit(run.module(), datamodule=data)
 
 
 def test_two_devices_for_one_site_are_refused(root: str, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
-from lightning.pytorch.strategies import DDPStrategy
 
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.topology import Topology
@@ -85,7 +84,7 @@ def test_errors_of_nccl_are_ours_where_the_host_waits(
     def stop(*_: object) -> None:
         raise _ThatFarError
 
-    monkeypatch.setattr(DDPStrategy, "set_world_ranks", stop)
+    monkeypatch.setattr(strategy, "set_world_ranks", stop)
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")  # so that it is as before at the end
     monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
     with pytest.raises(_ThatFarError):
