@@ -32,9 +32,11 @@ from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import (
     KEY_PATHS,
     ConfigError,
+    MeetingError,
     OneMessage,
     SiteLostError,
     check_seed,
+    config_error_in,
     config_message,
     fail,
     speaks,
@@ -329,7 +331,8 @@ def main(args: list[str] | None = None) -> None:
             told = str(error)  # Lightning's words for what is not there
         if told is None:
             raise  # no setting's fault: it stays whole
-        fail(told)
+        found = config_error_in(error)
+        fail(told, found.speaks if isinstance(found, MeetingError) else None)
 
 
 if __name__ == "__main__":

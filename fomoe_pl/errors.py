@@ -145,6 +145,31 @@ class SiteLostError(RuntimeError):
         return f"{lost} ({self.what}); {on}"
 
 
+class MeetingError(ConfigError):
+    """What is wrong beside the settings of other sites, which have terminals of their own.
+
+    Args:
+        key: what it is about.
+        rule: as of `ConfigError`.
+        hint: as of `ConfigError`.
+        mine: whether it is this process's alone, and not told by the first one of each machine.
+    """
+
+    def __init__(self, key: str, rule: str, hint: str, mine: bool = False) -> None:
+        super().__init__(key, None, rule, hint)
+        self.args = (key, rule, hint, mine)  # what it is made of again when it comes out of another process
+        self.mine = mine
+
+    def __str__(self) -> str:
+        """Return ``KEY: RULE. HINT`` on one line."""
+        return f"{self.key}: {self.rule}. {self.hint[:1].upper()}{self.hint[1:]}"
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process tells it."""
+        return self.mine or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def config_error_in(error: BaseException | None) -> ConfigError | None:
     """Return the ConfigError that an exception is, or that it was raised from or during; None if there is none."""
     while error is not None and not isinstance(error, ConfigError):
@@ -180,9 +205,14 @@ def speaks() -> bool:
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
-def fail(message: str) -> NoReturn:
-    """End with one message."""
-    if speaks():
+def fail(message: str, told: bool | None = None) -> NoReturn:
+    """End with one message.
+
+    Args:
+        message: what is wrong.
+        told: whether this process says it; None is the first rank alone.
+    """
+    if speaks() if told is None else told:
         print(f"fomoe: {message}", file=sys.stderr)
     raise SystemExit(EXIT_CONFIG)
 

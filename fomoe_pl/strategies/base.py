@@ -23,13 +23,14 @@ from fomoe_pl.federation.loss import all_here, listen, sites_watched, stop_liste
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
-from fomoe_pl.federation.settings import WireDtype
+from fomoe_pl.federation.settings import FederationConfig, WireDtype
 from fomoe_pl.federation.shadow import quantisation_errors
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
 from fomoe_pl.strategies.checks import check_data, check_launched, check_position, check_precision, check_training
 from fomoe_pl.strategies.elastic import Pace
 from fomoe_pl.strategies.meeting import meet
+from fomoe_pl.strategies.presence import Plain, shared_settings
 from fomoe_pl.strategies.saving import keep_from_saving_failures
 from fomoe_pl.training.context import SiteContext
 
@@ -44,6 +45,7 @@ class SiteStrategy(CheckpointingStrategy):
         sees_loads: whether the placement depends on how often experts were picked.
         observers: who looks at the ends of rounds; the same on all sites, in the same order.
         wire_dtype: dtype of averaged values on the wire.
+        settings: the federation's settings; None without rounds.
         pace: of a run that may have fewer sites than planned.
         watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
         next_end: where a run may end, in words.
@@ -57,6 +59,7 @@ class SiteStrategy(CheckpointingStrategy):
     next_end = "the end of the step"
     together = False
     wire_dtype: WireDtype = "float32"
+    settings: FederationConfig | None = None
     federation: Federation | None = None
     pace: Pace | None = None
 
@@ -141,10 +144,15 @@ class SiteStrategy(CheckpointingStrategy):
         environment, device = own.cluster_environment, own.root_device
         meet(
             self.topology, environment.main_address, environment.main_port, own._get_process_group_backend(),
-            own._timeout, None if device.type == "cpu" else device,
+            own._timeout, None if device.type == "cpu" else device, self._shared_settings(),
         )  # fmt: skip
         super().setup_distributed()  # type: ignore[misc]
         listen(self.topology)
+
+    def _shared_settings(self) -> dict[str, Plain]:
+        trainer: Any = self.trainer
+        module, data = self.lightning_module, trainer.datamodule
+        return shared_settings(trainer, module, data, self.settings, strategy=type(self).__name__)
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from: this site's own unless gradients are shared."""

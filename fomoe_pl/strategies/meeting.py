@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 import torch
@@ -16,14 +17,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.loss import PATIENCE
 from fomoe_pl.federation.topology import Topology
+from fomoe_pl.strategies.presence import Plain, RunKey, check_equal, digest, parse
 
 _HERE, _MISSING, _SEEN = "fomoe/here/", "fomoe/missing", "fomoe/seen/"
+_SETTINGS = "fomoe/settings/"
 _MEETINGS, _ASKS, _TOLD = "fomoe/meetings", "fomoe/asks/", "fomoe/told/"
+_log = logging.getLogger(__name__)
 
 
 def meet(
-    topology: Topology, address: str, port: int, backend: str, timeout: timedelta, device: torch.device | None
-) -> None:
+    topology: Topology, address: str, port: int, backend: str, timeout: timedelta, device: torch.device | None,
+    settings: Mapping[str, Plain] | None = None,
+) -> None:  # fmt: skip
     """Make the process group, if there is none yet.
 
     As `torch.distributed` does it from the environment, but for two things: each process says that it is there before
@@ -31,7 +36,8 @@ def meet(
     torchrun lets all attempts meet through the same store, in which the addresses of the attempt before still lie:
     processes that take those for their peers' fail to connect, or wait for ever. Its count of restarts does not tell
     attempts apart: it is each machine's own, and one whose processes were ended because of another's does not count.
-    So rank 0 numbers the meetings, and tells each process that asks.
+    So rank 0 numbers the meetings, and tells each process that asks and proves that it knows the run's key, if there is
+    one (`RunKey`). Once all are there, their settings are compared.
 
     Args:
         topology: this rank's place.
@@ -40,13 +46,15 @@ def meet(
         backend: backend of the process group.
         timeout: in which all have to come, and after which a collective that does not complete raises.
         device: device that the group is bound to, None for none.
+        settings: what must be equal on all sites, from `shared_settings`; None compares nothing.
 
     Raises:
         SiteLostError: naming the sites that did not come.
+        MeetingError: if this process does not know the run's key, or settings differ.
     """
     if dist.is_initialized():
         return
-    rank, size = topology.rank, topology.world_size
+    rank, size, key = topology.rank, topology.world_size, RunKey.of_environment()
     kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     rank_zero_info(f"waiting for {size} processes at {address}:{port}")
     try:
@@ -59,10 +67,16 @@ def meet(
             raise
         raise SiteLostError([0], _late(timeout), speaks=rank == 1) from error
     try:
-        number = server.add(_MEETINGS, 1) if rank == 0 else _ask(server, rank, timeout)
-        store = dist.PrefixStore(f"fomoe/meeting-{number}", server)
-        store.set(f"{_HERE}{rank}", "1")
-        missing = _wait_for(store, rank, size, timeout, lambda: _tell(server, rank, size, number))
+        number = server.add(_MEETINGS, 1) if rank == 0 else _ask(server, rank, timeout, key)
+        # Whoever does not know the key does not find the place.
+        store = dist.PrefixStore(f"fomoe/meeting-{number}{key.sign('place', number)}", server)
+        own = {} if settings is None else dict(settings)
+        store.set(f"{_SETTINGS}{rank}", json.dumps(own))
+        store.set(f"{_HERE}{rank}", digest(own))
+        refused: set[bytes] = set()
+        missing = _wait_for(store, rank, size, timeout, lambda: _tell(server, rank, size, number, key, refused))
+        if not missing:
+            _compare(store, topology)
     except dist.DistError as error:  # the store went with its keeper
         raise SiteLostError([0], _late(timeout), speaks=rank == 1) from error
     if missing:
@@ -71,19 +85,62 @@ def meet(
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
 
 
-def _ask(server: dist.Store, rank: int, timeout: timedelta) -> int:
-    """Ask rank 0 which meeting it is, under a name that no process before has had."""
+def _ask(server: dist.Store, rank: int, timeout: timedelta, key: RunKey) -> int:
+    """Ask rank 0 which meeting it is, under a name that no process before has had.
+
+    Raises:
+        MeetingError: if this process and rank 0 do not have the same run key.
+    """
     name = uuid.uuid4().hex
-    server.set(f"{_ASKS}{rank}", name)
+    server.set(f"{_ASKS}{rank}", json.dumps({"name": name, "proof": key.sign("asks", rank, name)}))
     server.wait([f"{_TOLD}{name}"], timeout)
-    return int(server.get(f"{_TOLD}{name}"))
+    told = parse(server.get(f"{_TOLD}{name}"), {"number": int, "proof": str})
+    if told is None or not key.proves(told["proof"], "told", name, told["number"]):
+        raise key.refused("" if told is None else told["proof"])
+    return int(told["number"])
 
 
-def _tell(server: dist.Store, rank: int, size: int, number: int) -> None:
-    """Answer all that have asked, on rank 0; one of an earlier attempt does not hear it any more."""
+def _tell(server: dist.Store, rank: int, size: int, number: int, key: RunKey, refused: set[bytes]) -> None:
+    """Answer all that have asked, on rank 0; one of an earlier attempt does not hear it any more.
+
+    A wrong proof is answered too, so that who has the wrong key by mistake is told at once; the answer's number is of
+    no use without the key.
+    """
     for other in range(1, size) if rank == 0 else ():
-        if server.check([f"{_ASKS}{other}"]):
-            server.set(f"{_TOLD}{server.get(f'{_ASKS}{other}').decode()}", str(number))
+        if not server.check([f"{_ASKS}{other}"]):
+            continue
+        message = server.get(f"{_ASKS}{other}")
+        asks = parse(message, {"name": str, "proof": str})
+        known = asks is not None and key.proves(asks["proof"], "asks", other, asks["name"])
+        if not known and message not in refused:
+            refused.add(message)
+            _log.warning("refused a process that says it is rank %d: it does not know the run's key", other)
+        if asks is not None:
+            proof = key.sign("told", asks["name"], number)
+            answer = {"number": number, "proof": proof if known or not proof else "refused"}
+            server.set(f"{_TOLD}{asks['name']}", json.dumps(answer))
+
+
+def _compare(store: dist.Store, topology: Topology) -> None:
+    """Compare the sites' settings; where all are equal, only their digests are read.
+
+    Raises:
+        MeetingError: naming the settings that differ.
+    """
+    ranks = range(topology.world_size)
+    if len({store.get(f"{_HERE}{rank}") for rank in ranks}) == 1:
+        return
+    settings = [json.loads(store.get(f"{_SETTINGS}{rank}")) for rank in ranks[:: topology.ranks_per_site]]
+    store.set(f"{_SEEN}{topology.rank}", "1")
+    if topology.rank == 0:  # the store goes with its keeper
+        _wait_until_seen(store, [f"{_SEEN}{rank}" for rank in ranks])
+    check_equal(settings)
+
+
+def _wait_until_seen(store: dist.Store, keys: list[str]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not store.check(keys) and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def _wait_for(store: dist.Store, rank: int, size: int, timeout: timedelta, tell: Callable[[], None]) -> list[int]:
@@ -99,9 +156,8 @@ def _wait_for(store: dist.Store, rank: int, size: int, timeout: timedelta, tell:
             absent: list[int] = json.loads(store.get(_MISSING))
             store.set(f"{_SEEN}{rank}", "1")
             others = [f"{_SEEN}{other}" for other in range(size) if other not in absent]
-            until = time.monotonic() + PATIENCE
-            while rank == 0 and not store.check(others) and time.monotonic() < until:
-                time.sleep(0.1)  # the store goes with its keeper
+            if rank == 0:  # the store goes with its keeper
+                _wait_until_seen(store, others)
             return absent
         time.sleep(0.1)
     return []
