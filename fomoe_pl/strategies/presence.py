@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+
 from fomoe_pl import __version__
 from fomoe_pl.errors import MeetingError
 from fomoe_pl.federation.settings import FederationConfig
@@ -59,8 +61,8 @@ def shared_settings(
     if data is not None:
         found["data"] = type(data).__name__
         found |= _under("data", _declared(data), OWN_SETTINGS["data"])
-    for place, callback in enumerate(trainer.callbacks):
-        # They take part in collectives, in this order.
+    watching = [callback for callback in trainer.callbacks if not isinstance(callback, ProgressBar | ModelSummary)]
+    for place, callback in enumerate(watching):  # they take part in collectives, in this order
         name = f"trainer.callbacks.{place}"
         found[name] = type(callback).__name__
         found |= {
@@ -77,7 +79,8 @@ def _under(prefix: str, values: Mapping[str, Any], without: frozenset[str] = fro
 def _declared(thing: Any) -> dict[str, Any]:
     """An object's constructor arguments, as far as it keeps them under their names."""
     names = signature(type(thing).__init__).parameters
-    return {name: getattr(thing, name) for name in names if name != "self" and hasattr(thing, name)}
+    kept = getattr(thing, "__dict__", {})  # no property, which may need a run
+    return {name: kept[name] for name in names if name in kept}
 
 
 def _plain(value: Any) -> Plain:
