@@ -132,7 +132,7 @@ def check_equal(settings: Sequence[Mapping[str, Plain]]) -> None:
     found = differences(settings)
     if found:
         named = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
-        raise MeetingError("settings", f"differ between sites: {named}", "give every site the same values")
+        raise MeetingError("configuration", f"differs between sites: {named}", "give every site the same values")
 
 
 class RunKey:

@@ -85,7 +85,7 @@ def test_settings_that_differ_are_named_on_all_sites_with_both_values(tmp_path: 
     same = {"trainer.max_steps": 8, "model.optimizer.lr": 0.1}
     settings = {0: same, 1: same, 2: same | {"model.optimizer.lr": 0.2}}
     found = [found for found, _ in run([0, 1, 2], tmp_path, 60.0, settings=settings)]
-    told = "settings: differ between sites: model.optimizer.lr is 0.1 on sites 0, 1, 0.2 on site 2. Give every site"
+    told = "configuration: differs between sites: model.optimizer.lr is 0.1 on sites 0, 1, 0.2 on site 2. Give every site"
     assert [one[0][: len(told)] for one in found] == [told] * SITES
 
 

@@ -93,7 +93,7 @@ def test_all_values_are_named_with_their_sites() -> None:
     with pytest.raises(MeetingError) as error:
         check_equal([{"a": 1, "b": "x"}, {"a": 2, "b": "x"}, {"a": 1}])
     assert str(error.value) == (
-        "settings: differ between sites: a is 1 on sites 0, 2, 2 on site 1; b is 'x' on sites 0, 1, not there on "
+        "configuration: differs between sites: a is 1 on sites 0, 2, 2 on site 1; b is 'x' on sites 0, 1, not there on "
         "site 2. Give every site the same values"
     )
     many = [{f"s{i:02d}": site for i in range(12)} for site in range(2)]
