@@ -1,4 +1,3 @@
-import ctypes
 import json
 import os
 import random
@@ -17,22 +16,17 @@ if not torch.cuda.is_available():  # before anything imports triton: its interpr
 
 from fomoe_pl.data import Manifest
 from fomoe_pl.data.prepare import prepare
-from tests.distributed import run_distributed
+from tests.distributed import end_with_parent, run_distributed
 from tests.watched import SITES, fit_all
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
 _started_plainly = subprocess.Popen.__init__
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _start_bound(self: subprocess.Popen, *args: Any, preexec_fn: Any = None, **kwargs: Any) -> None:
     """Start a process that ends when the one that starts it does, whatever ends that: a time limit, or a signal."""
 
     def prepare_child() -> None:
-        _end_with_parent()
+        end_with_parent()
         if preexec_fn is not None:
             preexec_fn()
 

@@ -1,7 +1,6 @@
 """Who is gone: all that are left say the same, whoever was talking to the lost site."""
 
 import json
-import multiprocessing as mp
 import os
 import signal
 import time
@@ -25,18 +24,16 @@ from fomoe_pl.federation.loss import (
     wait_watching,
 )
 from fomoe_pl.federation.topology import Topology
+from tests.distributed import start_processes
 
 SITES, PATIENCE = 4, 2.0
 
 
 def run_all(site: Any, n: int, *args: Any, killed: int | None = None) -> None:
     """Run a function on some processes, of which one may kill itself."""
-    context = mp.get_context("forkserver")
-    processes = [context.Process(target=site, args=(rank, *args)) for rank in range(n)]
+    processes = start_processes(site, [(rank, *args) for rank in range(n)])
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
+        process.join(300)
         process.kill()
     assert [process.exitcode for process in processes] == [-9 if rank == killed else 0 for rank in range(n)]
 

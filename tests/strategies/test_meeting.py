@@ -20,6 +20,7 @@ from fomoe_pl.strategies import CountedDDPStrategy, FederatedStrategy
 from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.meeting import _ask, _tell, meet
 from fomoe_pl.strategies.presence import RunKey
+from tests.distributed import start_processes
 
 SITES = 3
 
@@ -53,14 +54,11 @@ def run(
 ) -> list[list]:
     port = find_free_network_port()
     kept = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if attempts > 1 else None
-    context = mp.get_context("forkserver")
-    same, barrier = (str(folder), port, seconds, attempts), context.Barrier(len(ranks))
+    same, barrier = (str(folder), port, seconds, attempts), mp.get_context("forkserver").Barrier(len(ranks))
     own = {rank: (settings or {}).get(rank, {}) for rank in ranks}
-    processes = [context.Process(target=_comes, args=(rank, *same, own[rank], barrier)) for rank in ranks]
+    processes = start_processes(_comes, [(rank, *same, own[rank], barrier) for rank in ranks])
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+        process.join(300)
         process.kill()
     del kept
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in ranks]
@@ -85,7 +83,9 @@ def test_settings_that_differ_are_named_on_all_sites_with_both_values(tmp_path: 
     same = {"trainer.max_steps": 8, "model.optimizer.lr": 0.1}
     settings = {0: same, 1: same, 2: same | {"model.optimizer.lr": 0.2}}
     found = [found for found, _ in run([0, 1, 2], tmp_path, 60.0, settings=settings)]
-    told = "configuration: differs between sites: model.optimizer.lr is 0.1 on sites 0, 1, 0.2 on site 2. Give every site"
+    told = (
+        "configuration: differs between sites: model.optimizer.lr is 0.1 on sites 0, 1, 0.2 on site 2. Give every site"
+    )
     assert [one[0][: len(told)] for one in found] == [told] * SITES
 
 

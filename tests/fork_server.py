@@ -1,0 +1,5 @@
+"""The fork server imports this, and nobody else: its processes keep it alive, so it has to end with its parent first."""
+
+from tests.distributed import end_with_parent
+
+end_with_parent()
