@@ -18,7 +18,7 @@ print(child.pid, flush=True)
 time.sleep(600)
 """,
     "a process of the fork server": """
-print(tests.distributed.start_processes(time.sleep, [(600,)])[0].pid, flush=True)
+tests.distributed.start_processes(tests.test_orphans.says_its_number_and_waits, [(0,)])
 time.sleep(600)
 """,
     "a rank": """
