@@ -13,7 +13,7 @@ from fomoe_pl.callbacks.report import REPORT_NAME
 from fomoe_pl.data.manifest import Manifest, read_manifest
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import AVERAGE, WeightFiles, dense_name
-from fomoe_pl.federation.placement import place
+from fomoe_pl.federation.placement import Placement
 from fomoe_pl.hub.tokenizer import ExportedTokenizer, corpus_tokenizer, imported_tokenizer
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Shadow
@@ -56,7 +56,8 @@ class Source:
 
     def training(self) -> dict[str, Any]:
         """What an export keeps of the training, plain values."""
-        kept = {key: self.manifest[key] for key in ("optimizer_steps", "rounds", "redraws", "n_sites", "identity")}
+        known = ("optimizer_steps", "rounds", "n_sites", "identity", "placement")
+        kept = {key: self.manifest[key] for key in known if key in self.manifest}
         return kept | {"tokens": self.report.get("tokens", {}).get("global")}
 
 
@@ -109,28 +110,23 @@ def site_view(config: ModelConfig, training: dict[str, Any], site: int) -> Resid
 
     Args:
         config: The architecture.
-        training: `n_sites`, `redraws` and `identity` as in a checkpoint's manifest.
+        training: `n_sites`, `identity` and `placement` as in a checkpoint's manifest.
         site: Its number.
 
     Raises:
-        ConfigError: If there is no such site, or its copies of absent experts were older than the global model.
+        ConfigError: If there is no such site, its copies of absent experts were older than the global model, or it is
+            not known which experts it held.
     """
     n_sites, identity = training["n_sites"], training["identity"]
-    if identity.get("shadow_refresh", 1) > 1 and identity["overlap"] < n_sites:
-        rule = "copies of absent experts were older than the global model, and are not in its files"
-        raise ConfigError("site", site, rule, "leave it out: the global model is what they agreed on")
     if not 0 <= site < n_sites:
         raise ConfigError("site", site, f"this model was trained by {n_sites} sites", f"use 0 to {n_sites - 1}")
-    if "overlap" not in identity:  # every process held everything
+    if identity.get("overlap", n_sites) == n_sites:  # every process held everything
         return Residency.full(config)
-    placement = place(
-        identity["placement"],
-        n_layers=config.n_layers,
-        n_experts=config.n_experts,
-        n_sites=n_sites,
-        overlap=identity["overlap"],
-        seed=identity.get("placement_seed", 0),
-        draw=training["redraws"],
-    )
-    shadow = Shadow(identity.get("shadow_bits", 4))
-    return Residency(identity["routing"], placement.residents(site), shadow)
+    if identity.get("shadow_refresh", 1) > 1:
+        rule = "copies of absent experts were older than the global model, and are not in its files"
+        raise ConfigError("site", site, rule, "leave it out: the global model is what they agreed on")
+    if "placement" not in training:
+        rule = "an older version wrote this model, without which experts each site holds"
+        raise ConfigError("site", site, rule, "leave it out, or resume the run and save again")
+    placement = Placement.of_record(training["placement"], n_sites)
+    return Residency(identity["routing"], placement.residents(site), Shadow(identity.get("shadow_bits", 4)))

@@ -18,6 +18,7 @@ from fomoe_pl.compare.runs import Run as ComparedRun
 from fomoe_pl.compare.table import evaluation_columns, row, tables
 from fomoe_pl.data import Manifest
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.hub.card import evaluations
 from fomoe_pl.hub.evaluate import evaluate, merged
 from fomoe_pl.hub.export import export
@@ -134,15 +135,14 @@ def test_generate_until(checkpoint: Path, root: str, tmp_path: Path) -> None:
 def test_a_sites_view_is_what_its_training_sees(
     routing: Any, settings: dict[str, Any], kind: str, tmp_path: Path, root: str
 ) -> None:
-    from fomoe_pl.federation.placement import place
-
     model = make_model({"n_experts": 6, "top_k": 3, **settings})
-    identity = {"overlap": 1, "routing": routing, "placement": "random", "placement_seed": 3, "shadow_bits": 2}
-    path = write_checkpoint(tmp_path / "one.ckpt", model, identity, n_sites=3, redraws=2)
+    copied: dict[str, Any] = {"shadow_bits": 2} if routing == "shadow" else {}
+    run = FederationConfig(overlap=1, routing=routing, placement="random", placement_seed=3, **copied)
+    path = write_checkpoint(tmp_path / "one.ckpt", model, run, n_sites=3)
     if kind == "export":
         export(str(path), str(tmp_path / "out"), data=root)
         path = tmp_path / "out"
-    placement = place("random", n_layers=3, n_experts=6, n_sites=3, overlap=1, seed=3, draw=2)
+    placement = run.place(n_layers=3, n_experts=6, n_sites=3)
     ids = torch.randint(0, 257, (2, 11))
     for site in range(3):
         residents = placement.residents(site)
