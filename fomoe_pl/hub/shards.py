@@ -115,7 +115,7 @@ class FolderTensors:
         self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
         if (folder / INDEX).is_file():
-            named: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            named: dict[str, str] = read_json("source", folder, INDEX).get("weight_map", {})
             files = sorted({*named.values()})
         elif (folder / ONE_FILE).is_file():
             named, files = {}, [ONE_FILE]
@@ -142,6 +142,11 @@ class FolderTensors:
         """A tensor's shape; nothing is read."""
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """A tensor's type as safetensors calls it; nothing is read."""
+        code: str = self._slice(name).get_dtype()
+        return code
+
     def read(self, name: str, row: int | None = None) -> Tensor:
         """One tensor, or one row (axis 0) of it; of the type that the file has."""
         tensor: Tensor = self._files[self._where[name]].get_tensor(name) if row is None else self._slice(name)[row]
@@ -149,6 +154,28 @@ class FolderTensors:
 
     def _slice(self, name: str) -> Any:
         return self._files[self._where[name]].get_slice(name)
+
+
+def read_json(key: str, folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object out of a Hugging Face folder.
+
+    Args:
+        key: What the folder is called in messages.
+        folder: The folder.
+        name: Of the file.
+
+    Raises:
+        ConfigError: If there is no such file, or something else is in it.
+    """
+    if not (folder / name).is_file():
+        raise ConfigError(key, str(folder), f"has no {name}", "give a Hugging Face folder")
+    try:
+        content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+        content.keys()
+    except (ValueError, AttributeError):
+        rule = f"is damaged: {name} is no JSON object"
+        raise ConfigError(key, str(folder), rule, "copy the folder again") from None
+    return content
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

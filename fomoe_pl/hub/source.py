@@ -70,7 +70,8 @@ def read_source(checkpoint: str | Path, data: str | None = None, *, average: boo
         average: Read the moving average that `GlobalEMA` has kept, not the model itself.
 
     Raises:
-        ConfigError: If it is no complete checkpoint, has no average, or the corpus has another vocabulary.
+        ConfigError: If it is no complete checkpoint, has no average, or the corpus has a larger vocabulary
+            or another tokenizer.
     """
     files = WeightFiles(Path(checkpoint), AVERAGE if average else "")
     if average and dense_name(AVERAGE) not in files.manifest["files"]:
@@ -80,9 +81,10 @@ def read_source(checkpoint: str | Path, data: str | None = None, *, average: boo
     run = _run_of(Path(checkpoint))
     settings = yaml.safe_load((run / CONFIG_NAME).read_text()) if run is not None else {}
     report = json.loads((run / REPORT_NAME).read_text()) if run is not None and (run / REPORT_NAME).is_file() else {}
+    trained_with = report.get("data", {}).get("tokenizer")
     if report.get("steps") != files.manifest["optimizer_steps"]:
         report = {}
-    corpus = _corpus(config, settings, data)
+    corpus = _corpus(config, settings, data, trained_with)
     tokenizer = imported_tokenizer(Path(checkpoint)) if corpus is None else corpus_tokenizer(corpus)
     return Source(files, config, run, settings, report, corpus, tokenizer)
 
@@ -94,14 +96,17 @@ def _run_of(checkpoint: Path) -> Path | None:
     return None
 
 
-def _corpus(config: ModelConfig, settings: dict[str, Any], data: str | None) -> Manifest | None:
+def _corpus(config: ModelConfig, settings: dict[str, Any], data: str | None, tokenizer: str | None) -> Manifest | None:
     root = data or settings.get("data", {}).get("root")
     if root is None or (data is None and not Path(root).is_dir()):
         return None
     manifest = read_manifest(root)
-    if manifest.vocab_size != config.vocab_size:
+    hint = "give the corpus that it was trained on: --data ROOT"
+    if manifest.vocab_size > config.vocab_size:  # a model may have more, which no text uses
         rule = f"has a vocabulary of {manifest.vocab_size}, the checkpoint {config.vocab_size}"
-        raise ConfigError("data", str(root), rule, "give the corpus that it was trained on: --data ROOT")
+        raise ConfigError("data", str(root), rule, hint)
+    if tokenizer not in (None, manifest.tokenizer.sha256):
+        raise ConfigError("data", str(root), "was prepared with another tokenizer than the run's corpus", hint)
     return manifest
 
 

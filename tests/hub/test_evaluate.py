@@ -35,7 +35,7 @@ pytest.importorskip("lm_eval")
 
 from fomoe_pl.hub.callback import TaskEvaluation
 from fomoe_pl.hub.harness import FomoeLM, Scored, batches_by_length
-from fomoe_pl.hub.tasks import FOLDER, run_tasks, shipped
+from fomoe_pl.hub.tasks import FOLDER, load_tasks, run_tasks, shipped
 
 EOD = 256
 SITES = 2
@@ -92,7 +92,7 @@ def test_numbers_are_a_plain_loops(tmp_path: Path, root: str) -> None:
     model = make_model({"n_layers": 1})
     write_checkpoint(tmp_path / "one.ckpt", model)
     lm = FomoeLM(str(tmp_path / "one.ckpt"), data=root, device="cpu", max_length=length, batch_size=7)
-    found = run_tasks(lm, ["sample"])
+    found = run_tasks(lm, load_tasks(["sample"]))
     texts = [found["text"] for found in rows_of("sample_bpb")]
     assert found["sample_bpb"]["bits_per_byte"] == pytest.approx(plain_bits_per_byte(model, texts, length), rel=1e-5)
     assert found["sample_choice"]["acc"] == pytest.approx(plain_accuracy(model, rows_of("sample_choice"), length))
@@ -274,13 +274,40 @@ def test_bad_tasks_are_told_before_a_model_is_loaded(
         evaluate("nothing", tasks)
 
 
-def test_data_that_cannot_be_fetched(checkpoint: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("right", "wrong", "told"),
+    [
+        ("output_type: multiple_choice", "output_type: multiple_choise", "invalid output_type 'multiple_choise'"),
+        ("doc_to_text: context", "doc_to_txt: context", "unexpected keyword argument 'doc_to_txt'"),
+        ("doc_to_text: context", "doc_to_text: contxt", "'contxt', which its rows do not have. They have .*context"),
+        ("doc_to_choice: choices", "doc_to_choice: choises", "a task or its data cannot be read"),
+        ("metric: acc_norm", "metric: acc_norn", "did you mean acc_norm|Did you mean acc_norm"),
+        ("test_split: test", "test_split: tset", "KeyError: 'tset'"),
+        ("rows.jsonl", "broken.jsonl", "Expected object or value|JSON parse error"),
+        ("rows.jsonl", "empty.jsonl", "has no rows"),
+    ],
+)
+def test_a_mistake_in_a_task_file_is_told(
+    right: str, wrong: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = (FOLDER / "sample_choice.yaml").read_text().replace("sample_choice.jsonl", "rows.jsonl")
+    assert right in text
+    (tmp_path / "mine.yaml").write_text(text.replace(right, wrong))
+    (tmp_path / "rows.jsonl").write_text((FOLDER / "sample_choice.jsonl").read_text())
+    (tmp_path / "broken.jsonl").write_text('{"context": "a", \n')
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=told):
+        evaluate("nothing", str(tmp_path / "mine.yaml"))
+
+
+def test_data_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Any, tasks: Any) -> None:
         raise ConnectionError("Couldn't reach 'x' on the Hub")
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager.load", fail)
     with pytest.raises(ConfigError, match=r"cannot be had .Couldn't reach 'x' on the Hub"):
-        run_tasks(FomoeLM(str(checkpoint), data=root, device="cpu"), ["sample_bpb"])
+        load_tasks(["sample_bpb"])
 
 
 def test_a_task_file_of_ones_own(checkpoint: Path, corpus: Manifest, tmp_path: Path) -> None:
@@ -290,7 +317,7 @@ def test_a_task_file_of_ones_own(checkpoint: Path, corpus: Manifest, tmp_path: P
     texts = ["The ship sails at dawn.", "Hay!"]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     lm = FomoeLM(str(checkpoint), data=str(corpus.root), device="cpu")
-    found = run_tasks(lm, [str(tmp_path / "mine.yaml")])
+    found = run_tasks(lm, load_tasks([str(tmp_path / "mine.yaml")]))
     expected = plain_bits_per_byte(load_global_model(checkpoint), texts, 2048)
     assert found["mine"]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
@@ -337,7 +364,7 @@ def test_evaluating_changes_no_training_and_measures_the_agreed_model(tmp_path: 
         found = json.loads((tmp_path / f"{name}.json").read_text())["global"]
         assert (found["steps"], found["limit"]) == (4, 3)
         lm = FomoeLM(str(tmp_path / f"{name}-True.ckpt"), data=root, device="cpu", max_length=16)
-        after = run_tasks(lm, ["sample_choice"], limit=3)
+        after = run_tasks(lm, load_tasks(["sample_choice"]), limit=3)
         assert found["tasks"]["sample_choice"]["acc"] == after["sample_choice"]["acc"]
 
 

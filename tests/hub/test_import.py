@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.hub.export import export
+from fomoe_pl.hub.families import config_of
 from fomoe_pl.hub.importing import import_model
 from fomoe_pl.strategies.loading import load_global_model
 from tests.hub.models import FAMILY_SETTINGS, SWITCHES, make_model, write_checkpoint
@@ -136,6 +137,7 @@ Q = "model.layers.0.self_attn.k_proj.weight"
         (lambda t: t.update(extra=torch.zeros(2)), "nothing here stands for: extra"),
         (lambda t: t.update({Q: t[Q].T}), r"k_proj.weight is \[32, 64\], not \[64, 32\], as if transposed"),
         (lambda t: t.update({Q: t[Q][:3]}), r"is \[3, 32\], not \[64, 32\]$|is \[3, 32\], not \[64, 32\]\."),
+        (lambda t: t.update({Q: t[Q].to(torch.int8)}), "is I8, not one of F32"),
         (lambda t: t.pop("model.layers.1.mlp.experts.5.up_proj.weight"), "lacks tensors: .*experts.5.up_proj"),
     ],
 )
@@ -171,6 +173,18 @@ def test_other_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         import_model(str(source), str(tmp_path / "one.ckpt"))
     source.mkdir()
+    for text in ("{not json", "[]"):
+        (source / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="no JSON object"):
+            import_model(str(source), str(tmp_path / "one.ckpt"))
+    own = config_of("fomoe", make_model({}).config)
+    (source / "config.json").write_text(json.dumps({**own, "rope_parameters": {"rope_type": "linear"}}))
+    with pytest.raises(ConfigError, match="rope_type 'linear', not 'default'"):
+        import_model(str(source), str(tmp_path / "one.ckpt"))
+    del own["num_experts"]
+    (source / "config.json").write_text(json.dumps(own))
+    with pytest.raises(ConfigError, match=r"config\.json lacks num_experts"):
+        import_model(str(source), str(tmp_path / "one.ckpt"))
     (source / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ConfigError, match="no counterpart"):
         import_model(str(source), str(tmp_path / "one.ckpt"))
