@@ -46,6 +46,8 @@ from fomoe_pl.model.residency import Residency
 DENSE = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
 """Dense models -> the family that they become, with copies of their feed-forward networks for experts."""
 ARCHITECTURE = "model.yaml"
+MACHINE = ("expert_backend", "activation_checkpointing", "loss_chunk_bytes")
+"""Settings of how, not of what is computed."""
 FLOATS = ("F32", "BF16", "F16")
 """Types of a safetensors file that float32 has every value of."""
 
@@ -115,14 +117,11 @@ def import_model(
     for file in (TOKENIZER, SETTINGS):
         if (given / file).is_file():
             shutil.copyfile(given / file, folder / file)
-    settings = {key: value for key, value in asdict(config).items() if value != _DEFAULTS.get(key, _UNSET)}
+    # Defaults too: the file may come behind one that sets something else.
+    settings = {key: value for key, value in asdict(config).items() if key not in MACHINE}
     text = yaml.safe_dump({"model": {"architecture": settings}}, sort_keys=False)
     (folder / ARCHITECTURE).write_text(f"# The architecture of this checkpoint, for `fomoe fit -c`\n{text}")
     print(f"{folder}: {len(wanted)} tensors; train on with -c {folder / ARCHITECTURE} --ckpt_path {folder}")
-
-
-_UNSET = object()
-_DEFAULTS = {name: field.default for name, field in ModelConfig.__dataclass_fields__.items()}
 
 
 # -- configuration ----------------------------------------------------------------------------------------------------
