@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from fomoe_pl.errors import ConfigError
@@ -112,6 +113,9 @@ def test_training_goes_on_from_an_import(tmp_path: Path, root: str) -> None:
     made_by_transformers("Qwen3Moe", tmp_path / "theirs")
     import_model(str(tmp_path / "theirs"), str(tmp_path / "one.ckpt"))
     config = load_global_model(tmp_path / "one.ckpt").config
+    settings = yaml.safe_load((tmp_path / "one.ckpt" / "model.yaml").read_text())["model"]["architecture"]
+    assert {"base_width", "tie_embeddings"} <= settings.keys(), "defaults too"
+    assert type(config)(**settings) == config
     run = Run(root=root, folder=str(tmp_path), strategy="single", architecture=config.__dict__, optimizer={"lr": 1e-30},
               trainer={"max_steps": 2})  # fmt: skip
     trainer = fit(run, 0, 1, ckpt_path=str(tmp_path / "one.ckpt"))
