@@ -167,11 +167,20 @@ def test_a_sites_view_is_what_its_training_sees(
         load(str(path), site=3, data=root)
 
 
-def _train(rank: int, root: str, folder: str) -> None:
+def fewer_rows(folder: Path, n: int) -> list[str]:
+    """The shipped tasks as files of one's own, with their first rows."""
+    for task in shipped():
+        (folder / f"{task}.yaml").write_text((FOLDER / f"{task}.yaml").read_text())
+        rows = (FOLDER / f"{task}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{task}.jsonl").write_text("".join(rows[:n]))
+    return [str(folder / f"{task}.yaml") for task in shipped()]
+
+
+def _train(rank: int, root: str, folder: str, tasks: list[str]) -> None:
     with launched_as(rank, SITES, folder):
         run = Run(root=root, folder=folder, settings={"local_steps": 2, "overlap": 1},
                   data={"sequence_length": 128}, trainer={"max_steps": 4, "enable_checkpointing": True})  # fmt: skip
-        watch = TaskEvaluation(["sample"], every_n_rounds=2, limit=None, batch_size=64, window=3)
+        watch = TaskEvaluation(tasks, every_n_rounds=2, batch_size=16, window=3)
         fit(
             run,
             rank,
@@ -181,7 +190,9 @@ def _train(rank: int, root: str, folder: str) -> None:
 
 
 def test_checkpoint_export_and_training_agree(tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run_distributed(_train, SITES, root, str(tmp_path))
+    (tmp_path / "tasks").mkdir()
+    tasks = fewer_rows(tmp_path / "tasks", 16)
+    run_distributed(_train, SITES, root, str(tmp_path), tasks)
     report = json.loads((tmp_path / "report.json").read_text())
     trained = report["evaluations"]["global"]
     assert trained["steps"] == 4
@@ -189,9 +200,9 @@ def test_checkpoint_export_and_training_agree(tmp_path: Path, root: str, capsys:
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"root": root, "sequence_length": 128}}))
     checkpoint = tmp_path / "last.ckpt"
-    evaluate(str(checkpoint), device="cpu", output=str(tmp_path / "found.json"))
+    evaluate(str(checkpoint), ",".join(tasks), device="cpu", output=str(tmp_path / "found.json"))
     export(str(checkpoint), str(tmp_path / "out"))
-    evaluate(str(tmp_path / "out"), device="cpu")
+    evaluate(str(tmp_path / "out"), ",".join(tasks), device="cpu")
     exported = json.loads((tmp_path / "out" / "evaluations.json").read_text())["global"]
     after = json.loads((tmp_path / "report.json").read_text())
     for found in (after["evaluations"]["global"], exported, json.loads((tmp_path / "found.json").read_text())):
@@ -199,7 +210,7 @@ def test_checkpoint_export_and_training_agree(tmp_path: Path, root: str, capsys:
             for metric, value in metrics.items():
                 assert found["tasks"][task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
 
-    evaluate(str(checkpoint), "sample_bpb", site=1, device="cpu")
+    evaluate(str(checkpoint), tasks[0], site=1, device="cpu")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["evaluations"]["global"] == after["evaluations"]["global"], "those of other views stay"
     [headings, cells] = tables([ComparedRun("run", report)])[-1]
@@ -213,7 +224,7 @@ def test_checkpoint_export_and_training_agree(tmp_path: Path, root: str, capsys:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| sample_bpb, bits_per_byte (site 1) |" in card
     assert card.count("## Evaluations") == 1
-    evaluate(str(tmp_path / "out"), "sample_bpb", device="cpu")
+    evaluate(str(tmp_path / "out"), tasks[0], device="cpu")
     again = (tmp_path / "out" / "README.md").read_text()
     assert (again.count("## Evaluations"), again.count("## Licence")) == (1, 1)
     assert again.index("## Evaluations") < again.index("## Licence")
