@@ -38,6 +38,7 @@ from fomoe_pl.hub.families import (
     targets,
 )
 from fomoe_pl.hub.shards import FolderTensors, Output, read_json, some, write_one
+from fomoe_pl.hub.source import UNKNOWN_LENGTH
 from fomoe_pl.hub.tokenizer import SETTINGS, TOKENIZER
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.init import dense_generator, expert_generator
@@ -110,7 +111,8 @@ def import_model(
     _check(tensors, wanted, upcycling, str(given))
     files.begin(folder)
     try:
-        _write(folder, config, tensors, wanted, upcycling)
+        length = about.get("max_position_embeddings", UNKNOWN_LENGTH)
+        _write(folder, config, tensors, wanted, upcycling, length)
     except BaseException:
         files.give_up(folder)
         raise
@@ -253,7 +255,12 @@ def _check(tensors: FolderTensors, wanted: list[Target], upcycling: Upcycling | 
 
 
 def _write(
-    folder: Path, config: ModelConfig, tensors: FolderTensors, wanted: list[Target], upcycling: Upcycling | None
+    folder: Path,
+    config: ModelConfig,
+    tensors: FolderTensors,
+    wanted: list[Target],
+    upcycling: Upcycling | None,
+    sequence_length: int,
 ) -> None:
     found: dict[str, list[tuple[Target, int | None, Piece]]] = defaultdict(list)
     for target in wanted:
@@ -284,7 +291,7 @@ def _write(
     files.seal(folder, 0, names)
     files.finish(folder, {
         "architecture": asdict(config), "n_sites": 1, "rounds": 0, "redraws": 0, "optimizer_steps": 0,
-        "identity": {"strategy": "import", "sites": 1},
+        "identity": {"strategy": "import", "sites": 1}, "sequence_length": sequence_length,
     })  # fmt: skip
 
 

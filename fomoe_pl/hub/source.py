@@ -19,6 +19,7 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Shadow
 
 CONFIG_NAME = "config.yaml"
+UNKNOWN_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Source:
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a training sequence; 2048 if unknown."""
-        length: int = self.settings.get("data", {}).get("sequence_length", 2048)
+        """Tokens of a training sequence, of the run or of the model that was imported; 2048 if unknown."""
+        imported = self.manifest.get("sequence_length", UNKNOWN_LENGTH)
+        length: int = self.settings.get("data", {}).get("sequence_length", imported)
         return length
 
     def training(self) -> dict[str, Any]:

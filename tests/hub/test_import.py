@@ -21,7 +21,8 @@ transformers = pytest.importorskip("transformers")
 
 COMMON: dict[str, Any] = {
     "vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 512,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 3}
 NATIVE: dict[str, dict[str, Any]] = {
@@ -79,6 +80,7 @@ def test_models_of_transformers(name: str, tmp_path: Path, root: str) -> None:
     check_same_logits(theirs, tmp_path / "one.ckpt")
     export(str(tmp_path / "one.ckpt"), str(tmp_path / "out"), data=root, format=theirs.config.model_type)
     check_same_bits(tmp_path / "out", tmp_path / "theirs")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 512
 
 
 @pytest.mark.parametrize("name", [*SWITCHES, *(f"native {name}" for name in FAMILY_SETTINGS)])
