@@ -38,7 +38,7 @@ from fomoe_pl.hub.families import (
     targets,
 )
 from fomoe_pl.hub.shards import FolderTensors, Output, read_json, some, write_one
-from fomoe_pl.hub.source import UNKNOWN_LENGTH
+from fomoe_pl.hub.source import IMPORTED, UNKNOWN_LENGTH
 from fomoe_pl.hub.tokenizer import SETTINGS, TOKENIZER
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.init import dense_generator, expert_generator
@@ -291,7 +291,7 @@ def _write(
     files.seal(folder, 0, names)
     files.finish(folder, {
         "architecture": asdict(config), "n_sites": 1, "rounds": 0, "redraws": 0, "optimizer_steps": 0,
-        "identity": {"strategy": "import", "sites": 1}, "sequence_length": sequence_length,
+        "identity": {"strategy": IMPORTED, "sites": 1}, "sequence_length": sequence_length,
     })  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from fomoe_pl.model.residency import Residency, Shadow
 
 CONFIG_NAME = "config.yaml"
 UNKNOWN_LENGTH = 2048
+IMPORTED = "import"
+"""What stands for the strategy of a checkpoint that no run has written."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def read_source(checkpoint: str | Path, data: str | None = None, *, average: boo
         rule = "has no average of the global model"
         raise ConfigError("average", str(checkpoint), rule, "leave it out, or train with fomoe_pl.callbacks.GlobalEMA")
     config = ModelConfig(**files.manifest["architecture"])
-    run = _run_of(Path(checkpoint))
+    imported = files.manifest["identity"].get("strategy") == IMPORTED  # wherever it was put
+    run = None if imported else _run_of(Path(checkpoint))
     settings = yaml.safe_load((run / CONFIG_NAME).read_text()) if run is not None else {}
     report = json.loads((run / REPORT_NAME).read_text()) if run is not None and (run / REPORT_NAME).is_file() else {}
     trained_with = report.get("data", {}).get("tokenizer")

@@ -102,7 +102,8 @@ def load_tasks(names: Sequence[str], *, generates: bool = True, num_fewshot: int
         rule = f"a task or its data cannot be read ({_root(error)})"
         raise ConfigError("tasks", list(names), rule, "see the harness's task guide, and the rows' columns") from error
     for task in local:
-        _check_columns(task, loaded["tasks"][task["task"]])
+        if str(task["task"]) in loaded["tasks"]:  # a group is a list of others
+            _check_columns(task, loaded["tasks"][task["task"]])
     generating = [n for n, task in loaded["tasks"].items() if task.get_config("output_type") == "generate_until"]
     if generating and not generates:
         rule = f"{', '.join(generating)}: tasks that generate text are not measured in training"
@@ -126,6 +127,8 @@ def _check_metrics(task: dict[str, Any]) -> None:
     from lm_eval.api.registry import METRIC_REGISTRY
 
     for about in task.get("metric_list") or []:
+        if not isinstance(about, dict):
+            raise ConfigError("tasks", task["task"], f"metric_list has {about!r}", "type - metric: acc")
         name = about.get("metric")
         if name not in METRIC_REGISTRY and not about.get("hf_evaluate"):
             near = get_close_matches(str(name), METRIC_REGISTRY, 1)

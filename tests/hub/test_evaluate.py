@@ -293,6 +293,7 @@ def test_bad_tasks_are_told_before_a_model_is_loaded(
         ("doc_to_text: context", "doc_to_text: contxt", "'contxt', which its rows do not have. They have .*context"),
         ("doc_to_choice: choices", "doc_to_choice: choises", "a task or its data cannot be read"),
         ("metric: acc_norm", "metric: acc_norn", "did you mean acc_norm|Did you mean acc_norm"),
+        ("- metric: acc_norm", "- acc_norm", "metric_list has 'acc_norm'"),
         ("test_split: test", "test_split: tset", "KeyError: 'tset'"),
         ("rows.jsonl", "broken.jsonl", "Expected object or value|JSON parse error"),
         ("rows.jsonl", "empty.jsonl", "has no rows"),

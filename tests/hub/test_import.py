@@ -13,6 +13,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.hub.export import export
 from fomoe_pl.hub.families import config_of
 from fomoe_pl.hub.importing import import_model
+from fomoe_pl.hub.source import read_source
 from fomoe_pl.strategies.loading import load_global_model
 from tests.hub.models import FAMILY_SETTINGS, SWITCHES, make_model, write_checkpoint
 from tests.training import Run, fit
@@ -125,6 +126,16 @@ def test_training_goes_on_from_an_import(tmp_path: Path, root: str) -> None:
     before = load_global_model(tmp_path / "one.ckpt").state_dict()
     after = trainer.lightning_module.transformer.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(after[name], value) for name, value in before.items()), "at this learning rate"
+
+
+def test_a_checkpoint_beside_a_run_is_not_that_runs(tmp_path: Path, root: str) -> None:
+    write_checkpoint(tmp_path / "one.ckpt", make_model({"vocab_size": 300}))
+    export(str(tmp_path / "one.ckpt"), str(tmp_path / "out"), data=root)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"root": root, "sequence_length": 16}}))
+    import_model(str(tmp_path / "out"), str(tmp_path / "two.ckpt"))
+    source = read_source(tmp_path / "two.ckpt")
+    assert (source.run, source.corpus, source.sequence_length) == (None, None, 2048)
+    assert source.tokenizer is not None, "its own"
 
 
 def edit(folder: Path, change: Any) -> None:
