@@ -65,12 +65,29 @@ def prepare(key: str, path: Path) -> None:
         ConfigError: if it cannot be made, or the path is a URL or a folder itself.
     """
     check_local(key, path)
+    _make_parent(key, path)
+    if path.is_dir():
+        raise ConfigError(key, str(path), "is a folder", "name a file in it")
+
+
+def prepare_folder(key: str, path: Path) -> None:
+    """Make the folder that a new folder will lie in, before the work is done that goes into it.
+
+    Raises:
+        ConfigError: if the new one is there already, the one around it cannot be made, or the path is a URL.
+    """
+    check_local(key, path)
+    if path.exists():
+        raise ConfigError(key, str(path), "is there already", "give a new folder, or remove it")
+    _make_parent(key, path)
+
+
+def _make_parent(key: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(key, str(path), f"its folder cannot be made: {error.strerror}", "name another file") from None
-    if path.is_dir():
-        raise ConfigError(key, str(path), "is a folder", "name a file in it")
+        rule = f"its folder cannot be made: {error.strerror}"
+        raise ConfigError(key, str(path), rule, "name another place") from None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.placement import Random
 from fomoe_pl.federation.settings import FederationConfig
+from fomoe_pl.hub.source import site_view
 from fomoe_pl.model.config import ModelConfig
 from tests.golden import tensors_of
 from tests.test_cli import environment
@@ -157,6 +158,9 @@ def test_a_policy_sees_all_sites_loads_and_resumes(folder: Path, root: str, feda
         first, second, *_ = sorted(range(4), key=lambda e: -loads_E[e])
         assert sum(first in of[layer] for of in residents) == sum(second in of[layer] for of in residents) == 1
         assert not any({first, second} <= set(of[layer]) for of in residents)
+    about = manifest(by_load)
+    views = [site_view(ModelConfig(**about["architecture"]), about, site).experts for site in range(SITES)]
+    assert views == residents, "fomoe generate --site"
     saved = site_state(by_load, 0, SAVED)["strategy"]["loads"]
     assert saved.sum(dim=1).tolist() == [SAVED * 2 * 16 * 2] * 2  # this site's, in the middle of an interval
     calls = [site_state(run, 0)["strategy"]["ledger"]["calls"]["control"] for run in (fedadam, by_load)]

@@ -269,6 +269,42 @@ def check_architecture(
         raise ConfigError("ckpt_path", str(folder), rule, "use the model settings that it was trained with")
 
 
+MAPPED_BYTES = 32 * 2**20
+"""What of open files may be in memory before they are closed."""
+
+
+class TensorFiles:
+    """Safetensors files whose tensors are read one by one.
+
+    The library maps files into memory, and what was read of one counts as this process's until it is closed: without
+    closing them now and then, reading a model would take the room of one.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+        self._mapped = 0
+
+    def file(self, path: Path) -> Any:
+        """A file as the library has it.
+
+        Raises:
+            OSError, SafetensorError: if it cannot be read.
+        """
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path]
+
+    def read(self, path: Path, key: str, row: int | None = None) -> Tensor:
+        """One tensor of a file, or one row (axis 0) of it."""
+        file = self.file(path)
+        tensor: Tensor = file.get_tensor(key) if row is None else file.get_slice(key)[row]
+        self._mapped += tensor.nbytes
+        if self._mapped > MAPPED_BYTES:  # what is given back keeps its own until it is let go
+            self._open.clear()
+            self._mapped = 0
+        return tensor
+
+
 class WeightFiles:
     """The tensors of a checkpoint by name, read one by one; a file's hash is compared when it is first read.
 
@@ -284,7 +320,8 @@ class WeightFiles:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self._where: dict[str, str] = {}
-        self._handles: dict[str, Any] = {}
+        self._files = TensorFiles()
+        self._verified: dict[str, Path] = {}
         for name in self.manifest["files"]:
             if has_tensors(name, prefix):
                 with safe_open(folder / name, framework="pt") as file:
@@ -302,10 +339,9 @@ class WeightFiles:
         if key not in self._where:
             raise ConfigError("ckpt_path", str(self.folder), f"has no tensor {key!r}", "give a complete checkpoint")
         name = self._where[key]
-        if name not in self._handles:
-            self._handles[name] = safe_open(verify(self.folder, name, self.manifest), framework="pt")
-        tensor: Tensor = self._handles[name].get_tensor(key)
-        return tensor
+        if name not in self._verified:
+            self._verified[name] = verify(self.folder, name, self.manifest)
+        return self._files.read(self._verified[name], key)
 
 
 def read_weights(

@@ -84,6 +84,26 @@ class Placement:
     holders: tuple[tuple[tuple[int, ...], ...], ...]
     n_sites: int
 
+    @classmethod
+    def of_record(cls, record: Sequence[str], n_sites: int) -> Placement:
+        """The placement that `record` has described.
+
+        Args:
+            record: of each layer the holders of its experts.
+            n_sites: number of sites M.
+        """
+        holders = (tuple(tuple(map(int, sites.split(","))) for sites in layer.split()) for layer in record)
+        return cls(tuple(holders), n_sites)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every site holds every expert."""
+        return all(len(sites) == self.n_sites for layer in self.holders for sites in layer)
+
+    def record(self) -> list[str]:
+        """For files: a line for each layer, the holders of its experts in order, `0,1 2,3 0,1`."""
+        return [" ".join(",".join(map(str, sites)) for sites in layer) for layer in self.holders]
+
     def residents(self, site: int) -> tuple[tuple[int, ...], ...]:
         """Per layer the sorted ids of the experts that `site` holds."""
         return tuple(self.residents_in(layer, site) for layer in range(len(self.holders)))

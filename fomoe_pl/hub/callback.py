@@ -57,6 +57,15 @@ class TaskEvaluation(Callback):
         self.limit, self.batch_size, self.window = limit, batch_size, window
         self.evaluations: dict[str, Any] = {}
         self._seen = (0, 0)
+        self._loaded: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read tasks and data before training, so that what cannot be read costs no rounds."""
+        if stage == "fit":
+            from fomoe_pl.hub.tasks import load_tasks
+
+            with isolate_rng():
+                self._loaded = load_tasks(self.tasks, generates=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What was evaluated before the run was resumed is not evaluated again."""
@@ -85,7 +94,7 @@ class TaskEvaluation(Callback):
 
         with isolate_rng(), torch.no_grad(), trainer.precision_plugin.val_step_context():
             lm = TrainingLM(trainer, pl_module, self.batch_size, self.window)
-            found = run_tasks(lm, self.tasks, limit=self.limit)
+            found = run_tasks(lm, self._loaded, limit=self.limit)
         if found is None:
             return
         self.evaluations = {"global": {"steps": trainer.global_step, "limit": self.limit, "tasks": found}}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_pl.callbacks.report import REPORT_NAME
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import check_range
 from fomoe_pl.federation.checkpoint import MANIFEST
 from fomoe_pl.files import prepare, write_whole
 from fomoe_pl.hub import needs
@@ -54,18 +54,17 @@ def evaluate(
     """
     needs("transformers", "evaluate")
     needs("lm_eval", "evaluate")
-    for key, value in (("batch_size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ConfigError(key, value, "must be at least 1", "leave it out")
+    for key, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
+        check_range(key, value, "leave it out", least=least)
     if output is not None:
         prepare("output", Path(output))
     from fomoe_pl.hub.harness import FomoeLM
-    from fomoe_pl.hub.tasks import resolved, run_tasks
+    from fomoe_pl.hub.tasks import load_tasks, run_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    resolved(names)  # before a model is loaded
+    chosen = load_tasks(names, num_fewshot=num_fewshot)  # before the model
     loaded = load(model, site=site, data=data, device=device, dtype=dtype, command="evaluate")
-    found = run_tasks(FomoeLM(loaded, batch_size=batch_size), names, num_fewshot=num_fewshot, limit=limit)
+    found = run_tasks(FomoeLM(loaded, batch_size=batch_size), chosen, limit=limit)
     if num_fewshot is not None:
         found = {f"{task}, {num_fewshot} shots": metrics for task, metrics in found.items()}
     view = "global" if site is None else f"site {site}"

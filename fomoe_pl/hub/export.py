@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import WeightFiles
+from fomoe_pl.files import prepare_folder
 from fomoe_pl.hub.card import card
 from fomoe_pl.hub.families import (
     OWN,
@@ -70,8 +71,7 @@ def export(
     if max_shard_gb <= 0:
         raise ConfigError("max_shard_gb", max_shard_gb, "must be positive", "5 is the default")
     folder, unfinished = Path(output), Path(f"{output.rstrip('/')}.partial")
-    if folder.exists():
-        raise ConfigError("output", output, "is there already", "give a new folder, or remove it")
+    prepare_folder("output", folder)
     source = read_source(checkpoint, data, average=average)
     if format == PLAIN:
         outputs = _plain(source, DTYPES[dtype])
@@ -82,7 +82,7 @@ def export(
             raise ConfigError("checkpoint", checkpoint, rule, "name the corpus: --data runs/data/sample")
         outputs = [_output(source.files, target, DTYPES[dtype]) for target in targets(format, source.config)]
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    unfinished.mkdir()
     try:
         n_files = write_shards(unfinished, outputs, max_shard_gb * 1e9)
         _write_json(unfinished / "config.json", _config(source, format, dtype))

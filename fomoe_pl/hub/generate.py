@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_seed
 from fomoe_pl.hub.loading import Device, DTypeName, Loaded, load
 
 
@@ -48,6 +48,7 @@ def generate(
         raise ConfigError("temperature", temperature, "must not be negative", "0 takes the most likely token")
     if not 0 < top_p <= 1:
         raise ConfigError("top_p", top_p, "must be above 0 and at most 1", "1 draws among all tokens")
+    check_seed("seed", seed)
     loaded = load(model, site=site, data=data, device=device, dtype=dtype)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
@@ -73,6 +74,10 @@ def continuation(loaded: Loaded, ids: list[int], settings: dict[str, Any]) -> li
     """
     from transformers import TextStreamer
 
+    length = len(ids) + settings["max_new_tokens"]
+    if length > loaded.max_length:
+        told = f"text and answer may come to {length} tokens; the model was trained on {loaded.max_length} at a time"
+        print(f"fomoe: {told}", file=sys.stderr)
     ids_1S = torch.tensor([ids], device=loaded.model.device)
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():

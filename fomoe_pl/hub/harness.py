@@ -79,12 +79,7 @@ class HarnessLM(TemplateLM):
         encode: Turns a text into token ids.
         eod_id: Token that ends a document; a text without context begins after it, as in training.
         max_length: Longest input, tokens.
-
-    Attributes:
-        generates: Whether it can make texts, not only score them.
     """
-
-    generates = True
 
     def __init__(self, encode: Callable[[str], list[int]], eod_id: int, max_length: int) -> None:
         super().__init__()

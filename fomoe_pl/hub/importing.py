@@ -6,7 +6,6 @@ shape than the configuration says is an error: nothing is guessed.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import defaultdict
@@ -21,9 +20,10 @@ import yaml
 from lightning import __version__ as lightning_version
 from torch import Tensor
 
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_range, check_seed
 from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.files import prepare_folder
 from fomoe_pl.hub import needs
 from fomoe_pl.hub.families import (
     FAMILIES,
@@ -37,7 +37,8 @@ from fomoe_pl.hub.families import (
     shapes,
     targets,
 )
-from fomoe_pl.hub.shards import FolderTensors, Output, some, write_one
+from fomoe_pl.hub.shards import FolderTensors, Output, read_json, some, write_one
+from fomoe_pl.hub.source import IMPORTED, UNKNOWN_LENGTH
 from fomoe_pl.hub.tokenizer import SETTINGS, TOKENIZER
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.init import dense_generator, expert_generator
@@ -46,6 +47,10 @@ from fomoe_pl.model.residency import Residency
 DENSE = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
 """Dense models -> the family that they become, with copies of their feed-forward networks for experts."""
 ARCHITECTURE = "model.yaml"
+MACHINE = ("expert_backend", "activation_checkpointing", "loss_chunk_bytes")
+"""Settings of how, not of what is computed."""
+FLOATS = ("F32", "BF16", "F16")
+"""Types of a safetensors file that float32 has every value of."""
 
 
 class Upcycling(NamedTuple):
@@ -84,19 +89,16 @@ def import_model(
             shape.
     """
     folder, given = Path(output), Path(source)
-    if folder.exists():
-        raise ConfigError("output", output, "is there already", "give a new folder, or remove it")
-    if not (given / "config.json").is_file():
-        raise ConfigError("source", source, "has no config.json", "give a Hugging Face folder")
-    about = json.loads((given / "config.json").read_text())
-    family = about.get("model_type")
+    prepare_folder("output", folder)
+    check_seed("seed", seed)
+    about = read_json("source", given, "config.json")
+    family: Any = about.get("model_type")
     upcycling = None
     if family in DENSE:
         if n_experts is None or top_k is None:
             rule = f"is a dense {family}, which becomes experts"
             raise ConfigError("source", source, rule, "say how many: --n_experts 8 --top_k 2")
-        if noise < 0:
-            raise ConfigError("noise", noise, "must not be negative", "0 makes exact copies")
+        check_range("noise", noise, "0 makes exact copies", least=0)
         upcycling = Upcycling(n_experts, top_k, noise, seed, about.get("initializer_range", 0.02))
     elif n_experts is not None or top_k is not None or noise:
         given_keys = "n_experts, top_k and noise"
@@ -109,21 +111,19 @@ def import_model(
     _check(tensors, wanted, upcycling, str(given))
     files.begin(folder)
     try:
-        _write(folder, config, tensors, wanted, upcycling)
+        length = about.get("max_position_embeddings", UNKNOWN_LENGTH)
+        _write(folder, config, tensors, wanted, upcycling, length)
     except BaseException:
         files.give_up(folder)
         raise
     for file in (TOKENIZER, SETTINGS):
         if (given / file).is_file():
             shutil.copyfile(given / file, folder / file)
-    settings = {key: value for key, value in asdict(config).items() if value != _DEFAULTS.get(key, _UNSET)}
+    # Defaults too: the file may come behind one that sets something else.
+    settings = {key: value for key, value in asdict(config).items() if key not in MACHINE}
     text = yaml.safe_dump({"model": {"architecture": settings}}, sort_keys=False)
     (folder / ARCHITECTURE).write_text(f"# The architecture of this checkpoint, for `fomoe fit -c`\n{text}")
     print(f"{folder}: {len(wanted)} tensors; train on with -c {folder / ARCHITECTURE} --ckpt_path {folder}")
-
-
-_UNSET = object()
-_DEFAULTS = {name: field.default for name, field in ModelConfig.__dataclass_fields__.items()}
 
 
 # -- configuration ----------------------------------------------------------------------------------------------------
@@ -145,6 +145,14 @@ def architecture(
     """
     if family == OWN:
         keys = SIZES | OWN_KEYS
+        lacking = sorted({*keys.values(), "num_key_value_heads", "head_dim", "rope_parameters"} - about.keys())
+        if lacking:
+            hint = "copy the whole folder again"
+            raise ConfigError("source", source, f"is damaged: its config.json lacks {', '.join(lacking)}", hint)
+        rope = about["rope_parameters"].get("rope_type", "default")
+        if rope != "default":
+            rule = f"computes something else: rope_type {rope!r}, not 'default'"
+            raise ConfigError("source", source, rule, "it cannot be imported")
         values = {ours: about[there] for ours, there in keys.items()}
         kept = {key: value for key, value in (about.get("fomoe") or {}).items() if key in TRAINING}
         values |= {"n_kv_heads": about["num_key_value_heads"], "head_dim": about["head_dim"]}
@@ -237,6 +245,9 @@ def _check(tensors: FolderTensors, wanted: list[Target], upcycling: Upcycling | 
             seems = ", as if transposed" if tensors.shape(name) == shape[::-1] else ""
             rule = f"{name} is {list(tensors.shape(name))}, not {list(shape)}{seems}"
             raise ConfigError("source", source, rule, hint)
+        if tensors.dtype(name) not in FLOATS:
+            rule = f"{name} is {tensors.dtype(name)}, not one of {', '.join(FLOATS)}"
+            raise ConfigError("source", source, rule, "give a model that is not quantised")
     for target in wanted:  # a bias that is not trained on must not be lost
         if not target.pieces and tensors.read(target.name).any():
             rule = f"{target.name} is not zero, but its config.json says balance without a bias"
@@ -244,7 +255,12 @@ def _check(tensors: FolderTensors, wanted: list[Target], upcycling: Upcycling | 
 
 
 def _write(
-    folder: Path, config: ModelConfig, tensors: FolderTensors, wanted: list[Target], upcycling: Upcycling | None
+    folder: Path,
+    config: ModelConfig,
+    tensors: FolderTensors,
+    wanted: list[Target],
+    upcycling: Upcycling | None,
+    sequence_length: int,
 ) -> None:
     found: dict[str, list[tuple[Target, int | None, Piece]]] = defaultdict(list)
     for target in wanted:
@@ -275,7 +291,7 @@ def _write(
     files.seal(folder, 0, names)
     files.finish(folder, {
         "architecture": asdict(config), "n_sites": 1, "rounds": 0, "redraws": 0, "optimizer_steps": 0,
-        "identity": {"strategy": "import", "sites": 1},
+        "identity": {"strategy": IMPORTED, "sites": 1}, "sequence_length": sequence_length,
     })  # fmt: skip
 
 

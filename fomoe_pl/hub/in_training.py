@@ -26,8 +26,6 @@ class TrainingLM(HarnessLM):
         window: Batches of a site that go through each layer together: a layer's experts are gathered once a window.
     """
 
-    generates = False
-
     def __init__(self, trainer: Trainer, pl_module: LightningModule, batch_size: int, window: int) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         tokenizer = corpus_tokenizer(data.manifest)

@@ -5,7 +5,6 @@ A checkpoint is not converted: its tensors become those of the very class that e
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from fomoe_pl.federation.checkpoint import MANIFEST, WeightFiles
 from fomoe_pl.hub import needs
 from fomoe_pl.hub.families import OWN, Target, config_of, targets
 from fomoe_pl.hub.pieces import target_parts
+from fomoe_pl.hub.shards import read_json
 from fomoe_pl.hub.source import read_source, site_view
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, absent_ids
@@ -116,7 +116,7 @@ def _load_checkpoint(path: str, site: int | None, data: str | None) -> Loaded:
 def _load_export(path: str, site: int | None) -> Loaded:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    about = json.loads((Path(path) / "config.json").read_text())
+    about = read_json("model", Path(path), "config.json")
     if not (Path(path) / "tokenizer.json").is_file():
         raise ConfigError("model", path, "has no tokenizer.json", "export it again, not as plain")
     own = about.get("model_type") == OWN

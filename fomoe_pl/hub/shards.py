@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.checkpoint import TensorFiles
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 ONE_FILE = "model.safetensors"
@@ -112,10 +113,10 @@ class FolderTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
-        self._where: dict[str, str] = {}
+        self._files = TensorFiles()
+        self._where: dict[str, Path] = {}
         if (folder / INDEX).is_file():
-            named: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            named: dict[str, str] = read_json("source", folder, INDEX).get("weight_map", {})
             files = sorted({*named.values()})
         elif (folder / ONE_FILE).is_file():
             named, files = {}, [ONE_FILE]
@@ -124,11 +125,11 @@ class FolderTensors:
             raise ConfigError("source", str(folder), rule, "give a Hugging Face folder with safetensors")
         for name in files:
             try:
-                self._files[name] = safe_open(folder / name, framework="pt")
+                keys = self._files.file(folder / name).keys()
             except (OSError, SafetensorError) as error:
                 rule = f"is damaged: {name} cannot be read ({error})"
                 raise ConfigError("source", str(folder), rule, "copy the folder again") from None
-            self._where |= dict.fromkeys(self._files[name].keys(), name)
+            self._where |= dict.fromkeys(keys, folder / name)
         missing = sorted({*named} - {*self._where})
         if missing:
             rule = f"is damaged: its index names tensors that no file has ({some(missing)})"
@@ -140,15 +141,41 @@ class FolderTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape; nothing is read."""
-        return tuple(self._slice(name).get_shape())
+        return tuple(self._about(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """A tensor's type as safetensors calls it; nothing is read."""
+        code: str = self._about(name).get_dtype()
+        return code
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """One tensor, or one row (axis 0) of it; of the type that the file has."""
-        tensor: Tensor = self._files[self._where[name]].get_tensor(name) if row is None else self._slice(name)[row]
-        return tensor
+        return self._files.read(self._where[name], name, row)
 
-    def _slice(self, name: str) -> Any:
-        return self._files[self._where[name]].get_slice(name)
+    def _about(self, name: str) -> Any:
+        return self._files.file(self._where[name]).get_slice(name)
+
+
+def read_json(key: str, folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object out of a Hugging Face folder.
+
+    Args:
+        key: What the folder is called in messages.
+        folder: The folder.
+        name: Of the file.
+
+    Raises:
+        ConfigError: If there is no such file, or something else is in it.
+    """
+    if not (folder / name).is_file():
+        raise ConfigError(key, str(folder), f"has no {name}", "give a Hugging Face folder")
+    try:
+        content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+        content.keys()
+    except (ValueError, AttributeError):
+        rule = f"is damaged: {name} is no JSON object"
+        raise ConfigError(key, str(folder), rule, "copy the folder again") from None
+    return content
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

@@ -13,12 +13,15 @@ from fomoe_pl.callbacks.report import REPORT_NAME
 from fomoe_pl.data.manifest import Manifest, read_manifest
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import AVERAGE, WeightFiles, dense_name
-from fomoe_pl.federation.placement import place
+from fomoe_pl.federation.placement import Placement
 from fomoe_pl.hub.tokenizer import ExportedTokenizer, corpus_tokenizer, imported_tokenizer
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Shadow
 
 CONFIG_NAME = "config.yaml"
+UNKNOWN_LENGTH = 2048
+IMPORTED = "import"
+"""What stands for the strategy of a checkpoint that no run has written."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,15 @@ class Source:
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a training sequence; 2048 if unknown."""
-        length: int = self.settings.get("data", {}).get("sequence_length", 2048)
+        """Tokens of a training sequence, of the run or of the model that was imported; 2048 if unknown."""
+        imported = self.manifest.get("sequence_length", UNKNOWN_LENGTH)
+        length: int = self.settings.get("data", {}).get("sequence_length", imported)
         return length
 
     def training(self) -> dict[str, Any]:
         """What an export keeps of the training, plain values."""
-        kept = {key: self.manifest[key] for key in ("optimizer_steps", "rounds", "redraws", "n_sites", "identity")}
+        known = ("optimizer_steps", "rounds", "n_sites", "identity", "placement")
+        kept = {key: self.manifest[key] for key in known if key in self.manifest}
         return kept | {"tokens": self.report.get("tokens", {}).get("global")}
 
 
@@ -69,19 +74,22 @@ def read_source(checkpoint: str | Path, data: str | None = None, *, average: boo
         average: Read the moving average that `GlobalEMA` has kept, not the model itself.
 
     Raises:
-        ConfigError: If it is no complete checkpoint, has no average, or the corpus has another vocabulary.
+        ConfigError: If it is no complete checkpoint, has no average, or the corpus has a larger vocabulary
+            or another tokenizer.
     """
     files = WeightFiles(Path(checkpoint), AVERAGE if average else "")
     if average and dense_name(AVERAGE) not in files.manifest["files"]:
         rule = "has no average of the global model"
         raise ConfigError("average", str(checkpoint), rule, "leave it out, or train with fomoe_pl.callbacks.GlobalEMA")
     config = ModelConfig(**files.manifest["architecture"])
-    run = _run_of(Path(checkpoint))
+    imported = files.manifest["identity"].get("strategy") == IMPORTED  # wherever it was put
+    run = None if imported else _run_of(Path(checkpoint))
     settings = yaml.safe_load((run / CONFIG_NAME).read_text()) if run is not None else {}
     report = json.loads((run / REPORT_NAME).read_text()) if run is not None and (run / REPORT_NAME).is_file() else {}
+    trained_with = report.get("data", {}).get("tokenizer")
     if report.get("steps") != files.manifest["optimizer_steps"]:
         report = {}
-    corpus = _corpus(config, settings, data)
+    corpus = _corpus(config, settings, data, trained_with)
     tokenizer = imported_tokenizer(Path(checkpoint)) if corpus is None else corpus_tokenizer(corpus)
     return Source(files, config, run, settings, report, corpus, tokenizer)
 
@@ -93,14 +101,17 @@ def _run_of(checkpoint: Path) -> Path | None:
     return None
 
 
-def _corpus(config: ModelConfig, settings: dict[str, Any], data: str | None) -> Manifest | None:
+def _corpus(config: ModelConfig, settings: dict[str, Any], data: str | None, tokenizer: str | None) -> Manifest | None:
     root = data or settings.get("data", {}).get("root")
     if root is None or (data is None and not Path(root).is_dir()):
         return None
     manifest = read_manifest(root)
-    if manifest.vocab_size != config.vocab_size:
+    hint = "give the corpus that it was trained on: --data ROOT"
+    if manifest.vocab_size > config.vocab_size:  # a model may have more, which no text uses
         rule = f"has a vocabulary of {manifest.vocab_size}, the checkpoint {config.vocab_size}"
-        raise ConfigError("data", str(root), rule, "give the corpus that it was trained on: --data ROOT")
+        raise ConfigError("data", str(root), rule, hint)
+    if tokenizer not in (None, manifest.tokenizer.sha256):
+        raise ConfigError("data", str(root), "was prepared with another tokenizer than the run's corpus", hint)
     return manifest
 
 
@@ -109,28 +120,23 @@ def site_view(config: ModelConfig, training: dict[str, Any], site: int) -> Resid
 
     Args:
         config: The architecture.
-        training: `n_sites`, `redraws` and `identity` as in a checkpoint's manifest.
+        training: `n_sites`, `identity` and `placement` as in a checkpoint's manifest.
         site: Its number.
 
     Raises:
-        ConfigError: If there is no such site, or its copies of absent experts were older than the global model.
+        ConfigError: If there is no such site, its copies of absent experts were older than the global model, or it is
+            not known which experts it held.
     """
     n_sites, identity = training["n_sites"], training["identity"]
-    if identity.get("shadow_refresh", 1) > 1 and identity["overlap"] < n_sites:
-        rule = "copies of absent experts were older than the global model, and are not in its files"
-        raise ConfigError("site", site, rule, "leave it out: the global model is what they agreed on")
     if not 0 <= site < n_sites:
         raise ConfigError("site", site, f"this model was trained by {n_sites} sites", f"use 0 to {n_sites - 1}")
-    if "overlap" not in identity:  # every process held everything
+    if identity.get("overlap", n_sites) == n_sites:  # every process held everything
         return Residency.full(config)
-    placement = place(
-        identity["placement"],
-        n_layers=config.n_layers,
-        n_experts=config.n_experts,
-        n_sites=n_sites,
-        overlap=identity["overlap"],
-        seed=identity.get("placement_seed", 0),
-        draw=training["redraws"],
-    )
-    shadow = Shadow(identity.get("shadow_bits", 4))
-    return Residency(identity["routing"], placement.residents(site), shadow)
+    if identity.get("shadow_refresh", 1) > 1:
+        rule = "copies of absent experts were older than the global model, and are not in its files"
+        raise ConfigError("site", site, rule, "leave it out: the global model is what they agreed on")
+    if "placement" not in training:
+        rule = "an older version wrote this model, without which experts each site holds"
+        raise ConfigError("site", site, rule, "leave it out, or resume the run and save again")
+    placement = Placement.of_record(training["placement"], n_sites)
+    return Residency(identity["routing"], placement.residents(site), Shadow(identity.get("shadow_bits", 4)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,35 +62,31 @@ def _read(path: Path) -> dict[str, Any]:
             files[split] = str((path.parent / file).resolve())
             if not Path(files[split]).is_file():
                 raise ConfigError("tasks", str(path), f"{name} needs {files[split]}, which is missing", "copy it there")
+            if Path(files[split]).stat().st_size == 0:
+                raise ConfigError("tasks", str(path), f"{files[split]} has no rows", "write them there")
     return task
 
 
-def run_tasks(lm: Any, names: Sequence[str], *, num_fewshot: int | None = None, limit: int | None = None) -> Any:
-    """Run tasks through the harness.
+def load_tasks(names: Sequence[str], *, generates: bool = True, num_fewshot: int | None = None) -> Any:
+    """Load tasks and their data, as the harness wants them.
 
     Args:
-        lm: The model, as the harness wants it.
         names: As of `resolved`.
+        generates: Whether the model that they are for can make texts, not only score them.
         num_fewshot: Examples before each question; None is each task's own number.
-        limit: Most rows of each task; None is all.
-
-    Returns:
-        Task -> metric -> value, standard errors as `<metric>_stderr`; None on processes that do not collect.
 
     Raises:
-        ConfigError: As `resolved`, and if the harness does not know a task, its data cannot be had, or it generates
-            text and the model does not.
+        ConfigError: As `resolved`, and if the harness does not know a task or cannot use its file, its data cannot be
+            had, or it generates text and the model does not.
     """
     import datasets
-    from lm_eval.api import task as harness_task
-    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
-    from tqdm import tqdm
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    harness_task.tqdm = partial(tqdm, disable=True)  # a bar for each task and site, gone in an instant
     local, others = resolved(names)
+    for task in local:
+        _check_metrics(task)
     manager = TaskManager(include_defaults=bool(others))  # reading all of them takes a while
     unknown = [name for name in others if not manager.match_tasks([name])]
     if unknown:
@@ -101,14 +98,70 @@ def run_tasks(lm: Any, names: Sequence[str], *, num_fewshot: int | None = None, 
         told = " ".join(str(error).split())
         rule = f"the data of a task cannot be had ({told})"
         raise ConfigError("tasks", list(names), rule, f"without a network use {', '.join(shipped())}") from None
+    except Exception as error:  # whatever a task file can get wrong: the harness has no error of its own for it
+        rule = f"a task or its data cannot be read ({_root(error)})"
+        raise ConfigError("tasks", list(names), rule, "see the harness's task guide, and the rows' columns") from error
+    for task in local:
+        if str(task["task"]) in loaded["tasks"]:  # a group is a list of others
+            _check_columns(task, loaded["tasks"][task["task"]])
     generating = [n for n, task in loaded["tasks"].items() if task.get_config("output_type") == "generate_until"]
-    if generating and not lm.generates:
+    if generating and not generates:
         rule = f"{', '.join(generating)}: tasks that generate text are not measured in training"
         raise ConfigError("tasks", list(names), rule, "use fomoe evaluate on a checkpoint")
     for task in loaded["tasks"].values():  # as the harness's own command line does
         own = task.get_config("num_fewshot")
         task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return loaded
+
+
+def _root(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _check_metrics(task: dict[str, Any]) -> None:
+    """The harness would look for the others in a library that asks the network."""
+    from lm_eval.api import metrics  # noqa: F401  fills the registry
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    for about in task.get("metric_list") or []:
+        if not isinstance(about, dict):
+            raise ConfigError("tasks", task["task"], f"metric_list has {about!r}", "type - metric: acc")
+        name = about.get("metric")
+        if name not in METRIC_REGISTRY and not about.get("hf_evaluate"):
+            near = get_close_matches(str(name), METRIC_REGISTRY, 1)
+            rule = f"{task['task']} has a metric {name!r}, which the harness has not"
+            raise ConfigError("tasks", task["task"], rule, f"did you mean {near[0]}?" if near else "see its task guide")
+
+
+def _check_columns(task: dict[str, Any], loaded: Any) -> None:
+    """A word that is no column would be taken for the text of every question itself."""
+    columns = loaded.features
+    for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        word = task.get(key)
+        if isinstance(word, str) and word.isidentifier() and word not in columns:
+            rule = f"{key} of {task['task']} is {word!r}, which its rows do not have"
+            raise ConfigError("tasks", task["task"], rule, f"they have {', '.join(columns)}")
+
+
+def run_tasks(lm: Any, loaded: Any, *, limit: int | None = None) -> Any:
+    """Run tasks through the harness.
+
+    Args:
+        lm: The model, as the harness wants it.
+        loaded: From `load_tasks`.
+        limit: Most rows of each task; None is all.
+
+    Returns:
+        Task -> metric -> value, standard errors as `<metric>_stderr`; None on processes that do not collect.
+    """
+    from lm_eval.api import task as harness_task
+    from lm_eval.evaluator import evaluate
+    from tqdm import tqdm
+
+    harness_task.tqdm = partial(tqdm, disable=True)  # a bar for each task and site, gone in an instant
     found = evaluate(lm, task_dict=loaded, limit=limit, log_samples=False)
     return None if found is None else {task: _metrics(values) for task, values in sorted(found["results"].items())}
 

@@ -24,6 +24,7 @@ from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.observer import RoundObserver
+from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.writing import CANNOT_WRITE, HostCopies, Writing
 from fomoe_pl.model.config import ModelConfig
@@ -129,6 +130,11 @@ class SavingStrategy(Strategy):
     def residency(self, config: ModelConfig) -> Residency:
         """Which experts the model on this rank holds."""
         return Residency.full(config)
+
+    @property
+    def placement(self) -> Placement | None:
+        """Who holds what; None where every rank holds all."""
+        return None
 
     def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
         """Sum a small tensor over all sites, counted."""
@@ -323,11 +329,14 @@ class SavingStrategy(Strategy):
     def _manifest(self) -> dict[str, Any]:
         config: ModelConfig = self.transformer.config  # type: ignore[assignment]
         n_sites = self.topology.n_sites
+        placement = self.placement
+        placed = {} if placement is None or placement.is_full else {"placement": placement.record()}
         return {
             "architecture": asdict(config), "n_sites": n_sites,
             "rounds": self.rounds_done, "redraws": self.redraws, "optimizer_steps": self.optimizer_steps,
             **({} if self.loads_at_draw is None else {"loads_at_draw": self.loads_at_draw}),
             "identity": self.identity(n_sites),
+            **placed,
         }  # fmt: skip
 
     # -- how it ends ----------------------------------------------------------------------------------------------

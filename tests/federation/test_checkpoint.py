@@ -157,3 +157,28 @@ def test_files_of_a_slot_are_not_taken_for_weights(slot: str) -> None:
         assert not any(
             checkpoint.has_tensors(name, prefix) for other in names if other != prefix for name in names[other]
         )
+
+
+def resident_mib() -> float:
+    """Pages of files that are in this process's memory."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells what is in memory")
+def test_reading_tensor_by_tensor_takes_no_more_room_than_some_of_them(tmp_path: Path) -> None:
+    n, mib = 16, 16
+    offsets = [i * mib * 2**20 for i in range(n + 1)]
+    header = json.dumps({
+        str(i): {"dtype": "F32", "shape": [4, mib * 2**16], "data_offsets": offsets[i : i + 2]} for i in range(n)
+    }).encode()  # fmt: skip
+    with (tmp_path / "x.safetensors").open("wb") as file:  # with a hole for the values
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + offsets[-1])
+    files = checkpoint.TensorFiles()
+    before, most = resident_mib(), 0.0
+    for i in range(n):
+        for row in (None, 0, 1, 2, 3):
+            assert files.read(tmp_path / "x.safetensors", str(i), row).sum() == 0
+            most = max(most, resident_mib() - before)
+    assert most < n * mib / 2

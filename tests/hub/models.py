@@ -9,6 +9,7 @@ import torch
 from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
 
@@ -72,15 +73,16 @@ def make_model(settings: dict[str, Any], seed: int = 0) -> Transformer:
     return model
 
 
-def write_checkpoint(
-    folder: Path, model: Transformer, identity: dict[str, Any] | None = None, n_sites: int = 1, redraws: int = 0
-) -> Path:
+def write_checkpoint(folder: Path, model: Transformer, run: FederationConfig | None = None, n_sites: int = 1) -> Path:
     """Write a checkpoint as a run of those settings does, with all experts of all layers in one file."""
     layout = ParameterLayout.of(model, model.expert_tensors())
     config = model.config
-    partitioned = (identity or {}).get("routing") == "partitioned"
+    of_run: dict[str, Any] = {"identity": {"strategy": "FederatedStrategy", "sites": n_sites}}
+    if run is not None:
+        of_run["identity"] |= run.identity(n_sites)
+        of_run["placement"] = run.place(config.n_layers, config.n_experts, n_sites).record()
     rows = {*layout.expert_layer}
-    if partitioned:
+    if run is not None and run.routing == "partitioned":
         rows |= {name for name in layout.tensors if ".router." in name}
     files.begin(folder)
     files.write(folder, files.dense_name(), {name: t for name, t in layout.tensors.items() if name not in rows})
@@ -95,7 +97,6 @@ def write_checkpoint(
     })  # fmt: skip
     files.seal(folder, 0, [files.dense_name(), files.experts_name(0), files.site_name(0)])
     files.finish(folder, {
-        "architecture": asdict(config), "n_sites": n_sites, "rounds": 4, "redraws": redraws, "optimizer_steps": 12,
-        "identity": {"strategy": "FederatedStrategy", "sites": n_sites, **(identity or {})},
+        "architecture": asdict(config), "n_sites": n_sites, "rounds": 4, "redraws": 0, "optimizer_steps": 12, **of_run,
     })  # fmt: skip
     return folder

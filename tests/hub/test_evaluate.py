@@ -18,6 +18,7 @@ from fomoe_pl.compare.runs import Run as ComparedRun
 from fomoe_pl.compare.table import evaluation_columns, row, tables
 from fomoe_pl.data import Manifest
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.hub.card import evaluations
 from fomoe_pl.hub.evaluate import evaluate, merged
 from fomoe_pl.hub.export import export
@@ -34,7 +35,7 @@ pytest.importorskip("lm_eval")
 
 from fomoe_pl.hub.callback import TaskEvaluation
 from fomoe_pl.hub.harness import FomoeLM, Scored, batches_by_length
-from fomoe_pl.hub.tasks import FOLDER, run_tasks, shipped
+from fomoe_pl.hub.tasks import FOLDER, load_tasks, run_tasks, shipped
 
 EOD = 256
 SITES = 2
@@ -86,13 +87,15 @@ def checkpoint(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "one.ckpt", make_model({"vocab_size": 257}))
 
 
-def test_numbers_are_a_plain_loops(checkpoint: Path, root: str) -> None:
-    model = load_global_model(checkpoint)
-    lm = FomoeLM(str(checkpoint), data=root, device="cpu", max_length=96, batch_size=7)
-    found = run_tasks(lm, ["sample"])
+def test_numbers_are_a_plain_loops(tmp_path: Path, root: str) -> None:
+    length = 256  # shorter than a passage, which is read in windows
+    model = make_model({"n_layers": 1})
+    write_checkpoint(tmp_path / "one.ckpt", model)
+    lm = FomoeLM(str(tmp_path / "one.ckpt"), data=root, device="cpu", max_length=length, batch_size=7)
+    found = run_tasks(lm, load_tasks(["sample"]))
     texts = [found["text"] for found in rows_of("sample_bpb")]
-    assert found["sample_bpb"]["bits_per_byte"] == pytest.approx(plain_bits_per_byte(model, texts, 96), rel=1e-5)
-    assert found["sample_choice"]["acc"] == pytest.approx(plain_accuracy(model, rows_of("sample_choice"), 96))
+    assert found["sample_bpb"]["bits_per_byte"] == pytest.approx(plain_bits_per_byte(model, texts, length), rel=1e-5)
+    assert found["sample_choice"]["acc"] == pytest.approx(plain_accuracy(model, rows_of("sample_choice"), length))
 
 
 def test_one_batch_or_many(checkpoint: Path, root: str) -> None:
@@ -134,15 +137,14 @@ def test_generate_until(checkpoint: Path, root: str, tmp_path: Path) -> None:
 def test_a_sites_view_is_what_its_training_sees(
     routing: Any, settings: dict[str, Any], kind: str, tmp_path: Path, root: str
 ) -> None:
-    from fomoe_pl.federation.placement import place
-
     model = make_model({"n_experts": 6, "top_k": 3, **settings})
-    identity = {"overlap": 1, "routing": routing, "placement": "random", "placement_seed": 3, "shadow_bits": 2}
-    path = write_checkpoint(tmp_path / "one.ckpt", model, identity, n_sites=3, redraws=2)
+    copied: dict[str, Any] = {"shadow_bits": 2} if routing == "shadow" else {}
+    run = FederationConfig(overlap=1, routing=routing, placement="random", placement_seed=3, **copied)
+    path = write_checkpoint(tmp_path / "one.ckpt", model, run, n_sites=3)
     if kind == "export":
         export(str(path), str(tmp_path / "out"), data=root)
         path = tmp_path / "out"
-    placement = place("random", n_layers=3, n_experts=6, n_sites=3, overlap=1, seed=3, draw=2)
+    placement = run.place(n_layers=3, n_experts=6, n_sites=3)
     ids = torch.randint(0, 257, (2, 11))
     for site in range(3):
         residents = placement.residents(site)
@@ -165,12 +167,20 @@ def test_a_sites_view_is_what_its_training_sees(
         load(str(path), site=3, data=root)
 
 
-def _train(rank: int, root: str, folder: str) -> None:
+def fewer_rows(folder: Path, n: int) -> list[str]:
+    """The shipped tasks as files of one's own, with their first rows."""
+    for task in shipped():
+        (folder / f"{task}.yaml").write_text((FOLDER / f"{task}.yaml").read_text())
+        rows = (FOLDER / f"{task}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{task}.jsonl").write_text("".join(rows[:n]))
+    return [str(folder / f"{task}.yaml") for task in shipped()]
+
+
+def _train(rank: int, root: str, folder: str, tasks: list[str]) -> None:
     with launched_as(rank, SITES, folder):
         run = Run(root=root, folder=folder, settings={"local_steps": 2, "overlap": 1},
-                  trainer={"max_steps": 4, "enable_checkpointing": True})  # fmt: skip
-        # Less than a whole window on each site, and two in all; the second round's end is the run's.
-        watch = TaskEvaluation(["sample"], every_n_rounds=1, limit=None, batch_size=64, window=2)
+                  data={"sequence_length": 128}, trainer={"max_steps": 4, "enable_checkpointing": True})  # fmt: skip
+        watch = TaskEvaluation(tasks, every_n_rounds=2, batch_size=16, window=3)
         fit(
             run,
             rank,
@@ -180,17 +190,19 @@ def _train(rank: int, root: str, folder: str) -> None:
 
 
 def test_checkpoint_export_and_training_agree(tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run_distributed(_train, SITES, root, str(tmp_path))
+    (tmp_path / "tasks").mkdir()
+    tasks = fewer_rows(tmp_path / "tasks", 16)
+    run_distributed(_train, SITES, root, str(tmp_path), tasks)
     report = json.loads((tmp_path / "report.json").read_text())
     trained = report["evaluations"]["global"]
     assert trained["steps"] == 4
     assert trained["tasks"]["sample_bpb"]["bits_per_byte"] > 1
 
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"root": root, "sequence_length": 16}}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"root": root, "sequence_length": 128}}))
     checkpoint = tmp_path / "last.ckpt"
-    evaluate(str(checkpoint), device="cpu", output=str(tmp_path / "found.json"))
+    evaluate(str(checkpoint), ",".join(tasks), device="cpu", output=str(tmp_path / "found.json"))
     export(str(checkpoint), str(tmp_path / "out"))
-    evaluate(str(tmp_path / "out"), device="cpu")
+    evaluate(str(tmp_path / "out"), ",".join(tasks), device="cpu")
     exported = json.loads((tmp_path / "out" / "evaluations.json").read_text())["global"]
     after = json.loads((tmp_path / "report.json").read_text())
     for found in (after["evaluations"]["global"], exported, json.loads((tmp_path / "found.json").read_text())):
@@ -198,7 +210,7 @@ def test_checkpoint_export_and_training_agree(tmp_path: Path, root: str, capsys:
             for metric, value in metrics.items():
                 assert found["tasks"][task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
 
-    evaluate(str(checkpoint), "sample_bpb", site=1, device="cpu")
+    evaluate(str(checkpoint), tasks[0], site=1, device="cpu")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["evaluations"]["global"] == after["evaluations"]["global"], "those of other views stay"
     [headings, cells] = tables([ComparedRun("run", report)])[-1]
@@ -212,7 +224,7 @@ def test_checkpoint_export_and_training_agree(tmp_path: Path, root: str, capsys:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| sample_bpb, bits_per_byte (site 1) |" in card
     assert card.count("## Evaluations") == 1
-    evaluate(str(tmp_path / "out"), "sample_bpb", device="cpu")
+    evaluate(str(tmp_path / "out"), tasks[0], device="cpu")
     again = (tmp_path / "out" / "README.md").read_text()
     assert (again.count("## Evaluations"), again.count("## Licence")) == (1, 1)
     assert again.index("## Evaluations") < again.index("## Licence")
@@ -273,13 +285,41 @@ def test_bad_tasks_are_told_before_a_model_is_loaded(
         evaluate("nothing", tasks)
 
 
-def test_data_that_cannot_be_fetched(checkpoint: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("right", "wrong", "told"),
+    [
+        ("output_type: multiple_choice", "output_type: multiple_choise", "invalid output_type 'multiple_choise'"),
+        ("doc_to_text: context", "doc_to_txt: context", "unexpected keyword argument 'doc_to_txt'"),
+        ("doc_to_text: context", "doc_to_text: contxt", "'contxt', which its rows do not have. They have .*context"),
+        ("doc_to_choice: choices", "doc_to_choice: choises", "a task or its data cannot be read"),
+        ("metric: acc_norm", "metric: acc_norn", "did you mean acc_norm|Did you mean acc_norm"),
+        ("- metric: acc_norm", "- acc_norm", "metric_list has 'acc_norm'"),
+        ("test_split: test", "test_split: tset", "KeyError: 'tset'"),
+        ("rows.jsonl", "broken.jsonl", "Expected object or value|JSON parse error"),
+        ("rows.jsonl", "empty.jsonl", "has no rows"),
+    ],
+)
+def test_a_mistake_in_a_task_file_is_told(
+    right: str, wrong: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = (FOLDER / "sample_choice.yaml").read_text().replace("sample_choice.jsonl", "rows.jsonl")
+    assert right in text
+    (tmp_path / "mine.yaml").write_text(text.replace(right, wrong))
+    (tmp_path / "rows.jsonl").write_text((FOLDER / "sample_choice.jsonl").read_text())
+    (tmp_path / "broken.jsonl").write_text('{"context": "a", \n')
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=told):
+        evaluate("nothing", str(tmp_path / "mine.yaml"))
+
+
+def test_data_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Any, tasks: Any) -> None:
         raise ConnectionError("Couldn't reach 'x' on the Hub")
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager.load", fail)
     with pytest.raises(ConfigError, match=r"cannot be had .Couldn't reach 'x' on the Hub"):
-        run_tasks(FomoeLM(str(checkpoint), data=root, device="cpu"), ["sample_bpb"])
+        load_tasks(["sample_bpb"])
 
 
 def test_a_task_file_of_ones_own(checkpoint: Path, corpus: Manifest, tmp_path: Path) -> None:
@@ -289,7 +329,7 @@ def test_a_task_file_of_ones_own(checkpoint: Path, corpus: Manifest, tmp_path: P
     texts = ["The ship sails at dawn.", "Hay!"]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     lm = FomoeLM(str(checkpoint), data=str(corpus.root), device="cpu")
-    found = run_tasks(lm, [str(tmp_path / "mine.yaml")])
+    found = run_tasks(lm, load_tasks([str(tmp_path / "mine.yaml")]))
     expected = plain_bits_per_byte(load_global_model(checkpoint), texts, 2048)
     assert found["mine"]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
@@ -336,7 +376,7 @@ def test_evaluating_changes_no_training_and_measures_the_agreed_model(tmp_path: 
         found = json.loads((tmp_path / f"{name}.json").read_text())["global"]
         assert (found["steps"], found["limit"]) == (4, 3)
         lm = FomoeLM(str(tmp_path / f"{name}-True.ckpt"), data=root, device="cpu", max_length=16)
-        after = run_tasks(lm, ["sample_choice"], limit=3)
+        after = run_tasks(lm, load_tasks(["sample_choice"]), limit=3)
         assert found["tasks"]["sample_choice"]["acc"] == after["sample_choice"]["acc"]
 
 

@@ -199,9 +199,31 @@ def test_without_a_tokenizer_nothing_is_exported(tmp_path: Path) -> None:
         export(str(tmp_path / "one.ckpt"), str(tmp_path / "out"))
 
 
-def test_a_corpus_of_another_vocabulary_is_refused(tmp_path: Path, root: str) -> None:
-    with pytest.raises(ConfigError, match="vocabulary of 257, the checkpoint 300"):
-        exported(tmp_path, make_model({"vocab_size": 300}), root)
+def test_a_place_where_nothing_can_be_written(tmp_path: Path, root: str) -> None:
+    write_checkpoint(tmp_path / "one.ckpt", make_model({}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="its folder cannot be made"):
+        export(str(tmp_path / "one.ckpt"), str(tmp_path / "file" / "out"), data=root)
+    with pytest.raises(ConfigError, match="is a URL"):
+        export(str(tmp_path / "one.ckpt"), "s3://bucket/out", data=root)
+
+
+def test_a_vocabulary_larger_than_the_tokenizers(tmp_path: Path, root: str) -> None:
+    ours = make_model({"vocab_size": 320, "tie_embeddings": False})
+    out = exported(tmp_path, ours, root)
+    check_same(loaded(out), ours)
+    assert len(transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)) == 257
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path, root: str) -> None:
+    with pytest.raises(ConfigError, match="vocabulary of 257, the checkpoint 200"):
+        exported(tmp_path, make_model({"vocab_size": 200}), root)
+    run = tmp_path / "run"
+    checkpoint = write_checkpoint(run / "checkpoints" / "last.ckpt", make_model({}))
+    (run / "config.yaml").write_text("{}")
+    (run / "report.json").write_text(json.dumps({"data": {"tokenizer": "another"}}))
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        export(str(checkpoint), str(tmp_path / "other"), data=root)
 
 
 class Live(TorchDispatchMode):

@@ -86,11 +86,23 @@ def test_lines_are_answered_and_remembered(
 @pytest.mark.parametrize(
     ("settings", "told"),
     [({"max_new_tokens": 0}, "max_new_tokens = 0"), ({"temperature": -1.0}, "temperature = -1.0"),
+     ({"seed": -1}, "seed = -1"),
      ({"top_p": 0.0}, "top_p = 0.0"), ({"top_p": 1.5}, "top_p = 1.5"), ({"site": 1}, "trained by 1 sites")],
 )  # fmt: skip
 def test_bad_settings(settings: dict[str, Any], told: str, folders: dict[str, Path], root: str) -> None:
     with pytest.raises(ConfigError, match=told):
         generate(str(folders["checkpoint"]), "A", data=root, device="cpu", **settings)
+
+
+def test_long_and_empty_prompts(folders: dict[str, Path], root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in folders:
+        told = []
+        for prompt in ("", "A ship " * 300):
+            generate(str(folders[kind]), prompt, max_new_tokens=3, temperature=0.0, data=root, device="cpu")
+            out, err = capsys.readouterr()
+            assert out.startswith(prompt)
+            told.append(err)
+        assert told == ["", "fomoe: text and answer may come to 2104 tokens; the model was trained on 2048 at a time\n"]
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:

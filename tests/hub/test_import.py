@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.hub.export import export
+from fomoe_pl.hub.families import config_of
 from fomoe_pl.hub.importing import import_model
+from fomoe_pl.hub.source import read_source
 from fomoe_pl.strategies.loading import load_global_model
 from tests.hub.models import FAMILY_SETTINGS, SWITCHES, make_model, write_checkpoint
 from tests.training import Run, fit
@@ -19,7 +22,8 @@ transformers = pytest.importorskip("transformers")
 
 COMMON: dict[str, Any] = {
     "vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 512,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 3}
 NATIVE: dict[str, dict[str, Any]] = {
@@ -77,6 +81,7 @@ def test_models_of_transformers(name: str, tmp_path: Path, root: str) -> None:
     check_same_logits(theirs, tmp_path / "one.ckpt")
     export(str(tmp_path / "one.ckpt"), str(tmp_path / "out"), data=root, format=theirs.config.model_type)
     check_same_bits(tmp_path / "out", tmp_path / "theirs")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 512
 
 
 @pytest.mark.parametrize("name", [*SWITCHES, *(f"native {name}" for name in FAMILY_SETTINGS)])
@@ -111,6 +116,9 @@ def test_training_goes_on_from_an_import(tmp_path: Path, root: str) -> None:
     made_by_transformers("Qwen3Moe", tmp_path / "theirs")
     import_model(str(tmp_path / "theirs"), str(tmp_path / "one.ckpt"))
     config = load_global_model(tmp_path / "one.ckpt").config
+    settings = yaml.safe_load((tmp_path / "one.ckpt" / "model.yaml").read_text())["model"]["architecture"]
+    assert {"base_width", "tie_embeddings"} <= settings.keys(), "defaults too"
+    assert type(config)(**settings) == config
     run = Run(root=root, folder=str(tmp_path), strategy="single", architecture=config.__dict__, optimizer={"lr": 1e-30},
               trainer={"max_steps": 2})  # fmt: skip
     trainer = fit(run, 0, 1, ckpt_path=str(tmp_path / "one.ckpt"))
@@ -118,6 +126,16 @@ def test_training_goes_on_from_an_import(tmp_path: Path, root: str) -> None:
     before = load_global_model(tmp_path / "one.ckpt").state_dict()
     after = trainer.lightning_module.transformer.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(after[name], value) for name, value in before.items()), "at this learning rate"
+
+
+def test_a_checkpoint_beside_a_run_is_not_that_runs(tmp_path: Path, root: str) -> None:
+    write_checkpoint(tmp_path / "one.ckpt", make_model({"vocab_size": 300}))
+    export(str(tmp_path / "one.ckpt"), str(tmp_path / "out"), data=root)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"root": root, "sequence_length": 16}}))
+    import_model(str(tmp_path / "out"), str(tmp_path / "two.ckpt"))
+    source = read_source(tmp_path / "two.ckpt")
+    assert (source.run, source.corpus, source.sequence_length) == (None, None, 2048)
+    assert source.tokenizer is not None, "its own"
 
 
 def edit(folder: Path, change: Any) -> None:
@@ -136,6 +154,7 @@ Q = "model.layers.0.self_attn.k_proj.weight"
         (lambda t: t.update(extra=torch.zeros(2)), "nothing here stands for: extra"),
         (lambda t: t.update({Q: t[Q].T}), r"k_proj.weight is \[32, 64\], not \[64, 32\], as if transposed"),
         (lambda t: t.update({Q: t[Q][:3]}), r"is \[3, 32\], not \[64, 32\]$|is \[3, 32\], not \[64, 32\]\."),
+        (lambda t: t.update({Q: t[Q].to(torch.int8)}), "is I8, not one of F32"),
         (lambda t: t.pop("model.layers.1.mlp.experts.5.up_proj.weight"), "lacks tensors: .*experts.5.up_proj"),
     ],
 )
@@ -171,6 +190,18 @@ def test_other_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         import_model(str(source), str(tmp_path / "one.ckpt"))
     source.mkdir()
+    for text in ("{not json", "[]"):
+        (source / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="no JSON object"):
+            import_model(str(source), str(tmp_path / "one.ckpt"))
+    own = config_of("fomoe", make_model({}).config)
+    (source / "config.json").write_text(json.dumps({**own, "rope_parameters": {"rope_type": "linear"}}))
+    with pytest.raises(ConfigError, match="rope_type 'linear', not 'default'"):
+        import_model(str(source), str(tmp_path / "one.ckpt"))
+    del own["num_experts"]
+    (source / "config.json").write_text(json.dumps(own))
+    with pytest.raises(ConfigError, match=r"config\.json lacks num_experts"):
+        import_model(str(source), str(tmp_path / "one.ckpt"))
     (source / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ConfigError, match="no counterpart"):
         import_model(str(source), str(tmp_path / "one.ckpt"))
