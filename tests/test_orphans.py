@@ -17,10 +17,6 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
 print(child.pid, flush=True)
 time.sleep(600)
 """,
-    "a process of the fork server": """
-tests.distributed.start_processes(tests.test_orphans.says_its_number_and_waits, [(0,)])
-time.sleep(600)
-""",
     "a rank": """
 tests.distributed.run_distributed(tests.test_orphans.says_its_number_and_waits, 2)
 """,
