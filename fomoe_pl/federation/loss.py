@@ -33,7 +33,7 @@ SILENT_LOOKS = 2  # with so many patiences between them; Python's lock may be he
 _BROKEN = re.compile(r"gloo|nccl|connection|timed out|timeout|broken pipe|socket", re.IGNORECASE)
 _FOR_LONG = timedelta(days=20)  # in milliseconds it has to fit 32 bits
 _CALLED, _THERE, _CONCLUSION, _STOP = "fomoe/called/", "fomoe/there/", "fomoe/conclusion", "fomoe/stop/"
-_BEATS = "fomoe/beats/"
+_BEATS, _LEFT = "fomoe/beats/", "fomoe/left/"
 _ROLL_CALL, _PLEASE_STOP, _OVER = b"roll call", b"please stop", b"over"  # what a rank is called for; the last by itself
 
 
@@ -134,12 +134,22 @@ class Listener:
         self._store.wait(keys, timedelta(seconds=PATIENCE))
         return step >= max(int(self._store.get(key)) for key in keys)
 
-    def stop(self) -> None:
-        """End the thread; the last thing before the connections are closed."""
+    def stop(self, *, together: bool) -> None:
+        """End the thread; the last thing before the connections are closed.
+
+        Args:
+            together: whether all ranks end now. The store goes with rank 0, which then waits until no other listens: a
+                connection that breaks under a waiting thread is told by torch in a page of C++.
+        """
         self._over = True
         with suppress(RuntimeError):  # the store may be gone
             self._store.set(f"{_CALLED}{self.topology.rank}", _OVER.decode())
         self._thread.join(PATIENCE)
+        with suppress(RuntimeError):
+            self._store.set(f"{_LEFT}{self.topology.rank}", "1")
+            left, until = [f"{_LEFT}{rank}" for rank in range(self.topology.world_size)], time.monotonic() + PATIENCE
+            while together and self.topology.rank == 0 and time.monotonic() < until and not self._store.check(left):
+                time.sleep(0.02)
 
 
 _listener: Listener | None = None  # as there is one default process group in a process
@@ -154,11 +164,15 @@ def listen(topology: Topology) -> None:
         _listener = Listener(topology, store, beats=_by_nccl())
 
 
-def stop_listening() -> None:
-    """Answer no more: this rank ends."""
+def stop_listening(*, together: bool = False) -> None:
+    """Answer no more: this rank ends.
+
+    Args:
+        together: whether all ranks end now, as far as this one knows.
+    """
     global _listener
     if _listener is not None:
-        _listener.stop()
+        _listener.stop(together=together and _listener.conclusion is None)
     _listener = None
 
 

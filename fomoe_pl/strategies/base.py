@@ -348,7 +348,9 @@ class SiteStrategy(CheckpointingStrategy):
 
     def teardown(self) -> None:
         """Drop every group: without it gloo aborts at exit now and then."""
-        stop_listening()  # else it would answer for a rank that is leaving
+        module = self.lightning_module  # None where a run failed before it began
+        good_end = module is not None and module.trainer.state.status != TrainerStatus.INTERRUPTED
+        stop_listening(together=good_end)  # else it would answer for a rank that is leaving
         if self.federation is not None:
             self.federation.transport.close()
         super().teardown()

@@ -187,3 +187,21 @@ def test_a_cut_connection_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     store.set("run/fomoe/conclusion", "[[0], 1]")
     listens._thread.join(10)
     assert listens.conclusion == ([0], 1)
+
+
+def _leaves_late(rank: int, folder: str, port: int) -> None:
+    errors = os.open(f"{folder}/{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(errors, 2)
+    store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
+    listen(Topology(3, 1, rank))
+    dist.barrier()
+    time.sleep(rank)
+    stop_listening(together=True)
+    dist.destroy_process_group()
+
+
+def test_ranks_that_end_one_after_the_other_leave_no_trace_of_it(tmp_path: Path) -> None:
+    run_all(_leaves_late, 3, str(tmp_path), find_free_network_port())
+    # torch tells of addresses without a name as well.
+    assert [rank for rank in range(3) if "TCPStore" in (tmp_path / str(rank)).read_text()] == []
