@@ -12,7 +12,7 @@ from torch import Tensor
 from fomoe_pl.codec import Codec
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Kind, Ledger
-from fomoe_pl.federation.loss import PATIENCE, sites_watched, wait_watching
+from fomoe_pl.federation.liveness import PATIENCE, sites_watched, wait_watching
 from fomoe_pl.federation.settings import WireDtype
 from fomoe_pl.federation.topology import Topology
 

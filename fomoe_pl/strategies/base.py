@@ -19,7 +19,7 @@ from torch import Tensor
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.loss import all_here, listen, sites_watched, stop_listening
+from fomoe_pl.federation.liveness import all_here, listen, sites_watched, stop_listening
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement

@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from fomoe_pl.federation.ledger import Kind, Ledger
-from fomoe_pl.federation.loss import sites_watched
+from fomoe_pl.federation.liveness import sites_watched
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.checks import OWN_HOOK, check_arguments

@@ -21,7 +21,7 @@ from torch import Tensor
 from fomoe_pl.errors import ConfigError, check_choice, check_names, check_range
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Kind
-from fomoe_pl.federation.loss import raise_if_lost
+from fomoe_pl.federation.liveness import raise_if_lost
 from fomoe_pl.federation.placement import Placement, all_arcs
 from fomoe_pl.federation.report import SiteReport, share
 from fomoe_pl.federation.settings import FederationConfig

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fomoe_pl.errors import SiteLostError
-from fomoe_pl.federation.loss import PATIENCE
+from fomoe_pl.federation.liveness import PATIENCE
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.strategies.presence import Plain, RunKey, check_equal, digest, parse
 

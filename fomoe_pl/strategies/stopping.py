@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fomoe_pl.federation.loss import listener, sites_watched
+from fomoe_pl.federation.liveness import listener, sites_watched
 from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.checks import StopAt
 from fomoe_pl.strategies.signals import end_children

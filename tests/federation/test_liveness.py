@@ -14,8 +14,8 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from fomoe_pl.errors import SiteLostError
-from fomoe_pl.federation import loss
-from fomoe_pl.federation.loss import (
+from fomoe_pl.federation import liveness
+from fomoe_pl.federation.liveness import (
     listen,
     listener,
     raise_if_lost,
@@ -86,10 +86,10 @@ class Endless:
 
 
 def _as_with_nccl(rank: int, folder: str, port: int, stopping: bool) -> None:
-    loss.PATIENCE, loss.BEAT = 1.0, timedelta(seconds=0.2)
+    liveness.PATIENCE, liveness.BEAT = 1.0, timedelta(seconds=0.2)
     store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
-    loss._by_nccl, loss._abandon_collectives = lambda: True, lambda: None
+    liveness._by_nccl, liveness._abandon_collectives = lambda: True, lambda: None
     topology = Topology(3, 1, rank)
     listen(topology)
     dist.barrier()
@@ -163,14 +163,14 @@ def test_all_stop_after_the_same_step(tmp_path: Path, asks: int) -> None:
 
 def test_a_cut_connection_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    listens = loss.Listener(Topology(2, 1, 1), dist.PrefixStore("run", store))
+    listens = liveness.Listener(Topology(2, 1, 1), dist.PrefixStore("run", store))
     first = listens._own
 
-    def cut(self: loss.Listener, before: bytes) -> bytes:
+    def cut(self: liveness.Listener, before: bytes) -> bytes:
         monkeypatch.undo()
         raise dist.DistNetworkError("Connection reset by peer")
 
-    monkeypatch.setattr(loss.Listener, "_next_call", cut)
+    monkeypatch.setattr(liveness.Listener, "_next_call", cut)
     listens.ask_to_stop()  # wakes it up; the next call fails
     for _ in range(100):
         time.sleep(0.05)
