@@ -21,11 +21,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk, ResumedRows
+from fomoe_pl.checkpoint.resuming import check_weights, resolve, tokens_in
 from fomoe_pl.costs import plan_command
 from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
@@ -43,11 +44,11 @@ from fomoe_pl.errors import (
 )
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.files import ForgivingStream, check_local
+from fomoe_pl.lightning_internals import PlainCLI, given_version
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SiteStrategy
-from fomoe_pl.strategies.checkpoints import resolve
-from fomoe_pl.strategies.checks import check_precision, check_weights
-from fomoe_pl.strategies.elastic import Pace, nodes_left, tokens_in
+from fomoe_pl.strategies.checks import check_precision
+from fomoe_pl.strategies.elastic import Pace, nodes_left
 
 EXIT_LOST = 1
 KEY_PATHS |= dict.fromkeys(
@@ -83,7 +84,7 @@ class SaveTrainingConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class FoMoECLI(LightningCLI):
+class FoMoECLI(PlainCLI):
     """LightningCLI that checks the whole configuration before any process starts."""
 
     def __init__(self, args: Any = None) -> None:
@@ -114,9 +115,6 @@ class FoMoECLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Train, and validate a checkpoint: a corpus has two splits, so there is nothing to test or predict on."""
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
-
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: a checkpoint is a folder, whose settings are compared with the configured ones, not taken over."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Check what is used before classes are instantiated."""
@@ -246,8 +244,7 @@ def _checkpoint_folders(trainer: Trainer) -> tuple[list[Path], Path | None]:
     logger = trainer.logger
     if logger is None:
         return [*folders, Path(trainer.default_root_dir, "checkpoints")], None
-    # Not `version` itself: where it is not given it is made up there, and some loggers ask a server for it.
-    version = getattr(logger, "_version", None) if isinstance(logger, (TensorBoardLogger, CSVLogger)) else None
+    version = given_version(logger)
     if isinstance(logger, WandbLogger):
         version = logger.version  # the id, if it was given
     if version is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from fomoe_pl.checkpoint.loading import hyper_parameters, load_global_model
 from fomoe_pl.errors import ConfigError, check_range, check_seed
 from fomoe_pl.metrics import RoutingHealth, Statistic, ValidationMetrics
 from fomoe_pl.metrics.language import IGNORED
@@ -22,7 +23,6 @@ from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, inner_schedule, norm_or_skip
 from fomoe_pl.seed import seed_or_default
 from fomoe_pl.strategies.checks import check_skipped
-from fomoe_pl.strategies.loading import hyper_parameters, load_global_model
 from fomoe_pl.strategies.passes import Passes
 from fomoe_pl.training.context import SiteContext, context
 

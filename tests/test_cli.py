@@ -19,13 +19,13 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fomoe_pl import cli
+from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.cli import FoMoECLI
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.data.validation import ValidationSequences
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SingleSiteStrategy
 from fomoe_pl.strategies.base import SiteStrategy
-from fomoe_pl.strategies.loading import load_global_model
 from tests.training import ROOT, STRATEGIES
 
 QUICKSTART = ["-c", str(ROOT / "configs/quickstart.yaml")]

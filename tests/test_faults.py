@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fomoe_pl.federation.checkpoint import newest, read_manifest
+from fomoe_pl.checkpoint.format import newest, read_manifest
 from tests.test_cli import CHECKPOINT, environment, report, run, small
 
 LONG = ["--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000"]

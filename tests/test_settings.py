@@ -16,11 +16,11 @@ from fomoe_pl.callbacks import RunReport
 from fomoe_pl.callbacks.curves import ResumedRows
 from fomoe_pl.callbacks.observed import run_folder
 from fomoe_pl.callbacks.supported import REFUSED
+from fomoe_pl.checkpoint.resuming import resolve
 from fomoe_pl.cli import FoMoECLI, main
 from fomoe_pl.compare.runs import Run, check_comparable
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.files import check_local
-from fomoe_pl.strategies.checkpoints import resolve
 from tests.test_cli import QUICKSTART, small
 from tests.training import Run as Training
 from tests.training import fit

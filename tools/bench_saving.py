@@ -29,8 +29,8 @@ import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 
+from fomoe_pl.checkpoint.format import of_slot, read_manifest
 from fomoe_pl.data import FoMoEData
-from fomoe_pl.federation.checkpoint import of_slot, read_manifest
 from fomoe_pl.federation.outer import Average, Nesterov
 from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
@@ -68,15 +68,17 @@ class Clock(L.Callback):
             return
         strategy: Any = trainer.strategy
         start = self._now()
-        strategy.settle_save()
+        strategy.checkpoints.settle()
         if self.saves:
-            self.saves[-1] |= {"seconds_of_writing": strategy.write_seconds, "left_to_write": self._now() - start,
-                               "round_after": start - self._last_end}  # fmt: skip
-        strategy.async_save = len(self.saves) % 2 == 0
+            self.saves[-1] |= {
+                "seconds_of_writing": strategy.checkpoints.write_seconds, "left_to_write": self._now() - start,
+                "round_after": start - self._last_end,
+            }  # fmt: skip
+        strategy.checkpoints.async_save = len(self.saves) % 2 == 0
         start = self._now()
         trainer.save_checkpoint(self.path)
         self._last_end = self._now()
-        self.saves.append({"async": strategy.async_save, "stall": self._last_end - start})
+        self.saves.append({"async": strategy.checkpoints.async_save, "stall": self._last_end - start})
 
     @staticmethod
     def _now() -> float:
@@ -126,7 +128,7 @@ def work(phase: str, architecture: ModelConfig, settings: Mapping[str, Any]) -> 
     trainer.fit(FoMoEModule(architecture), corpus, ckpt_path=path, weights_only=False)
     return {
         "first_step": clock.first_step, "loading": sum(seconds.values()), "saves": clock.saves[WARMUP:],
-        "first_saves": clock.saves[:WARMUP], "saves_failed": strategy.saves_failed,
+        "first_saves": clock.saves[:WARMUP], "saves_failed": strategy.checkpoints.saves_failed,
         "peak_host_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB,
     }  # fmt: skip
 

@@ -20,9 +20,9 @@ import torch
 import yaml
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
+from fomoe_pl.checkpoint.format import MANIFEST, newest, read_manifest, verify
+from fomoe_pl.checkpoint.resuming import tokens_in
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import MANIFEST, newest, read_manifest, verify
-from fomoe_pl.strategies.elastic import tokens_in
 
 ROOT = Path(__file__).parents[1]
 K = 4  # local steps of a round; saved after each

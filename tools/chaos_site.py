@@ -142,7 +142,7 @@ class Chaos:
             resource.setrlimit(resource.RLIMIT_FSIZE, self._limits)
         if self.first is None:
             self.first, self.trainer = self.step, module.trainer
-            last = module.trainer.strategy.last_saved
+            last = module.trainer.strategy.checkpoints.last_saved
             self.tell("start", step=self.step, folder=None if last is None else str(last))
             if self.plan["poison"]:
                 next(module.parameters()).register_hook(self.poison)

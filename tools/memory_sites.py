@@ -150,9 +150,12 @@ class WatchedStrategy(FederatedStrategy):
         if self.is_global_zero:
             print(f"  {time.perf_counter() - self.started:.1f} s: {told}", flush=True)
 
-    def _end_round(self, optimizer: torch.optim.Optimizer) -> None:
+    def end_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """As ever, between two readings where a round ends."""
+        if not self.rounds.ends_here:
+            return
         self.note("steps", f"{self.optimizer_steps} steps")
-        super()._end_round(optimizer)
+        super().end_step(optimizer)
         self.note("rounds", f"{self.rounds_done} rounds")
 
     def on_validation_start(self) -> None:

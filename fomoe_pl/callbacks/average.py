@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,29 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fomoe_pl.callbacks.observed import RoundCallback, observe_rounds, observed_strategy
+from fomoe_pl.checkpoint.content import Content
 from fomoe_pl.errors import ConfigError, check_range
-from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.observer import RoundObserver
-
-
-@runtime_checkable
-class AveragedStrategy(Protocol):
-    """The part of this project's strategies that an average of the global model needs.
-
-    Attributes:
-        average: what checkpoints hold beside the global model; empty for nothing.
-    """
-
-    average: Mapping[str, Tensor]
-
-    def layout(self) -> ParameterLayout:
-        """The tensors that make up the global model."""
-
-    def global_tensors(self) -> Mapping[str, Tensor]:
-        """Agreed values by name, with this site's rows of expert tensors."""
-
-    def saved_average(self, folder: Path) -> dict[str, Tensor] | None:
-        """The average in a checkpoint, this site's rows; None if it has none."""
 
 
 class GlobalEMA(RoundCallback, RoundObserver):
@@ -64,17 +42,17 @@ class GlobalEMA(RoundCallback, RoundObserver):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the global model, or where the checkpoint's average was."""
         super().on_train_start(trainer, pl_module)
-        self._strategy = _averaged(trainer)
-        saved = self._strategy.saved_average(Path(trainer.ckpt_path)) if trainer.ckpt_path else None
+        self._content = _content(trainer)
+        saved = self._content.saved_average(Path(trainer.ckpt_path)) if trainer.ckpt_path else None
         if trainer.ckpt_path and saved is None:
             rank_zero_info(f"{trainer.ckpt_path} has no average of the global model: it starts at the model")
-        values = self._strategy.global_tensors()
+        values = self._content.tensors()
         source = values if saved is None else saved
         self._average = {
             name: torch.empty_like(t, dtype=torch.float32, requires_grad=False).copy_(source[name].detach())
             for name, t in values.items()
         }
-        self._strategy.average = self._average
+        self._content.average = self._average
         observe_rounds(trainer, self)
 
     def after_synchronization(self) -> None:
@@ -88,18 +66,18 @@ class GlobalEMA(RoundCallback, RoundObserver):
 
     @torch.no_grad()
     def _update(self) -> None:
-        for name, value in self._strategy.global_tensors().items():
+        for name, value in self._content.tensors().items():
             self._average[name].lerp_(value.float(), 1 - self.decay)
 
     # -- validation -----------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average into the model; before the first step it is the model itself."""
-        strategy, average = _averaged(trainer), self._average
+        content, average = _content(trainer), self._average
         if trainer.state.fn == TrainerFn.VALIDATING:
-            average = self._of_checkpoint(trainer, strategy)
+            average = self._of_checkpoint(trainer, content)
         if average and not trainer.sanity_checking:
-            layout = strategy.layout()
+            layout = content.layout()
             # On the host: the device has room for one copy of the model.
             self._stash = {name: t.detach().to("cpu", copy=True) for name, t in layout.tensors.items()}
             layout.fill(average)
@@ -107,11 +85,11 @@ class GlobalEMA(RoundCallback, RoundObserver):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Back to the model; not at the epoch's end, which is before the last window is evaluated."""
         if self._stash is not None:
-            _averaged(trainer).layout().fill(self._stash)
+            _content(trainer).layout().fill(self._stash)
             self._stash = None
 
-    def _of_checkpoint(self, trainer: Trainer, strategy: AveragedStrategy) -> dict[str, Tensor]:
-        found = strategy.saved_average(Path(trainer.ckpt_path)) if trainer.ckpt_path else None
+    def _of_checkpoint(self, trainer: Trainer, content: Content) -> dict[str, Tensor]:
+        found = content.saved_average(Path(trainer.ckpt_path)) if trainer.ckpt_path else None
         if found is None:
             raise ConfigError("ckpt_path", trainer.ckpt_path and str(trainer.ckpt_path),
                               "has no average of the global model, which GlobalEMA validates",
@@ -119,9 +97,9 @@ class GlobalEMA(RoundCallback, RoundObserver):
         return found
 
 
-def _averaged(trainer: Trainer) -> AveragedStrategy:
-    strategy: object = trainer.strategy
-    if not isinstance(strategy, AveragedStrategy):
+def _content(trainer: Trainer) -> Content:
+    content = observed_strategy(trainer).content
+    if content is None:
         raise ConfigError("trainer.callbacks", "GlobalEMA", "needs a strategy of this project",
                           "choose one of fomoe_pl.strategies")  # fmt: skip
-    return strategy
+    return content

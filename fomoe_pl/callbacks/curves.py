@@ -9,6 +9,8 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from fomoe_pl.lightning_internals import given_version
+
 
 class ForgivingFile:
     """TensorBoard's file of events, which drops a record that cannot be written, and says so once.
@@ -66,7 +68,7 @@ class ResumedRows(Callback):
     def __init__(self, loggers: list[Logger]) -> None:
         # Before Lightning's first hook, which starts the loggers. One without a version has a new folder.
         paths = [Path(logger.log_dir, "metrics.csv") for logger in loggers
-                 if isinstance(logger, CSVLogger) and logger._version is not None]  # fmt: skip
+                 if isinstance(logger, CSVLogger) and given_version(logger) is not None]  # fmt: skip
         self._found = {path: _rows(path) for path in paths}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

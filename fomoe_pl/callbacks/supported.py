@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from fomoe_pl.callbacks.average import GlobalEMA
+from fomoe_pl.callbacks.observed import observed_strategy
 from fomoe_pl.errors import ConfigError
 
 _AVERAGE = "use fomoe_pl.callbacks.GlobalEMA, which averages the global model over its rounds"
@@ -43,7 +44,7 @@ def check_callbacks(trainer: Trainer) -> None:
         for kind, (rule, hint) in REFUSED.items():
             if isinstance(callback, kind):
                 raise ConfigError("trainer.callbacks", type(callback).__name__, rule, hint)
-        if isinstance(callback, GlobalEMA) and getattr(trainer.strategy, "placement_kind", "fixed") != "fixed":
+        if isinstance(callback, GlobalEMA) and observed_strategy(trainer).moves_experts:
             raise ConfigError("trainer.callbacks", type(callback).__name__,
                               "keeps averages of the experts that a site has, and a random placement moves experts",
                               "set placement to fixed, or leave it out")  # fmt: skip

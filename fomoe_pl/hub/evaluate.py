@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_pl.callbacks.report import REPORT_NAME
+from fomoe_pl.checkpoint.format import MANIFEST
 from fomoe_pl.errors import check_range
-from fomoe_pl.federation.checkpoint import MANIFEST
 from fomoe_pl.files import prepare, write_whole
 from fomoe_pl.hub import needs
 from fomoe_pl.hub.card import with_evaluations

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fomoe_pl.checkpoint.format import WeightFiles
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import WeightFiles
 from fomoe_pl.files import prepare_folder
 from fomoe_pl.hub.card import card
 from fomoe_pl.hub.families import (

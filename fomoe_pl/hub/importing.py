@@ -20,8 +20,8 @@ import yaml
 from lightning import __version__ as lightning_version
 from torch import Tensor
 
+from fomoe_pl.checkpoint import format as files
 from fomoe_pl.errors import ConfigError, check_range, check_seed
-from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.files import prepare_folder
 from fomoe_pl.hub import needs

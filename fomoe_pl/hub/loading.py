@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fomoe_pl.checkpoint.format import MANIFEST, WeightFiles
 from fomoe_pl.codec import Codec
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import MANIFEST, WeightFiles
 from fomoe_pl.hub import needs
 from fomoe_pl.hub.families import OWN, Target, config_of, targets
 from fomoe_pl.hub.pieces import target_parts

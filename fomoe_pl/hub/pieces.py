@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fomoe_pl.federation.checkpoint import WeightFiles
+from fomoe_pl.checkpoint.format import WeightFiles
 from fomoe_pl.hub.families import Target
 
 

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fomoe_pl.checkpoint.format import TensorFiles
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import TensorFiles
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 ONE_FILE = "model.safetensors"

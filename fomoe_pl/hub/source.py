@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from fomoe_pl.callbacks.report import REPORT_NAME
+from fomoe_pl.checkpoint.format import AVERAGE, WeightFiles, dense_name
 from fomoe_pl.data.manifest import Manifest, read_manifest
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import AVERAGE, WeightFiles, dense_name
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.hub.tokenizer import ExportedTokenizer, corpus_tokenizer, imported_tokenizer
 from fomoe_pl.model.config import ModelConfig

@@ -1,21 +1,24 @@
-"""What all strategies share: a place in the federation, a ledger, and one checkpoint format."""
+"""What all strategies share: a place in the federation, a ledger, checkpoints of one format, and an end."""
 
 from __future__ import annotations
 
 import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from fomoe_pl.checkpoint.content import Content, MidRound
+from fomoe_pl.checkpoint.saving import Checkpointer, keep_from_saving_failures
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Ledger
@@ -25,63 +28,126 @@ from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.settings import FederationConfig, WireDtype
 from fomoe_pl.federation.shadow import quantisation_errors
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.lightning_internals import group_settings
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.strategies.checkpoints import CheckpointingStrategy
+from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.strategies.checks import check_data, check_launched, check_position, check_precision, check_training
 from fomoe_pl.strategies.elastic import Pace
 from fomoe_pl.strategies.meeting import meet
 from fomoe_pl.strategies.presence import Plain, shared_settings
-from fomoe_pl.strategies.saving import keep_from_saving_failures
+from fomoe_pl.strategies.stopping import Stops
 from fomoe_pl.training.context import SiteContext
 
 
-class SiteStrategy(CheckpointingStrategy):
+class SiteStrategy(Strategy):
     """Mixin of this project's strategies; put it before the Lightning strategy in the bases.
 
     Attributes:
+        checkpoints: writes and reads checkpoints.
+        stops: where the run ends.
+        ledger: bytes that this rank sent.
+        rounds_done: rounds that have ended.
+        redraws: how often experts have been placed again.
+        loads_at_draw: of each layer and expert, what a policy that sees loads saw last.
         sync_seconds: seconds spent between the end of the last local step and the next, over all rounds.
         round_stats: means over all sites of the last round (fixed keys; empty before the first round).
         has_rounds: whether sites agree in rounds, not in every step.
         sees_loads: whether the placement depends on how often experts were picked.
+        moves_experts: whether the placement changes while a run trains.
         observers: who looks at the ends of rounds; the same on all sites, in the same order.
         wire_dtype: dtype of averaged values on the wire.
         settings: the federation's settings; None without rounds.
         pace: of a run that may have fewer sites than planned.
         watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
-        next_end: where a run may end, in words.
-        together: whether all sites have stopped at the same step, because of a signal.
     """
 
     # With Lightning's own handling of signals data-parallel ranks may stop at different steps, and cannot save.
     saves_when_stopped = True
-    has_rounds = False
-    sees_loads = False
-    next_end = "the end of the step"
-    together = False
+    has_rounds = sees_loads = moves_experts = False
     wire_dtype: WireDtype = "float32"
     settings: FederationConfig | None = None
     federation: Federation | None = None
     pace: Pace | None = None
 
-    def init_site(self, async_save: bool) -> None:
-        """Set the counters; called by the constructors."""
-        self.init_saving(async_save)
+    def init_site(self, async_save: bool, content: type[Content] = Content, stops: Stops | None = None) -> None:
+        """Set the counters, and what is not a strategy's own work; called by the constructors.
+
+        Args:
+            async_save: whether checkpoints are written while training goes on.
+            content: what they hold.
+            stops: where the run ends; None is after any step.
+        """
+        self.checkpoints = Checkpointer(content(self), async_save=async_save)
+        self.stops = Stops(self) if stops is None else stops
         self.ledger = Ledger()
         self.rounds_done = 0
         self.redraws = 0
-        self.loads_at_draw = None
+        self.loads_at_draw: list[list[float]] | None = None
         self.sync_seconds = 0.0
-        self._rng_states = None
-        self._signal: int | None = None
-        self._end_is_wanted = False
         self.round_stats: dict[str, float] = {}
         self.observers: list[RoundObserver] = []
         self.watch_seconds = 0.0
+        self._step_is_ending = False
+        self._open_micro_batches = 0
+
+    # -- what others ask ------------------------------------------------------------------------------------------
 
     @property
     def context(self) -> SiteContext:
         """What module, data and callbacks may ask."""
         return cast(SiteContext, self)
+
+    @property
+    def content(self) -> Content:
+        """What checkpoints hold."""
+        return self.checkpoints.content
+
+    @property
+    def save_seconds(self) -> float:
+        """Seconds for which training stood still for saving so far."""
+        return self.checkpoints.save_seconds
+
+    @property
+    def topology(self) -> Topology:
+        """This rank's place; for data-parallel strategies every rank counts as a site."""
+        raise NotImplementedError
+
+    def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
+        """Sum a small tensor over all sites, counted."""
+        raise NotImplementedError
+
+    def residency(self, config: ModelConfig) -> Residency:
+        """Which experts the model on this rank holds."""
+        return Residency.full(config)
+
+    @property
+    def trainer(self) -> Any:
+        """The Trainer that runs."""
+        return cast(Any, self.lightning_module).trainer
+
+    @property
+    def transformer(self) -> Transformer:
+        """The model inside the LightningModule."""
+        model = cast(Any, self.lightning_module).model
+        assert isinstance(model, Transformer)
+        return model
+
+    @property
+    def mid_round(self) -> MidRound:
+        """What the LightningModule counts in a round."""
+        return cast(MidRound, self.lightning_module)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that the run has taken. Lightning counts them, once all that belongs to a step is done."""
+        return int(self.trainer.global_step) + self._step_is_ending
+
+    @property
+    def in_step(self) -> bool:
+        """Whether there are gradients of micro-batches that no optimizer step has used yet."""
+        return self._open_micro_batches > 0
 
     @property
     def measures_sync(self) -> bool:
@@ -109,7 +175,7 @@ class SiteStrategy(CheckpointingStrategy):
             ConfigError: naming the setting, the rule and what would be valid.
         """
         check_precision(trainer.precision)
-        environment = getattr(self, "cluster_environment", None)
+        environment = self.cluster_environment if isinstance(self, ParallelStrategy) else None
         if environment is not None and environment.creates_processes_externally:
             check_launched(trainer.num_devices, trainer.num_nodes, environment.world_size())
         n_sites = trainer.num_nodes * trainer.num_devices
@@ -126,7 +192,7 @@ class SiteStrategy(CheckpointingStrategy):
         trainer = self.trainer
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.check_run(trainer, self.lightning_module, trainer.datamodule, fitting=fitting)
-        self._end_is_wanted, self._signal, self.together = False, None, False
+        self.stops.reset()
         self._open_micro_batches = 0
         if self.topology.world_size > 1:
             keep_from_saving_failures(trainer)
@@ -135,16 +201,23 @@ class SiteStrategy(CheckpointingStrategy):
     def on_train_start(self) -> None:
         """A run goes on at the beginning of an optimizer step."""
         super().on_train_start()
+        self.checkpoints.start_training()
         check_position(self.trainer)
+
+    def on_train_end(self) -> None:
+        """A run ends when a checkpoint of its last step is complete, where it saves checkpoints at all."""
+        super().on_train_end()
+        self.checkpoints.end_training()
 
     def setup_distributed(self) -> None:
         """Meet the other processes, also those of a restarted run."""
         own: Any = self
         own.set_world_ranks()
         environment, device = own.cluster_environment, own.root_device
+        backend, timeout = group_settings(self)
         meet(
-            self.topology, environment.main_address, environment.main_port, own._get_process_group_backend(),
-            own._timeout, None if device.type == "cpu" else device, self._shared_settings(),
+            self.topology, environment.main_address, environment.main_port, backend, timeout,
+            None if device.type == "cpu" else device, self._shared_settings(),
         )  # fmt: skip
         super().setup_distributed()  # type: ignore[misc]
         listen(self.topology)
@@ -168,14 +241,15 @@ class SiteStrategy(CheckpointingStrategy):
             wait: for the device, before and after, so that what is queued is charged where it belongs.
         """
         if wait:
-            self._wait_for_device()
+            self.wait_for_device()
         start = time.perf_counter()
         yield
         if wait:
-            self._wait_for_device()
+            self.wait_for_device()
         self.watch_seconds += time.perf_counter() - start
 
-    def _wait_for_device(self) -> None:
+    def wait_for_device(self) -> None:
+        """Wait until a GPU has done all that is queued."""
         if self.root_device.type == "cuda":
             torch.cuda.synchronize(self.root_device)
 
@@ -200,7 +274,7 @@ class SiteStrategy(CheckpointingStrategy):
         """Have rounds fill a `Movement`; None where there are no rounds."""
         if self.federation is None:
             return None
-        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
+        config = self.transformer.config
         self.federation.movement = Movement(config.n_layers, config.n_experts, self.watched)
         return self.federation.movement
 
@@ -247,43 +321,16 @@ class SiteStrategy(CheckpointingStrategy):
 
     # -- where the run may end ------------------------------------------------------------------------------------
 
-    def may_end(self) -> bool:
-        """Whether the run may end here: nothing that was computed would be lost, and all sites know of it."""
-        return not self.in_step
-
     def stop_if_asked(self) -> None:
         """End the run here if it was asked to and may; called after each micro-batch, once callbacks have seen it."""
         if not self.in_step:
-            self.save_postponed()
-            if self._stops_here():
-                self.together = True
-                raise SIGTERMException
-            if self._is_complete():
-                self.trainer.should_stop = True  # else Lightning would validate at its intervals alone
+            self.checkpoints.save_postponed()
+            self.stops.stop_if_asked()
         self.hold_stop()
-
-    def _is_complete(self) -> bool:
-        """Whether the run has its planned steps, or epochs."""
-        trainer = self.trainer
-        last_epoch = 0 < trainer.max_epochs <= trainer.current_epoch + 1
-        steps_done = 0 < trainer.max_steps <= self.optimizer_steps
-        return bool(steps_done or (last_epoch and trainer.fit_loop.epoch_loop._num_ready_batches_reached()))
-
-    def _stops_here(self) -> bool:
-        """Whether a signal ends the run after this step."""
-        return False
 
     def hold_stop(self) -> None:
         """Let `trainer.should_stop` be true only where the run may end: Lightning ends it at once."""
-        if self.wants_to_end():
-            if not self._end_is_wanted and not self.may_end():
-                rank_zero_info(f"asked to stop after step {self.optimizer_steps}: training goes on to {self.next_end}")
-            self._end_is_wanted = True
-            self.trainer.should_stop = self.may_end()
-
-    def wants_to_end(self) -> bool:
-        """Whether something on this rank wants the run to end, and Lightning's `min_steps` allow it."""
-        return self._end_is_wanted or bool(self.trainer.should_stop and self.trainer.fit_loop._can_stop_early)
+        self.stops.hold()
 
     def on_validation_end(self) -> None:
         """Callbacks such as EarlyStopping have looked at the validation."""
@@ -291,13 +338,49 @@ class SiteStrategy(CheckpointingStrategy):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.hold_stop()
 
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether tensors are there only after `setup`."""
+        return self.content.restored_after_setup
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: weights go into the folder's own files, expert by expert."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """See `Checkpointer.save`; every rank must call it."""
+        self.checkpoints.save(checkpoint, filepath)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """See `Checkpointer.remove`."""
+        self.checkpoints.remove(str(filepath))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read Lightning's state; weights are read by `load_model_state_dict`, only those of this site."""
+        return self.content.load_trainer(Path(checkpoint_path))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Read this site's weights from the folder."""
+        self.content.load_weights(Path(checkpoint["folder"]))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore inner optimizer, outer state and counters of this site, as far as they fit."""
+        self.checkpoints.load_site(Path(checkpoint["folder"]), super().load_optimizer_state_dict)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch; the first of a resumed run goes on with the interrupted one's random numbers."""
+        self.content.go_on()
+        return super().training_step(*args, **kwargs)
+
     # -- Lightning's own traffic, counted ------------------------------------------------------------------------
 
     @property
     def alone(self) -> bool:
         """Whether this rank has failed while the others go on: nothing may be sent to them."""
         failed = self.lightning_module is not None and self.trainer.state.status == TrainerStatus.INTERRUPTED
-        return failed and not self.together and self.topology.world_size > 1
+        return failed and not self.stops.together and self.topology.world_size > 1
 
     @property
     def _joined(self) -> bool:
@@ -336,14 +419,15 @@ class SiteStrategy(CheckpointingStrategy):
         """Save where a signal ends the run, and tell what to go on from."""
         stopped = isinstance(exception, SIGTERMException)
         if stopped and self.saves_when_stopped and not self.alone:
-            self.save_last("stopped")
+            self.checkpoints.save_last("stopped")
         elif not isinstance(exception, KeyboardInterrupt):  # a second Ctrl-C waits for nothing
-            self.leave_save()
+            self.checkpoints.leave()
         if stopped:
-            exception.args = (str(self.last_saved) if self.last_saved else None, self._signal or signal.SIGTERM)
+            last = self.checkpoints.last_saved
+            exception.args = (str(last) if last else None, self.stops.signal or signal.SIGTERM)
         if isinstance(exception, SiteLostError):
             given = self.lightning_module.trainer.ckpt_path  # type: ignore[union-attr]
-            found = self.last_saved or given  # nothing has been loaded yet where not all have met
+            found = self.checkpoints.last_saved or given  # nothing has been loaded yet where not all have met
             exception.checkpoint = str(found) if found else None
 
     def teardown(self) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from inspect import signature
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -16,26 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from fomoe_pl.callbacks.supported import check_callbacks
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, check_range
-from fomoe_pl.federation.checkpoint import check_architecture, read_manifest
+from fomoe_pl.lightning_internals import validation_seconds
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.training.context import DomainData
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
-
-StopAt = Literal["round", "step"]
-
-# Settings that may differ between a checkpoint and the model that reads it: they leave the weights alone.
-IRRELEVANT_TO_WEIGHTS = frozenset(
-    {"expert_backend", "activation_checkpointing", "loss_chunk_bytes", "balance", "aux_loss_weight", "z_loss_weight",
-     "bias_update_rate"}
-)  # fmt: skip
-
-
-def irrelevant_to_weights(saved: Mapping[str, Any], config: ModelConfig) -> frozenset[str]:
-    """Settings that may differ; a balance bias chooses experts, so whether there is one may not."""
-    same_bias = (saved.get("balance") == "bias") == (config.balance == "bias")
-    return IRRELEVANT_TO_WEIGHTS if same_bias else IRRELEVANT_TO_WEIGHTS - {"balance"}
-
 
 # What Lightning's DDPStrategy takes and a strategy of this project does not heed.
 OWN_HOOK: dict[str, str] = {
@@ -184,7 +167,7 @@ def check_training(trainer: Trainer, *, federated: bool) -> None:
     if trainer.accumulate_grad_batches < 1:
         rule = "must be at least 1 micro-batch"
         raise ConfigError("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, rule, "1 is the default")
-    by_time = getattr(trainer, "_val_check_time_interval", None)
+    by_time = validation_seconds(trainer)
     if by_time is None and not (trainer.val_check_interval or 0) > 0:
         rule = "must be a positive number of micro-batches"
         raise ConfigError("trainer.val_check_interval", trainer.val_check_interval, rule, "give a multiple of K")
@@ -207,16 +190,6 @@ def check_training(trainer: Trainer, *, federated: bool) -> None:
     if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         rule = "would ask all sites after every step, and end the run in the middle of a round"
         raise ConfigError("trainer.max_time", "given", rule, "give trainer.max_steps alone")
-
-
-def check_weights(path: str | Path, config: ModelConfig) -> None:
-    """Refuse a checkpoint of another model.
-
-    Raises:
-        ConfigError: listing every setting that differs.
-    """
-    saved = read_manifest(Path(path))["architecture"]
-    check_architecture(Path(path), saved, asdict(config), irrelevant_to_weights(saved, config))
 
 
 def check_position(trainer: Any) -> None:

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.liveness import sites_watched
 from fomoe_pl.federation.topology import Topology
+from fomoe_pl.lightning_internals import HookedDDP
 from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.checks import OWN_HOOK, check_arguments
 
@@ -23,7 +23,7 @@ def _counted_all_reduce(ledger: Ledger, bucket: dist.GradBucket) -> torch.future
     return allreduce_hook(cast(dist.ProcessGroup, None), bucket)
 
 
-class CountedDDPStrategy(SiteStrategy, DDPStrategy):
+class CountedDDPStrategy(SiteStrategy, HookedDDP):
     """Lightning's DDP; a communication hook counts each bucket and then does what DDP would have done.
 
     All gradients are counted as `dense`: DDP knows no experts.
@@ -47,15 +47,16 @@ class CountedDDPStrategy(SiteStrategy, DDPStrategy):
         """Every rank is a site of its own."""
         return Topology(self.world_size, 1, self.global_rank)
 
-    def _setup_model(self, model: Any) -> DistributedDataParallel:
+    def wrap(self, model: torch.nn.Module) -> DistributedDataParallel:
+        """As Lightning's, without torch's warning."""
         with warnings.catch_warnings():
             # Its successor is newer than the oldest torch that is supported, and does something else.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
-            return super()._setup_model(model)
+            return super().wrap(model)
 
-    def _register_ddp_hooks(self) -> None:
-        assert isinstance(self.model, DistributedDataParallel)
-        self.model.register_comm_hook(self.ledger, _counted_all_reduce)
+    def register_hook(self, model: DistributedDataParallel) -> None:
+        """Have every bucket counted."""
+        model.register_comm_hook(self.ledger, _counted_all_reduce)
 
     def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
         """Sum over ranks, counted."""

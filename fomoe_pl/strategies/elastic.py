@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation import checkpoint as files
 from fomoe_pl.federation.placement import check_placement
 
 KEY = "min_sites"
@@ -98,14 +94,3 @@ def check_min_sites(min_sites: int, pace: Pace, num_nodes: int, overlap: int | N
             rule = f"with {sites} sites {n_experts} experts, each on {held_by}, could not be divided evenly"
             hint = f"type {sites + per_node}, or an overlap or model.architecture.n_experts that can be divided"
             raise ConfigError(KEY, min_sites, rule, hint)
-
-
-def tokens_in(checkpoint: Path) -> tuple[int, int]:
-    """Local steps and tokens of all sites in a checkpoint.
-
-    Raises:
-        ConfigError: if it is no complete checkpoint.
-    """
-    steps: int = files.read_manifest(checkpoint)["optimizer_steps"]
-    state = torch.load(files.verify(checkpoint, "trainer.pt"), map_location="cpu", weights_only=False)
-    return steps, int(state["tokens_of_all_sites"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,40 +11,31 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from fomoe_pl.checkpoint.content import FederatedContent
 from fomoe_pl.errors import ConfigError, check_choice, check_names, check_range
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.liveness import raise_if_lost
 from fomoe_pl.federation.placement import Placement, all_arcs
-from fomoe_pl.federation.report import SiteReport, share
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
+from fomoe_pl.lightning_internals import SiteProcesses, end_children, move_optimizers, replace_signal_handling
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
-from fomoe_pl.model.transformer import Transformer
-from fomoe_pl.strategies.checks import (
-    DDP_ARGUMENTS,
-    StopAt,
-    check_arguments,
-    check_processes,
-    check_skipped,
-)
+from fomoe_pl.strategies.base import SiteStrategy
+from fomoe_pl.strategies.checks import DDP_ARGUMENTS, check_arguments, check_processes
 from fomoe_pl.strategies.elastic import check_min_sites
-from fomoe_pl.strategies.evaluation import GlobalValidation
-from fomoe_pl.strategies.global_state import GlobalState
-from fomoe_pl.strategies.processes import SiteProcesses
-from fomoe_pl.strategies.signals import PatientLauncher, end_children, replace_signal_handling
-from fomoe_pl.strategies.stopping import StopsTogether
+from fomoe_pl.strategies.rounds import Rounds
+from fomoe_pl.strategies.stopping import StopAt, StopsTogether
 
 
-class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProcesses):
+class FederatedStrategy(SiteStrategy, SiteProcesses):
     """Periodic averaging between sites, each holding some of the experts (FoMoE, arXiv 2606.19025).
 
     Between rounds nothing crosses sites. After K optimizer steps the dense parameters are averaged over all sites,
@@ -63,12 +52,14 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
 
     Attributes:
         settings: the federation's settings.
+        rounds: ends its rounds.
 
     Raises:
         ConfigError: for settings that cannot work.
     """
 
     has_rounds = True
+    stops: StopsTogether
 
     def __init__(
         self,
@@ -92,12 +83,12 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
                 raise ConfigError("sites", None, "must be given when sites share a device", "for example 4")
             process_group_backend = "gloo"
             parallel_devices = [torch.device("cuda:0")] * self.settings.sites
-        super().__init__(parallel_devices=parallel_devices)
-        self.init_processes(process_group_backend, timedelta(seconds=timeout_seconds))
-        self.init_site(async_save)
-        self.sees_loads = self.settings.policy.sees_loads
-        self.share_device, self.stop_at, self.wire_dtype = share_device, stop_at, self.settings.wire_dtype
-        self._skipped_of_sites: list[int] = []
+        super().__init__(parallel_devices, process_group_backend, timedelta(seconds=timeout_seconds))
+        stops = StopsTogether(self, stop_at, lambda: end_children(self.launcher))
+        self.init_site(async_save, FederatedContent, stops)
+        self.rounds = Rounds(self)
+        self.sees_loads, self.moves_experts = self.settings.policy.sees_loads, self.settings.policy.moves
+        self.share_device, self.wire_dtype = share_device, self.settings.wire_dtype
 
     # -- who holds what -------------------------------------------------------------------------------------------
 
@@ -132,10 +123,6 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
-    def _configure_launcher(self) -> None:
-        seconds = self._timeout.total_seconds()
-        self._launcher = PatientLauncher(self.cluster_environment, self.num_processes, self.num_nodes, seconds)
-
     def setup_distributed(self) -> None:
         """Join the world; several sites on one GPU must not bind it to the group (gloo cannot make sub-groups then)."""
         # NCCL's errors free the GPU and are raised where their collective is waited for: all waits between sites are on
@@ -158,9 +145,9 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
-            replace_signal_handling(trainer, self.note_signal)
-        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
+            move_optimizers(self.optimizers, self.root_device)
+            replace_signal_handling(trainer, self.stops.note)
+        config = self.transformer.config
         n, settings = self.topology.n_sites, self.settings
         gloo = dist.get_backend() == "gloo"
         transport = Transport(
@@ -170,19 +157,19 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
             device=torch.device("cpu") if gloo else self.root_device,
             dtype=settings.wire_dtype,
             bucket_bytes=settings.bucket_mib * 2**20,
-            timeout=self._timeout,
+            timeout=self.timeout,
             home=self.root_device,
             codec=settings.wire_codec,
         )
         self.federation = Federation(
-            self.layout(), self.placed(config), transport, outer=settings.rule, inner_moments=settings.inner_moments,
-            state_on_host=settings.outer_state == "host", copies=self._copies(),
+            self.content.layout(), self.placed(config), transport, outer=settings.rule,
+            inner_moments=settings.inner_moments, state_on_host=settings.outer_state == "host", copies=self._copies(),
         )  # fmt: skip
         rank_zero_info(self.describe())
 
     def _copies(self) -> Copies | None:
         """The model's copies of experts that are not here, by the names of what they are copies of."""
-        model = cast(Transformer, self.transformer)
+        model = self.transformer
         buffers = dict(model.named_buffers())
         found = {name.replace(".shadow.", ".experts."): buffers[name] for name in model.shadow_tensors()}
 
@@ -212,64 +199,33 @@ class FederatedStrategy(StopsTogether, GlobalValidation, GlobalState, SiteProces
 
     def end_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The K-th step ends the round."""
-        if self.settings.schedule.is_round_end(self.optimizer_steps, self.last_step):
-            self._wait_for_device()  # else the queue of local work would be charged to the round
-            start, watched = time.perf_counter(), self.watch_seconds
-            self._end_round(optimizer)
-            self.sync_seconds += time.perf_counter() - start - (self.watch_seconds - watched)
+        self.rounds.end_step(optimizer)
 
-    def _end_round(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self.federation is not None
-        self.ask_observers(lambda observer: observer.before_synchronization())
-        left_out = self._share_statistics()
-        self.federation.synchronize(optimizer, left_out)
-        self.rounds_done += 1
-        self.ask_observers(lambda observer: observer.after_synchronization())
-        self.share_observations()
-        moved = self.settings.moves_after(self.rounds_done) and not self.ending
-        if moved:
-            self._place_again(optimizer)
-        if self.settings.refreshes_after(self.rounds_done, moved=moved):
-            self.federation.refresh_copies()
-        if self.settings.check_agreement:
-            self.federation.check_agreement()
+    # -- validation of the agreed model ---------------------------------------------------------------------------
 
-    def _place_again(self, optimizer: torch.optim.Optimizer) -> None:
-        """Experts go where the policy wants them next."""
-        assert self.federation is not None
-        config: ModelConfig = self.transformer.config  # type: ignore[assignment]
-        if self.settings.policy.sees_loads:
-            loads_LE = cast(Any, self.lightning_module).pop_loads().double()
-            self.loads_at_draw = self.sum_over_sites(loads_LE, "control").tolist()
-        self.redraws += 1
-        new = self.placed(config)
-        self.federation.adopt(new, optimizer)
-        residency = self.settings.residency(new.residents(self.topology.site))
-        self.transformer.set_residency(residency)  # type: ignore[operator]
+    def on_validation_start(self) -> None:
+        """In mid-round the agreed values stand in for the local ones."""
+        if self.federation is not None and self.optimizer_steps > 0 and not self.rounds.ends_here:
+            self.federation.enter_global()
 
-    def _share_statistics(self) -> frozenset[int]:
-        """One small message a round, before the averages; returns the sites that have nothing to give to them."""
+    def on_validation_end(self) -> None:
+        """Back to the local values."""
+        if self.federation is not None:
+            self.federation.leave_global()
+        super().on_validation_end()
+
+    @contextmanager
+    def all_experts_of(self, layer: int) -> Iterator[None]:
+        """Make all E experts of one layer live on this site while the context lasts; all sites enter it together."""
         assert self.federation is not None
-        module, n_sites = cast(Any, self.lightning_module), self.topology.n_sites
-        skipped, steps = module.count_skipped()
-        left_out = skipped == steps or not self.federation.is_finite()
-        loss_sum, loss_count = module.pop_round_losses()
-        own = SiteReport(
-            skipped, left_out, loss_sum, loss_count, self._signal is not None, self.wants_to_end(), *self.save_flags()
-        )
-        shared = share(own, self.topology.site, n_sites, lambda values: self.sum_over_sites(values, "control"))
-        self.conclude_save(failed=shared.save_failed, complete=shared.saved)
-        before = self._skipped_of_sites or [0] * n_sites
-        self._skipped_of_sites = [old + new for old, new in zip(before, shared.skipped, strict=True)]
-        check_skipped(self._skipped_of_sites, module.max_skipped_steps)
-        if shared.left_out and self.is_global_zero:
-            sites = ", ".join(map(str, sorted(shared.left_out)))
-            told = f"round {self.rounds_done + 1} is without site {sites}: its gradients or values are not finite"
-            print(f"fomoe: {told}", file=sys.stderr, flush=True)
-        self.round_stats, self.stopping = shared.numbers, shared.stop
-        self._end_is_wanted = shared.ends
-        self.ending = shared.ends or self.optimizer_steps == self.last_step
-        return shared.left_out
+        model = self.transformer
+        if model.residency.is_full(model.config):
+            yield
+            return
+        prefix = f"layers.{layer}.moe."
+        tensors = {name.removeprefix(prefix): t for name, t in self.federation.gather(layer).items()}
+        with model.layers[layer].moe.with_all_experts(tensors):
+            yield
 
     # -- control traffic, counted ---------------------------------------------------------------------------------
 

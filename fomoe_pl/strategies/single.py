@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.topology import Topology
+from fomoe_pl.lightning_internals import replace_signal_handling, requested_devices, set_device
 from fomoe_pl.strategies.base import SiteStrategy
-from fomoe_pl.strategies.signals import replace_signal_handling
 
 
 class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
@@ -34,12 +34,12 @@ class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
         assert self.accelerator is not None
         if not self._device_is_given:
             devices: list[torch.device] = self.accelerator.get_parallel_devices(self.accelerator.parse_devices(1))
-            self._root_device = devices[0]
+            set_device(self, devices[0])
         super().setup_environment()
 
     def check_run(self, trainer: Any, module: Any, data: Any, *, fitting: bool) -> None:
         """As for all strategies; of several devices all but the first would do nothing."""
-        requested = trainer._accelerator_connector._devices_flag
+        requested = requested_devices(trainer)
         if str(requested) not in ("1", "auto"):
             raise ConfigError("trainer.devices", requested, "`single_site` is one process",
                               "set it to 1, or choose a strategy of several sites")  # fmt: skip
@@ -49,13 +49,7 @@ class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
         """As Lightning's; a signal ends training after the step."""
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            replace_signal_handling(trainer, self._note_signal)
-
-    def _note_signal(self, number: int) -> None:
-        self._signal = number
-
-    def _stops_here(self) -> bool:
-        return self._signal is not None
+            replace_signal_handling(trainer, self.stops.note)
 
     @property
     def topology(self) -> Topology:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
+from fomoe_pl.checkpoint.content import Content, MidRound
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
@@ -29,6 +30,25 @@ class DomainData(Protocol):
     domains: Sequence[str]
 
 
+class RoundModule(MidRound, Protocol):
+    """What rounds ask of a LightningModule.
+
+    Attributes:
+        max_skipped_steps: optimizer steps that all sites together may skip.
+    """
+
+    max_skipped_steps: int
+
+    def count_skipped(self) -> tuple[int, int]:
+        """Optimizer steps that this site skipped since the last call, and all of them."""
+
+    def pop_round_losses(self) -> tuple[float, float]:
+        """Sum of the finite training losses since the last call, and their number."""
+
+    def pop_loads(self) -> Tensor:
+        """`loads`, which begin at zero again."""
+
+
 class SiteContext(Protocol):
     """What a strategy of this project answers, and `Alone` for Lightning's own.
 
@@ -38,7 +58,6 @@ class SiteContext(Protocol):
         pace: of a run that may have fewer sites than planned, a `Pace`; None without.
         round_stats: means over all sites of the last round; empty before the first.
         rounds_done: rounds that have ended; stays 0 in synchronous training.
-        save_seconds: seconds for which training stood still for saving so far.
         sync_seconds: seconds spent in synchronisation so far.
         watch_seconds: seconds spent in looking and drawing so far, no part of `sync_seconds`.
         wire_dtype: dtype of averaged values on the wire.
@@ -49,7 +68,6 @@ class SiteContext(Protocol):
     pace: Any
     round_stats: dict[str, float]
     rounds_done: int
-    save_seconds: float
     sync_seconds: float
     watch_seconds: float
     wire_dtype: WireDtype
@@ -59,12 +77,24 @@ class SiteContext(Protocol):
         """This rank's place among the sites."""
 
     @property
+    def content(self) -> Content | None:
+        """What checkpoints hold; None where they are Lightning's own."""
+
+    @property
+    def save_seconds(self) -> float:
+        """Seconds for which training stood still for saving so far."""
+
+    @property
     def has_rounds(self) -> bool:
         """Whether sites agree in rounds; synchronous training has none."""
 
     @property
     def sees_loads(self) -> bool:
         """Whether the placement depends on how often experts were picked."""
+
+    @property
+    def moves_experts(self) -> bool:
+        """Whether the placement changes while a run trains."""
 
     @property
     def measures_sync(self) -> bool:
@@ -118,8 +148,8 @@ class SiteContext(Protocol):
 class Alone:
     """Answers for Lightning's own strategies, of which nothing is known but their ranks: each has the whole model."""
 
-    has_rounds = measures_sync = sees_loads = False
-    pace = placement = None
+    has_rounds = measures_sync = sees_loads = moves_experts = False
+    content = pace = placement = None
     rounds_done = 0
     save_seconds = sync_seconds = watch_seconds = 0.0
     wire_dtype: WireDtype = "float32"

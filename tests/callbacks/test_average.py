@@ -30,7 +30,7 @@ class Anchors(L.Callback):
         self.on_train_batch_end(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        tensors = trainer.strategy.global_tensors()
+        tensors = trainer.strategy.content.tensors()
         self.of[trainer.global_step] = {k: t.detach().clone() for k, t in tensors.items()}
 
 
@@ -43,15 +43,15 @@ def averaged_and_resumed(rank: int, root: str, folder: str, strategy: str, setti
         run = Run(root=root, folder=folder, strategy=strategy, settings=settings, trainer=TRAINER)
         anchors, ema = Anchors(), GlobalEMA(DECAY, every_n_steps=2)
         whole = fit(run, rank, SITES, [ema, anchors, saver(f"{folder}/whole")])
-        trained = {k: t.detach().clone() for k, t in whole.strategy.layout().tensors.items()}
+        trained = {k: t.detach().clone() for k, t in whole.strategy.content.layout().tensors.items()}
         again = GlobalEMA(DECAY, every_n_steps=2)
         resumed = fit(run, rank, SITES, [again, saver(f"{folder}/again")], ckpt_path=f"{folder}/whole/step=4.ckpt")
         metrics = {k: float(v) for k, v in whole.callback_metrics.items() if k.startswith("val/")}
         assert metrics == {k: float(v) for k, v in resumed.callback_metrics.items() if k.startswith("val/")}
-        for name, value in whole.strategy.average.items():
-            assert torch.equal(value, resumed.strategy.average[name]), name
+        for name, value in whole.strategy.content.average.items():
+            assert torch.equal(value, resumed.strategy.content.average[name]), name
             assert torch.equal(trained[name].float(), anchors.of[8][name].float()), f"{name}: training saw the average"
-        return metrics, anchors.of, dict(whole.strategy.average)
+        return metrics, anchors.of, dict(whole.strategy.content.average)
 
 
 @pytest.mark.timeout(600)

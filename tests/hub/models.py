@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fomoe_pl.federation import checkpoint as files
+from fomoe_pl.checkpoint import format as files
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.settings import FederationConfig

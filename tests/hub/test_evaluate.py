@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fomoe_pl.callbacks import RunReport
+from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.compare.runs import Run as ComparedRun
 from fomoe_pl.compare.table import evaluation_columns, row, tables
 from fomoe_pl.data import Manifest
@@ -25,7 +26,6 @@ from fomoe_pl.hub.export import export
 from fomoe_pl.hub.loading import load
 from fomoe_pl.model.residency import Residency, Shadow
 from fomoe_pl.model.transformer import Transformer
-from fomoe_pl.strategies.loading import load_global_model
 from tests.distributed import run_distributed
 from tests.hub.models import make_model, write_checkpoint
 from tests.training import Run, fit, launched_as

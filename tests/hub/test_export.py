@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fomoe_pl.checkpoint.format import WeightFiles
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import WeightFiles
 from fomoe_pl.hub.export import export
 from fomoe_pl.hub.families import exact_families
 from fomoe_pl.model.config import ModelConfig

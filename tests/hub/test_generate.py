@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.cli import main
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.hub.export import export
 from fomoe_pl.hub.generate import generate
 from fomoe_pl.hub.loading import load
-from fomoe_pl.strategies.loading import load_global_model
 from tests.hub.models import make_model, write_checkpoint
 
 pytest.importorskip("transformers")

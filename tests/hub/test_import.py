@@ -9,12 +9,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.hub.export import export
 from fomoe_pl.hub.families import config_of
 from fomoe_pl.hub.importing import import_model
 from fomoe_pl.hub.source import read_source
-from fomoe_pl.strategies.loading import load_global_model
 from tests.hub.models import FAMILY_SETTINGS, SWITCHES, make_model, write_checkpoint
 from tests.training import Run, fit
 

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.cli import main
-from fomoe_pl.strategies.loading import load_global_model
 from tests.distributed import run_distributed
 from tests.training import Run, fit, launched_as
 

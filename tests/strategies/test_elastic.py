@@ -82,7 +82,7 @@ def test_numbers_of_sites_that_cannot_be_are_refused_at_the_start() -> None:
 
 
 def test_tokens_of_a_checkpoint_that_is_none_are_not_read(tmp_path: Path) -> None:
-    from fomoe_pl.strategies.elastic import tokens_in
+    from fomoe_pl.checkpoint.resuming import tokens_in
 
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         tokens_in(tmp_path)

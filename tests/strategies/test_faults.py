@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from fomoe_pl.federation import checkpoint as files
+from fomoe_pl.checkpoint import format as files
 from tests.distributed import run_distributed
 from tests.federation.toy import digest
 from tests.strategies.observers import EachStep
@@ -123,8 +123,8 @@ def _full_disk(rank: int, root: str, folder: str, async_save: bool) -> tuple[int
         run = Run(root=root, folder=folder, settings={"local_steps": 2, "async_save": async_save},
                   trainer={"max_steps": 9, "enable_checkpointing": True})  # fmt: skip
         trainer = fit(run, rank, SITES, [saver])
-        last = trainer.strategy.last_saved
-        return trainer.strategy.saves_failed, trainer.global_step, last and last.name, told.getvalue()
+        last = trainer.strategy.checkpoints.last_saved
+        return trainer.strategy.checkpoints.saves_failed, trainer.global_step, last and last.name, told.getvalue()
 
 
 @pytest.mark.parametrize("async_save", [True, False])

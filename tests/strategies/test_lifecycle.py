@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from fomoe_pl.checkpoint.format import newest, read_manifest
+from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.checkpoint import newest, read_manifest
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import CountedDDPStrategy, FederatedStrategy
-from fomoe_pl.strategies.loading import load_global_model
 from tests.distributed import run_distributed
 from tests.training import Run, fit, launched_as, make_trainer, parameters, single
 
@@ -273,7 +273,7 @@ def _used_again(rank: int, root: str, folder: str) -> list[str]:
             run.datamodule(),
         )
         trainer.fit(module, data)
-        found.append(module.trainer.strategy.last_saved.name)
+        found.append(module.trainer.strategy.checkpoints.last_saved.name)
         pickle.dumps(module)
         try:
             trainer.save_checkpoint(Path(folder, "after.ckpt"))

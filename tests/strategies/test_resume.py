@@ -9,9 +9,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 
+from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.federation.inner import moments
 from fomoe_pl.federation.outer import Nesterov
-from fomoe_pl.strategies.loading import load_global_model
 from tests.distributed import run_distributed
 from tests.strategies.observers import snapshot
 from tests.strategies.test_checkpoint import differences
@@ -149,7 +149,7 @@ READERS: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 def expert_moments(trainer: L.Trainer) -> dict[tuple[str, int], list[torch.Tensor]]:
     strategy: Any = trainer.strategy
-    layout = strategy.layout()
+    layout = strategy.content.layout()
     return {
         (name, expert): [m[row].clone() for m in moments(trainer.optimizers[0], layout.tensors[name])]
         for name, layer in layout.expert_layer.items()
@@ -177,16 +177,16 @@ class First(L.Callback):
             validation.run()
             trainer.training = True
         self.loss = float(trainer.callback_metrics.get("val/loss", math.nan))
-        layout = strategy.layout()
+        layout = strategy.content.layout()
         self.moments = expert_moments(trainer)
-        self.agreed = {n: t.clone() for n, t in strategy.global_tensors().items() if n not in layout.expert_layer}
+        self.agreed = {n: t.clone() for n, t in strategy.content.tensors().items() if n not in layout.expert_layer}
         self.experts = {
-            (name, expert): strategy.global_tensors()[name][row].clone()
+            (name, expert): strategy.content.tensors()[name][row].clone()
             for name, layer in layout.expert_layer.items()
             for row, expert in enumerate(strategy.transformer.residency.experts[layer])
         }
         self.momenta = {
-            name: t.clone() for name, t in strategy.outer_slots().get("momentum", {}).items() if name in self.agreed
+            name: t.clone() for name, t in strategy.content.slots().get("momentum", {}).items() if name in self.agreed
         }
         self.steps = strategy.optimizer_steps
 

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
-from fomoe_pl.federation import checkpoint as files
-from fomoe_pl.federation.checkpoint import read_manifest
+from fomoe_pl.checkpoint import format as files
+from fomoe_pl.checkpoint.format import read_manifest
 from fomoe_pl.federation.federation import Federation
 from tests.distributed import run_distributed
 from tests.strategies.observers import EachStep, Traffic
@@ -55,7 +55,7 @@ def _held(rank: int, root: str, folder: str, strategy: str) -> Any:
         write(path, *args)
 
     def look(trainer: L.Trainer) -> tuple[str, list[str]]:
-        last = trainer.strategy.last_saved
+        last = trainer.strategy.checkpoints.last_saved
         return last.name if last else "", sorted(p.name for p in saved.glob("*.ckpt"))
 
     with launched_as(rank, SITES, folder), pytest.MonkeyPatch.context() as patch:
@@ -152,7 +152,7 @@ class SaveTwice(L.Callback):
             before = strategy.save_seconds
             trainer.save_checkpoint(f"{self.folder}/{name}.ckpt")
             self.stalls.append(strategy.save_seconds - before)
-            self.last.append(strategy.last_saved.name if strategy.last_saved else "")
+            self.last.append(strategy.checkpoints.last_saved.name if strategy.checkpoints.last_saved else "")
         if self.error:
             raise self.error
 
@@ -180,7 +180,7 @@ def _twice(rank: int, root: str, folder: str, error: BaseException | None) -> An
             trainer.fit(run.module(), run.datamodule())
         except (SIGTERMException, ValueError) as raised:
             error = raised
-        return twice.stalls, twice.last, trainer.strategy.last_saved, error and error.args
+        return twice.stalls, twice.last, trainer.strategy.checkpoints.last_saved, error and error.args
 
 
 @pytest.mark.parametrize("error", [None, ValueError("a mistake"), SIGTERMException()])

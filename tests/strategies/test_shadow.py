@@ -6,9 +6,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 
+from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.codec import codec_of
 from fomoe_pl.federation.federation import Federation
-from fomoe_pl.strategies.loading import load_global_model
 from tests.distributed import run_distributed
 from tests.training import Run, fit, launched_as
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fomoe_pl.federation import checkpoint as files
+from fomoe_pl.checkpoint import format as files
 
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # full or read-only disk, as each of the writers tells it
 _POLL_SECONDS = 0.02

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fomoe_pl.checkpoint import format as checkpoint
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation import checkpoint
 
 
 def write(folder: Path, value: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fomoe_pl.federation.checkpoint import read_manifest, read_weights, verify
+from fomoe_pl.checkpoint.format import read_manifest, read_weights, verify
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from fomoe_pl.checkpoint import format as checkpoint
+from fomoe_pl.checkpoint.writing import HostCopies, Writing
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation import checkpoint
-from fomoe_pl.federation.writing import HostCopies, Writing
 
 N_SITES = 2
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_written_ends_quietly_and_nothing_is_removed(
 def test_sites_without_a_common_file_system_are_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fomoe_pl.federation.writing._VISIBLE_SECONDS", 0.1)
+    monkeypatch.setattr("fomoe_pl.checkpoint.writing._VISIBLE_SECONDS", 0.1)
     zero = writing(folder, 0)
     zero.start(contents(0), HostCopies())
     zero.wait_written()

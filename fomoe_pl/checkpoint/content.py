@@ -1,0 +1,435 @@
+"""What a checkpoint holds of a strategy: the agreed model, and each site's own state; and how both are taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from fomoe_pl.checkpoint import format as files
+from fomoe_pl.checkpoint.carryover import carry_over, differences
+from fomoe_pl.checkpoint.resuming import check_weights
+from fomoe_pl.federation.federation import Federation
+from fomoe_pl.federation.layout import ParameterLayout
+from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.observer import RoundObserver
+from fomoe_pl.federation.placement import Placement
+from fomoe_pl.federation.settings import FederationConfig
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.lightning_internals import random_states, set_random_states
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.transformer import Transformer
+
+
+class MidRound(Protocol):
+    """The part of a LightningModule that sites count with in a round, and that a resumed round goes on with."""
+
+    def round_losses(self) -> tuple[float, float]:
+        """Sum and number of the finite losses of the round so far."""
+
+    def set_round_losses(self, losses: tuple[float, float]) -> None:
+        """Restore `round_losses`."""
+
+    def round_steps(self) -> tuple[int, int]:
+        """Steps of the round that were skipped, and all of them."""
+
+    def set_round_steps(self, steps: tuple[int, int]) -> None:
+        """Restore `round_steps`."""
+
+    def loads(self) -> Tensor:
+        """Picks of each expert since experts were last placed, float32 (L, E)."""
+
+    def set_loads(self, loads_LE: Tensor) -> None:
+        """Restore `loads`."""
+
+
+class Site(Protocol):
+    """What is asked of the strategy whose checkpoints these are.
+
+    Attributes:
+        ledger: bytes that this rank sent.
+        rounds_done: rounds that have ended.
+        redraws: how often experts have been placed again.
+        loads_at_draw: of each layer and expert, what a policy that sees loads saw last.
+        sync_seconds: seconds spent in synchronisation.
+        observers: who looks at the ends of rounds.
+    """
+
+    ledger: Ledger
+    rounds_done: int
+    redraws: int
+    loads_at_draw: list[list[float]] | None
+    sync_seconds: float
+    observers: list[RoundObserver]
+
+    @property
+    def topology(self) -> Topology:
+        """This rank's place; of data-parallel strategies every rank counts as a site."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """Who holds what; None where every rank holds all."""
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is rank 0."""
+
+    @property
+    def trainer(self) -> Any:
+        """The Trainer that runs."""
+
+    @property
+    def transformer(self) -> Transformer:
+        """The model."""
+
+    @property
+    def mid_round(self) -> MidRound:
+        """What the module counts in a round."""
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The inner optimizer, if it trains."""
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What removes folders."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that the run has taken."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether there are gradients of micro-batches that no optimizer step has used yet."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether this rank has failed while the others go on: nothing may be sent to them."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """An object from one rank to all."""
+
+    def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
+        """Sum a small tensor over all sites, counted."""
+
+
+class FederatedSite(Site, Protocol):
+    """What is asked of a strategy with rounds beside."""
+
+    federation: Federation | None
+    settings: FederationConfig
+
+    def placed(self, config: ModelConfig) -> Placement:
+        """Where experts are after the last time that they were placed."""
+
+
+class Content:
+    """Of a strategy whose ranks hold the whole model each: rank 0 writes everything.
+
+    Args:
+        site: the strategy.
+
+    Attributes:
+        average: a moving average of the global model, this site's rows; empty without.
+        every_site_writes: whether every site writes a part, or rank 0 everything.
+        restored_after_setup: whether tensors are there only after the strategy's `setup`.
+    """
+
+    every_site_writes = False
+    restored_after_setup = False
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.average: Mapping[str, Tensor] = {}
+        self._random_states: dict[str, Any] | None = None
+
+    # -- what there is --------------------------------------------------------------------------------------------
+
+    def layout(self) -> ParameterLayout:
+        """The tensors that make up the global model."""
+        return ParameterLayout.of(self.site.transformer, self.site.transformer.expert_tensors())
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Agreed values by name, with this site's rows of expert tensors."""
+        return self.layout().tensors
+
+    def set_tensors(self, values: dict[str, Tensor]) -> None:
+        """Put the global model's values into this rank's tensors."""
+        self.layout().fill(values)
+
+    def slots(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The outer rule's state: slot -> values by name, as `tensors`; empty without."""
+        return {}
+
+    def owned(self) -> list[tuple[int, int, int]]:
+        """(layer, expert, row) of each expert that this rank writes."""
+        residency = self.site.transformer.residency
+        return [(i, e, r) for i, layer in enumerate(residency.experts) for r, e in enumerate(layer)]
+
+    def identity(self) -> dict[str, Any]:
+        """What `state` depends on: a run that has the same goes on bit for bit."""
+        return {"strategy": type(self.site).__name__, "sites": self.site.topology.n_sites}
+
+    def state(self) -> dict[str, Any]:
+        """What this rank needs beside the global model to resume."""
+        return {"ledger": self.site.ledger.state_dict(), "sync_seconds": self.site.sync_seconds}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore `state`."""
+        self.site.ledger.load_state_dict(state["ledger"])
+        self.site.sync_seconds = state["sync_seconds"]
+
+    def check(self) -> None:
+        """Raise where what would be saved is not what all sites have; every rank calls it."""
+
+    # -- what is written ------------------------------------------------------------------------------------------
+
+    @property
+    def n_writers(self) -> int:
+        """Sites that write."""
+        return self.site.topology.n_sites if self.every_site_writes else 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes experts and its own state."""
+        return self.every_site_writes or self.site.is_global_zero
+
+    def files(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """File name -> content, of all files that this rank writes.
+
+        Args:
+            checkpoint: Lightning's state.
+        """
+        layout, site, module = self.layout(), self.site.topology.site, self.site.mid_round
+        names = {layer: layout.sparse(layer) for layer in set(layout.expert_layer.values())}
+        contents: dict[str, Any] = {}
+        slots = {files.of_slot(slot): tensors for slot, tensors in self.slots().items()}
+        for prefix, tensors in {"": self.tensors(), **slots, files.AVERAGE: self.average}.items():
+            if tensors and self.writes:
+                contents[files.experts_name(site, prefix)] = {
+                    f"{name}#{e}": tensors[name][row]
+                    for layer, e, row in self.owned()
+                    for name in names[layer]
+                    if name in tensors
+                }
+            if tensors and self.site.is_global_zero:
+                contents[files.dense_name(prefix)] = {n: tensors[n] for n in layout.dense if n in tensors}
+        if self.writes:
+            contents[files.site_name(site)] = {
+                "optimizer_states": checkpoint.get("optimizer_states", []),
+                "optimizer_names": self._optimizer_names(layout),
+                "strategy": self.state(),
+                "residents": self.site.transformer.residency.experts,
+                "expert_layer": dict(layout.expert_layer),
+                "rng": random_states(),
+                "losses": module.round_losses(),
+                "steps": module.round_steps(),
+            }
+            # Lightning keeps rank zero's callbacks; those that look into rounds know things of their own site.
+            watchers = {observer.state_key for observer in self.site.observers if isinstance(observer, Callback)}
+            kept = {key: state for key, state in checkpoint.get("callbacks", {}).items() if key in watchers}
+            if kept:
+                contents[files.observers_name(site)] = kept
+        if self.site.is_global_zero:
+            skipped = ("state_dict", "optimizer_states")
+            contents["trainer.pt"] = {key: value for key, value in checkpoint.items() if key not in skipped}
+        return contents
+
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest says beside the files."""
+        site, placement = self.site, self.site.placement
+        placed = {} if placement is None or placement.is_full else {"placement": placement.record()}
+        return {
+            "architecture": asdict(site.transformer.config), "n_sites": site.topology.n_sites,
+            "rounds": site.rounds_done, "redraws": site.redraws, "optimizer_steps": site.optimizer_steps,
+            **({} if site.loads_at_draw is None else {"loads_at_draw": site.loads_at_draw}),
+            "identity": self.identity(),
+            **placed,
+        }  # fmt: skip
+
+    def _optimizer_names(self, layout: ParameterLayout) -> list[str]:
+        """Names of the inner optimizer's parameters, in the order of its state."""
+        name_of = {id(tensor): name for name, tensor in layout.tensors.items()}
+        return [
+            name_of[id(p)] for optimizer in self.site.optimizers for g in optimizer.param_groups for p in g["params"]
+        ]
+
+    # -- what is taken back ---------------------------------------------------------------------------------------
+
+    def load_trainer(self, folder: Path) -> dict[str, Any]:
+        """Lightning's state, with what this site's own callbacks know."""
+        # Our own files: Lightning's loop and callback states hold more than plain tensors.
+        path, observers = files.verify(folder, "trainer.pt"), files.observers_name(self.site.topology.site)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+        if observers in files.read_manifest(folder)["files"]:
+            own = torch.load(files.verify(folder, observers), map_location="cpu", weights_only=False)
+            state["callbacks"] = {**state.get("callbacks", {}), **own}
+        return {**state, "state_dict": {}, "optimizer_states": [], "folder": str(folder)}
+
+    def load_weights(self, folder: Path) -> None:
+        """This site's weights, and only those.
+
+        Raises:
+            ConfigError: if they are those of another model.
+        """
+        check_weights(folder, self.site.transformer.config)
+        self.set_tensors(self._read(folder, list(self.layout().tensors)))
+
+    def _read(self, folder: Path, names: list[str], prefix: str = "") -> dict[str, Tensor]:
+        model = self.site.transformer
+        return files.read_weights(
+            folder, names, self.layout().expert_layer, model.residency.experts, model.config.n_experts, prefix
+        )
+
+    def saved_average(self, folder: Path) -> dict[str, Tensor] | None:
+        """The moving average of the global model in a checkpoint, this site's rows; None if it has none."""
+        if files.dense_name(files.AVERAGE) not in files.read_manifest(folder)["files"]:
+            return None
+        return self._read(folder, list(self.layout().tensors), files.AVERAGE)
+
+    @torch.no_grad()
+    def load_site(self, folder: Path, load_optimizers: Callable[[Mapping[str, Any]], None]) -> int:
+        """Restore inner optimizer, outer state and counters of this site, as far as they fit.
+
+        Args:
+            folder: the checkpoint.
+            load_optimizers: Lightning's way to load `{"optimizer_states": ...}`.
+
+        Returns:
+            Optimizer steps in it.
+        """
+        manifest, site, model = files.read_manifest(folder), self.site, self.site.transformer
+        steps: int = manifest["optimizer_steps"]
+        site.rounds_done = manifest["rounds"]
+        missing = []
+        for slot, values in self.slots().items():
+            if files.dense_name(files.of_slot(slot)) not in manifest["files"]:
+                missing.append(slot)
+                continue
+            for name, value in self._read(folder, list(values), files.of_slot(slot)).items():
+                values[name].copy_(value)
+        # Of data-parallel ranks, which are all alike, only the first has written; a site without a file of its own
+        # goes on from another's.
+        own_files = [name for name in manifest["files"] if name.startswith("site-")]
+        of = site.topology.site % len(own_files) if self.writes else 0
+        path = files.verify(folder, files.site_name(of), manifest)
+        own = torch.load(path, map_location="cpu", weights_only=False)
+        changed = differences(manifest["identity"], self.identity())
+        if not changed:
+            if own["residents"] != model.residency.experts:
+                raise RuntimeError(f"site {of} of {folder} holds other experts than this one: {own['residents']}")
+            load_optimizers({"optimizer_states": own["optimizer_states"]})
+            self.load_state(own["strategy"])
+            self._random_states = own["rng"]
+            site.mid_round.set_round_losses(own["losses"])
+            site.mid_round.set_round_steps(own.get("steps", (0, 0)))  # older ones have none
+            return steps
+        if of == site.topology.site:
+            site.ledger.load_state_dict(own["strategy"]["ledger"])
+        layout = self.layout()
+        [optimizer] = site.optimizers
+        fresh = carry_over(
+            own, optimizer, self._optimizer_names(layout), layout.expert_layer, model.residency.experts,
+            model.config.n_experts,
+        )  # fmt: skip
+        told = f"resuming with other settings ({changed}); site 0 starts {fresh} with fresh inner moments"
+        if missing:
+            told += f", and outer {', '.join(missing)} at zero"
+        rank_zero_info(told)
+        return steps
+
+    def go_on(self) -> None:
+        """Before the first step of a resumed run: draw the random numbers that the interrupted one would have drawn."""
+        if self._random_states is not None:
+            set_random_states(self._random_states)
+            self._random_states = None
+
+
+class FederatedContent(Content):
+    """Of a strategy with rounds: the agreed values are anchors, and every site writes the experts that it owns."""
+
+    every_site_writes = True
+    restored_after_setup = True  # anchors must exist before they can be restored
+    site: FederatedSite
+
+    @property
+    def _federation(self) -> Federation:
+        assert self.site.federation is not None, "the strategy has not been set up"
+        return self.site.federation
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The anchors: agreed values, float32, also in mid-round."""
+        return self._federation.anchors
+
+    def set_tensors(self, values: dict[str, Tensor]) -> None:
+        """Anchors and local values."""
+        self._federation.load_global(values)
+
+    def slots(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The outer rule's state, float32."""
+        return self._federation.state.of_rule
+
+    def owned(self) -> list[tuple[int, int, int]]:
+        """The experts of which this site is the owner."""
+        site, placement = self.site.topology.site, self._federation.placement
+        return [(i, e, r) for i, e, r in super().owned() if placement.owner(i, e) == site]
+
+    def identity(self) -> dict[str, Any]:
+        """Who holds what, and the outer rule, whose state has its names."""
+        return {**super().identity(), **self.site.settings.identity(self.site.topology.n_sites)}
+
+    def check(self) -> None:
+        """Compare what all sites must have alike."""
+        self._federation.check_agreement()
+
+    def state(self) -> dict[str, Any]:
+        """Local values, which differ from the anchors in mid-round, and the ledger."""
+        state = {**super().state(), "federation": self._federation.state_dict()}
+        copies = self._federation.copies
+        if copies is not None and self.site.settings.shadow_refresh > 1:  # else they are what the anchors are
+            state["copies"] = dict(copies.tensors)
+        if self.site.settings.policy.sees_loads:
+            state["loads"] = self.site.mid_round.loads()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore `state`."""
+        super().load_state(state)
+        self._federation.load_state_dict(state["federation"])
+        copies = self._federation.copies
+        if copies is not None and "copies" in state:
+            for name, packed in copies.tensors.items():
+                packed.copy_(state["copies"][name])
+        if "loads" in state:
+            self.site.mid_round.set_loads(state["loads"])
+
+    def load_trainer(self, folder: Path) -> dict[str, Any]:
+        """Take the placement of the checkpoint's round with it: it says which weights are this site's."""
+        state, manifest = super().load_trainer(folder), files.read_manifest(folder)
+        self.site.redraws, self.site.loads_at_draw = manifest["redraws"], manifest.get("loads_at_draw")
+        placement = self.site.placed(self.site.transformer.config)
+        self._federation.placement = placement
+        residents = placement.residents(self.site.topology.site)
+        self.site.transformer.set_residency(self.site.settings.residency(residents))
+        return state
+
+    def load_weights(self, folder: Path) -> None:
+        """This site's weights, and those of the experts that it keeps copies of, packed a layer at a time."""
+        super().load_weights(folder)
+        copies, config = self._federation.copies, self.site.transformer.config
+        if copies is None:
+            return
+        layers = self.layout().expert_layer
+        absent = self._federation.placement.complement().residents(self.site.topology.site)
+        with copies.refreshing() as fresh:
+            for layer in range(config.n_layers):
+                names = [name for name in fresh if layers[name] == layer]
+                for name, values in files.read_weights(folder, names, layers, absent, config.n_experts).items():
+                    fresh[name].copy_(copies.encode(values))
