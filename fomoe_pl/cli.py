@@ -19,7 +19,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -45,6 +45,7 @@ from fomoe_pl.errors import (
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.files import ForgivingStream, check_local
 from fomoe_pl.lightning_internals import PlainCLI, given_version
+from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SiteStrategy
 from fomoe_pl.strategies.checks import check_precision
@@ -53,7 +54,7 @@ from fomoe_pl.strategies.elastic import Pace, nodes_left
 EXIT_LOST = 1
 KEY_PATHS |= dict.fromkeys(
     {*signature(FederationConfig).parameters, *signature(FederatedStrategy).parameters}, "trainer.strategy.init_args."
-)
+) | dict.fromkeys(signature(ModelConfig).parameters, "model.architecture.")
 HUB_COMMANDS = ("export", "import", "generate", "evaluate")
 SERVERS = ("url", "uri", "host", "endpoint", "address", "init_method", "artifact_location")
 """Ends of the settings that may be URLs."""
@@ -235,7 +236,7 @@ def _checkpoint_folders(trainer: Trainer) -> tuple[list[Path], Path | None]:
     Raises:
         ConfigError: where every start has a folder of its own, in which a restarted run finds nothing.
     """
-    given = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    given = [c.dirpath if isinstance(c, ModelCheckpoint) else None for c in trainer.checkpoint_callbacks]
     folders = [Path(path) for path in given if path is not None]
     if not given:  # only what is saved where a run ends
         folders.append(Path(trainer.default_root_dir, "checkpoints"))

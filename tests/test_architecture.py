@@ -1,10 +1,15 @@
-"""Imports point one way. The arrows are in ORDER; a part may import itself and the parts below it."""
+"""Imports point one way, and nobody reaches into another's private names.
+
+The arrows are in ORDER; a part may import itself and the parts below it.
+"""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fomoe_pl.strategies import REGISTERED, SiteStrategy
 
 ROOT = Path(__file__).parents[1]
 # `fomoe_pl/__main__.py` is the part `__main__`, `fomoe_pl/model/*.py` the part `model`, and so on.
@@ -133,3 +138,78 @@ def test_imports_along_the_arrows_are_taken(tmp_path: Path, file: str, source: s
     path.parent.mkdir(parents=True)
     path.write_text(source)
     assert violations(tmp_path) == []
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def own(node: ast.Attribute) -> bool:
+    """Whether an attribute is of the class that the code stands in, or of those that it derives from."""
+    return ast.unparse(node.value) in ("self", "cls", "super()")
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """Private names that a module gives to functions, classes, variables and its classes' attributes."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and own(node):
+            found.add(node.attr)
+    return {name for name in found if private(name)}
+
+
+def reaches(root: Path) -> list[str]:
+    """Uses of names that are private to another module of the package under `root`, as `file:line: name`."""
+    trees = {path: ast.parse(path.read_text()) for path in sorted((root / "fomoe_pl").rglob("*.py"))}
+    of = {path: defined(tree) for path, tree in trees.items()}
+    anywhere = set().union(*of.values())
+    found = []
+    for path, tree in trees.items():
+        foreign = anywhere - of[path]
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.ImportFrom) and (node.level or within(node.module or "", "fomoe_pl")):
+                names = [alias.name for alias in node.names if private(alias.name)]
+            elif isinstance(node, ast.Attribute) and not own(node) and node.attr in foreign:
+                names = [ast.unparse(node)]
+            found += [f"{path.relative_to(root)}:{node.lineno}: {name}" for name in names]  # type: ignore[attr-defined]
+    return found
+
+
+def test_no_module_uses_anothers_private_names() -> None:
+    assert reaches(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "n"),
+    [
+        ("from fomoe_pl.other import _hidden", 1),
+        ("from .other import _hidden", 1),
+        ("from fomoe_pl import other\nother._hidden()", 1),
+        ("def f(thing):\n    return thing._kept", 1),
+        ("def f(thing):\n    thing._kept = 3", 1),
+        ("class A:\n    def f(self):\n        return self.thing._kept", 1),
+        ("class A:\n    def f(self):\n        return self._kept + super()._kept", 0),
+        ("class A:\n    def f(self, other):\n        self._kept = other._kept", 0),
+        ("def f(thing):\n    return thing._of_a_library", 0),
+    ],
+)
+def test_planted_reaches_are_found(tmp_path: Path, source: str, n: int) -> None:
+    (tmp_path / "fomoe_pl").mkdir()
+    (tmp_path / "fomoe_pl" / "other.py").write_text(
+        "def _hidden():\n    pass\n\nclass B:\n    def __init__(self):\n        self._kept = 1\n"
+    )
+    (tmp_path / "fomoe_pl" / "one.py").write_text(source)
+    assert len(reaches(tmp_path)) == n
+
+
+def test_strategies_have_at_most_three_classes_of_their_own() -> None:
+    kinds = {kind for kind, _, _ in REGISTERED.values()}
+    assert kinds == {kind for kind in SiteStrategy.__subclasses__() if within(kind.__module__, "fomoe_pl")}
+    for kind in kinds:
+        chain = [cls.__name__ for cls in kind.__mro__ if within(cls.__module__, "fomoe_pl")]
+        assert len(chain) <= 3, chain

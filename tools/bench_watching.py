@@ -119,12 +119,13 @@ class Switch(L.Callback):
         passes = pl_module._passes
         assert passes is not None
         recorded = passes.recorded
-        shown = strategy.observers, strategy.federation.movement, pl_module.routing_watched, recorded
-        strategy.observers, strategy.federation.movement, pl_module.routing_watched, passes.recorded = self._hidden
+        shown = strategy.observers, strategy.federation.movement, pl_module.watches_routing, recorded
+        strategy.observers, strategy.federation.movement, watches, passes.recorded = self._hidden
+        pl_module.watch_routing(watches)
         if passes.recorded is None and recorded is not None:
             passes.recorded = RecordedPass(recorded.run, pl_module.transformer)
         for block in pl_module.transformer.layers:
-            block.moe.router.measures_entropy = pl_module.routing_watched
+            block.moe.router.measures_entropy = watches
         self._hidden = shown
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

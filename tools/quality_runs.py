@@ -258,7 +258,7 @@ def train(place: Place, run: Run, rank: int, store: str) -> dict[str, Any]:
     module = FoMoEModule(
         study.model(data.vocab_size), study.optimizer, seed=run.seed, compile_blocks=place.compile_blocks
     )
-    module.with_other_views = True  # in the one validation, at the end
+    module.measure_other_views()  # in the one validation, at the end
     told = Told(str(run), study.steps)
     trainer = L.Trainer(
         accelerator=place.accelerator, devices=1 if gpu or alone else study.sites, strategy=strategy,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,29 +27,31 @@ class ObservedModule(Protocol):
     """The part of the language model's LightningModule that callbacks read.
 
     Attributes:
-        routing_health: sums of every training step since its last reset.
-        routing_watched: whether these are kept; whoever reads them sets it when training starts.
+        routing_health: sums of every training step since its last reset, where `watch_routing` was called.
         tokens_seen: tokens that this site trained on.
         tokens_of_all_sites: tokens that all sites trained on, also those of a checkpoint of other sites.
         validation_before_training: `val/...` of the initial global model; empty if it was not validated.
         config: the architecture.
         transformer: the built model.
-        with_other_views: whether the next validation measures random routing and own views too.
         domain_load_LNE: picks of the last validation's text by layer, domain and expert; None before the first.
     """
 
     routing_health: RoutingHealth
-    routing_watched: bool
     tokens_seen: int
     tokens_of_all_sites: int
     validation_before_training: dict[str, float]
     config: ModelConfig
-    with_other_views: bool
     domain_load_LNE: torch.Tensor | None
 
     @property
     def transformer(self) -> Transformer:
         """The built model."""
+
+    def watch_routing(self) -> None:
+        """Keep `routing_health`; called when training starts."""
+
+    def measure_other_views(self) -> None:
+        """Have the next validation measure random routing and own views too."""
 
     def watch_statistics(self, statistics: Sequence[Statistic]) -> None:
         """Have training passes sum these in `routing_health` too; called before training starts."""
@@ -132,6 +134,19 @@ def check_interval(callback: Callback, every_n_steps: int) -> int:
     key = f"trainer.callbacks.{type(callback).__name__}.every_n_steps"
     check_range(key, every_n_steps, "10 optimizer steps are the default", least=1)
     return every_n_steps
+
+
+class EvaluatingCallback(Callback):
+    """Evaluates what it trains on tasks, which the run's report has.
+
+    Attributes:
+        evaluations: the newest results, `{view: {steps, limit, tasks: {task: {metric: value}}}}`.
+    """
+
+    evaluations: dict[str, Any]
+
+    def __init__(self) -> None:
+        self.evaluations = {}
 
 
 class RoundCallback(Callback):

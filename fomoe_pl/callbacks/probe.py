@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from fomoe_pl.callbacks.observed import observed_module
+from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.metrics.probe import row_similarity
 
@@ -39,16 +40,16 @@ class Probe:
         n_tokens: tokens of each.
 
     Raises:
-        ConfigError: if the datamodule has no `probe`.
+        ConfigError: if the data is not `FoMoEData`, or a class made of it.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, n_sequences: int, n_tokens: int) -> None:
-        data = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "probe"):
+        data = cast(Any, trainer).datamodule
+        if not isinstance(data, FoMoEData):
             raise ConfigError("trainer.callbacks.RoutingStability.probe_sequences", n_sequences,
                               f"needs data with a method `probe`, which {type(data).__name__} has not",
                               "use fomoe_pl.data.FoMoEData, or set it to 0")  # fmt: skip
-        self._batch = {k: t.to(pl_module.device) for k, t in cast(Any, data).probe(n_sequences, n_tokens).items()}
+        self._batch = {k: t.to(pl_module.device) for k, t in data.probe(n_sequences, n_tokens).items()}
 
     def text(self) -> list[list[int]]:
         """Its tokens."""

@@ -10,9 +10,17 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 
 from fomoe_pl.callbacks.communication import payload_bytes, wire_bytes
-from fomoe_pl.callbacks.observed import measures_sync, observed_module, observed_strategy, peak_memory, run_folder
+from fomoe_pl.callbacks.observed import (
+    EvaluatingCallback,
+    measures_sync,
+    observed_module,
+    observed_strategy,
+    peak_memory,
+    run_folder,
+)
 from fomoe_pl.callbacks.stability import stability_of
 from fomoe_pl.callbacks.throughput import TimedCallback
+from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.files import write_whole
 
 REPORT_NAME = "report.json"
@@ -24,9 +32,9 @@ def finite_or_none(value: float) -> float | None:
 
 
 def _data_identity(trainer: Trainer) -> dict[str, Any] | None:
-    """What the datamodule says it is; None for one that says nothing."""
-    data: Any = getattr(trainer, "datamodule", None)
-    return {**data.identity(), **_validated(trainer)} if hasattr(data, "identity") else None
+    """What the datamodule says it is; None for one that is not this project's."""
+    data = cast(Any, trainer).datamodule
+    return {**data.identity(), **_validated(trainer)} if isinstance(data, FoMoEData) else None
 
 
 def _validated(trainer: Trainer) -> dict[str, Any]:
@@ -49,9 +57,9 @@ def _routing(trainer: Trainer) -> dict[str, float | None]:
 
 
 def _evaluations(trainer: Trainer) -> dict[str, Any]:
-    """What the run's callbacks have evaluated: `{view: {steps, limit, tasks: {task: {metric: value}}}}`."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((found for c in callbacks if (found := getattr(c, "evaluations", None))), {})
+    """What the run's callbacks have evaluated."""
+    callbacks = cast(Any, trainer).callbacks
+    return next((c.evaluations for c in callbacks if isinstance(c, EvaluatingCallback) and c.evaluations), {})
 
 
 class RunReport(TimedCallback):

@@ -126,7 +126,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         super().on_train_start(trainer, pl_module)
         self._trainer, self._module, self._started = trainer, pl_module, True
         strategy = observed_strategy(trainer)
-        observed_module(pl_module).routing_watched = True
+        observed_module(pl_module).watch_routing()
         if self.own_statistics:
             observed_module(pl_module).watch_statistics(self.own_statistics)
         observe_rounds(trainer, self)
@@ -281,7 +281,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         self._validations += 1
         last = trainer.state.fn == TrainerFn.VALIDATING or _is_last_validation(trainer)
         if last or self._validations % self.other_views_every == 0:
-            observed_module(pl_module).with_other_views = True
+            observed_module(pl_module).measure_other_views()
             self.other_views_step = trainer.global_step
 
     # -- resuming -------------------------------------------------------------------------------------------------

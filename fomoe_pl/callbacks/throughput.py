@@ -180,7 +180,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         self._counted, self._resets = (0.0, 0.0), self._module.routing_health.resets
         self._picks = None if skips else float(min(config.top_k, residency.n_scored(0, config)))
         if skips:
-            self._module.routing_watched = True
+            self._module.watch_routing()
             observe_rounds(trainer, self)
         bf16 = str(trainer.precision).startswith("bf16")
         self._peak_flops = None

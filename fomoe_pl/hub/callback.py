@@ -6,17 +6,17 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from fomoe_pl.callbacks.observed import observed_strategy
+from fomoe_pl.callbacks.observed import EvaluatingCallback, observed_strategy
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.hub import needs
 
 KEY = "trainer.callbacks.TaskEvaluation."
 
 
-class TaskEvaluation(Callback):
+class TaskEvaluation(EvaluatingCallback):
     """Evaluates the global model on tasks every few rounds, and when training ends.
 
     Logs `eval/<task>/<metric>`, which also go into `report.json` if `RunReport` stands behind it. Every site scores its
@@ -55,7 +55,6 @@ class TaskEvaluation(Callback):
         resolved(tasks)
         self.tasks, self.every_n_rounds, self.every_n_steps = list(tasks), every_n_rounds, every_n_steps
         self.limit, self.batch_size, self.window = limit, batch_size, window
-        self.evaluations: dict[str, Any] = {}
         self._seen = (0, 0)
         self._loaded: Any = None
 

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from fomoe_pl.hub.harness import HarnessLM, Score, Scored, batches_by_length, padded, scores
 from fomoe_pl.hub.tokenizer import corpus_tokenizer
+from fomoe_pl.training.context import context
 
 
 class TrainingLM(HarnessLM):
@@ -36,12 +37,12 @@ class TrainingLM(HarnessLM):
             data.sequence_length,
         )
         self._module: Any = pl_module
-        self._strategy: Any = trainer.strategy
+        self._site = context(trainer)
         self.batch_size, self.window = batch_size, window
 
     def score(self, sequences: Sequence[Scored]) -> list[Score]:
         """Score all sequences: each site its share, summed over sites in one message."""
-        topology = self._strategy.topology
+        topology = self._site.topology
         batches = batches_by_length(sequences, self.batch_size)
         own = batches[topology.site :: topology.n_sites]
         n_windows = math.ceil(math.ceil(len(batches) / topology.n_sites) / self.window)
@@ -49,7 +50,7 @@ class TrainingLM(HarnessLM):
         self._module.make_room()
         for start in range(0, n_windows * self.window, self.window):
             self._window([(i, [sequences[j] for j in i]) for i in own[start : start + self.window]], found_N2)
-        total = self._strategy.sum_over_sites(found_N2.flatten().to(self._module.device), "evaluation")
+        total = self._site.sum_over_sites(found_N2.flatten().to(self._module.device), "evaluation")
         return [Score(nats, greedy > 0) for nats, greedy in total.cpu().view(-1, 2).tolist()]
 
     def _window(self, batches: list[tuple[list[int], list[Scored]]], found_N2: torch.Tensor) -> None:
@@ -57,7 +58,7 @@ class TrainingLM(HarnessLM):
         model, device = self._module.transformer, self._module.device
         streams = [model.embed(padded(chosen, device)) for _, chosen in batches]
         for layer, block in enumerate(model.layers):
-            with self._module.site.all_experts_of(layer):
+            with self._site.all_experts_of(layer):
                 for i, x_BSD in enumerate(streams):
                     streams[i] = block(x_BSD)[0]
         for (places, chosen), x_BSD in zip(batches, streams, strict=True):

@@ -15,8 +15,6 @@ Parametrization = Literal["completep", "standard"]
 Balance = Literal["none", "aux_loss", "bias"]
 Checkpointing = Literal["none", "experts", "blocks"]
 
-_KEY = "model.architecture."
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -97,27 +95,27 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             if get_origin(field.type) is Literal:
-                check_choice(_KEY + field.name, getattr(self, field.name), field.type)
+                check_choice(field.name, getattr(self, field.name), field.type)
         if self.expert_backend != AUTO:
             backend_of(self.expert_backend)
         positive = """vocab_size d_model n_layers n_heads n_experts top_k d_expert n_kv_heads head_dim norm_eps
             rope_theta base_width base_depth init_std loss_chunk_bytes"""
         for name in positive.split():
-            check_range(_KEY + name, getattr(self, name), "Give a positive number", above=0)
+            check_range(name, getattr(self, name), "Give a positive number", above=0)
         for name in ("n_shared_experts", "aux_loss_weight", "z_loss_weight", "bias_update_rate"):
-            check_range(_KEY + name, getattr(self, name), "Give 0 or more", least=0)
+            check_range(name, getattr(self, name), "Give 0 or more", least=0)
         if self.top_k > self.n_experts:
             rule = f"cannot choose more experts than n_experts ({self.n_experts})"
-            raise ConfigError(_KEY + "top_k", self.top_k, rule, f"Use 1 to {self.n_experts}")
+            raise ConfigError("top_k", self.top_k, rule, f"Use 1 to {self.n_experts}")
         if self.head_dim is None and self.d_model % self.n_heads:
             rule = f"must be divisible by n_heads ({self.n_heads}) when head_dim is not given"
-            raise ConfigError(_KEY + "d_model", self.d_model, rule, "Change n_heads, or give head_dim")
+            raise ConfigError("d_model", self.d_model, rule, "Change n_heads, or give head_dim")
         if self.n_heads % self.kv_heads:
             rule = f"must divide n_heads ({self.n_heads})"
-            raise ConfigError(_KEY + "n_kv_heads", self.kv_heads, rule, f"Use a divisor of {self.n_heads}")
+            raise ConfigError("n_kv_heads", self.kv_heads, rule, f"Use a divisor of {self.n_heads}")
         if self.head_size % 2:
             rule = "must be even: the rotary embedding turns pairs of channels"
-            raise ConfigError(_KEY + "head_dim", self.head_size, rule, "Change head_dim, or d_model and n_heads")
+            raise ConfigError("head_dim", self.head_size, rule, "Change head_dim, or d_model and n_heads")
 
     @property
     def kv_heads(self) -> int:

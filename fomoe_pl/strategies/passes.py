@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -131,7 +132,7 @@ def expert_copies(trainer: Trainer, module: LightningModule, model: Transformer)
 def _why_not(trainer: Any, module: LightningModule, model: Transformer) -> str | None:
     if reason := _more_than_one_backward_pass(trainer, module):
         return reason
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+    if isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None:
         return "float16 scales the loss by another factor now and then"
     if torch.is_anomaly_enabled():
         return "the search for anomalies reads gradients on the host"

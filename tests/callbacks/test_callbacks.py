@@ -64,12 +64,13 @@ class Run:
         self.trainer: Any = SimpleNamespace(
             strategy=self.strategy, loggers=[self.logger], logger=self.logger, global_step=0, is_global_zero=True,
             callback_metrics={}, default_root_dir=str(folder), callbacks=[], optimizers=[], precision="32-true",
-            max_steps=99, world_size=1, global_rank=0,
+            max_steps=99, world_size=1, global_rank=0, datamodule=None,
         )  # fmt: skip
         self.module: Any = torch.nn.Linear(3, 2)
         self.module.device = torch.device("cpu")
         self.module.tokens_seen = self.module.tokens_of_all_sites = 0
         self.module.validation_before_training = {}
+        self.module.watch_routing = self.module.measure_other_views = lambda: None
         self.module.routing_health = RoutingHealth(2, 4)
         self.module.config = ModelConfig(
             vocab_size=8, d_model=4, n_layers=2, n_heads=1, n_experts=4, top_k=2, d_expert=4
@@ -573,7 +574,7 @@ def test_the_last_validation_measures_other_views(
             self.steps: list[int] = []
 
         def on_validation_start(self, trainer: Trainer, module: Any) -> None:
-            self.steps += [trainer.global_step] * module.with_other_views
+            self.steps += [trainer.global_step] * module.measures_other_views
 
     stability, notes = RoutingStability(other_views_every=4), Notes()
     trainer = {"limit_val_batches": 1, **settings}

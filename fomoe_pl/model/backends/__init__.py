@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the configuration names a backend, and a backend reads the 
     from fomoe_pl.model.backends.frozen import Frozen
     from fomoe_pl.model.config import ExpertKind, ModelConfig
 
-KEY = "model.architecture.expert_backend"
+KEY = "expert_backend"
 AUTO = "auto"
 SHIPPED = {
     "triton": "fomoe_pl.model.backends.kernels.Triton",
