@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,22 +31,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 
+random_states, set_random_states = _collect_rng_states, _set_rng_states
+move_optimizers = _optimizers_to_device
+
 # -- what a run knows ---------------------------------------------------------------------------------------------
-
-
-def random_states() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's generators."""
-    return _collect_rng_states()
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Restore `random_states`."""
-    _set_rng_states(states)
-
-
-def move_optimizers(optimizers: Iterable[torch.optim.Optimizer], device: torch.device) -> None:
-    """Move optimizers' states to a device."""
-    _optimizers_to_device(optimizers, device)
 
 
 def save_as_newest(callback: ModelCheckpoint, trainer: Any) -> None:
@@ -63,8 +51,7 @@ def requested_devices(trainer: Any) -> Any:
 
 def validation_seconds(trainer: Any) -> float | None:
     """`trainer.val_check_interval` where it was given as a time; None where it counts micro-batches."""
-    seconds: float | None = trainer._val_check_time_interval
-    return seconds
+    return cast(float | None, trainer._val_check_time_interval)
 
 
 def epoch_is_over(trainer: Any) -> bool:

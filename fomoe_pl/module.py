@@ -78,7 +78,7 @@ class FoMoEModule(L.LightningModule):
         self.model: Transformer | None = None
         self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
         self.statistics: tuple[Statistic, ...] = ()  # that a callback wants beside
-        self._watches_routing = False
+        self.watches_routing = False
         self.tokens_seen = 0
         self.tokens_of_all_sites = 0
         self.validation_before_training: dict[str, float] = {}  # with `num_sanity_val_steps`
@@ -94,7 +94,7 @@ class FoMoEModule(L.LightningModule):
         self._picks_LE: Tensor | None = None
         self._passes: Passes | None = None
         self._validation: ValidationMetrics | None = None
-        self._measures_other_views = False
+        self.measures_other_views = False
         self.domain_load_LNE: Tensor | None = None
 
     @property
@@ -159,7 +159,7 @@ class FoMoEModule(L.LightningModule):
                                "schedule and the first documents. Give ckpt_path to go on, or make a new FoMoEModule"
                                )  # fmt: skip
         for block in self.transformer.layers:
-            block.moe.router.measures_entropy = self._watches_routing
+            block.moe.router.measures_entropy = self.watches_routing
         if self._passes is not None:  # of a run that was interrupted
             self._passes.close()
         self._passes = Passes(
@@ -215,7 +215,7 @@ class FoMoEModule(L.LightningModule):
         self._loss_count = one if self._loss_count is None else self._loss_count + one
         self.tokens_seen += tokens
         self.tokens_of_all_sites += tokens * self.site.topology.n_sites
-        if self._watches_routing:
+        if self.watches_routing:
             assert done.gate_entropy_L is not None, "routers measure what is watched, from the start of training on"
             residency = self.transformer.residency
             resident_LE = resident_mask(residency, self.config.n_experts, done.load_LE.device)
@@ -228,23 +228,13 @@ class FoMoEModule(L.LightningModule):
         if self.site.sees_loads:
             self._picks_LE = self.loads() + done.load_LE
 
-    @property
-    def watches_routing(self) -> bool:
-        """Whether training steps are summed in `routing_health`."""
-        return self._watches_routing
-
-    def watch_routing(self, on: bool = True) -> None:
+    def watch_routing(self) -> None:
         """Sum training steps in `routing_health`, for whoever reads it; called when training starts."""
-        self._watches_routing = on
+        self.watches_routing = True
 
-    @property
-    def measures_other_views(self) -> bool:
-        """Whether the next validation reads its text twice more."""
-        return self._measures_other_views
-
-    def measure_other_views(self, on: bool = True) -> None:
+    def measure_other_views(self) -> None:
         """Have the next validation measure random routing and own views too: two more passes over its text."""
-        self._measures_other_views = on
+        self.measures_other_views = True
 
     def watch_statistics(self, statistics: Sequence[Statistic]) -> None:
         """Have training passes sum these in `routing_health` too; called before training starts."""
@@ -387,7 +377,7 @@ class FoMoEModule(L.LightningModule):
     def _evaluate_window(self) -> None:
         model, metric = self.transformer, self._validation
         assert metric is not None
-        others = self._measures_other_views
+        others = self.measures_other_views
         skips = others and not model.residency.is_full(self.config)
         with self.trainer.precision_plugin.val_step_context():
             streams = [model.embed(batch["inputs"]) for batch in self._window]
@@ -429,7 +419,7 @@ class FoMoEModule(L.LightningModule):
         metric = self._validation
         assert metric is not None
         metric.load_states(self.site.sum_over_sites(metric.states(), "evaluation"))
-        computed = metric.compute(with_views=self._measures_other_views)
+        computed = metric.compute(with_views=self.measures_other_views)
         if self.transformer.residency.is_full(self.config):
             computed.pop(OWN_VIEW_GAP, None)  # a site that has everything sees what the global model sees
         values = {f"val/{name}": float(value) for name, value in computed.items()}
@@ -442,4 +432,4 @@ class FoMoEModule(L.LightningModule):
                     logger.log_metrics(values, step=0)
         else:
             self.log_dict(values)
-        self._validation, self._measures_other_views = None, False
+        self._validation, self.measures_other_views = None, False

@@ -44,7 +44,7 @@ def evaluate(resident: int, *, others: bool) -> tuple[int, dict[str, Tensor]]:
     # Held here: a module knows its trainer by a weak reference.
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
     module.trainer = trainer
-    module.measure_other_views(others)
+    module.measures_other_views = others
     module._validation = ValidationMetrics(["one"], LAYERS, 4, "cpu")
     module._random = torch.Generator().manual_seed(0)
 

@@ -120,12 +120,11 @@ class Switch(L.Callback):
         assert passes is not None
         recorded = passes.recorded
         shown = strategy.observers, strategy.federation.movement, pl_module.watches_routing, recorded
-        strategy.observers, strategy.federation.movement, watches, passes.recorded = self._hidden
-        pl_module.watch_routing(watches)
+        strategy.observers, strategy.federation.movement, pl_module.watches_routing, passes.recorded = self._hidden
         if passes.recorded is None and recorded is not None:
             passes.recorded = RecordedPass(recorded.run, pl_module.transformer)
         for block in pl_module.transformer.layers:
-            block.moe.router.measures_entropy = watches
+            block.moe.router.measures_entropy = pl_module.watches_routing
         self._hidden = shown
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -14,7 +14,7 @@ install() { "$pip" install --no-deps ${PIP_ARGS:-} "$@"; }
 if [ -n "${TORCH:-}" ]; then
     install "$TORCH"
 elif nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    install "torch>=2.11"
+    install "torch>=2.11,<2.14"
 elif [ "$(uname -s)" != Linux ]; then
     install "$pinned" # the ordinary build is a CPU build there
 else
@@ -23,5 +23,5 @@ else
     # so a failure here is another one, such as a Python too new for the pinned version or a broken download.
     echo "no NVIDIA GPU found: looking for a CPU build of torch"
     install --timeout 15 --retries 0 --extra-index-url "$cpu_index" "$pinned" ||
-        install --extra-index-url "$cpu_index" "torch>=2.11"
+        install --extra-index-url "$cpu_index" "torch>=2.11,<2.14"
 fi

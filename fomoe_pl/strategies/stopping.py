@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from fomoe_pl.checkpoint.content import Site
 from fomoe_pl.federation.liveness import listener, sites_watched
-from fomoe_pl.federation.topology import Topology
 from fomoe_pl.lightning_internals import epoch_is_over, may_stop_early
 
 StopAt = Literal["round", "step"]
-
-
-class Stepping(Protocol):
-    """What is asked of the strategy whose run may end."""
-
-    @property
-    def trainer(self) -> Any:
-        """The Trainer that runs."""
-
-    @property
-    def topology(self) -> Topology:
-        """This rank's place."""
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps that the run has taken."""
-
-    @property
-    def in_step(self) -> bool:
-        """Whether there are gradients of micro-batches that no optimizer step has used yet."""
 
 
 class Stops:
@@ -50,7 +30,7 @@ class Stops:
 
     next_end = "the end of the step"
 
-    def __init__(self, site: Stepping) -> None:
+    def __init__(self, site: Site) -> None:
         self.site = site
         self.signal: int | None = None
         self.is_wanted = self.together = False
@@ -123,7 +103,7 @@ class StopsTogether(Stops):
 
     next_end = "the end of the next round, whose message tells all sites"
 
-    def __init__(self, site: Stepping, stop_at: StopAt, pass_on: Callable[[], None]) -> None:
+    def __init__(self, site: Site, stop_at: StopAt, pass_on: Callable[[], None]) -> None:
         super().__init__(site)
         self.stop_at, self._pass_on = stop_at, pass_on
         self.stopping = self.ending = False

@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from fomoe_pl.callbacks import GlobalEMA
+from fomoe_pl.callbacks.supported import check_callbacks
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.strategies import FederatedStrategy
 from tests.distributed import run_distributed
 from tests.training import Run, fit, launched_as, validate
 
@@ -99,3 +101,14 @@ def test_a_checkpoint_without_an_average_is_not_validated_as_one(root: str, tmp_
     fit(run, 0, 1, [saver(str(tmp_path / "plain"))])
     with pytest.raises(ConfigError, match=r"ckpt_path = .*step=8.ckpt': has no average"):
         validate(run, str(tmp_path / "plain/step=8.ckpt"), [GlobalEMA()])
+
+
+def test_an_average_is_refused_where_experts_move_and_where_checkpoints_are_lightnings(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)}
+    moving = L.Trainer(strategy=FederatedStrategy(placement="random"), callbacks=[GlobalEMA()], **settings)
+    with pytest.raises(ConfigError, match="random placement moves experts"):
+        check_callbacks(moving)
+    check_callbacks(L.Trainer(strategy=FederatedStrategy(), callbacks=[GlobalEMA()], **settings))
+    theirs: Any = L.Trainer(callbacks=[GlobalEMA()], **settings)
+    with pytest.raises(ConfigError, match="needs a strategy of this project"):
+        theirs.callbacks[-1].on_validation_epoch_start(theirs, L.LightningModule())
