@@ -49,7 +49,7 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SiteStrategy
 from fomoe_pl.strategies.checks import check_precision
-from fomoe_pl.strategies.elastic import Pace, nodes_left
+from fomoe_pl.training.elastic import Pace, nodes_left
 
 EXIT_LOST = 1
 KEY_PATHS |= dict.fromkeys(

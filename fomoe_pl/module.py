@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fomoe_pl.checkpoint.loading import hyper_parameters, load_global_model
 from fomoe_pl.errors import ConfigError, check_range, check_seed
+from fomoe_pl.federation.report import check_skipped
 from fomoe_pl.metrics import RoutingHealth, Statistic, ValidationMetrics
 from fomoe_pl.metrics.language import IGNORED
 from fomoe_pl.metrics.validation import OWN_VIEW_GAP
@@ -22,9 +23,8 @@ from fomoe_pl.model.residency import resident_mask
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, inner_schedule, norm_or_skip
 from fomoe_pl.seed import seed_or_default
-from fomoe_pl.strategies.checks import check_skipped
-from fomoe_pl.strategies.passes import Passes
 from fomoe_pl.training.context import SiteContext, context
+from fomoe_pl.training.shortcuts import Passes
 
 Batch = dict[str, Tensor]
 

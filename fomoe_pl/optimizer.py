@@ -13,7 +13,7 @@ from fomoe_pl.errors import check_range
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.model.parametrization import parameter_groups
 from fomoe_pl.model.transformer import Transformer
-from fomoe_pl.strategies.elastic import Pace
+from fomoe_pl.training.elastic import Pace
 
 
 @dataclass(frozen=True, kw_only=True)

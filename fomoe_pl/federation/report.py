@@ -90,3 +90,19 @@ def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor],
         save_failed > 0,
         saved > 0,
     )
+
+
+def check_skipped(of_sites: list[int], limit: int) -> None:
+    """Stop a run that skips too many steps.
+
+    Args:
+        of_sites: steps that each site has skipped since this process started.
+        limit: most of them together.
+
+    Raises:
+        RuntimeError: naming the sites.
+    """
+    if sum(of_sites) > limit:
+        named = ", ".join(f"site {site}: {n}" for site, n in enumerate(of_sites) if n)
+        raise RuntimeError(f"{sum(of_sites)} optimizer steps had gradients that are not finite ({named}), more than "
+                           f"model.max_skipped_steps = {limit}")  # fmt: skip

@@ -34,11 +34,11 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.strategies.checks import check_data, check_launched, check_position, check_precision, check_training
-from fomoe_pl.strategies.elastic import Pace
 from fomoe_pl.strategies.meeting import meet
 from fomoe_pl.strategies.presence import Plain, shared_settings
 from fomoe_pl.strategies.stopping import Stops
 from fomoe_pl.training.context import SiteContext
+from fomoe_pl.training.elastic import Pace
 
 
 class SiteStrategy(Strategy):

@@ -209,19 +209,3 @@ def check_position(trainer: Any) -> None:
     if isinstance(section, int) and taken > section:
         rule = f"the checkpoint was saved after {taken} micro-batches of its epoch"
         raise ConfigError("trainer.limit_train_batches", section, rule, f"type {taken} or more")
-
-
-def check_skipped(of_sites: list[int], limit: int) -> None:
-    """Stop a run that skips too many steps.
-
-    Args:
-        of_sites: steps that each site has skipped since this process started.
-        limit: most of them together.
-
-    Raises:
-        RuntimeError: naming the sites.
-    """
-    if sum(of_sites) > limit:
-        named = ", ".join(f"site {site}: {n}" for site, n in enumerate(of_sites) if n)
-        raise RuntimeError(f"{sum(of_sites)} optimizer steps had gradients that are not finite ({named}), more than "
-                           f"model.max_skipped_steps = {limit}")  # fmt: skip

@@ -30,9 +30,9 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.checks import DDP_ARGUMENTS, check_arguments, check_processes
-from fomoe_pl.strategies.elastic import check_min_sites
 from fomoe_pl.strategies.rounds import Rounds
 from fomoe_pl.strategies.stopping import StopAt, StopsTogether
+from fomoe_pl.training.elastic import check_min_sites
 
 
 class FederatedStrategy(SiteStrategy, SiteProcesses):

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from fomoe_pl.federation.report import SiteReport, share
-from fomoe_pl.strategies.checks import check_skipped
+from fomoe_pl.federation.report import SiteReport, check_skipped, share
 from fomoe_pl.training.context import RoundModule
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from fomoe_pl.federation.settings import WireDtype
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
+from fomoe_pl.training.elastic import Pace
 
 
 @runtime_checkable
@@ -55,7 +56,7 @@ class SiteContext(Protocol):
     Attributes:
         ledger: bytes that this rank sent so far.
         observers: who looks at the ends of rounds.
-        pace: of a run that may have fewer sites than planned, a `Pace`; None without.
+        pace: of a run that may have fewer sites than planned; None without.
         round_stats: means over all sites of the last round; empty before the first.
         rounds_done: rounds that have ended; stays 0 in synchronous training.
         sync_seconds: seconds spent in synchronisation so far.
@@ -65,7 +66,7 @@ class SiteContext(Protocol):
 
     ledger: Ledger
     observers: list[RoundObserver]
-    pace: Any
+    pace: Pace | None
     round_stats: dict[str, float]
     rounds_done: int
     sync_seconds: float

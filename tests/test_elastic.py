@@ -7,7 +7,7 @@ import torch
 
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.optimizer import OptimizerConfig, inner_schedule
-from fomoe_pl.strategies.elastic import Pace, check_min_sites, nodes_left
+from fomoe_pl.training.elastic import Pace, check_min_sites, nodes_left
 
 
 def pace(sites: int, start: int, tokens: int, planned: int = 100) -> Pace:

@@ -16,7 +16,7 @@ from fomoe_pl.model.copies import ExpertCopies
 from fomoe_pl.model.recorded import WARM_UP, RecordedPass
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.strategies import SingleSiteStrategy
-from fomoe_pl.strategies.passes import expert_copies, recorded_pass
+from fomoe_pl.training.shortcuts import expert_copies, recorded_pass
 from tests.distributed import run_distributed
 from tests.training import Run, fit, launched_as, make_trainer, parameters
 
