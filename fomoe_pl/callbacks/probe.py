@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from fomoe_pl.callbacks.observed import observed_module
-from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.metrics.probe import row_similarity
+from fomoe_pl.training.context import ProbedData
 
 
 class Look(NamedTuple):
@@ -40,12 +40,12 @@ class Probe:
         n_tokens: tokens of each.
 
     Raises:
-        ConfigError: if the data is not `FoMoEData`, or a class made of it.
+        ConfigError: if the datamodule has no `probe`.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, n_sequences: int, n_tokens: int) -> None:
         data = cast(Any, trainer).datamodule
-        if not isinstance(data, FoMoEData):
+        if not isinstance(data, ProbedData):
             raise ConfigError("trainer.callbacks.RoutingStability.probe_sequences", n_sequences,
                               f"needs data with a method `probe`, which {type(data).__name__} has not",
                               "use fomoe_pl.data.FoMoEData, or set it to 0")  # fmt: skip

@@ -20,8 +20,8 @@ from fomoe_pl.callbacks.observed import (
 )
 from fomoe_pl.callbacks.stability import stability_of
 from fomoe_pl.callbacks.throughput import TimedCallback
-from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.files import write_whole
+from fomoe_pl.training.context import IdentifiedData
 
 REPORT_NAME = "report.json"
 
@@ -32,9 +32,9 @@ def finite_or_none(value: float) -> float | None:
 
 
 def _data_identity(trainer: Trainer) -> dict[str, Any] | None:
-    """What the datamodule says it is; None for one that is not this project's."""
+    """What the datamodule says it is; None for one that says nothing."""
     data = cast(Any, trainer).datamodule
-    return {**data.identity(), **_validated(trainer)} if isinstance(data, FoMoEData) else None
+    return {**data.identity(), **_validated(trainer)} if isinstance(data, IdentifiedData) else None
 
 
 def _validated(trainer: Trainer) -> dict[str, Any]:

@@ -31,6 +31,22 @@ class DomainData(Protocol):
     domains: Sequence[str]
 
 
+@runtime_checkable
+class ProbedData(Protocol):
+    """What `RoutingStability` asks of a datamodule."""
+
+    def probe(self, n_sequences: int, n_tokens: int) -> dict[str, Tensor]:
+        """One batch of held-out text, the same on every site."""
+
+
+@runtime_checkable
+class IdentifiedData(Protocol):
+    """What `RunReport` asks of a datamodule."""
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the numbers of two runs comparable."""
+
+
 class RoundModule(MidRound, Protocol):
     """What rounds ask of a LightningModule.
 
