@@ -97,7 +97,7 @@ class SiteStrategy(Strategy):
     @property
     def context(self) -> SiteContext:
         """What module, data and callbacks may ask."""
-        return cast(SiteContext, self)
+        return self
 
     @property
     def content(self) -> Content:

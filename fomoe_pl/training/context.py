@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -166,7 +166,8 @@ class Alone:
     """Answers for Lightning's own strategies, of which nothing is known but their ranks: each has the whole model."""
 
     has_rounds = measures_sync = sees_loads = moves_experts = False
-    content = pace = placement = None
+    content = placement = None
+    pace: Pace | None = None
     rounds_done = 0
     save_seconds = sync_seconds = watch_seconds = 0.0
     wire_dtype: WireDtype = "float32"
@@ -234,4 +235,5 @@ def context(trainer: Any) -> SiteContext:
         trainer: the Trainer that runs.
     """
     own: SiteContext | None = getattr(trainer.strategy, "context", None)
-    return cast(SiteContext, Alone(trainer)) if own is None else own
+    alone: SiteContext = Alone(trainer)
+    return alone if own is None else own
