@@ -59,7 +59,6 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
     """
 
     has_rounds = True
-    stops: StopsTogether
 
     def __init__(
         self,
@@ -86,7 +85,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         super().__init__(parallel_devices, process_group_backend, timedelta(seconds=timeout_seconds))
         stops = StopsTogether(self, stop_at, lambda: end_children(self.launcher))
         self.init_site(async_save, FederatedContent, stops)
-        self.rounds = Rounds(self)
+        self.rounds = Rounds(self, self.settings, stops, self.placed)
         self.sees_loads, self.moves_experts = self.settings.policy.sees_loads, self.settings.policy.moves
         self.share_device, self.wire_dtype = share_device, self.settings.wire_dtype
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from typing import cast
 
 import torch
 
+from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.report import SiteReport, check_skipped, share
+from fomoe_pl.federation.settings import FederationConfig
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.strategies.base import SiteStrategy
+from fomoe_pl.strategies.stopping import StopsTogether
 from fomoe_pl.training.context import RoundModule
-
-if TYPE_CHECKING:
-    from fomoe_pl.strategies.federated import FederatedStrategy
 
 
 class Rounds:
@@ -20,10 +23,16 @@ class Rounds:
 
     Args:
         site: the strategy.
+        settings: the federation's.
+        stops: where the run ends, which the control message decides.
+        placed: where experts are, now that they are placed again.
     """
 
-    def __init__(self, site: FederatedStrategy) -> None:
-        self._site = site
+    def __init__(
+        self, site: SiteStrategy, settings: FederationConfig, stops: StopsTogether,
+        placed: Callable[[ModelConfig], Placement],
+    ) -> None:  # fmt: skip
+        self._site, self._settings, self._stops, self._placed = site, settings, stops, placed
         self._skipped_of_sites: list[int] = []
 
     @property
@@ -35,7 +44,7 @@ class Rounds:
     @property
     def ends_here(self) -> bool:
         """Whether a round ends with the step that was taken last."""
-        return self._site.settings.schedule.is_round_end(self._site.optimizer_steps, self.last_step)
+        return self._settings.schedule.is_round_end(self._site.optimizer_steps, self.last_step)
 
     def end_step(self, optimizer: torch.optim.Optimizer) -> None:
         """End the round if it was its last step, on the clock of synchronisation."""
@@ -49,7 +58,7 @@ class Rounds:
 
     def end(self, optimizer: torch.optim.Optimizer) -> None:
         """End a round."""
-        site, settings, federation = self._site, self._site.settings, self._site.federation
+        site, settings, federation = self._site, self._settings, self._site.federation
         assert federation is not None
         site.ask_observers(lambda observer: observer.before_synchronization())
         left_out = self._report()
@@ -57,7 +66,7 @@ class Rounds:
         site.rounds_done += 1
         site.ask_observers(lambda observer: observer.after_synchronization())
         site.share_observations()
-        moved = settings.moves_after(site.rounds_done) and not site.stops.ending
+        moved = settings.moves_after(site.rounds_done) and not self._stops.ending
         if moved:
             self._place_again(optimizer)
         if settings.refreshes_after(site.rounds_done, moved=moved):
@@ -69,17 +78,17 @@ class Rounds:
         """Experts go where the policy wants them next."""
         site = self._site
         assert site.federation is not None
-        if site.settings.policy.sees_loads:
+        if self._settings.policy.sees_loads:
             loads_LE = cast(RoundModule, site.lightning_module).pop_loads().double()
             site.loads_at_draw = site.sum_over_sites(loads_LE, "control").tolist()
         site.redraws += 1
-        new = site.placed(site.transformer.config)
+        new = self._placed(site.transformer.config)
         site.federation.adopt(new, optimizer)
-        site.transformer.set_residency(site.settings.residency(new.residents(site.topology.site)))
+        site.transformer.set_residency(self._settings.residency(new.residents(site.topology.site)))
 
     def _report(self) -> frozenset[int]:
         """One small message a round, before the averages; returns the sites that have nothing to give to them."""
-        site, stops, checkpoints = self._site, self._site.stops, self._site.checkpoints
+        site, stops, checkpoints = self._site, self._stops, self._site.checkpoints
         assert site.federation is not None
         module, n_sites = cast(RoundModule, site.lightning_module), site.topology.n_sites
         skipped, steps = module.count_skipped()
