@@ -50,28 +50,43 @@ class MidRound(Protocol):
         """Restore `loads`."""
 
 
-class Site(Protocol):
-    """What is asked of the strategy whose checkpoints these are.
+class Counts(Protocol):
+    """What checkpoints and whoever watches both ask of a strategy.
 
     Attributes:
-        ledger: bytes that this rank sent.
-        rounds_done: rounds that have ended.
-        redraws: how often experts have been placed again.
-        loads_at_draw: of each layer and expert, what a policy that sees loads saw last.
-        sync_seconds: seconds spent in synchronisation.
+        ledger: bytes that this rank sent so far.
         observers: who looks at the ends of rounds.
+        rounds_done: rounds that have ended; stays 0 in synchronous training.
+        sync_seconds: seconds spent in synchronisation so far.
     """
 
     ledger: Ledger
-    rounds_done: int
-    redraws: int
-    loads_at_draw: list[list[float]] | None
-    sync_seconds: float
     observers: list[RoundObserver]
+    rounds_done: int
+    sync_seconds: float
 
     @property
     def topology(self) -> Topology:
-        """This rank's place; of data-parallel strategies every rank counts as a site."""
+        """This rank's place among the sites; of data-parallel strategies every rank counts as one."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that the run has taken; within a round's end with the step that ends it."""
+
+    def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
+        """Sum a small tensor over all sites, counted; all sites call it together."""
+
+
+class Site(Counts, Protocol):
+    """What is asked of the strategy whose checkpoints these are.
+
+    Attributes:
+        redraws: how often experts have been placed again.
+        loads_at_draw: of each layer and expert, what a policy that sees loads saw last.
+    """
+
+    redraws: int
+    loads_at_draw: list[list[float]] | None
 
     @property
     def placement(self) -> Placement | None:
@@ -102,10 +117,6 @@ class Site(Protocol):
         """What removes folders."""
 
     @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps that the run has taken."""
-
-    @property
     def in_step(self) -> bool:
         """Whether there are gradients of micro-batches that no optimizer step has used yet."""
 
@@ -115,9 +126,6 @@ class Site(Protocol):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """An object from one rank to all."""
-
-    def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
-        """Sum a small tensor over all sites, counted."""
 
 
 class FederatedSite(Site, Protocol):

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from fomoe_pl.checkpoint.content import Content, MidRound
+from fomoe_pl.checkpoint.content import Content, Counts, MidRound
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
@@ -66,32 +66,20 @@ class RoundModule(MidRound, Protocol):
         """`loads`, which begin at zero again."""
 
 
-class SiteContext(Protocol):
+class SiteContext(Counts, Protocol):
     """What a strategy of this project answers, and `Alone` for Lightning's own.
 
     Attributes:
-        ledger: bytes that this rank sent so far.
-        observers: who looks at the ends of rounds.
         pace: of a run that may have fewer sites than planned; None without.
         round_stats: means over all sites of the last round; empty before the first.
-        rounds_done: rounds that have ended; stays 0 in synchronous training.
-        sync_seconds: seconds spent in synchronisation so far.
         watch_seconds: seconds spent in looking and drawing so far, no part of `sync_seconds`.
         wire_dtype: dtype of averaged values on the wire.
     """
 
-    ledger: Ledger
-    observers: list[RoundObserver]
     pace: Pace | None
     round_stats: dict[str, float]
-    rounds_done: int
-    sync_seconds: float
     watch_seconds: float
     wire_dtype: WireDtype
-
-    @property
-    def topology(self) -> Topology:
-        """This rank's place among the sites."""
 
     @property
     def content(self) -> Content | None:
@@ -118,18 +106,11 @@ class SiteContext(Protocol):
         """Whether the time of synchronisation is known: data parallelism hides it in the backward pass."""
 
     @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps that the run has taken; within a round's end with the step that ends it."""
-
-    @property
     def placement(self) -> Placement | None:
         """Who holds what; None if every rank holds all."""
 
     def residency(self, config: ModelConfig) -> Residency:
         """The experts that this site holds."""
-
-    def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
-        """Sum a small tensor over all sites, counted; all sites call it together."""
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from."""
