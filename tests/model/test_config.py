@@ -25,7 +25,7 @@ from fomoe_pl.model.config import ModelConfig
     ],
 )
 def test_bad_settings_name_their_key(make_config: Callable[..., ModelConfig], changes: Any, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^model\.architecture\.{key} = "):
+    with pytest.raises(ConfigError, match=rf"^{key} = "):
         make_config(**changes)
 
 
