@@ -59,6 +59,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
     """
 
     has_rounds = True
+    settings: FederationConfig
 
     def __init__(
         self,
