@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fomoe_pl.callbacks.report import REPORT_NAME
+from fomoe_pl.data.corpora import folder_of
 from fomoe_pl.data.manifest import Manifest, read_manifest
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import AVERAGE, WeightFiles, dense_name
@@ -89,7 +90,7 @@ def read_source(checkpoint: str | Path, data: str | None = None, *, average: boo
     trained_with = report.get("data", {}).get("tokenizer")
     if report.get("steps") != files.manifest["optimizer_steps"]:
         report = {}
-    corpus = _corpus(config, settings, data, trained_with)
+    corpus = _corpus(config, settings, data, trained_with, files.manifest["n_sites"])
     tokenizer = imported_tokenizer(Path(checkpoint)) if corpus is None else corpus_tokenizer(corpus)
     return Source(files, config, run, settings, report, corpus, tokenizer)
 
@@ -101,9 +102,15 @@ def _run_of(checkpoint: Path) -> Path | None:
     return None
 
 
-def _corpus(config: ModelConfig, settings: dict[str, Any], data: str | None, tokenizer: str | None) -> Manifest | None:
+def _corpus(
+    config: ModelConfig, settings: dict[str, Any], data: str | None, tokenizer: str | None, n_sites: int
+) -> Manifest | None:
+    """The corpus; where each site has its own, the first one that is here: all have the same tokenizer."""
     root = data or settings.get("data", {}).get("root")
-    if root is None or (data is None and not Path(root).is_dir()):
+    if root is not None and data is None:
+        sites = range(n_sites) if isinstance(root, str) else root
+        root = next((folder for site in sites if Path(folder := folder_of(root, site)).is_dir()), None)
+    if root is None:
         return None
     manifest = read_manifest(root)
     hint = "give the corpus that it was trained on: --data ROOT"

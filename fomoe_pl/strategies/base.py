@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fomoe_pl.errors import SiteLostError
+from fomoe_pl.federation.exchange import gather_texts
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.loss import all_here, listen, sites_watched, stop_listening
@@ -157,6 +158,15 @@ class SiteStrategy(CheckpointingStrategy):
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from: this site's own unless gradients are shared."""
         return loads_LE
+
+    def texts_of_sites(self, text: str) -> list[str]:
+        """What each site tells the others, in the order of sites."""
+        if not self._joined:
+            return [text]
+        device = self.root_device if "nccl" in dist.get_backend() else torch.device("cpu")
+        with sites_watched(self.topology):
+            all_here(self.topology)
+            return gather_texts(text, device, self.ledger)[:: self.topology.ranks_per_site]
 
     # -- who watches ---------------------------------------------------------------------------------------------
 
