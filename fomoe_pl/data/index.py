@@ -37,6 +37,7 @@ class DomainIndex:
         documents_sha256: Hash of all documents in reading order.
         file_hashes: Hash of each file's documents; of those alone that have more than one.
         left_out: Number of records that were left out, by why.
+        keys: Beginning of each document's hash.
     """
 
     source: Source
@@ -49,6 +50,7 @@ class DomainIndex:
     documents_sha256: str
     file_hashes: dict[Path, bytes]
     left_out: Counter[str]
+    keys: NDArray[np.uint64]
 
     def documents(self) -> Iterator[str]:
         """Read the documents again."""
@@ -68,8 +70,18 @@ def index_domain(
     shards_per_domain: int,
     max_shard_bytes: float,
     seed: int,
+    only: Split | None = None,
 ) -> DomainIndex:
     """Read a domain once and decide split, order and shard of each document.
+
+    Args:
+        source: The domain and its files.
+        options: How they are read.
+        val_fraction: Share of the validation split.
+        shards_per_domain: Least number of training shards.
+        max_shard_bytes: Most text in a shard.
+        seed: Of the order.
+        only: The split that all documents are in; None: by their hashes.
 
     The split follows from the document's hash alone: the same text is in the same split wherever and however often it
     occurs. The order is a seeded shuffle; along it each document goes to the shard with the least text so far, so that
@@ -98,11 +110,16 @@ def index_domain(
     if options.separator is not None and texts and not any(path in file_hashes for path in texts):
         _log.warning("%s: %r stands in none of the .txt files: each is one document", source.domain, options.separator)
     size_N = np.array(sizes, np.int64)
-    is_val_N = np.array(keys, np.uint64) < np.uint64(int(val_fraction * 2**64))
+    key_N = np.array(keys, np.uint64)
+    is_val_N = key_N < np.uint64(int(val_fraction * 2**64)) if only is None else np.full(len(key_N), only == "val")
     n_train = int((~is_val_N).sum())
     n_val = len(size_N) - n_train
     n_train_shards = max(shards_per_domain, math.ceil(size_N[~is_val_N].sum() / max_shard_bytes))
     n_val_shards = max(1, math.ceil(size_N[is_val_N].sum() / max_shard_bytes))
+    if only == "val":
+        n_train_shards, n_val_shards = 0, min(n_val, n_val_shards)
+    elif only == "train":
+        n_val_shards = 0
     name = source.domain
     if not len(size_N):
         why = ", ".join(f"{count} with {what}" for what, count in left_out.items())
@@ -134,7 +151,17 @@ def index_domain(
     shard_N[order[~is_val_N[order]]] = _deal(size_N[order[~is_val_N[order]]], n_train_shards)
     shard_N[order[is_val_N[order]]] = _deal(size_N[order[is_val_N[order]]], n_val_shards) + n_train_shards
     return DomainIndex(
-        source, options, size_N, shard_N, rank_N, n_train_shards, n_val_shards, whole.hexdigest(), file_hashes, left_out
+        source,
+        options,
+        size_N,
+        shard_N,
+        rank_N,
+        n_train_shards,
+        n_val_shards,
+        whole.hexdigest(),
+        file_hashes,
+        left_out,
+        key_N,
     )
 
 

@@ -7,7 +7,7 @@ corpus have to fit into memory: first its hash and size, which decide split, ord
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,17 @@ from fomoe_pl.data.manifest import (
 )
 from fomoe_pl.data.shards import ShardSpill, write_shard
 from fomoe_pl.data.sources import find_sources
-from fomoe_pl.data.tokenizer import TextTokenizer, bpe_vocab_size, fixed_tokenizer, token_dtype, train_bpe
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.data.statistics import count_words, read_statistics, statistics_sha256, write_statistics
+from fomoe_pl.data.tokenizer import (
+    TextTokenizer,
+    bpe_vocab_size,
+    fixed_tokenizer,
+    token_dtype,
+    train_bpe,
+    train_bpe_from_counts,
+)
+from fomoe_pl.errors import ConfigError, check_range
+from fomoe_pl.files import prepare as prepare_file
 
 _log = logging.getLogger(__name__)
 _MB = 1e6
@@ -51,6 +60,8 @@ def prepare(
     tokenizer_mb: float = 50.0,
     seed: int = 0,
     overwrite: bool = False,
+    validation_source: list[str] | None = None,
+    from_statistics: list[str] | None = None,
 ) -> Manifest:
     r"""Prepare a corpus: documents to tokens to shards, with a manifest.
 
@@ -72,6 +83,10 @@ def prepare(
         tokenizer_mb: Text that a BPE is trained on in 10^6 bytes, over all domains.
         seed: Seed of the documents' order.
         overwrite: Replace another corpus in the output folder.
+        validation_source: Domains as for source, whose documents are the whole validation split; val_fraction is not
+            used then.
+        from_statistics: Files of word counts that bpe:VOCAB is trained on in the place of the text, made by
+            --statistics; with the same files every site has the same tokenizer.
 
     Returns:
         The manifest of the corpus in ``output``.
@@ -86,15 +101,26 @@ def prepare(
         raise ConfigError("eod", eod, "is for a tokenizer.json; bytes and bpe: have an end of document", "Leave it out")
     # Before the sources are read, since a mistyped tokenizer should not cost a pass over the corpus.
     choice = bpe_vocab_size(tokenizer) if tokenizer.startswith("bpe:") else fixed_tokenizer(tokenizer, eod)
+    if from_statistics and not isinstance(choice, int):
+        raise ConfigError("from_statistics", from_statistics, "trains a BPE, and the tokenizer is another",
+                          "Give --tokenizer bpe:VOCAB, the same at all sites")  # fmt: skip
+    counts = read_statistics(from_statistics) if from_statistics else None
     target = _output(output)
-    sources, left_out = find_sources(source, skip_unreadable=skip_unreadable)
-    for path in left_out:
-        _log.warning("%s is of no readable kind: left out", path)
     options = ReadOptions(text_field, separator, skip_empty)
-    indices = [
-        index_domain(part, options, val_fraction, shards_per_domain, max_shard_mb * _MB, seed) for part in sources
-    ]
-    _look_at(indices)
+
+    def indexed(specs: Sequence[str], only: Split | None) -> list[DomainIndex]:
+        sources, left_out = find_sources(specs, skip_unreadable=skip_unreadable)
+        for path in left_out:
+            _log.warning("%s is of no readable kind: left out", path)
+        return [
+            index_domain(part, options, val_fraction, shards_per_domain, max_shard_mb * _MB, seed, only)
+            for part in sources
+        ]
+
+    indices = indexed(source, "train" if validation_source else None)
+    held_out = indexed(validation_source, "val") if validation_source else []
+    _look_at([*indices, *held_out])
+    _look_for_training_text(indices, held_out)
     documents = {index.source.domain: index.documents_sha256 for index in indices}
     settings: dict[str, Any] = {
         "tokenizer": tokenizer if isinstance(choice, int) else choice.kind,
@@ -107,17 +133,70 @@ def prepare(
         "seed": seed,
         "documents_sha256": documents,
     }
+    # Not in a corpus without them, whose manifest stays as it was.
+    if held_out:
+        settings["val_fraction"] = None
+        settings["validation_sha256"] = {index.source.domain: index.documents_sha256 for index in held_out}
+    if counts is not None:
+        settings["tokenizer_mb"], settings["statistics_sha256"] = None, statistics_sha256(counts)
     if (target / MANIFEST_FILE).is_file() and not overwrite:
         return _existing(target, settings)
-    encoder = _trained(indices, choice, tokenizer_mb * _MB) if isinstance(choice, int) else choice
+    encoder = _trained(indices, choice, tokenizer_mb * _MB, counts) if isinstance(choice, int) else choice
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that did not end
     partial.mkdir(parents=True)
-    _write(indices, encoder, partial, settings)
+    _write([*indices, *held_out], encoder, partial, settings)
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
     return read_manifest(target)
+
+
+def collect_statistics(
+    source: list[str],
+    statistics: str,
+    min_count: int = 5,
+    text_field: str = "text",
+    separator: str | None = None,
+    skip_empty: bool = False,
+    skip_unreadable: bool = False,
+    val_fraction: float = 0.05,
+    tokenizer_mb: float = 50.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write the word counts of a sample, the text that ``prepare`` with the same settings would train a BPE on.
+
+    Args:
+        source: As for :func:`prepare`.
+        statistics: The file.
+        min_count: Words that occur less often in the sample are not written.
+        text_field: As for :func:`prepare`.
+        separator: As for :func:`prepare`.
+        skip_empty: As for :func:`prepare`.
+        skip_unreadable: As for :func:`prepare`.
+        val_fraction: As for :func:`prepare`: text of the validation split is not counted.
+        tokenizer_mb: Text that is counted in 10^6 bytes, over all domains.
+        seed: As for :func:`prepare`.
+
+    Returns:
+        What the file says beside the counts.
+
+    Raises:
+        ConfigError: As :func:`prepare`.
+    """
+    _check_numbers(val_fraction, 1, 1.0, tokenizer_mb, seed)
+    check_range("min_count", min_count, "5 is the default, 1 writes every word", least=1)
+    path = Path(statistics).expanduser()
+    prepare_file("statistics", path)
+    if separator is not None:
+        separator_bytes(separator)
+    sources, left_out = find_sources(source, skip_unreadable=skip_unreadable)
+    for left in left_out:
+        _log.warning("%s is of no readable kind: left out", left)
+    options = ReadOptions(text_field, separator, skip_empty)
+    indices = [index_domain(part, options, val_fraction, 1, math.inf, seed) for part in sources]
+    _look_at(indices)
+    return write_statistics(path, count_words(sample(indices, tokenizer_mb * _MB)), min_count)
 
 
 def _check_numbers(
@@ -166,6 +245,15 @@ def _look_at(indices: Sequence[DomainIndex]) -> None:
                 )  # fmt: skip
 
 
+def _look_for_training_text(training: Sequence[DomainIndex], held_out: Sequence[DomainIndex]) -> None:
+    """Say how many documents of a validation corpus are training documents too."""
+    for index in held_out:
+        both = sum(int(np.isin(index.keys, other.keys).sum()) for other in training)
+        if both:
+            _log.warning("%s: %d of %d validation documents are in the training text too",
+                         index.source.domain, both, len(index.keys))  # fmt: skip
+
+
 def _existing(target: Path, settings: dict[str, Any]) -> Manifest:
     """The corpus that is already there, if it is the wanted one."""
     manifest = read_manifest(target)
@@ -181,15 +269,19 @@ def _existing(target: Path, settings: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _trained(indices: Sequence[DomainIndex], vocab_size: int, n_bytes: float) -> TextTokenizer:
-    """Train a BPE on as much text of each domain as the smallest has, at most ``n_bytes`` together."""
+def sample(indices: Sequence[DomainIndex], n_bytes: float) -> Iterator[str]:
+    """As much training text of each domain as the smallest has, at most ``n_bytes`` together."""
     share = min(int(n_bytes / len(indices)), *map(training_bytes, indices))
+    for index in indices:
+        yield from training_share(index, share)
 
-    def texts() -> Iterator[str]:
-        for index in indices:
-            yield from training_share(index, share)
 
-    encoder = train_bpe(texts(), vocab_size)
+def _trained(
+    indices: Sequence[DomainIndex], vocab_size: int, n_bytes: float, counts: Mapping[str, int] | None
+) -> TextTokenizer:
+    """Train a BPE on a sample, or on word counts."""
+    text = train_bpe(sample(indices, n_bytes), vocab_size) if counts is None else None
+    encoder = text or train_bpe_from_counts(counts or {}, vocab_size)
     if encoder.vocab_size < vocab_size:
         _log.info("The text has merges for %d tokens, not for %d.", encoder.vocab_size, vocab_size)
     return encoder
@@ -199,12 +291,13 @@ def _write(indices: Sequence[DomainIndex], encoder: TextTokenizer, folder: Path,
     """Write shards, tokenizer and manifest."""
     encoder.save(folder)
     shards: list[ShardInfo] = []
-    domains = []
     for index in indices:
-        own = list(_write_shards(index, encoder, folder))
-        shards += own
-        domains.append(DomainInfo(index.source.domain, _total(own, "train"), _total(own, "val")))
+        shards += _write_shards(index, encoder, folder)
         _log.info("%s: %d documents encoded", index.source.domain, len(index.sizes))
+    domains = []
+    for name in dict.fromkeys(index.source.domain for index in indices):
+        own = [shard for shard in shards if shard.domain == name]
+        domains.append(DomainInfo(name, _total(own, "train"), _total(own, "val")))
     info = TokenizerInfo(encoder.kind, encoder.vocab_size, encoder.eod_id, encoder.sha256, encoder.file)
     Manifest(folder, info, tuple(domains), tuple(shards), settings).save()
 

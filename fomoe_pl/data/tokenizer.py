@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -181,20 +181,43 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
 
     Source: byte-level BPE of GPT-2 (Radford et al. 2019).
     """
+    return _trained_bpe(in_parts(texts), pre_tokenizers.ByteLevel(add_prefix_space=False), vocab_size)
+
+
+def train_bpe_from_counts(counts: Mapping[str, int], vocab_size: int) -> SubwordTokenizer:
+    """The same as :func:`train_bpe` makes of a text in which words occur so often.
+
+    Args:
+        counts: Of each word, in the letters that a byte-level BPE has for bytes, none of which is a blank.
+        vocab_size: Wanted size.
+    """
+
+    def repeated() -> Iterator[str]:
+        for word, count in counts.items():
+            most = max(1, windows.WINDOW // (len(word) + 1))
+            while count > 0:
+                yield f"{word} " * min(most, count)
+                count -= most
+
+    return _trained_bpe(repeated(), pre_tokenizers.WhitespaceSplit(), vocab_size)
+
+
+def _trained_bpe(texts: Iterator[str], words: pre_tokenizers.PreTokenizer, vocab_size: int) -> SubwordTokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = words
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_DOCUMENT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_in_parts(texts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return SubwordTokenizer(tokenizer, "bpe", eod_id=0)  # special tokens come first
 
 
-def _in_parts(texts: Iterable[str]) -> Iterator[str]:
+def in_parts(texts: Iterable[str]) -> Iterator[str]:
     """Texts without their empty ones, long ones in parts that begin with a blank: memory follows the longest text."""
     for text in texts:
         start = 0
