@@ -2,10 +2,16 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 
 from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
 
+from fomoe_pl.data.index import Progress
 from fomoe_pl.data.prepare import collect_statistics, prepare
 from fomoe_pl.errors import ConfigError, OneMessage
 
@@ -58,8 +64,27 @@ def make_parser() -> Parser:
         "output",
         "from_statistics",
     }
-    parser.add_function_arguments(prepare, skip=own)
+    parser.add_function_arguments(prepare, skip=own | {"progress"})
     return parser
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """A bar on a terminal with MB/s and the time that is left; elsewhere nothing."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                for task in tasks.values():
+                    bar.update(task, visible=False)
+                tasks[what] = bar.add_task(what, completed=0)
+            bar.update(tasks[what], completed=done, total=total or None)
+
+        yield show
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,7 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{statistics}: {about['words']} words, {about['occurrences']} occurrences; "
                   f"{about['words_left_out']} words left out that occur less than {min_count} times")  # fmt: skip
             return
-        manifest = prepare(**settings)
+        with shown_progress() as progress:
+            manifest = prepare(**settings, progress=progress)
     finally:
         logger.removeHandler(said)
     print(f"{manifest.root}: vocabulary {manifest.vocab_size}, fingerprint {manifest.fingerprint[:16]}")

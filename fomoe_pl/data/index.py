@@ -6,7 +6,7 @@ import logging
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -20,6 +20,12 @@ from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+_TOLD_EVERY = 1_000_000  # bytes of text between two calls of a progress
+Progress = Callable[[str, int, int], None]
+
+
+def unseen(what: str, done: int, total: int) -> None:
+    """Progress that nobody looks at."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def index_domain(
     max_shard_bytes: float,
     seed: int,
     only: Split | None = None,
+    progress: Progress = unseen,
 ) -> DomainIndex:
     """Read a domain once and decide split, order and shard of each document.
 
@@ -82,6 +89,7 @@ def index_domain(
         max_shard_bytes: Most text in a shard.
         seed: Of the order.
         only: The split that all documents are in; None: by their hashes.
+        progress: Is called now and then.
 
     The split follows from the document's hash alone: the same text is in the same split wherever and however often it
     occurs. The order is a seeded shuffle; along it each document goes to the shard with the least text so far, so that
@@ -95,6 +103,7 @@ def index_domain(
     keys = array("Q")
     file_hashes: dict[Path, bytes] = {}
     left_out: Counter[str] = Counter()
+    n_bytes = told = 0
     for path in source.files:
         own, before = hashlib.sha256(), len(sizes)
         for text in read_file(path, options, left_out):
@@ -104,6 +113,10 @@ def index_domain(
             own.update(digest)
             sizes.append(len(raw))
             keys.append(int.from_bytes(digest[:8], "big"))
+            n_bytes += len(raw)
+            if n_bytes - told >= _TOLD_EVERY:
+                told = n_bytes
+                progress(f"{source.domain}: reading", n_bytes, 0)
         if len(sizes) - before > 1:  # of one document there may well be copies, of files of many there are not
             file_hashes[path] = own.digest()
     texts = [path for path in source.files if cast(FileKind, kind_of(path)).format == ".txt"]

@@ -230,6 +230,11 @@ def in_parts(texts: Iterable[str]) -> Iterator[str]:
             yield text[start:]
 
 
+def trained_before(path: Path) -> SubwordTokenizer:
+    """A tokenizer that :func:`train_bpe` has made, from its file."""
+    return SubwordTokenizer(Tokenizer.from_file(str(path)), "bpe", eod_id=0)
+
+
 def load_tokenizer(path: Path, eod: str | None) -> SubwordTokenizer:
     """Read a ``tokenizer.json``.
 

@@ -19,7 +19,7 @@ ODD = ["it's  two\n\n lines\t", "'s 't  don''t ?'s", "naïve 空\u00a0\u2028x \x
 
 
 def test_counts_train_what_the_text_trains(texts: dict[str, list[str]]) -> None:
-    documents = [*texts["farm"], *ODD, *texts["sea"], "a" * 300_000 + " b"]
+    documents = [*texts["farm"], *ODD, *texts["sea"]]
     expected = train_bpe(documents, 400)
     assert train_bpe_from_counts(count_words(documents), 400).sha256 == expected.sha256
     parts = count_words(documents[40:]) + count_words(documents[:40])
