@@ -397,11 +397,8 @@ def test_a_preparation_that_was_killed_goes_on(
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     partial = tmp_path / ".out.partial"
-    before = {
-        path: path.stat().st_mtime_ns
-        for path in partial.rglob("*")
-        if path.suffix == ".tar" or path.parent.parent.name == ".work"
-    }
+    described = [path for path in partial.rglob("*.json") if path.parent.parent.name == ".work"]
+    before = {path: path.stat().st_mtime_ns for path in (*partial.glob("*.tar"), *described)}
     done = sum(path.suffix == ".tar" for path in before), sum(path.name[:5].isdecimal() for path in before)
     assert (done[0] if place == "prepare.write_shard" else done[1]) >= after
     kept: dict[Path, int] = {}
