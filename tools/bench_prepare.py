@@ -2,12 +2,12 @@
 
 `python tools/bench_prepare.py --source data/sample --mb 64 --output runs/bench_prepare`
 
-The documents of the sources are repeated, each time with another first line, up to `--mb` of text in one JSON file.
+The documents of the sources are repeated, each time with another first line, up to `--mb` of text in one file.
 `tokenizers` alone has the text in memory and encodes it in batches on all cores; a preparation reads the file twice and
-writes shards. Each is a process of its own, whose imports are not timed. Seconds of all cores are told too: on a machine
-that others use their ratio is the steadier one. Memory is that of the preparation and the
-processes that it starts, where shared pages are divided among them (Pss), taken ten times a second; with
-`--document_kb` documents have that length instead of their own. Writes `bench_prepare.json`.
+writes shards. Each is a process of its own, whose imports are not timed. Seconds of all cores are told too: on a
+machine that others use their ratio is the steadier one. Memory is that of the preparation and the processes that it
+starts, where shared pages are divided among them (Pss), taken ten times a second; with `--document_kb` documents have
+that length instead of their own. Writes `bench_prepare.json`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 from jsonargparse import CLI
 
-from fomoe_pl.data.documents import ReadOptions, read_documents
+from fomoe_pl.data.documents import ReadOptions, read_file
 from fomoe_pl.data.sources import find_sources
 from fomoe_pl.data.tokenizer import train_bpe
 from fomoe_pl.data.workers import n_cores
@@ -70,9 +70,18 @@ print(json.dumps({"seconds": time.perf_counter() - start, "cpu": cpu() - before,
 """
 
 
+def plain_documents(source: str) -> Iterator[str]:
+    """The sources' documents."""
+    for part in find_sources([source])[0]:
+        for path in part.files:
+            yield from read_file(path, ReadOptions())
+
+
 def documents(source: str, mb: float, document_kb: float | None) -> Iterator[str]:
     """The sources' documents, repeated, up to `mb` of text, or as many documents of one length."""
-    texts = [text for part in find_sources([source])[0] for text in read_documents(part, ReadOptions())]
+    texts = [
+        text for part in find_sources([source])[0] for path in part.files for text in read_file(path, ReadOptions())
+    ]
     left = mb * MB
     for number in count():
         text = f"{number}\n{texts[number % len(texts)]}"
@@ -140,7 +149,9 @@ def bench(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     text, tokenizer, corpus = folder / "text.txt", folder / "tokenizer.json", folder / "corpus"
-    trained_on = (text for part in find_sources([source])[0] for text in read_documents(part, ReadOptions()))
+    trained_on = (
+        text for part in find_sources([source])[0] for path in part.files for text in read_file(path, ReadOptions())
+    )
     tokenizer.write_text(train_bpe(trained_on, vocab).serialized)
     with text.open("w") as file:
         for i, document in enumerate(documents(source, mb, document_kb)):

@@ -8,14 +8,14 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fomoe_pl.data.documents import ReadOptions, read_documents, read_file
+from fomoe_pl.data.documents import Ids, ReadOptions, documents_of, read_documents
 from fomoe_pl.data.manifest import Split
+from fomoe_pl.data.remote import AnyPath
 from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.errors import ConfigError
 
@@ -54,11 +54,11 @@ class DomainIndex:
     n_train_shards: int
     n_val_shards: int
     documents_sha256: str
-    file_hashes: dict[Path, bytes]
+    file_hashes: dict[AnyPath, bytes]
     left_out: Counter[str]
     keys: NDArray[np.uint64]
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[str | Ids]:
         """Read the documents again."""
         return read_documents(self.source, self.options)
 
@@ -78,6 +78,7 @@ def index_domain(
     seed: int,
     only: Split | None = None,
     progress: Progress = unseen,
+    token_bytes: NDArray[np.int64] | None = None,
 ) -> DomainIndex:
     """Read a domain once and decide split, order and shard of each document.
 
@@ -90,6 +91,7 @@ def index_domain(
         seed: Of the order.
         only: The split that all documents are in; None: by their hashes.
         progress: Is called now and then.
+        token_bytes: Bytes of text that each id stands for, where the files hold ids.
 
     The split follows from the document's hash alone: the same text is in the same split wherever and however often it
     occurs. The order is a seeded shuffle; along it each document goes to the shard with the least text so far, so that
@@ -101,25 +103,27 @@ def index_domain(
     whole = hashlib.sha256()
     sizes = array("q")
     keys = array("Q")
-    file_hashes: dict[Path, bytes] = {}
+    file_hashes: dict[AnyPath, bytes] = {}
     left_out: Counter[str] = Counter()
     n_bytes = told = 0
     for path in source.files:
         own, before = hashlib.sha256(), len(sizes)
-        for text in read_file(path, options, left_out):
-            raw = text.encode()
+        for text in documents_of(source, path, options, left_out):
+            raw = text.encode() if isinstance(text, str) else text.astype("<u4").tobytes()
             digest = hashlib.blake2b(raw, digest_size=16).digest()
             whole.update(digest)
             own.update(digest)
-            sizes.append(len(raw))
+            size = len(raw) if isinstance(text, str) else int(token_bytes[text].sum())  # type: ignore[index]
+            sizes.append(size)
             keys.append(int.from_bytes(digest[:8], "big"))
-            n_bytes += len(raw)
+            n_bytes += size
             if n_bytes - told >= _TOLD_EVERY:
                 told = n_bytes
                 progress(f"{source.domain}: reading", n_bytes, 0)
         if len(sizes) - before > 1:  # of one document there may well be copies, of files of many there are not
             file_hashes[path] = own.digest()
-    texts = [path for path in source.files if cast(FileKind, kind_of(path)).format == ".txt"]
+    kinds = {} if source.tokens else {path: cast(FileKind, kind_of(path)) for path in source.files}
+    texts = [path for path, kind in kinds.items() if kind.format == ".txt"]
     if options.separator is not None and texts and not any(path in file_hashes for path in texts):
         _log.warning("%s: %r stands in none of the .txt files: each is one document", source.domain, options.separator)
     size_N = np.array(sizes, np.int64)
@@ -196,7 +200,7 @@ def training_share(index: DomainIndex, n_bytes: int) -> Iterator[str]:
     before = np.cumsum(index.sizes[in_order]) - index.sizes[in_order]
     wanted = {int(document): n_bytes - int(b) for document, b in zip(in_order, before, strict=True) if b < n_bytes}
     for document, text in enumerate(index.documents()):
-        if document in wanted:
+        if document in wanted and isinstance(text, str):
             yield text.encode()[: wanted[document]].decode("utf-8", "ignore")
 
 

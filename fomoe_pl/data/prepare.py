@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ from fomoe_pl.data.manifest import (
     TokenizerInfo,
     read_manifest,
 )
+from fomoe_pl.data.remote import AnyPath
 from fomoe_pl.data.segments import Encoded, Segments, SegmentWriter
 from fomoe_pl.data.shards import write_shard
 from fomoe_pl.data.sources import find_sources
 from fomoe_pl.data.statistics import count_words, read_statistics, statistics_sha256, write_statistics
+from fomoe_pl.data.token_files import TokensDtype
 from fomoe_pl.data.tokenizer import (
     SubwordTokenizer,
     TextTokenizer,
@@ -76,6 +78,8 @@ def prepare(
     overwrite: bool = False,
     validation_source: list[str] | None = None,
     from_statistics: list[str] | None = None,
+    tokens_dtype: TokensDtype = "uint16",
+    tokens_end: int | None = None,
     progress: Progress = unseen,
 ) -> Manifest:
     r"""Prepare a corpus: documents to tokens to shards, with a manifest.
@@ -84,7 +88,8 @@ def prepare(
     and moved there when it is complete; the same preparation goes on there if it was interrupted.
 
     Args:
-        source: Domains: NAME=PATH (a file or a folder), or the path of a folder with one domain per entry.
+        source: Domains: NAME=PATH (a file or a folder), or the path of a folder with one domain per entry. PATH may be
+            a URL; tokens:PATH has token ids, hf:PATH is a Hugging Face data set folder.
         output: Folder of the corpus. One that already holds this corpus is kept.
         tokenizer: bytes, bpe:VOCAB (trained on an equal share of each domain's training split), or a tokenizer.json.
         eod: Token of a tokenizer.json that ends a document. Default: what the tokenizer itself says.
@@ -102,6 +107,8 @@ def prepare(
             used then.
         from_statistics: Files of word counts that bpe:VOCAB is trained on in the place of the text, made by
             --statistics; with the same files every site has the same tokenizer.
+        tokens_dtype: Type of the ids in token files (tokens:PATH), little-endian.
+        tokens_end: Id that ends a document in them. Default: the tokenizer's own end of document.
         progress: Is called with what is being done, the bytes of text that it has been done for, and those that it is
             to be done for (0: unknown).
 
@@ -124,15 +131,25 @@ def prepare(
     counts = read_statistics(from_statistics) if from_statistics else None
     target = _output(output)
     options = ReadOptions(text_field, separator, skip_empty)
+    if not isinstance(choice, int):
+        end = choice.eod_id if tokens_end is None else tokens_end
+        options = replace(options, tokens_dtype=tokens_dtype, tokens_end=end, vocab_size=choice.vocab_size)
 
     def indexed(specs: Sequence[str], only: Split | None) -> list[DomainIndex]:
         sources, left_out = find_sources(specs, skip_unreadable=skip_unreadable)
         for path in left_out:
             _log.warning("%s is of no readable kind: left out", path)
+        token_bytes = None
+        if any(part.tokens for part in sources):
+            if isinstance(choice, int):
+                raise ConfigError("tokenizer", tokenizer, "is trained, and token files have the ids of another",
+                                  "Give the tokenizer.json that they were made with")  # fmt: skip
+            token_bytes = choice.token_bytes()
         return [
-            index_domain(part, options, val_fraction, shards_per_domain, max_shard_mb * _MB, seed, only, progress)
+            index_domain(part, options, val_fraction, shards_per_domain, max_shard_mb * _MB, seed, only, progress,
+                         token_bytes)
             for part in sources
-        ]
+        ]  # fmt: skip
 
     indices = indexed(source, "train" if validation_source else None)
     held_out = indexed(validation_source, "val") if validation_source else []
@@ -234,6 +251,8 @@ def collect_statistics(
     options = ReadOptions(text_field, separator, skip_empty)
     indices = [index_domain(part, options, val_fraction, 1, math.inf, seed) for part in sources]
     _look_at(indices)
+    if any(part.tokens for part in sources):
+        raise ConfigError("source", " ".join(source), "has token files, which have no words", "Name the text itself")
     return write_statistics(path, count_words(sample(indices, tokenizer_mb * _MB)), min_count)
 
 
@@ -271,7 +290,7 @@ def _output(output: str) -> Path:
 
 def _look_at(indices: Sequence[DomainIndex]) -> None:
     """Say what was left out of the files, and refuse two files with the same documents."""
-    files: dict[bytes, Path] = {}
+    files: dict[bytes, AnyPath] = {}
     for index in indices:
         for what, count in index.left_out.items():
             _log.warning("%s: %d records with %s left out", index.source.domain, count, what)
@@ -377,9 +396,16 @@ def _encode(
     """Encode the documents that no segment has yet."""
     size = min(_BATCH_BYTES, _WORKER_BATCH_BYTES) if n_workers > 1 else _BATCH_BYTES
 
-    def encoded(batch: tuple[int, list[str]]) -> Encoded:
+    token_bytes = encoder.token_bytes().astype(np.uint32) if index.source.tokens else None
+
+    def encoded(batch: tuple[int, list[Any]]) -> Encoded:
         first, texts = batch
         vals = in_val[first : first + len(texts)]
+        if token_bytes is not None:
+            ended = [np.append(ids, encoder.eod_id).astype(token_dtype(encoder.vocab_size)) for ids in texts]
+            of_val = [token_bytes[ids] for ids, val in zip(ended, vals, strict=True) if val]
+            lengths = np.array([len(ids) for ids in ended], np.int64)
+            return Encoded(np.concatenate(ended), lengths, np.concatenate([np.zeros(0, np.uint32), *of_val]))
         train = iter(encoder.encode([text for text, val in zip(texts, vals, strict=True) if not val]))
         counted = iter(encoder.encode_with_bytes([text for text, val in zip(texts, vals, strict=True) if val]))
         documents: list[NDArray[np.unsignedinteger]] = []
@@ -441,7 +467,7 @@ def _intact(path: Path, info: ShardInfo) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == info.sha256
 
 
-def _batches(index: DomainIndex, skipped: int, size: int) -> Iterator[tuple[int, list[str]]]:
+def _batches(index: DomainIndex, skipped: int, size: int) -> Iterator[tuple[int, list[Any]]]:
     """Consecutive texts of a domain in lists of about ``size`` characters, with the number of the first.
 
     Args:
@@ -453,7 +479,7 @@ def _batches(index: DomainIndex, skipped: int, size: int) -> Iterator[tuple[int,
         ConfigError: There are not as many as there were.
     """
     n = len(index.sizes)
-    batch: list[str] = []
+    batch: list[Any] = []
     length = 0
     number = skipped
     documents = index.documents()

@@ -22,11 +22,9 @@ def is_url(text: object) -> bool:
 
 def location(text: str | Path | RemotePath) -> Path | RemotePath:
     """A local path, or what is behind a URL."""
-    return RemotePath(text) if isinstance(text, str) and is_url(text) else cast("Path | RemotePath", _local(text))
-
-
-def _local(text: str | Path | RemotePath) -> Path | RemotePath:
-    return Path(text) if isinstance(text, str) else text
+    if isinstance(text, str):
+        return RemotePath(text) if is_url(text) else Path(text)
+    return text
 
 
 def _reaching(call: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -147,6 +145,15 @@ class RemotePath:
         if not filesystem.isdir(path):
             return [self]
         return sorted(RemotePath(filesystem.unstrip_protocol(found)) for found in filesystem.find(path))
+
+    @_reaching
+    def sizes(self) -> dict[str, int] | None:
+        """Sizes of the files in the folder by name; None where the protocol lists no folders, as HTTP does not."""
+        filesystem, path = self._place
+        if "http" in filesystem.protocol:
+            return None
+        listed = filesystem.ls(path, detail=True)
+        return {PurePosixPath(one["name"]).name: int(one["size"]) for one in listed if one["type"] == "file"}
 
     @_reaching
     def iterdir(self) -> list[RemotePath]:

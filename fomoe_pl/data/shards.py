@@ -17,6 +17,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 
 from fomoe_pl.data.manifest import Manifest, ShardInfo
+from fomoe_pl.data.remote import RemotePath
 
 Tokens = NDArray[np.unsignedinteger]
 
@@ -119,7 +120,8 @@ def _read(manifest: Manifest, shard: ShardInfo) -> Iterator[tuple[Tokens, Tokens
     opener, which takes a path with a colon for a URL.
     """
     path = manifest.root / shard.file
-    with path.open("rb") as file:
+    whole = io.BytesIO(path.read_bytes()) if isinstance(path, RemotePath) else path.open("rb")
+    with whole as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one in its manifest")
         file.seek(0)

@@ -50,6 +50,10 @@ class TextTokenizer(Protocol):
         """
         ...
 
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Bytes of text that each id stands for."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write its file, if it has one."""
         ...
@@ -71,6 +75,10 @@ class ByteTokenizer:
     def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[Unsigned, Unsigned]]:
         """Ids of each text, and one byte for every id but the end of document."""
         return [(ids, (ids != self.eod_id).astype(np.uint8)) for ids in self.encode(texts)]
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """One, and none for the end of document."""
+        return (np.arange(self.vocab_size) != self.eod_id).astype(np.int64)
 
     def save(self, folder: Path) -> None:
         """Nothing to write."""
@@ -141,6 +149,24 @@ class SubwordTokenizer:
 
     def _ended(self, ids: Sequence[int] | windows.Ints) -> Unsigned:
         return np.append(np.asarray(ids, self._dtype), self._dtype(self.eod_id))
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Bytes of text that each id stands for, which a byte-level vocabulary alone says.
+
+        Raises:
+            ConfigError: The vocabulary is another one.
+        """
+        described = json.loads(self.serialized)
+        letters = set(pre_tokenizers.ByteLevel.alphabet())
+        added = {token["id"]: token["content"] for token in described["added_tokens"]}
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            sizes[number] = len(added[number].encode()) if number in added else len(token)
+            if number not in added and not letters.issuperset(token):
+                rule = "its vocabulary is not byte-level, so of token files the bytes of text are not known"
+                raise ConfigError("tokenizer", token, rule, "Prepare the text itself")
+        sizes[self.eod_id] = 0
+        return sizes
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``."""

@@ -12,6 +12,7 @@ import yaml
 from fomoe_pl.callbacks.report import REPORT_NAME
 from fomoe_pl.data.corpora import folder_of
 from fomoe_pl.data.manifest import Manifest, read_manifest
+from fomoe_pl.data.remote import is_url
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.checkpoint import AVERAGE, WeightFiles, dense_name
 from fomoe_pl.federation.placement import Placement
@@ -109,7 +110,9 @@ def _corpus(
     root = data or settings.get("data", {}).get("root")
     if root is not None and data is None:
         sites = range(n_sites) if isinstance(root, str) else root
-        root = next((folder for site in sites if Path(folder := folder_of(root, site)).is_dir()), None)
+        root = next(
+            (folder for site in sites if is_url(folder := folder_of(root, site)) or Path(folder).is_dir()), None
+        )
     if root is None:
         return None
     manifest = read_manifest(root)
