@@ -69,7 +69,6 @@ class Summary:
         eod_id: Id that ends a document.
         domains: In the order of the corpus.
         shards: Beginnings of the shards' hashes.
-        settings: Settings that must be equal at all sites, by their key below ``data``.
     """
 
     fingerprint: str
@@ -78,16 +77,10 @@ class Summary:
     eod_id: int
     domains: tuple[DomainSummary, ...]
     shards: tuple[str, ...]
-    settings: dict[str, Any]
 
     @classmethod
-    def of(cls, manifest: Manifest, settings: Mapping[str, Any]) -> Summary:
-        """The summary of a corpus.
-
-        Args:
-            manifest: The corpus.
-            settings: As for the class.
-        """
+    def of(cls, manifest: Manifest) -> Summary:
+        """The summary of a corpus."""
         domains = tuple(
             DomainSummary(
                 domain.name,
@@ -99,7 +92,7 @@ class Summary:
         )
         return cls(
             manifest.fingerprint, manifest.tokenizer.sha256, manifest.vocab_size, manifest.eod_id, domains,
-            tuple(shard.sha256[:_HASH] for shard in manifest.shards), dict(settings),
+            tuple(shard.sha256[:_HASH] for shard in manifest.shards),
         )  # fmt: skip
 
     def text(self) -> str:
@@ -221,10 +214,6 @@ class Corpora:
                     f"prepare the corpus of site {site} again with the same one: fomoe prepare --tokenizer "
                     f"TOKENIZER.JSON of site {usual}, or --from_statistics with the same files at all sites",
                 )  # fmt: skip
-            for key, value in summary.settings.items():
-                if value != first.settings.get(key):
-                    rule = f"is that of site {site}, and site 0 has {first.settings.get(key)!r}"
-                    raise ConfigError(f"data.{key}", value, rule, "give all sites the same")
             if not has_own(root) and summary.fingerprint != first.fingerprint:
                 raise ConfigError(
                     "data.root", root,

@@ -141,7 +141,7 @@ class FoMoEData(L.LightningDataModule):
         if n_sites == 1 and not has_own(self.root):
             return  # it has been checked
         try:
-            told = Summary.of(self.manifest, self._common()).text()
+            told = Summary.of(self.manifest).text()
         except ConfigError as error:
             told = failure(error)
         self._agreed = Corpora(tuple(read_texts(context(self.trainer).texts_of_sites(told))))
@@ -153,12 +153,6 @@ class FoMoEData(L.LightningDataModule):
             for line in (*self._agreed.described(), *self._agreed.warnings()):
                 rank_zero_info(line)
 
-    def _common(self) -> dict[str, Any]:
-        """What must be the same at all sites: the order of the data, and the batches that are validated."""
-        keys = ("sequence_length", "batch_size", "val_batch_size", "val_sequences", "split", "dirichlet_alpha",
-                "weights", "seed")  # fmt: skip
-        return {key: getattr(self, key) for key in keys}
-
     def _corpora(self, n_sites: int) -> Corpora:
         """The corpora of all sites: as they have told, or one that all share."""
         if self._agreed is not None and self._agreed.n_sites == n_sites:
@@ -167,7 +161,7 @@ class FoMoEData(L.LightningDataModule):
             raise RuntimeError(
                 "each site has a corpus of its own, and they have not met: give the datamodule to a Trainer"
             )
-        return Corpora((Summary.of(self.manifest, {}),) * n_sites)
+        return Corpora((Summary.of(self.manifest),) * n_sites)
 
     @property
     def vocab_size(self) -> int:
@@ -423,7 +417,7 @@ class FoMoEData(L.LightningDataModule):
 
 
 def _sizes(manifest: Manifest) -> list[DomainSize]:
-    return [summary.size for summary in Summary.of(manifest, {}).domains]
+    return [summary.size for summary in Summary.of(manifest).domains]
 
 
 def _of_this_version(saved: dict[str, Any], manifest: Manifest) -> dict[str, Any]:

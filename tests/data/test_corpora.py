@@ -14,12 +14,10 @@ from fomoe_pl.data.partition import partition
 from fomoe_pl.errors import ConfigError
 from tests.data.test_module import at_site, data_of
 
-SETTINGS: dict[str, Any] = {"sequence_length": 16, "seed": 0}
-
 
 @pytest.fixture(scope="module")
 def summary(corpus: Manifest) -> Summary:
-    return Summary.of(corpus, SETTINGS)
+    return Summary.of(corpus)
 
 
 def renamed(summary: Summary, names: dict[str, str], fingerprint: str, **changes: Any) -> Summary:
@@ -63,12 +61,6 @@ def test_another_tokenizer_is_refused_by_name(summary: Summary) -> None:
     rule = rf"site 0 has tokenizer {'f' * 16} \(vocabulary 300\), site 1 has {summary.tokenizer[:16]} .*--tokenizer"
     with pytest.raises(ConfigError, match=rule):
         Corpora((other, summary, summary)).check("{site}")
-
-
-def test_other_settings_are_refused_by_name(summary: Summary) -> None:
-    other = replace(summary, settings={**SETTINGS, "seed": 3})
-    with pytest.raises(ConfigError, match=r"data\.seed = 3: is that of site 1, and site 0 has 0"):
-        Corpora((summary, other)).check("{site}")
 
 
 def test_a_corpus_that_cannot_be_read_is_told_by_all(summary: Summary) -> None:
@@ -152,7 +144,7 @@ def test_weights_that_cannot_work(corpus: Manifest, settings: dict[str, Any], me
 
 def test_a_position_of_an_earlier_version(corpus: Manifest) -> None:
     """Its division named one corpus, and what had been read before it."""
-    consumed = [[0] * d.shards for d in Summary.of(corpus, {}).domains]
+    consumed = [[0] * d.shards for d in Summary.of(corpus).domains]
     division = {"corpus": corpus.fingerprint, "seed": 0, "n_sites": 2, "readers": 1, "split": "iid",
                 "dirichlet_alpha": 0.3, "sequence_length": 20, "batch_size": 3}  # fmt: skip
     batches = []

@@ -79,7 +79,7 @@ def test_a_folder_with_a_colon_is_a_folder(copy: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(copy.parent)
     manifest = load_manifest("data:v2")
     assert all(list(read_shard(manifest, shard)) for shard in manifest.shards)
-    with pytest.raises(ConfigError, match="data.root = .*no URL that fsspec knows"):
+    with pytest.raises(ConfigError, match=r"data\.root = .*no URL that fsspec knows"):
         load_manifest("nosuch://bucket/corpus")
 
 
