@@ -20,6 +20,7 @@ from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+_HASHED = 1 << 20  # characters hashed at a time
 _TOLD_EVERY = 1_000_000  # bytes of text between two calls of a progress
 Progress = Callable[[str, int, int], None]
 
@@ -109,11 +110,15 @@ def index_domain(
     for path in source.files:
         own, before = hashlib.sha256(), len(sizes)
         for text in documents_of(source, path, options, left_out):
-            raw = text.encode() if isinstance(text, str) else text.astype("<u4").tobytes()
-            digest = hashlib.blake2b(raw, digest_size=16).digest()
+            hashed, size = hashlib.blake2b(digest_size=16), 0
+            for start in range(0, len(text), _HASHED):  # in parts: a long text is not held twice
+                part = text[start : start + _HASHED]
+                raw = part.encode() if isinstance(part, str) else part.astype("<u4").tobytes()
+                hashed.update(raw)
+                size += len(raw) if token_bytes is None or isinstance(part, str) else int(token_bytes[part].sum())
+            digest = hashed.digest()
             whole.update(digest)
             own.update(digest)
-            size = len(raw) if isinstance(text, str) else int(token_bytes[text].sum())  # type: ignore[index]
             sizes.append(size)
             keys.append(int.from_bytes(digest[:8], "big"))
             n_bytes += size

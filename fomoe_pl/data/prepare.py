@@ -147,7 +147,7 @@ def prepare(
             token_bytes = choice.token_bytes()
         return [
             index_domain(part, options, val_fraction, shards_per_domain, max_shard_mb * _MB, seed, only, progress,
-                         token_bytes)
+                         token_bytes if part.tokens else None)
             for part in sources
         ]  # fmt: skip
 
@@ -382,6 +382,7 @@ def _write_shards(index: DomainIndex, encoder: TextTokenizer, folder: Path, prog
         shards.append(info)
         done += info.bytes
         progress(f"{domain}: writing shards", done, int(index.sizes.sum()))
+    segments.close()
     return shards
 
 

@@ -19,6 +19,7 @@ from fomoe_pl.files import write_whole
 
 Unsigned = NDArray[np.unsignedinteger]
 SEGMENT_BYTES = 64_000_000  # of tokens in a segment: what an interruption costs at most
+_MOST_OPEN = 64  # files
 _PARTS = ("tokens", "lengths", "bytes")
 
 
@@ -110,13 +111,12 @@ class Segments:
     """
 
     def __init__(self, folder: Path, dtype: type[np.unsignedinteger], in_val: NDArray[np.bool_]) -> None:
-        self._tokens: list[Unsigned] = []
-        self._bytes: list[Unsigned] = []
-        lengths = []
-        for number, _ in enumerate(_complete(folder)):
-            self._tokens.append(_mapped(_path(folder, number, "tokens"), dtype))
-            self._bytes.append(_mapped(_path(folder, number, "bytes"), np.uint32))
-            lengths.append(np.fromfile(_path(folder, number, "lengths"), np.int64))
+        self._folder = folder
+        self._dtype = dtype
+        self._open: dict[tuple[int, str], int] = {}
+        lengths = [
+            np.fromfile(_path(folder, number, "lengths"), np.int64) for number, _ in enumerate(_complete(folder))
+        ]
         self._first = np.cumsum([0, *map(len, lengths)])
         self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths])
         """Tokens of each document."""
@@ -129,16 +129,36 @@ class Segments:
 
     def tokens(self, document: int) -> Unsigned:
         """A document's tokens."""
-        return self._part(self._tokens, self._start, document)
+        return self._part("tokens", self._dtype, self._start, document)
 
     def bytes(self, document: int) -> Unsigned:
         """Bytes of text of each token of a document of the validation split."""
-        return self._part(self._bytes, self._start_of_bytes, document)
+        return self._part("bytes", np.uint32, self._start_of_bytes, document)
 
-    def _part(self, files: list[Unsigned], starts: NDArray[np.int64], document: int) -> Unsigned:
+    def _part(self, name: str, dtype: type[np.unsignedinteger], starts: NDArray[np.int64], document: int) -> Unsigned:
         number = int(np.searchsorted(self._first, document, side="right")) - 1
-        start = int(starts[document])
-        return files[number][start : start + int(self.lengths[document])]
+        if (number, name) not in self._open:
+            if len(self._open) == _MOST_OPEN:
+                self.close()
+            self._open[number, name] = os.open(_path(self._folder, number, name), os.O_RDONLY)
+        size = np.dtype(dtype).itemsize
+        n_bytes, start = int(self.lengths[document]) * size, int(starts[document]) * size
+        # Read, not mapped: mapped pages would count as memory of the process. One read gives at most 2 GB.
+        read = bytearray()
+        while len(read) < n_bytes:
+            part = os.pread(self._open[number, name], n_bytes - len(read), start + len(read))
+            if not part:
+                raise OSError(f"{_path(self._folder, number, name)} is cut")
+            if len(part) == n_bytes:
+                return np.frombuffer(part, dtype)
+            read += part
+        return np.frombuffer(read, dtype)
+
+    def close(self) -> None:
+        """Close the files that are open; they are opened again when they are needed."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
 
 
 def _starts(lengths: NDArray[np.int64], first: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -148,8 +168,3 @@ def _starts(lengths: NDArray[np.int64], first: NDArray[np.int64]) -> NDArray[np.
         if begin < end:
             starts[begin:end] -= starts[begin]
     return starts
-
-
-def _mapped(path: Path, dtype: type[np.unsignedinteger]) -> Unsigned:
-    # A file without bytes cannot be mapped.
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)

@@ -122,7 +122,9 @@ class SubwordTokenizer:
         return [
             self._ended(next(encodings).ids)
             if len(text) <= windows.WINDOW
-            else self._ended(np.concatenate([ids for ids, _ in windows.in_windows(text, self._spans)]))
+            else self._ended(
+                np.concatenate([ids.astype(self._dtype) for ids, _ in windows.in_windows(text, self._spans)])
+            )
             for text in texts
         ]
 
