@@ -110,7 +110,7 @@ class FoMoEData(L.LightningDataModule):
         self.goes_on = False  # set before a run that goes on from a checkpoint: it does without shards lost meanwhile
         self._past: list[tuple[dict[str, Any], int]] = []  # divisions over sites and workers before, and their batches
         self._consumed: Consumed | None = None  # before this division
-        self._consumed_once: Consumed | None = None  # what a checkpoint of an earlier version says in the place of past
+        self._consumed_once: dict[str, Consumed] = {}  # by corpus; what an earlier version's checkpoint has for `past`
         self._orders: list[str] | None = None  # domains by the numbers of their orders
         self._since = 0  # the run's batches when this division began
         self._saved: dict[str, Any] | None = None
@@ -138,20 +138,20 @@ class FoMoEData(L.LightningDataModule):
         """
         self._agreed = None
         n_sites = self._site()[1]
-        if n_sites == 1 and not has_own(self.root):
-            return  # it has been checked
+        if n_sites == 1 and not has_own(self.root):  # it has been checked
+            for line in self._corpora(1).warnings():
+                rank_zero_info(line)
+            return
         try:
             told = Summary.of(self.manifest).text()
         except ConfigError as error:
             told = failure(error)
         self._agreed = Corpora(tuple(read_texts(context(self.trainer).texts_of_sites(told))))
-        self._agreed.check(self.root)
         self._check_corpora(self._agreed)
-        if has_own(self.root):
-            if self._model_vocabulary is not None:
-                self.check_vocabulary(self._model_vocabulary)
-            for line in (*self._agreed.described(), *self._agreed.warnings()):
-                rank_zero_info(line)
+        if self._model_vocabulary is not None:
+            self.check_vocabulary(self._model_vocabulary)
+        for line in (*(self._agreed.described() if has_own(self.root) else ()), *self._agreed.warnings()):
+            rank_zero_info(line)
 
     def _corpora(self, n_sites: int) -> Corpora:
         """The corpora of all sites: as they have told, or one that all share."""
@@ -198,6 +198,7 @@ class FoMoEData(L.LightningDataModule):
             self._check_corpora(self._corpora(n_sites))
 
     def _check_corpora(self, corpora: Corpora) -> None:
+        corpora.check(self.root)
         having = {d.name for summary in corpora.summaries for d in summary.domains if d.val[2]}
         if self.val_sequences is not None and self.val_sequences < len(having):
             raise ConfigError(
@@ -276,7 +277,7 @@ class FoMoEData(L.LightningDataModule):
         corpora = self._corpora(n_sites)
         if saved is None:
             if not self._batches():  # of a new run, which owes nothing to one before it
-                self._since, self._past, self._consumed, self._consumed_once = 0, [], None, None
+                self._since, self._past, self._consumed, self._consumed_once = 0, [], None, {}
                 self._orders = corpora.domains
             return
         saved = _of_this_version(saved, self.manifest)
@@ -290,7 +291,7 @@ class FoMoEData(L.LightningDataModule):
         plain = [key for key in now if key not in ("corpora", "trained") and before[key] != now[key]]
         changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in plain) or "other corpora"
         if before["seed"] != now["seed"] or not set(now["corpora"]) & set(before["corpora"]):
-            self._past, self._consumed, self._consumed_once = [], None, None
+            self._past, self._consumed, self._consumed_once = [], None, {}
             self._orders = corpora.domains
             what = changed if before["seed"] != now["seed"] else "another corpus"
             rank_zero_info(f"data: another order of documents ({what}), read from its beginning")
@@ -306,7 +307,8 @@ class FoMoEData(L.LightningDataModule):
 
     def _read_before(self) -> Consumed | None:
         """What has been read of this site's corpus under the divisions before this one; None for nothing."""
-        manifest, consumed = self.manifest, self._consumed_once
+        manifest = self.manifest
+        consumed = self._consumed_once.get(manifest.fingerprint)
         for division, batches in self._past:
             plans = plans_of(manifest.fingerprint, _sizes(manifest), division)
             if plans:
@@ -425,9 +427,10 @@ def _of_this_version(saved: dict[str, Any], manifest: Manifest) -> dict[str, Any
     if "past" in saved:
         return saved
     division = dict(saved["division"])
-    corpora = [division.pop("corpus")] * division["n_sites"]
-    division |= {"corpora": corpora, "trained": manifest.domain_names, "weights": None}
+    corpus = division.pop("corpus")
+    division |= {"corpora": [corpus] * division["n_sites"], "trained": manifest.domain_names, "weights": None}
+    consumed = {} if saved["consumed"] is None else {corpus: saved["consumed"]}
     return {
-        "division": division, "past": [], "consumed_once": saved["consumed"], "orders": manifest.domain_names,
+        "division": division, "past": [], "consumed_once": consumed, "orders": manifest.domain_names,
         "since": saved["since"], "batches": saved["batches"],
     }  # fmt: skip

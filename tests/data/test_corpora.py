@@ -144,17 +144,22 @@ def test_weights_that_cannot_work(corpus: Manifest, settings: dict[str, Any], me
 
 def test_a_position_of_an_earlier_version(corpus: Manifest) -> None:
     """Its division named one corpus, and what had been read before it."""
+    # Nothing yet; and all of one shard, by a division before.
     consumed = [[0] * d.shards for d in Summary.of(corpus).domains]
     division = {"corpus": corpus.fingerprint, "seed": 0, "n_sites": 2, "readers": 1, "split": "iid",
                 "dirichlet_alpha": 0.3, "sequence_length": 20, "batch_size": 3}  # fmt: skip
     batches = []
-    for saved in (None, {"division": division, "consumed": consumed, "since": 0, "batches": 0}):
+    advanced = [list(domain) for domain in consumed]
+    for domain, name in enumerate(corpus.domain_names):
+        advanced[domain][1] = corpus.shards_of("train", name)[1].tokens - 1
+    for read in (None, consumed, advanced):
+        saved = None if read is None else {"division": division, "consumed": read, "since": 0, "batches": 0}
         data = at_site(data_of(corpus), 1, 2)
         if saved is not None:
             data.load_state_dict(saved)
         loader = data.train_dataloader()
-        batches.append([batch["targets"].tolist() for _, batch in zip(range(4), loader, strict=False)])
-    assert batches[0] == batches[1]
+        batches.append([batch["targets"].tolist() for _, batch in zip(range(40), loader, strict=False)])
+    assert batches[0] == batches[1] != batches[2]
 
 
 def test_corpora_of_sites_that_have_not_met(corpus: Manifest, tmp_path: Path) -> None:
