@@ -86,10 +86,11 @@ def documents(source: str, mb: float, document_kb: float | None) -> Iterator[str
     for number in count():
         text = f"{number}\n{texts[number % len(texts)]}"
         if document_kb is not None:
-            size = int(document_kb * 1000)
-            text = text[:size] if size <= len(text) else f"{number}\n" + "".join(
-                texts[i % len(texts)] for i in range(number, number + 1 + size * len(texts) // sum(map(len, texts)))
-            )[:size]  # fmt: skip
+            size, following = int(document_kb * 1000), number
+            while len(text) < size:
+                following += 1
+                text += texts[following % len(texts)]
+            text = text[:size]
         yield text
         left -= len(text.encode())
         if left <= 0:

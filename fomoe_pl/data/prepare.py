@@ -57,6 +57,7 @@ _MB = 1e6
 # Text encoded at a time: the encodings of `tokenizers` take some hundred times their text. Each process has a batch.
 _BATCH_BYTES = 2_000_000
 _WORKER_BATCH_BYTES = 250_000
+_MOST_WAITING = 16_000_000  # characters at each process: long documents wait until others are done
 WORTH_WORKERS = 4_000_000  # bytes of text of a domain from which on several processes encode it
 _WORK = ".work"  # what a preparation that goes on needs, below the folder that it writes
 
@@ -396,7 +397,6 @@ def _encode(
 ) -> None:
     """Encode the documents that no segment has yet."""
     size = min(_BATCH_BYTES, _WORKER_BATCH_BYTES) if n_workers > 1 else _BATCH_BYTES
-
     token_bytes = encoder.token_bytes().astype(np.uint32) if index.source.tokens else None
 
     def encoded(batch: tuple[int, list[Any]]) -> Encoded:
@@ -424,7 +424,8 @@ def _encode(
     def shown() -> Iterator[Encoded]:
         done, number = int(index.sizes[: writer.documents].sum()), writer.documents
         total = int(index.sizes.sum())
-        for part in Workers(encoded, n_workers).map(_batches(index, writer.documents, size)):
+        workers = Workers(encoded, n_workers, lambda batch: sum(map(len, batch[1])), _MOST_WAITING)
+        for part in workers.map(_batches(index, writer.documents, size)):
             yield part
             done += int(index.sizes[number : number + len(part.lengths)].sum())
             number += len(part.lengths)

@@ -27,10 +27,19 @@ class Workers(Generic[_Item, _Result]):
     Args:
         work: The function; it and what it holds are there in each process without being sent.
         n: Number of processes; with less than two, or where processes cannot be forked, this one does the work.
+        weigh: Weight of an item, such as its size.
+        most: Largest weight for each process of all items that are at the processes; a heavier one is there alone.
     """
 
-    def __init__(self, work: Callable[[_Item], _Result], n: int) -> None:
+    def __init__(
+        self,
+        work: Callable[[_Item], _Result],
+        n: int,
+        weigh: Callable[[_Item], int] = lambda item: 0,
+        most: int = 0,
+    ) -> None:
         self._work = work
+        self._weigh, self._most = weigh, most
         self._n = n if sys.platform == "linux" else 1
 
     def map(self, items: Iterable[_Item]) -> Iterator[_Result]:
@@ -62,18 +71,22 @@ class Workers(Generic[_Item, _Result]):
                 process.join()
 
     def _exchange(self, connections: list[Connection], items: Iterable[_Item]) -> Iterator[_Result]:
-        waiting: deque[Connection] = deque()
+        waiting: deque[tuple[Connection, int]] = deque()
+        most = self._most * len(connections)
         for number, item in enumerate(items):
-            if len(waiting) == _IN_FLIGHT * len(connections):
-                yield _received(waiting.popleft())
+            weight = self._weigh(item)
+            while waiting and (
+                len(waiting) == _IN_FLIGHT * len(connections) or weight + sum(of for _, of in waiting) > most
+            ):
+                yield _received(waiting.popleft()[0])
             connection = connections[number % len(connections)]
             try:
                 connection.send(item)
             except OSError as error:
                 raise _ended() from error
-            waiting.append(connection)
+            waiting.append((connection, weight))
         while waiting:
-            yield _received(waiting.popleft())
+            yield _received(waiting.popleft()[0])
 
 
 def _received(connection: Connection) -> Any:

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +16,21 @@ def test_results_come_in_order() -> None:
     for n in (1, 3):
         assert list(Workers(work, n).map(range(20))) == [(i * i, large) for i in range(20)]
         assert list(Workers(work, n).map([])) == []
+
+
+def test_heavy_items_are_at_the_processes_alone() -> None:
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        for weight in (1, 1, 9, 1, 1, 1):
+            taken += 1
+            yield weight
+
+    results = Workers(lambda weight: weight, 2, lambda weight: weight, most=2).map(items())
+    seen = [(next(results), taken) for _ in range(6)]
+    # The heavy one waits until what is before it has come back, and what is behind it waits for it.
+    assert seen == [(1, 3), (1, 3), (9, 4), (1, 6), (1, 6), (1, 6)]
 
 
 def test_an_error_comes_out_as_it_is() -> None:
