@@ -211,7 +211,7 @@ def _check_paths(key: str, value: Any) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_paths(key, inner)
-    elif not key.endswith(SERVERS):
+    elif not key.endswith(SERVERS) and not key.startswith("data.root"):
         check_local(key, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 

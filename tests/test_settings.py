@@ -54,7 +54,6 @@ def unstarted(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--trainer.logger.init_args.save_dir", "s3://bucket/runs"], "trainer.logger.init_args.save_dir"),
         (["--trainer.logger.init_args.name", "hf://datasets/x"], "trainer.logger.init_args.name"),
         (["--trainer.default_root_dir", "file:///tmp/run"], "trainer.default_root_dir"),
-        (["--data.root", "abfs://container/corpus"], "data.root"),
         (["--ckpt_path", "https://host/last.ckpt"], "ckpt_path"),
     ],
 )  # fmt: skip

@@ -168,3 +168,26 @@ def test_bench_saving_measures_both_ways_and_resumes(root: str, tmp_path: Path) 
     assert results["disk"]["outer momentum"] == pytest.approx(results["disk"]["weights"], rel=0.01)
     assert 0 < results["starting"]["of this, reading the checkpoint"] < max(results["starting"].values())
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["bench_saving.json", "bench_saving.md"]
+
+
+def test_bench_prepare_has_the_same_text_for_both(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = load("bench_prepare")
+    documents = list(tool.documents(str(source), 0.02, None))
+    assert 20_000 <= sum(len(text.encode()) for text in documents) < 21_000
+    assert len(set(documents)) == len(documents)
+    assert {len(text) for text in tool.documents(str(source), 0.02, 3)} == {3000}
+    (tmp_path / "text.txt").write_text("\x1e".join(documents))
+    tokenizer = tool.train_bpe(documents, 300)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.serialized)
+    monkeypatch.setattr(sys, "argv", ["-c", *(str(tmp_path / name) for name in ("text.txt", "out", "tokenizer.json"))])
+    told = []
+    for contestant in (tool.PREPARE, tool.ALONE):
+        exec(tool.CPU + contestant, {})
+        told.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert told[0]["tokens"] == told[1]["tokens"] > 1000
+    assert min(one[key] for one in told for key in ("seconds", "cpu")) > 0
+    measured = tool.measured("print('{\"n\": 1}'); import time; held = b'x' * 50_000_000; time.sleep(0.4)")
+    assert measured["n"] == 1
+    assert measured["peak_mb"] > 50

@@ -5,16 +5,16 @@ import gzip
 import io
 import lzma
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any, cast
 
+from fomoe_pl.data.remote import AnyPath, RemotePath, file_size
 from fomoe_pl.errors import ConfigError
 
 _CHUNK = 1 << 20  # bytes buffered at a time
 _PACKED_CHUNK = 1 << 16  # compressed bytes read at a time: they may become a thousand times as many
 
 
-def open_plain(path: Path, compression: str) -> IO[bytes]:
+def open_plain(path: AnyPath, compression: str) -> IO[bytes]:
     """Open a file's content, uncompressed.
 
     Args:
@@ -25,24 +25,34 @@ def open_plain(path: Path, compression: str) -> IO[bytes]:
         ConfigError: It needs a library that is not installed.
         EOFError: It is empty. Reading raises one where it is cut.
     """
-    if compression and not path.stat().st_size:
+    if compression and not file_size(path):
         raise EOFError("it has no bytes, which no compression makes")  # gzip's own reader takes it for a whole file
     if compression == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
+        return cast(IO[bytes], gzip.open(_opened(path), "rb"))
     if compression == ".bz2":
-        return bz2.open(path, "rb")
+        return bz2.open(_opened(path), "rb")
     if compression == ".xz":
-        return cast(IO[bytes], lzma.open(path, "rb"))
+        return cast(IO[bytes], lzma.open(_opened(path), "rb"))
     if compression == ".zst":
         try:
             import zstandard  # noqa: F401
         except ImportError:
             raise missing_library(path, "zstandard") from None
         return io.BufferedReader(_Chunks(_zstd_chunks(path)), _CHUNK)
-    return path.open("rb")
+    return _peekable(path) if isinstance(path, RemotePath) else path.open("rb")
 
 
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
+def _peekable(path: RemotePath) -> IO[bytes]:
+    file: Any = path.open("rb")
+    return file if hasattr(file, "peek") else cast(IO[bytes], io.BufferedReader(file, _CHUNK))
+
+
+def _opened(path: AnyPath) -> Any:
+    """What the standard library's readers take."""
+    return path.open("rb") if isinstance(path, RemotePath) else path
+
+
+def _zstd_chunks(path: AnyPath) -> Iterator[bytes]:
     """The content of all frames; zstandard's own file reader takes a cut frame for a whole one."""
     import zstandard
 
@@ -80,6 +90,6 @@ class _Chunks(io.RawIOBase):
         return n
 
 
-def missing_library(path: Path, library: str) -> ConfigError:
+def missing_library(path: AnyPath, library: str) -> ConfigError:
     """The error for a file that a library is missing for."""
     return ConfigError("source", str(path), f"reading it needs {library}", f"Run: pip install {library}")

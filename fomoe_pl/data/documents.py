@@ -11,11 +11,15 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fomoe_pl.data.compression import missing_library, open_plain
+from fomoe_pl.data.remote import AnyPath, RemotePath
 from fomoe_pl.data.sources import FileKind, Source, kind_of
+from fomoe_pl.data.token_files import TokensDtype, read_token_file
 from fomoe_pl.errors import ConfigError
 
 # What is raised for a file that is damaged or barred.
@@ -45,20 +49,42 @@ class ReadOptions:
         separator: What stands between the documents of a .txt file, with Python's escapes (``\x1e``, ``\n\n``);
             None: a .txt file is one document.
         skip_empty: Leave out, and count, records whose text is null, missing or a blank line.
+        tokens_dtype: Type of the ids in token files.
+        tokens_end: Id that ends a document in them.
+        vocab_size: Ids in them are below it.
     """
 
     text_field: str = "text"
     separator: str | None = None
     skip_empty: bool = False
+    tokens_dtype: TokensDtype = "uint16"
+    tokens_end: int = 0
+    vocab_size: int = 0
 
 
-def read_documents(source: Source, options: ReadOptions) -> Iterator[str]:
-    """Read every document of a domain that is not empty, in a fixed order; as :func:`read_file`."""
+Ids = NDArray[np.uint32]
+
+
+def read_documents(source: Source, options: ReadOptions) -> Iterator[str | Ids]:
+    """Read every document of a domain that is not empty, in a fixed order; as :func:`documents_of`."""
     for path in source.files:
-        yield from read_file(path, options)
+        yield from documents_of(source, path, options)
 
 
-def read_file(path: Path, options: ReadOptions, left_out: Counter[str] | None = None) -> Iterator[str]:
+def documents_of(
+    source: Source, path: AnyPath, options: ReadOptions, left_out: Counter[str] | None = None
+) -> Iterator[str | Ids]:
+    """Read a file of a domain: texts, as :func:`read_file`, or ids, as :func:`read_token_file`."""
+    if not source.tokens:
+        yield from read_file(path, options, left_out)
+        return
+    try:
+        yield from read_token_file(path, options.tokens_dtype, options.tokens_end, options.vocab_size)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_file(path: AnyPath, options: ReadOptions, left_out: Counter[str] | None = None) -> Iterator[str]:
     """Read every document of a file that is not empty, in a fixed order.
 
     Args:
@@ -78,7 +104,7 @@ def read_file(path: Path, options: ReadOptions, left_out: Counter[str] | None = 
             if kind.format == ".txt":
                 yield from (text for text in _text_documents(file, path, options.separator) if text)
                 return
-            records = _parquet_records if kind.format == ".parquet" else _json_records
+            records = {".parquet": _parquet_records, ".arrow": _arrow_records}.get(kind.format, _json_records)
             for place, record in records(file, path, options.text_field):
                 text = _text(record, options, place, path)
                 if text:
@@ -88,9 +114,14 @@ def read_file(path: Path, options: ReadOptions, left_out: Counter[str] | None = 
     except ConfigError:
         raise
     except _UNREADABLE as error:
-        raise ConfigError(
-            "source", str(path), f"cannot be read ({error})", "It is cut or damaged: copy or compress it again"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: AnyPath, error: Exception) -> ConfigError:
+    hint = "It is cut or damaged: copy or compress it again"
+    if isinstance(path, RemotePath) and isinstance(error, OSError):
+        hint = "Check the address, the network and what the protocol needs to log in"
+    return ConfigError("source", str(path), f"cannot be read ({error})", hint)
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -118,7 +149,7 @@ def separator_bytes(separator: str) -> bytes:
     return found
 
 
-def _text_documents(file: IO[bytes], path: Path, separator: str | None) -> Iterator[str]:
+def _text_documents(file: IO[bytes], path: AnyPath, separator: str | None) -> Iterator[str]:
     if separator is None:
         yield _decode(file.read(), path)
         return
@@ -135,7 +166,7 @@ def _text_documents(file: IO[bytes], path: Path, separator: str | None) -> Itera
     yield _decode(buffer, path)
 
 
-def _decode(raw: bytes | bytearray, path: Path) -> str:
+def _decode(raw: bytes | bytearray, path: AnyPath) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -147,7 +178,7 @@ def _decode(raw: bytes | bytearray, path: Path) -> str:
 # -- records ----------------------------------------------------------------------------------------------------------
 
 
-def _text(record: Any, options: ReadOptions, place: str, path: Path) -> str | None:
+def _text(record: Any, options: ReadOptions, place: str, path: AnyPath) -> str | None:
     """A record's text; None if it has none and that is allowed."""
     value = _field(record, options.text_field)
     if isinstance(value, str):
@@ -186,7 +217,7 @@ def _shown(names: Iterable[str]) -> str:
     return ", ".join(every[:_SHOWN]) + (", ..." if len(every) > _SHOWN else "") if every else "none"
 
 
-def _json_records(file: IO[bytes], path: Path, text_field: str) -> Iterator[Record]:
+def _json_records(file: IO[bytes], path: AnyPath, text_field: str) -> Iterator[Record]:
     """One object a line, or one array of objects."""
     if cast(Any, file).peek(_CHUNK).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
         yield from _array(file, path)
@@ -198,13 +229,13 @@ def _json_records(file: IO[bytes], path: Path, text_field: str) -> Iterator[Reco
             raise _not_json(path, f"line {number}", error) from None
 
 
-def _not_json(path: Path, place: str, error: Exception) -> ConfigError:
+def _not_json(path: AnyPath, place: str, error: Exception) -> ConfigError:
     what = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON ({error})"
     hint = "A JSON file has one object a line, or is one array of objects"
     return ConfigError("source", str(path), f"{place} {what}", hint)
 
 
-def _array(file: IO[bytes], path: Path) -> Iterator[Record]:
+def _array(file: IO[bytes], path: AnyPath) -> Iterator[Record]:
     """The elements of an array, of which about as much is in memory as is read at a time."""
     reader = io.TextIOWrapper(file, "utf-8-sig")
     decoder = json.JSONDecoder()
@@ -238,7 +269,7 @@ def _after_blanks(text: str, at: int) -> int:
     return at
 
 
-def _parquet_records(file: IO[bytes], path: Path, text_field: str) -> Iterator[Record]:
+def _parquet_records(file: IO[bytes], path: AnyPath, text_field: str) -> Iterator[Record]:
     """Rows that have the wanted column alone."""
     try:
         import pyarrow
@@ -250,7 +281,8 @@ def _parquet_records(file: IO[bytes], path: Path, text_field: str) -> Iterator[R
             packed = cast(FileKind, kind_of(path)).compression
             if packed:
                 shutil.copyfileobj(file, unpacked)  # a Parquet file is read from its end
-            with parquet.ParquetFile(unpacked if packed else path) as table:
+            opened = file if isinstance(path, RemotePath) else path
+            with parquet.ParquetFile(unpacked if packed else opened) as table:
                 _check_column(table.schema_arrow, path, text_field)
                 rows = table.iter_batches(batch_size=_ROWS, columns=[text_field])
                 values = (record for batch in rows for record in batch.to_pylist())
@@ -259,7 +291,31 @@ def _parquet_records(file: IO[bytes], path: Path, text_field: str) -> Iterator[R
         raise ValueError(error) from error
 
 
-def _check_column(schema: Any, path: Path, name: str) -> None:
+def _arrow_records(file: IO[bytes], path: AnyPath, text_field: str) -> Iterator[Record]:
+    """Rows of an Arrow file, as `datasets` saves them (a stream) or with a footer (a file)."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise missing_library(path, "pyarrow") from None
+    try:
+        with_footer = cast(Any, file).peek(6)[:6] == b"ARROW1"
+        if with_footer and not file.seekable():
+            raise ValueError("an Arrow file with a footer cannot be read compressed")
+        table = pyarrow.ipc.open_file(file) if with_footer else pyarrow.ipc.open_stream(file)
+        _check_column(table.schema, path, text_field)
+        batches = (table.get_batch(i) for i in range(table.num_record_batches)) if with_footer else iter(table)
+        number = 0
+        for batch in batches:
+            column = text_field if text_field in batch.schema.names else text_field.partition(".")[0]
+            for start in range(0, batch.num_rows, _ROWS):
+                for record in batch.select([column]).slice(start, _ROWS).to_pylist():
+                    number += 1
+                    yield f"row {number}", record
+    except pyarrow.ArrowException as error:
+        raise ValueError(error) from error
+
+
+def _check_column(schema: Any, path: AnyPath, name: str) -> None:
     """Refuse a column that is not there or has no text."""
     from pyarrow import types
 

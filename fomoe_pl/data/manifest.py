@@ -3,16 +3,19 @@
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fomoe_pl.data.remote import AnyPath, RemotePath, location
 from fomoe_pl.errors import ConfigError
 
 VERSION = 2  # 1 had the bytes of each id of the vocabulary, not those of the text
 MANIFEST_FILE = "manifest.json"
 Split = Literal["train", "val"]
 _log = logging.getLogger(__name__)
+_ADDRESS = "Check the address, the network and what the protocol needs to log in"
 _PREPARE = "fomoe prepare --source PATH --output"
 
 
@@ -90,7 +93,7 @@ class Manifest:
         settings: What it was prepared with, the hash of the source documents included.
     """
 
-    root: Path
+    root: AnyPath
     tokenizer: TokenizerInfo
     domains: tuple[DomainInfo, ...]
     shards: tuple[ShardInfo, ...]
@@ -124,6 +127,8 @@ class Manifest:
     def save(self) -> None:
         """Write ``manifest.json`` into the corpus folder."""
         content = {**self._content(), "fingerprint": self.fingerprint}
+        if isinstance(self.root, RemotePath):
+            raise TypeError(f"{self.root} is a URL, and a corpus is written to a local folder")
         (self.root / MANIFEST_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
     def _content(self) -> dict[str, Any]:
@@ -139,10 +144,15 @@ def read_manifest(root: str | Path) -> Manifest:
     Raises:
         ConfigError: There is no manifest, or it is of another version, or it was changed by hand.
     """
-    path = Path(root) / MANIFEST_FILE
-    if "://" in str(root):
-        raise ConfigError("data.root", str(root), "is a URL, and corpora are read from local folders", "Copy it first")
-    if not path.is_file():
+    folder = location(root)
+    path = folder / MANIFEST_FILE
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise ConfigError("data.root", str(root), str(error), _ADDRESS) from None
+    except ConfigError as error:  # of a URL
+        raise ConfigError("data.root", str(root), error.rule, error.hint) from None
+    if not there:
         raise ConfigError("data.root", str(root), f"there is no {path}", f"Prepare a corpus: {_PREPARE} {root}")
     again = f"Prepare it again: {_PREPARE} {root} --overwrite"
     try:
@@ -152,7 +162,7 @@ def read_manifest(root: str | Path) -> Manifest:
             what = f"{path} has version {version}, this program reads {VERSION}"
             raise ConfigError("data.root", str(root), what, again)
         manifest = Manifest(
-            root=Path(root),
+            root=folder,
             tokenizer=TokenizerInfo(**content["tokenizer"]),
             domains=tuple(
                 DomainInfo(d["name"], SplitInfo(**d["train"]), SplitInfo(**d["val"])) for d in content["domains"]
@@ -169,6 +179,14 @@ def read_manifest(root: str | Path) -> Manifest:
     if manifest.fingerprint != fingerprint:
         raise ConfigError("data.root", str(root), f"{path} does not have its own fingerprint: it was changed", again)
     return manifest
+
+
+def _sizes(folder: AnyPath, names: Iterable[str]) -> dict[str, int]:
+    """Sizes of those files that are there."""
+    if isinstance(folder, RemotePath):
+        listed = folder.sizes()
+        return listed if listed is not None else {name: (folder / name).size() for name in names}
+    return {name: path.stat().st_size for name in names if (path := folder / name).is_file()}
 
 
 def load_manifest(root: str | Path, *, training: bool = True) -> Manifest:
@@ -188,12 +206,16 @@ def load_manifest(root: str | Path, *, training: bool = True) -> Manifest:
         needed[manifest.tokenizer.file] = None
     replaceable = set() if training else {shard.file for shard in manifest.shards if shard.split == "train"}
     again = f"Copy the whole folder again, or prepare it again: {_PREPARE} {root} --overwrite"
+    try:
+        found = _sizes(manifest.root, needed)
+    except OSError as error:
+        raise ConfigError("data.root", str(root), str(error), _ADDRESS) from None
     for name, size in needed.items():
         path = manifest.root / name
-        if not path.is_file():
+        if name not in found:
             wrong = f"{path} is missing"
-        elif size is not None and path.stat().st_size != size:
-            wrong = f"{path} has {path.stat().st_size} bytes, not {size}"
+        elif size is not None and found[name] != size:
+            wrong = f"{path} has {found[name]} bytes, not {size}"
         else:
             continue
         if name not in replaceable:

@@ -1,20 +1,22 @@
 """The LightningDataModule: a prepared corpus as training and validation batches of a site."""
 
+import hashlib
 import signal
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
+from fomoe_pl.data.corpora import Corpora, Root, Summary, failure, folder_of, has_own, plans_of, read_texts
 from fomoe_pl.data.manifest import Manifest, load_manifest
-from fomoe_pl.data.partition import DomainSize, SplitKind, StreamPlan, partition
+from fomoe_pl.data.partition import DomainSize, SplitKind, StreamPlan, check_alpha
 from fomoe_pl.data.stream import Consumed, SiteStream, consumption
 from fomoe_pl.data.validation import ValidationSequences
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_range
 from fomoe_pl.seed import seed_or_default
 from fomoe_pl.training.context import context
 
@@ -62,7 +64,8 @@ class FoMoEData(L.LightningDataModule):
     validation is a fixed set that the sites share.
 
     Args:
-        root: Folder of the corpus.
+        root: Folder of the corpus. If each site has a corpus of its own, a template with ``{site}`` or a mapping from
+            sites to folders; a site opens no folder but its own.
         sequence_length: Tokens of a sequence, S.
         batch_size: Sequences of a micro-batch of one rank, B.
         val_batch_size: Sequences of a validation batch of one rank; null: batch_size.
@@ -71,6 +74,8 @@ class FoMoEData(L.LightningDataModule):
         split: How training data is divided over sites: iid (each has a share of every domain), domain (each has whole
             domains), dirichlet (as iid, each with a random mixture of the domains).
         dirichlet_alpha: Concentration of the mixtures: small gives each site few domains, large equal shares.
+        weights: Share of each domain in what a site reads, by name, such as {web: 90, code: 10}; 0 leaves it out. Those
+            of a site's domains are scaled to sum 1. null: by the domains' tokens.
         seed: Seed of the data's order and mixtures; null: that of seed_everything, else 0.
         max_bad_shards: Training shards of a domain that a reader replaces by others when they cannot be read; one more
             stops the run.
@@ -78,7 +83,7 @@ class FoMoEData(L.LightningDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | dict[int, str],
         sequence_length: int = 256,
         batch_size: int = 8,
         val_batch_size: int | None = None,
@@ -86,11 +91,12 @@ class FoMoEData(L.LightningDataModule):
         num_workers: int = 0,
         split: SplitKind = "iid",
         dirichlet_alpha: float = 0.3,
+        weights: dict[str, float] | None = None,
         seed: int | None = None,
         max_bad_shards: int = 1,
     ) -> None:
         super().__init__()
-        self.root = root
+        self.root: Root = root
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -98,21 +104,64 @@ class FoMoEData(L.LightningDataModule):
         self.num_workers = num_workers
         self.split: SplitKind = split
         self.dirichlet_alpha = dirichlet_alpha
+        self.weights = weights
         self.seed = seed_or_default(seed)
         self.max_bad_shards = max_bad_shards
         self.goes_on = False  # set before a run that goes on from a checkpoint: it does without shards lost meanwhile
-        self._consumed: Consumed | None = None  # before this division of the data over sites and workers
-        self._since = 0  # the run's batches at that time
+        self._past: list[tuple[dict[str, Any], int]] = []  # divisions over sites and workers before, and their batches
+        self._consumed: Consumed | None = None  # before this division
+        self._consumed_once: dict[str, Consumed] = {}  # by corpus; what an earlier version's checkpoint has for `past`
+        self._orders: list[str] | None = None  # domains by the numbers of their orders
+        self._since = 0  # the run's batches when this division began
         self._saved: dict[str, Any] | None = None
+        self._agreed: Corpora | None = None
+        self._manifests: dict[str, Manifest] = {}
+        self._model_vocabulary: int | None = None
 
-    @cached_property
+    @property
     def manifest(self) -> Manifest:
-        """The corpus.
+        """The corpus; where each site has its own, that of this rank's site.
 
         Raises:
             ConfigError: Its manifest or a shard is missing or damaged.
         """
-        return load_manifest(self.root, training=not self.goes_on)
+        folder = folder_of(self.root, self._site()[0] if has_own(self.root) else 0)
+        if folder not in self._manifests:
+            self._manifests = {folder: load_manifest(folder, training=not self.goes_on)}
+        return self._manifests[folder]
+
+    def setup(self, stage: str) -> None:
+        """Tell the other sites what this one has, in numbers, and hear what they have; all sites do so together.
+
+        Raises:
+            ConfigError: On all sites, if one of them has no corpus or one that does not fit the others', naming it.
+        """
+        self._agreed = None
+        n_sites = self._site()[1]
+        if n_sites == 1 and not has_own(self.root):  # it has been checked
+            for line in self._corpora(1).warnings():
+                rank_zero_info(line)
+            return
+        try:
+            told = Summary.of(self.manifest).text()
+        except ConfigError as error:
+            told = failure(error)
+        self._agreed = Corpora(tuple(read_texts(context(self.trainer).texts_of_sites(told))))
+        self._check_corpora(self._agreed)
+        if self._model_vocabulary is not None:
+            self.check_vocabulary(self._model_vocabulary)
+        for line in (*(self._agreed.described() if has_own(self.root) else ()), *self._agreed.warnings()):
+            rank_zero_info(line)
+
+    def _corpora(self, n_sites: int) -> Corpora:
+        """The corpora of all sites: as they have told, or one that all share."""
+        if self._agreed is not None and self._agreed.n_sites == n_sites:
+            return self._agreed
+        if has_own(self.root) and n_sites > 1:
+            raise RuntimeError(
+                "each site has a corpus of its own, and they have not met: give the datamodule to a Trainer"
+            )
+        return Corpora((Summary.of(self.manifest),) * n_sites)
 
     @property
     def vocab_size(self) -> int:
@@ -122,7 +171,7 @@ class FoMoEData(L.LightningDataModule):
     @property
     def domains(self) -> list[str]:
         """Names of the domains; a batch's ``domain`` is an index into them."""
-        return self.manifest.domain_names
+        return self.manifest.domain_names if self._agreed is None else self._agreed.domains
 
     def check(self, n_sites: int) -> None:
         """Check everything that can be seen before any process starts.
@@ -131,22 +180,40 @@ class FoMoEData(L.LightningDataModule):
             n_sites: Number of sites, M.
 
         Raises:
-            ConfigError: A setting out of range; no manifest; a missing shard; fewer shards than sites x workers.
+            ConfigError: A setting out of range; no manifest; a missing shard; fewer shards than sites x workers. Of
+                corpora that each site has of its own nothing is seen until the sites have met.
         """
         smallest = {"sequence_length": 1, "batch_size": 1, "val_batch_size": 1, "num_workers": 0, "seed": 0,
                     "max_bad_shards": 0}  # fmt: skip
         for key, least in smallest.items():
             if getattr(self, key) < least:
                 raise ConfigError(f"data.{key}", getattr(self, key), f"must be at least {least}", "Give a larger one")
-        n_domains = len(self.manifest.domains)
-        if self.val_sequences is not None and self.val_sequences < n_domains:
+        check_alpha(self.dirichlet_alpha)
+        for name, weight in (self.weights or {}).items():
+            check_range(f"data.weights.{name}", weight, "such as 90 and 10, or 0 to leave the domain out", least=0)
+        if self.weights is not None and self.split == "dirichlet":
+            raise ConfigError("data.weights", self.weights, "and data.split dirichlet both say how domains are mixed",
+                              "leave the weights out, or choose split iid or domain")  # fmt: skip
+        if not has_own(self.root):
+            self._check_corpora(self._corpora(n_sites))
+
+    def _check_corpora(self, corpora: Corpora) -> None:
+        corpora.check(self.root)
+        having = {d.name for summary in corpora.summaries for d in summary.domains if d.val[2]}
+        if self.val_sequences is not None and self.val_sequences < len(having):
             raise ConfigError(
                 "data.val_sequences",
                 self.val_sequences,
-                f"every one of the {n_domains} domains needs a sequence",
-                f"Give {n_domains} or more, or null for all",
+                f"every one of the {len(having)} domains needs a sequence",
+                f"Give {len(having)} or more, or null for all",
             )
-        self._plans(n_sites)
+        if self.weights is not None and set(self.weights) != set(corpora.trained):
+            wrong = [*(f"there is no domain {name}" for name in self.weights if name not in corpora.trained),
+                     *(f"{name} has none" for name in corpora.trained if name not in self.weights)]  # fmt: skip
+            raise ConfigError("data.weights", self.weights, "; ".join(wrong),
+                              f"give one for each of {', '.join(corpora.trained)}")  # fmt: skip
+        for summary in {summary.fingerprint: summary for summary in corpora.summaries}.values():
+            plans_of(summary.fingerprint, [d.size for d in summary.domains], self._division(corpora))
 
     def check_vocabulary(self, size: int) -> None:
         """Check that a model of ``size`` token ids can read the corpus; it may have more (padded) than are used.
@@ -154,6 +221,9 @@ class FoMoEData(L.LightningDataModule):
         Raises:
             ConfigError: It has fewer.
         """
+        if has_own(self.root) and self._agreed is None:
+            self._model_vocabulary = size  # until the sites have met
+            return
         if size < self.vocab_size:
             raise ConfigError("model.architecture.vocab_size", size,
                               f"must be at least the vocabulary of the data in {self.root} ({self.vocab_size})",
@@ -164,9 +234,11 @@ class FoMoEData(L.LightningDataModule):
         """The endless stream of this rank's site, from where the run is."""
         site, n_sites = self._site()
         self._take_up(n_sites)
+        corpora = self._corpora(n_sites)
         stream = SiteStream(
             self.manifest, self._plans(n_sites)[site], self.sequence_length, self.seed, site,
             batch_size=self.batch_size, consumed=self._consumed, max_bad_shards=self.max_bad_shards,
+            orders=self._order_numbers(), labels=corpora.labels(site),
         )  # fmt: skip
         return SiteLoader(
             stream,
@@ -179,9 +251,12 @@ class FoMoEData(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is in the data of all sites: all of them have been given the same number of batches."""
+        corpora = self._corpora(self._site()[1])
         return {
-            "division": self._division(self._site()[1]),
-            "consumed": self._consumed,
+            "division": self._division(corpora),
+            "past": self._past,
+            "consumed_once": self._consumed_once,
+            "orders": self._orders or corpora.domains,
             "since": self._since,
             "batches": self._batches(),
         }
@@ -199,44 +274,70 @@ class FoMoEData(L.LightningDataModule):
     def _take_up(self, n_sites: int) -> None:
         """Find the stream's start: the saved position, or what it leaves to another division over sites."""
         saved, self._saved = self._saved, None
+        corpora = self._corpora(n_sites)
         if saved is None:
             if not self._batches():  # of a new run, which owes nothing to one before it
-                self._since, self._consumed = 0, None
+                self._since, self._past, self._consumed, self._consumed_once = 0, [], None, {}
+                self._orders = corpora.domains
             return
-        before, now = saved["division"], self._division(n_sites)
+        saved = _of_this_version(saved, self.manifest)
+        before, now = saved["division"], self._division(corpora)
         batches = saved["batches"]
-        self._since, self._consumed = saved["since"], saved["consumed"]
+        self._since, self._past, self._consumed_once = saved["since"], list(saved["past"]), saved["consumed_once"]
+        self._orders = [*saved["orders"], *(name for name in corpora.domains if name not in saved["orders"])]
         if before == now:
+            self._consumed = self._read_before()
             return
-        changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key])
-        if before["corpus"] != now["corpus"] or before["seed"] != now["seed"]:
-            self._consumed = None
-            rank_zero_info(f"data: another order of documents ({changed}), read from its beginning")
+        plain = [key for key in now if key not in ("corpora", "trained") and before[key] != now[key]]
+        changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in plain) or "other corpora"
+        if before["seed"] != now["seed"] or not set(now["corpora"]) & set(before["corpora"]):
+            self._past, self._consumed, self._consumed_once = [], None, {}
+            self._orders = corpora.domains
+            what = changed if before["seed"] != now["seed"] else "another corpus"
+            rank_zero_info(f"data: another order of documents ({what}), read from its beginning")
         else:
-            plans = partition(self._sizes(), before["n_sites"], before["readers"], before["split"],
-                              before["dirichlet_alpha"], before["seed"])  # fmt: skip
-            self._consumed = consumption(
-                self.manifest, plans, before["sequence_length"], before["seed"],
-                batches=batches - self._since, batch_size=before["batch_size"], consumed=self._consumed,
-            )  # fmt: skip
-            ahead = self._readers_ahead(n_sites, self._consumed)
+            self._past.append((before, batches - self._since))
+            self._consumed = self._read_before()
+            new = [str(site) for site, found in enumerate(now["corpora"]) if found not in before["corpora"]]
+            told = f"; site {', '.join(new)} has a corpus that was not there, read from its beginning" if new else ""
+            ahead = 0 if self._consumed is None else self._readers_ahead(n_sites, self._consumed)
             more = f"; {ahead} readers of a domain find nothing left and begin the next epoch" if ahead else ""
-            rank_zero_info(f"data: what was not read yet in this epoch is divided anew ({changed}){more}")
+            rank_zero_info(f"data: what was not read yet in this epoch is divided anew ({changed}){told}{more}")
         self._since = batches
+
+    def _read_before(self) -> Consumed | None:
+        """What has been read of this site's corpus under the divisions before this one; None for nothing."""
+        manifest = self.manifest
+        consumed = self._consumed_once.get(manifest.fingerprint)
+        for division, batches in self._past:
+            plans = plans_of(manifest.fingerprint, _sizes(manifest), division)
+            if plans:
+                consumed = consumption(
+                    manifest, list(plans.values()), division["sequence_length"], division["seed"], batches=batches,
+                    batch_size=division["batch_size"], consumed=consumed, sites=list(plans),
+                    orders=self._order_numbers(),
+                )  # fmt: skip
+        return consumed
+
+    def _order_numbers(self) -> list[int]:
+        """For each domain of this site's corpus the number of its orders, which stays when other sites come or go."""
+        names = self._orders if self._orders is not None else self.domains
+        return [names.index(name) for name in self.manifest.domain_names]
 
     def _readers_ahead(self, n_sites: int, consumed: Consumed) -> int:
         """Readers of a domain all of whose shards are an epoch further than the domain's least read one."""
         ahead = 0
-        for plan in (plan for workers in self._plans(n_sites) for plan in workers):
+        for plan in (plan for workers in self._plans(n_sites).values() for plan in workers):
             for domain, numbers in zip(plan.domains, plan.shards, strict=True):
-                shards = self.manifest.shards_of("train", self.domains[domain])
+                shards = self.manifest.shards_of("train", self.manifest.domain_names[domain])
                 epochs = [read // shard.tokens for read, shard in zip(consumed[domain], shards, strict=True)]
                 ahead += min(epochs[number] for number in numbers) > min(epochs)
         return ahead
 
-    def _division(self, n_sites: int) -> dict[str, Any]:
+    def _division(self, corpora: Corpora) -> dict[str, Any]:
         return {
-            "corpus": self.manifest.fingerprint, "seed": self.seed, "n_sites": n_sites,
+            "corpora": corpora.fingerprints, "trained": corpora.trained, "weights": self.weights,
+            "seed": self.seed, "n_sites": corpora.n_sites,
             "readers": max(1, self.num_workers), "split": self.split, "dirichlet_alpha": self.dirichlet_alpha,
             "sequence_length": self.sequence_length, "batch_size": self.batch_size,
         }  # fmt: skip
@@ -244,22 +345,45 @@ class FoMoEData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation sequences of this rank's site. They lie in memory and need no workers."""
         site, n_sites = self._site()
-        sequences = ValidationSequences(self.manifest, self.sequence_length, self.val_sequences, n_sites)
+        corpora = self._corpora(n_sites)
+        sharing = corpora.sharing(site)
+        counts = corpora.validation_counts(self.sequence_length, self.val_sequences)
+        length = corpora.validation_length(counts)
+        if not length:
+            raise ConfigError("data.root", self.root, "no site has validation text",
+                              "prepare with val_fraction or --validation_source, or set trainer.limit_val_batches to 0"
+                              )  # fmt: skip
+        sequences = ValidationSequences(
+            self.manifest, self.sequence_length, None, len(sharing), counts=counts[self.manifest.fingerprint],
+            least=length * len(sharing), labels=corpora.labels(site),
+        )  # fmt: skip
         # Lightning leaves a DistributedSampler as it is; it would put one over ranks in the place of any other.
-        share: DistributedSampler[Batch] = DistributedSampler(sequences, num_replicas=n_sites, rank=site, shuffle=False)
+        share: DistributedSampler[Batch] = DistributedSampler(
+            sequences, num_replicas=len(sharing), rank=sharing.index(site), shuffle=False
+        )
         return DataLoader(sequences, batch_size=self.val_batch_size, sampler=share, pin_memory=self._on_gpu())
 
     def identity(self) -> dict[str, Any]:
-        """What makes the numbers of two runs comparable: corpus, tokenizer, and the sequences that are validated."""
-        return {
+        """What makes the numbers of two runs comparable: corpus, tokenizer, and the sequences that are validated.
+
+        Where sites have different corpora, ``corpus`` is a hash over all of them, and ``domains`` says who has which.
+        """
+        told: dict[str, Any] = {
             "corpus": self.manifest.fingerprint,
             "tokenizer": self.manifest.tokenizer.sha256,
             "sequence_length": self.sequence_length,
             "val_sequences": self.val_sequences,
         }
+        if self._agreed is not None and not self._agreed.alike:
+            every = "".join(sorted(set(self._agreed.fingerprints)))
+            told["corpus"] = hashlib.sha256(every.encode()).hexdigest()
+            told["domains"] = {name: self._agreed.sites_of(name) for name in self._agreed.domains}
+        return told
 
     def probe(self, n_sequences: int, n_tokens: int) -> Batch:
         """The same held-out text on every site, whatever `sequence_length` is.
+
+        Where sites have different corpora no text is on all of them: then tokens drawn at random.
 
         Args:
             n_sequences: Sequences, an equal share of each domain (the first domains one more, or one alone).
@@ -268,19 +392,19 @@ class FoMoEData(L.LightningDataModule):
         Returns:
             One batch, of fewer sequences only where the validation split has no more.
         """
+        if self._agreed is not None and not self._agreed.alike:
+            draw = torch.Generator().manual_seed(self.seed)
+            tokens = torch.randint(self.vocab_size, (n_sequences, n_tokens + 1), generator=draw)
+            return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "bytes": torch.ones_like(tokens[:, 1:]),
+                    "domain": torch.zeros(n_sequences, dtype=torch.int64)}  # fmt: skip
         sequences = ValidationSequences(self.manifest, n_tokens, n_sequences, 1)
         batch: Batch = default_collate([sequences[i] for i in range(len(sequences))])
         return batch
 
-    def _sizes(self) -> list[DomainSize]:
-        return [
-            DomainSize(domain.name, len(self.manifest.shards_of("train", domain.name)), domain.train.tokens)
-            for domain in self.manifest.domains
-        ]
-
-    def _plans(self, n_sites: int) -> list[list[StreamPlan]]:
-        readers = max(1, self.num_workers)
-        return partition(self._sizes(), n_sites, readers, self.split, self.dirichlet_alpha, self.seed)
+    def _plans(self, n_sites: int) -> dict[int, list[StreamPlan]]:
+        """What each reader of the sites that have this site's corpus reads."""
+        manifest = self.manifest
+        return plans_of(manifest.fingerprint, _sizes(manifest), self._division(self._corpora(n_sites)))
 
     def _site(self) -> tuple[int, int]:
         """Index of this rank's site, and the number of sites."""
@@ -292,3 +416,21 @@ class FoMoEData(L.LightningDataModule):
 
     def _on_gpu(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+
+def _sizes(manifest: Manifest) -> list[DomainSize]:
+    return [summary.size for summary in Summary.of(manifest).domains]
+
+
+def _of_this_version(saved: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """A saved position, also of a version that knew of one corpus for all sites alone."""
+    if "past" in saved:
+        return saved
+    division = dict(saved["division"])
+    corpus = division.pop("corpus")
+    division |= {"corpora": [corpus] * division["n_sites"], "trained": manifest.domain_names, "weights": None}
+    consumed = {} if saved["consumed"] is None else {corpus: saved["consumed"]}
+    return {
+        "division": division, "past": [], "consumed_once": consumed, "orders": manifest.domain_names,
+        "since": saved["since"], "batches": saved["batches"],
+    }  # fmt: skip

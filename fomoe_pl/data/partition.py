@@ -1,6 +1,6 @@
 """Who reads what: training shards and mixture weights of every site and worker. Pure functions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +43,9 @@ def partition(
     split: SplitKind = "iid",
     dirichlet_alpha: float = 0.3,
     seed: int = 0,
+    *,
+    weights: Mapping[str, float] | None = None,
+    mixtures: Sequence[Sequence[float]] | None = None,
 ) -> list[list[StreamPlan]]:
     """Divide the training shards over sites and workers so that no two of them read the same shard.
 
@@ -56,35 +59,59 @@ def partition(
             (Hsu et al. 2019, arXiv 1909.06335, section 3, with domains in the place of classes).
         dirichlet_alpha: Concentration: small values give each site few domains, large ones equal shares of all.
         seed: Seed of the Dirichlet draws.
+        weights: Share of each domain in a mixture, by name, in the place of its tokens; of those that a site reads they
+            are scaled to sum 1. A domain of weight 0 is not read.
+        mixtures: For the Dirichlet split, mixtures that were drawn for more sites and domains than these: a row for
+            each site, with the share of each domain.
 
     Returns:
         ``plans[site][worker]``.
 
     Raises:
-        ConfigError: A domain has fewer shards than readers, or the concentration is not positive.
+        ConfigError: A domain has fewer shards than readers, nothing is left for a site to read, or the concentration is
+            not positive.
     """
-    if not 0 < dirichlet_alpha <= _MAX_ALPHA:
-        raise ConfigError("data.dirichlet_alpha", dirichlet_alpha, f"must be above 0 and at most {_MAX_ALPHA:g}",
-                          "Common values: 0.1, 0.3, 1, 10")  # fmt: skip
-    readers = [_readers(domain, len(domains), n_sites, split) for domain in range(len(domains))]
-    for size, sites in zip(domains, readers, strict=True):
-        if size.shards < len(sites) * n_workers:
-            raise _too_few_shards(size, len(sites), n_workers)
-    concentrations = [dirichlet_alpha] * len(domains)
-    mixtures_MD = np.random.default_rng([seed, n_sites]).dirichlet(concentrations, size=n_sites)
+    check_alpha(dirichlet_alpha)
+    trained = [i for i, size in enumerate(domains) if size.shards and (weights is None or weights[size.name] > 0)]
+    readers = {domain: _readers(i, len(trained), n_sites, split) for i, domain in enumerate(trained)}
+    for domain, sites in readers.items():
+        if domains[domain].shards < len(sites) * n_workers:
+            raise _too_few_shards(domains[domain], len(sites), n_workers)
+    if split == "dirichlet" and mixtures is None:
+        mixtures = draw_mixtures(len(trained), n_sites, dirichlet_alpha, seed)
     plans: list[list[StreamPlan]] = []
     for site in range(n_sites):
-        read = [domain for domain, sites in enumerate(readers) if site in sites]
-        tokens = [domains[domain].tokens for domain in read]
-        weights = mixtures_MD[site].tolist() if split == "dirichlet" else [count / sum(tokens) for count in tokens]
+        read = [domain for domain, sites in readers.items() if site in sites]
+        shares: Sequence[float] = [domains[domain].tokens for domain in read]
+        if weights is not None:
+            shares = [weights[domains[domain].name] for domain in read]
+        drawn = mixtures[site] if mixtures is not None else [share / sum(shares) for share in shares]
         plans.append([])
         for worker in range(n_workers):
             shards = []
             for domain in read:
                 own = readers[domain].index(site) * n_workers + worker
                 shards.append(tuple(range(own, domains[domain].shards, len(readers[domain]) * n_workers)))
-            plans[-1].append(StreamPlan(tuple(read), tuple(weights), tuple(shards)))
+            plans[-1].append(StreamPlan(tuple(read), tuple(drawn), tuple(shards)))
     return plans
+
+
+def check_alpha(dirichlet_alpha: float) -> None:
+    """Refuse a concentration that cannot be drawn from.
+
+    Raises:
+        ConfigError: stating the range.
+    """
+    if not 0 < dirichlet_alpha <= _MAX_ALPHA:
+        raise ConfigError("data.dirichlet_alpha", dirichlet_alpha, f"must be above 0 and at most {_MAX_ALPHA:g}",
+                          "Common values: 0.1, 0.3, 1, 10")  # fmt: skip
+
+
+def draw_mixtures(n_domains: int, n_sites: int, dirichlet_alpha: float, seed: int) -> list[list[float]]:
+    """Mixtures of the Dirichlet split: for each site the share of each domain."""
+    concentrations = [dirichlet_alpha] * n_domains
+    drawn: list[list[float]] = np.random.default_rng([seed, n_sites]).dirichlet(concentrations, n_sites).tolist()
+    return drawn
 
 
 def _readers(domain: int, n_domains: int, n_sites: int, split: SplitKind) -> list[int]:

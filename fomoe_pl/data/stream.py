@@ -33,6 +33,7 @@ class DomainStream:
         seed: Seed of the orders.
         consumed: Tokens that were read of each shard before, all epochs counted; shards that are missing: none.
         max_bad_shards: Damaged shards that are replaced by others; one more is an error.
+        order: Number that keeps the orders of different domains apart; None: the domain's index.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class DomainStream:
         seed: int,
         consumed: Mapping[int, int] | None = None,
         max_bad_shards: int = 0,
+        order: int | None = None,
     ) -> None:
-        self._domain = domain
+        self._order = domain if order is None else order
         self._numbers = tuple(shards)
         every = manifest.shards_of("train", manifest.domain_names[domain])
         self._shards: dict[int, ShardInfo] = {number: every[number] for number in shards}
@@ -126,7 +128,7 @@ class DomainStream:
         self._offset = self._left_out(self._shard_order()[self._place])
 
     def _shard_order(self) -> list[int]:
-        generator = np.random.default_rng([self._seed, _SHARD_ORDER, self._domain, self._epoch, *self._numbers])
+        generator = np.random.default_rng([self._seed, _SHARD_ORDER, self._order, self._epoch, *self._numbers])
         return [self._numbers[i] for i in generator.permutation(len(self._numbers))]
 
     def _read(self) -> list[Tokens]:
@@ -135,7 +137,7 @@ class DomainStream:
         number = order[self._place]
         spares = [self._shards[other] for other in (*order[self._place + 1 :], *order[: self._place])]
         stored = self._reader.read(self._shards[number], spares)
-        generator = np.random.default_rng([self._seed, _DOCUMENT_ORDER, self._domain, self._epoch, number])
+        generator = np.random.default_rng([self._seed, _DOCUMENT_ORDER, self._order, self._epoch, number])
         documents = [stored[i] for i in reversed(generator.permutation(len(stored)))]
         while self._offset >= len(documents[-1]):
             self._offset -= len(documents.pop())
@@ -173,6 +175,8 @@ class PackedStream:
         start: Number of sequences that were already taken.
         consumed: For each domain of the corpus, tokens that were read of each shard before the first sequence.
         max_bad_shards: As for :class:`DomainStream`.
+        orders: For each domain of the corpus, the number of its orders; None: its index.
+        labels: For each domain of the corpus, its index in the batches; None: that in the corpus.
     """
 
     def __init__(
@@ -186,8 +190,11 @@ class PackedStream:
         start: int = 0,
         consumed: Consumed | None = None,
         max_bad_shards: int = 0,
+        orders: Sequence[int] | None = None,
+        labels: Sequence[int] | None = None,
     ) -> None:
         self._plan = plan
+        self._labels = [domain if labels is None else labels[domain] for domain in plan.domains]
         self._length = sequence_length
         self._place = (seed, site, worker)
         self._taken = start
@@ -196,7 +203,8 @@ class PackedStream:
         for i, before in enumerate(count_domains(plan, *self._place, start)):
             domain = plan.domains[i]
             read = dict(enumerate(consumed[domain])) if consumed else None
-            stream = DomainStream(manifest, domain, plan.shards[i], seed, read, max_bad_shards)
+            order = None if orders is None else orders[domain]
+            stream = DomainStream(manifest, domain, plan.shards[i], seed, read, max_bad_shards, order)
             if before:
                 stream.seek(before * sequence_length - 1)
             self._streams.append(stream)
@@ -214,7 +222,7 @@ class PackedStream:
                 yield {
                     "inputs": tokens[:-1],
                     "targets": tokens[1:],
-                    "domain": torch.tensor(self._plan.domains[i]),
+                    "domain": torch.tensor(self._labels[i]),
                 }
 
 
@@ -234,6 +242,8 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         batch_size: Sequences of a batch.
         consumed: As for :class:`PackedStream`.
         max_bad_shards: As for :class:`DomainStream`.
+        orders: As for :class:`PackedStream`.
+        labels: As for :class:`PackedStream`.
     """
 
     def __init__(
@@ -248,8 +258,11 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         batch_size: int = 1,
         consumed: Consumed | None = None,
         max_bad_shards: int = 0,
+        orders: Sequence[int] | None = None,
+        labels: Sequence[int] | None = None,
     ) -> None:
         self._manifest = manifest
+        self._orders, self._labels = orders, labels
         self._plans = tuple(plans)
         self._length = sequence_length
         self._seed = seed
@@ -271,7 +284,7 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         taken = batches_of_worker(self._batches, len(self._plans), worker) * self._batch_size
         yield from PackedStream(
             self._manifest, self._plans[worker], self._length, self._seed, self._site, worker,
-            taken, self._consumed, self._max_bad_shards,
+            taken, self._consumed, self._max_bad_shards, self._orders, self._labels,
         )  # fmt: skip
 
 
@@ -289,29 +302,35 @@ def consumption(
     batches: int,
     batch_size: int,
     consumed: Consumed | None = None,
+    sites: Sequence[int] | None = None,
+    orders: Sequence[int] | None = None,
 ) -> Consumed:
-    """What all sites together have read of each shard when each has been given some batches.
+    """What all sites of a corpus together have read of each shard when each has been given some batches.
 
     Args:
         manifest: The corpus.
-        plans: ``plans[site][worker]``.
+        plans: ``plans[i][worker]``, for each of the sites.
         sequence_length: S.
         seed: Seed of all orders.
         batches: Batches that each site was given.
         batch_size: Sequences of a batch.
         consumed: What had been read before.
+        sites: Numbers of the sites that read the corpus; None: from 0 on.
+        orders: As for :class:`PackedStream`.
 
     Returns:
         For each domain, the tokens that were read of each of its training shards, all epochs counted.
     """
     sizes = [len(manifest.shards_of("train", name)) for name in manifest.domain_names]
     read = [list(domain) for domain in consumed] if consumed else [[0] * size for size in sizes]
-    for site, workers in enumerate(plans):
+    for site, workers in zip(range(len(plans)) if sites is None else sites, plans, strict=True):
         for worker, plan in enumerate(workers):
             sequences = batches_of_worker(batches, len(workers), worker) * batch_size
             for i, count in enumerate(count_domains(plan, seed, site, worker, sequences)):
                 domain = plan.domains[i]
-                stream = DomainStream(manifest, domain, plan.shards[i], seed, dict(enumerate(read[domain])))
+                order = None if orders is None else orders[domain]
+                before = dict(enumerate(read[domain]))
+                stream = DomainStream(manifest, domain, plan.shards[i], seed, before, order=order)
                 for number, tokens in stream.consumed_at(count * sequence_length).items():
                     read[domain][number] = tokens
     return read

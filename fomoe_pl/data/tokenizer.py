@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -50,6 +50,10 @@ class TextTokenizer(Protocol):
         """
         ...
 
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Bytes of text that each id stands for."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write its file, if it has one."""
         ...
@@ -71,6 +75,10 @@ class ByteTokenizer:
     def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[Unsigned, Unsigned]]:
         """Ids of each text, and one byte for every id but the end of document."""
         return [(ids, (ids != self.eod_id).astype(np.uint8)) for ids in self.encode(texts)]
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """One, and none for the end of document."""
+        return (np.arange(self.vocab_size) != self.eod_id).astype(np.int64)
 
     def save(self, folder: Path) -> None:
         """Nothing to write."""
@@ -114,7 +122,9 @@ class SubwordTokenizer:
         return [
             self._ended(next(encodings).ids)
             if len(text) <= windows.WINDOW
-            else self._ended(np.concatenate([ids for ids, _ in windows.in_windows(text, self._spans)]))
+            else self._ended(
+                np.concatenate([ids.astype(self._dtype) for ids, _ in windows.in_windows(text, self._spans)])
+            )
             for text in texts
         ]
 
@@ -141,6 +151,24 @@ class SubwordTokenizer:
 
     def _ended(self, ids: Sequence[int] | windows.Ints) -> Unsigned:
         return np.append(np.asarray(ids, self._dtype), self._dtype(self.eod_id))
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Bytes of text that each id stands for, which a byte-level vocabulary alone says.
+
+        Raises:
+            ConfigError: The vocabulary is another one.
+        """
+        described = json.loads(self.serialized)
+        letters = set(pre_tokenizers.ByteLevel.alphabet())
+        added = {token["id"]: token["content"] for token in described["added_tokens"]}
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            sizes[number] = len(added[number].encode()) if number in added else len(token)
+            if number not in added and not letters.issuperset(token):
+                rule = "its vocabulary is not byte-level, so of token files the bytes of text are not known"
+                raise ConfigError("tokenizer", token, rule, "Prepare the text itself")
+        sizes[self.eod_id] = 0
+        return sizes
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``."""
@@ -181,20 +209,43 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
 
     Source: byte-level BPE of GPT-2 (Radford et al. 2019).
     """
+    return _trained_bpe(in_parts(texts), pre_tokenizers.ByteLevel(add_prefix_space=False), vocab_size)
+
+
+def train_bpe_from_counts(counts: Mapping[str, int], vocab_size: int) -> SubwordTokenizer:
+    """The same as :func:`train_bpe` makes of a text in which words occur so often.
+
+    Args:
+        counts: Of each word, in the letters that a byte-level BPE has for bytes, none of which is a blank.
+        vocab_size: Wanted size.
+    """
+
+    def repeated() -> Iterator[str]:
+        for word, count in counts.items():
+            most = max(1, windows.WINDOW // (len(word) + 1))
+            while count > 0:
+                yield f"{word} " * min(most, count)
+                count -= most
+
+    return _trained_bpe(repeated(), pre_tokenizers.WhitespaceSplit(), vocab_size)
+
+
+def _trained_bpe(texts: Iterator[str], words: pre_tokenizers.PreTokenizer, vocab_size: int) -> SubwordTokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = words
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_DOCUMENT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_in_parts(texts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return SubwordTokenizer(tokenizer, "bpe", eod_id=0)  # special tokens come first
 
 
-def _in_parts(texts: Iterable[str]) -> Iterator[str]:
+def in_parts(texts: Iterable[str]) -> Iterator[str]:
     """Texts without their empty ones, long ones in parts that begin with a blank: memory follows the longest text."""
     for text in texts:
         start = 0
@@ -205,6 +256,11 @@ def _in_parts(texts: Iterable[str]) -> Iterator[str]:
             start = stop
         if start < len(text):
             yield text[start:]
+
+
+def trained_before(path: Path) -> SubwordTokenizer:
+    """A tokenizer that :func:`train_bpe` has made, from its file."""
+    return SubwordTokenizer(Tokenizer.from_file(str(path)), "bpe", eod_id=0)
 
 
 def load_tokenizer(path: Path, eod: str | None) -> SubwordTokenizer:

@@ -18,13 +18,15 @@ def sequence_counts(available: Sequence[int], limit: int | None) -> list[int]:
 
     Args:
         available: Sequences that each domain has.
-        limit: Most sequences in all; None: all of them. Each domain gives an equal share of it (the first ones one
-            more where it does not divide), or what it has where that is less.
+        limit: Most sequences in all; None: all of them. Each domain that has any gives an equal share of it (the first
+            ones one more where it does not divide), or what it has where that is less.
     """
     if limit is None:
         return list(available)
-    share, rest = divmod(limit, len(available))
-    return [min(count, share + (domain < rest)) for domain, count in enumerate(available)]
+    having = [domain for domain, count in enumerate(available) if count]
+    share, rest = divmod(limit, max(1, len(having)))
+    most = {domain: share + (place < rest) for place, domain in enumerate(having)}
+    return [min(count, most.get(domain, 0)) for domain, count in enumerate(available)]
 
 
 def available_sequences(manifest: Manifest, sequence_length: int) -> list[int]:
@@ -33,7 +35,7 @@ def available_sequences(manifest: Manifest, sequence_length: int) -> list[int]:
 
 
 class ValidationSequences(Dataset[dict[str, Tensor]]):
-    """The validation sequences of all sites.
+    """The validation sequences of all sites that have this corpus.
 
     Each domain's validation documents, in the order of the manifest, are packed as in training: the first sequence
     begins with an end of document and every token is a target once; the last sequence is filled up with targets that
@@ -45,12 +47,27 @@ class ValidationSequences(Dataset[dict[str, Tensor]]):
         sequence_length: S.
         limit: Most sequences over all sites; None: all.
         n_sites: Number of sites, M.
+        counts: How many sequences of each domain there are, in the place of a limit.
+        least: Least number of sequences: where other corpora have more, all sites have as many batches.
+        labels: For each domain, its index in the batches; None: that in the corpus.
     """
 
-    def __init__(self, manifest: Manifest, sequence_length: int, limit: int | None, n_sites: int) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        sequence_length: int,
+        limit: int | None,
+        n_sites: int,
+        *,
+        counts: Sequence[int] | None = None,
+        least: int = 0,
+        labels: Sequence[int] | None = None,
+    ) -> None:
         self._eod_id = manifest.eod_id
         self._length = sequence_length
-        counts = sequence_counts(available_sequences(manifest, sequence_length), limit)
+        self._labels = range(len(manifest.domains)) if labels is None else labels
+        if counts is None:
+            counts = sequence_counts(available_sequences(manifest, sequence_length), limit)
         first = [
             _first_tokens(manifest, name, count * sequence_length)
             for name, count in zip(manifest.domain_names, counts, strict=True)
@@ -58,7 +75,7 @@ class ValidationSequences(Dataset[dict[str, Tensor]]):
         self._tokens, self._bytes = zip(*first, strict=True)
         self._index = [(domain, i) for domain, count in enumerate(counts) for i in range(count)]
         behind_the_end = (0, counts[0] + 1)
-        self._index += [behind_the_end] * (-len(self._index) % n_sites)
+        self._index += [behind_the_end] * max(least - len(self._index), -len(self._index) % n_sites)
 
     def __len__(self) -> int:
         """Number of sequences, a multiple of M."""
@@ -74,7 +91,7 @@ class ValidationSequences(Dataset[dict[str, Tensor]]):
             "inputs": inputs,
             "targets": sequence[1:],
             "bytes": self._filled(self._bytes[domain][of_sequence], 0)[1:],
-            "domain": torch.tensor(domain),
+            "domain": torch.tensor(self._labels[domain]),
         }
 
     def _filled(self, values: Tokens, filling: int) -> Tensor:
@@ -97,5 +114,5 @@ def _first_tokens(manifest: Manifest, domain: str, n: int) -> tuple[Tokens, Toke
                 break
         if size >= n:
             break
-    first = np.array([manifest.eod_id], pieces[0].dtype)
+    first = np.array([manifest.eod_id], pieces[0].dtype if pieces else np.uint32)
     return np.concatenate([first, *pieces])[: n + 1], np.concatenate(sizes)[: n + 1]

@@ -11,7 +11,9 @@ import yaml
 
 from fomoe_pl.callbacks.report import REPORT_NAME
 from fomoe_pl.checkpoint.format import AVERAGE, WeightFiles, dense_name
+from fomoe_pl.data.corpora import folder_of
 from fomoe_pl.data.manifest import Manifest, read_manifest
+from fomoe_pl.data.remote import is_url
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.hub.tokenizer import ExportedTokenizer, corpus_tokenizer, imported_tokenizer
@@ -89,7 +91,7 @@ def read_source(checkpoint: str | Path, data: str | None = None, *, average: boo
     trained_with = report.get("data", {}).get("tokenizer")
     if report.get("steps") != files.manifest["optimizer_steps"]:
         report = {}
-    corpus = _corpus(config, settings, data, trained_with)
+    corpus = _corpus(config, settings, data, trained_with, files.manifest["n_sites"])
     tokenizer = imported_tokenizer(Path(checkpoint)) if corpus is None else corpus_tokenizer(corpus)
     return Source(files, config, run, settings, report, corpus, tokenizer)
 
@@ -101,9 +103,17 @@ def _run_of(checkpoint: Path) -> Path | None:
     return None
 
 
-def _corpus(config: ModelConfig, settings: dict[str, Any], data: str | None, tokenizer: str | None) -> Manifest | None:
+def _corpus(
+    config: ModelConfig, settings: dict[str, Any], data: str | None, tokenizer: str | None, n_sites: int
+) -> Manifest | None:
+    """The corpus; where each site has its own, the first one that is here: all have the same tokenizer."""
     root = data or settings.get("data", {}).get("root")
-    if root is None or (data is None and not Path(root).is_dir()):
+    if root is not None and data is None:
+        sites = range(n_sites) if isinstance(root, str) else root
+        root = next(
+            (folder for site in sites if is_url(folder := folder_of(root, site)) or Path(folder).is_dir()), None
+        )
+    if root is None:
         return None
     manifest = read_manifest(root)
     hint = "give the corpus that it was trained on: --data ROOT"

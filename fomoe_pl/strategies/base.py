@@ -20,6 +20,7 @@ from torch import Tensor
 from fomoe_pl.checkpoint.content import Content, MidRound
 from fomoe_pl.checkpoint.saving import Checkpointer, keep_from_saving_failures
 from fomoe_pl.errors import SiteLostError
+from fomoe_pl.federation.exchange import gather_texts
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.liveness import all_here, listen, sites_watched, stop_listening
@@ -230,6 +231,15 @@ class SiteStrategy(Strategy):
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from: this site's own unless gradients are shared."""
         return loads_LE
+
+    def texts_of_sites(self, text: str) -> list[str]:
+        """What each site tells the others, in the order of sites."""
+        if not self._joined:
+            return [text]
+        device = self.root_device if "nccl" in dist.get_backend() else torch.device("cpu")
+        with sites_watched(self.topology):
+            all_here(self.topology)
+            return gather_texts(text, device, self.ledger)[:: self.topology.ranks_per_site]
 
     # -- who watches ---------------------------------------------------------------------------------------------
 

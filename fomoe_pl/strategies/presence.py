@@ -29,7 +29,7 @@ _TRAINER = (
 OWN_SETTINGS: Mapping[str, frozenset[str]] = {
     "architecture": frozenset({"expert_backend", "activation_checkpointing", "loss_chunk_bytes"}),
     "federation": frozenset({"outer_state"}),
-    "data": frozenset({"root", "num_workers", "max_bad_shards"}),
+    "data": frozenset({"root", "max_bad_shards"}),
 }
 """Settings that each site chooses for itself: they are about its machine. So are all that are not compared: paths,
 loggers, the accelerator, compilation, recorded steps."""

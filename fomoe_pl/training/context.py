@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from fomoe_pl.checkpoint.content import Content, Counts, MidRound
+from fomoe_pl.federation.exchange import gather_texts
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.movement import Movement
 from fomoe_pl.federation.observer import RoundObserver
@@ -112,6 +113,9 @@ class SiteContext(Counts, Protocol):
     def residency(self, config: ModelConfig) -> Residency:
         """The experts that this site holds."""
 
+    def texts_of_sites(self, text: str) -> list[str]:
+        """What each site tells the others, in the order of sites; all call it together, once they have met."""
+
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from."""
 
@@ -176,6 +180,11 @@ class Alone:
     def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
         """The values themselves."""
         return values
+
+    def texts_of_sites(self, text: str) -> list[str]:
+        """Each rank's."""
+        device = self._trainer.strategy.root_device
+        return gather_texts(text, device, self.ledger) if self._trainer.world_size > 1 else [text]
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """The loads themselves."""

@@ -79,8 +79,8 @@ def test_a_folder_with_a_colon_is_a_folder(copy: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(copy.parent)
     manifest = load_manifest("data:v2")
     assert all(list(read_shard(manifest, shard)) for shard in manifest.shards)
-    with pytest.raises(ConfigError, match="is a URL"):
-        load_manifest("s3://bucket/corpus")
+    with pytest.raises(ConfigError, match=r"data\.root = .*no URL that fsspec knows"):
+        load_manifest("nosuch://bucket/corpus")
 
 
 def test_exchanged_shards_are_seen_when_they_are_read(copy: Path) -> None:

@@ -1,16 +1,22 @@
 import gzip
 import hashlib
+import io
 import json
 import logging
 import math
+import multiprocessing as mp
+import os
+import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from fomoe_pl.data import Manifest, load_manifest
@@ -18,7 +24,7 @@ from fomoe_pl.data.documents import ReadOptions
 from fomoe_pl.data.index import index_domain, training_share
 from fomoe_pl.data.manifest import Split
 from fomoe_pl.data.prepare import prepare
-from fomoe_pl.data.shards import read_shard, read_validation_shard
+from fomoe_pl.data.shards import read_shard, read_validation_shard, write_shard
 from fomoe_pl.data.sources import find_sources
 from fomoe_pl.data.validation import IGNORED, ValidationSequences
 from fomoe_pl.errors import ConfigError
@@ -85,10 +91,10 @@ def test_same_input_gives_the_same_bytes(corpus: Manifest, source: Path, tmp_pat
     assert [domain.val for domain in other.domains] == [domain.val for domain in corpus.domains]
 
 
-def test_spilling_changes_nothing(
+def test_segments_change_nothing(
     corpus: Manifest, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fomoe_pl.data.shards._SPILL_BYTES", 700)
+    monkeypatch.setattr("fomoe_pl.data.segments.SEGMENT_BYTES", 700)
     monkeypatch.setattr("fomoe_pl.data.prepare._BATCH_BYTES", 500)
     again = prepare([str(source)], str(tmp_path / "a"), shards_per_domain=8, val_fraction=0.2, max_shard_mb=0.0005)
     assert digests(again.root) == digests(corpus.root)
@@ -169,7 +175,7 @@ def test_an_interrupted_run_leaves_the_output_alone(
         with pytest.raises(KeyboardInterrupt):
             prepare([str(source)], str(tmp_path / "out"), shards_per_domain=2, val_fraction=0.2)
     assert not (tmp_path / "out").exists()
-    prepare([str(source)], str(tmp_path / "out"), shards_per_domain=2, val_fraction=0.2)
+    prepare([str(source)], str(tmp_path / "out"), shards_per_domain=2, val_fraction=0.2, seed=1)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -333,3 +339,124 @@ def test_a_link_to_the_output_stays(source: Path, tmp_path: Path) -> None:
         prepare([str(source)], str(tmp_path / "out"), shards_per_domain=shards, val_fraction=0.2, overwrite=True)
         assert len(load_manifest(tmp_path / "store").shards_of("train", "sea")) == shards
     assert (tmp_path / "out").is_symlink()
+
+
+def test_several_processes_write_the_same(
+    corpus: Manifest, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fomoe_pl.data.prepare.WORTH_WORKERS", 0)
+    monkeypatch.setattr("fomoe_pl.data.prepare._WORKER_BATCH_BYTES", 500)
+    monkeypatch.setattr("fomoe_pl.data.prepare.n_cores", lambda: 3)
+    told: list[tuple[str, int, int]] = []
+    again = prepare(
+        [str(source)], str(tmp_path / "a"), shards_per_domain=8, val_fraction=0.2, max_shard_mb=0.0005,
+        progress=lambda *now: told.append(now),
+    )  # fmt: skip
+    assert digests(again.root) == digests(corpus.root)
+    farm = corpus.domains[0].train.bytes + corpus.domains[0].val.bytes
+    encoding = [(done, total) for what, done, total in told if what == "farm: encoding"]
+    assert len(encoding) > 3
+    assert encoding == sorted(encoding)
+    assert encoding[-1] == (farm, farm)
+
+
+def _killed(source: str, output: str, place: str, after: int) -> None:
+    """A preparation that is ended from outside at the call of a function."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of the threads of this library
+    calls = 0
+    module = import_module(f"fomoe_pl.data.{place.rpartition('.')[0]}")
+    whole = getattr(module, place.rpartition(".")[2])
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments)
+
+    setattr(module, place.rpartition(".")[2], counted)
+    prepare([source], output, tokenizer="bpe:300", **INTERRUPTED)
+
+
+INTERRUPTED: dict[str, Any] = {"shards_per_domain": 4, "val_fraction": 0.2}
+
+
+@pytest.mark.parametrize(("place", "after"), [("prepare.write_shard", 7), ("segments.write_whole", 4)])
+def test_a_preparation_that_was_killed_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str,
+    after: int,
+) -> None:  # fmt: skip
+    """Between two shards, and between two segments: what is finished is kept, and the corpus is the same."""
+    monkeypatch.setattr("fomoe_pl.data.segments.SEGMENT_BYTES", 700)
+    monkeypatch.setattr("fomoe_pl.data.prepare._BATCH_BYTES", 500)
+    whole = prepare([str(source)], str(tmp_path / "whole"), tokenizer="bpe:300", **INTERRUPTED)
+    output = str(tmp_path / "out")
+    process = mp.get_context("fork").Process(target=_killed, args=(str(source), output, place, after))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    partial = tmp_path / ".out.partial"
+    described = [path for path in partial.rglob("*.json") if path.parent.parent.name == ".work"]
+    before = {path: path.stat().st_mtime_ns for path in (*partial.glob("*.tar"), *described)}
+    done = sum(path.suffix == ".tar" for path in before), sum(path.name[:5].isdecimal() for path in before)
+    assert (done[0] if place == "prepare.write_shard" else done[1]) >= after
+    kept: dict[Path, int] = {}
+
+    def look(what: str, *_: int) -> None:
+        if "sky: writing" in what and not kept:
+            kept.update({path: path.stat().st_mtime_ns for path in before if path.is_file()})
+
+    with caplog.at_level(logging.INFO):
+        again = prepare([str(source)], output, tokenizer="bpe:300", progress=look, **INTERRUPTED)
+    assert "going on with a preparation that was interrupted" in caplog.text
+    assert digests(again.root) == digests(whole.root)
+    assert kept == before
+    assert not partial.exists()
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_written_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare([str(source)], str(tmp_path / "whole"), **INTERRUPTED)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fomoe_pl.data.prepare.Manifest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(source)], str(tmp_path / "out"), **INTERRUPTED)
+    shard = tmp_path / ".out.partial" / whole.shards[0].file
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    (tmp_path / ".out.partial" / whole.shards[1].file).unlink()
+    assert digests(prepare([str(source)], str(tmp_path / "out"), **INTERRUPTED).root) == digests(whole.root)
+
+
+@pytest.mark.parametrize("n", [1, 40, 1000])
+def test_shards_are_as_webdataset_writes_them(tmp_path: Path, n: int) -> None:
+    draw = np.random.default_rng(n)
+    documents = [draw.integers(0, 300, size).astype(np.uint16) for size in draw.integers(1, 600, n)]
+    sizes = [draw.integers(0, high, len(document)).astype(np.uint32)
+             for document, high in zip(documents, draw.choice([2, 300, 70_000], n), strict=True)]  # fmt: skip
+    for of_tokens in (None, sizes):
+        with (tmp_path / "a.tar").open("wb") as file:
+            writer = wds.TarWriter(file, user="", group="", mtime=0, encoder=False)
+            for number, document in enumerate(documents):
+                sample = {"__key__": f"{number:08d}", "npy": _npy(document)}
+                if of_tokens is not None:
+                    size = of_tokens[number]
+                    sample["bytes.npy"] = _npy(size.astype(np.min_scalar_type(size.max())))
+                writer.write(sample)
+            writer.close()
+        digest = write_shard(tmp_path / "b.tar", documents, of_tokens)
+        assert (tmp_path / "b.tar").read_bytes() == (tmp_path / "a.tar").read_bytes()
+        assert digest == hashlib.sha256((tmp_path / "b.tar").read_bytes()).hexdigest()
+
+
+def _npy(array: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

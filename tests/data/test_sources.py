@@ -75,7 +75,7 @@ def test_every_readable_kind_is_found(tmp_path: Path, name: str) -> None:
         ".jsonl",
         "a.gz",
         "a.jsonl.part",
-        "a.arrow",
+        "a.feather",
         "deep/er/a.tar",
     ],
 )

@@ -23,9 +23,9 @@ from fomoe_pl.data.tokenizer import (
     ByteTokenizer,
     SubwordTokenizer,
     TextTokenizer,
-    _in_parts,
     bpe_vocab_size,
     fixed_tokenizer,
+    in_parts,
     load_tokenizer,
     train_bpe,
 )
@@ -253,10 +253,10 @@ def test_a_tokenizer_that_lacks_a_token_is_one_message() -> None:
             encode(["b"])
 
 
-def test_a_long_text_is_given_to_training_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_is_given_to_trainingin_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windows, "WINDOW", 100)
     text = "wave after wave " * 50 + "x" * 250
-    parts = list(_in_parts(["", text, "short"]))
+    parts = list(in_parts(["", text, "short"]))
     assert "".join(parts) == text + "short"
     assert max(map(len, parts)) <= 100
     assert all(part.startswith(" ") for part in parts[1:-4])

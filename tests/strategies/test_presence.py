@@ -66,7 +66,8 @@ def settings(root: str, /, where: str = "", **change: Any) -> dict[str, Plain]:
         ("architecture", {"expert_backend": "loop"}, []),
         ("federation", {"outer_state": "host"}, []),
         ("federation", {"outer": Average()}, []),  # what None is
-        ("data", {"root": "elsewhere", "num_workers": 2}, []),
+        ("data", {"root": "elsewhere", "max_bad_shards": 2}, []),
+        ("data", {"num_workers": 2}, ["data.num_workers"]),
         ("module", {"compile_blocks": True, "cuda_graphs": False}, []),
         ("trainer", {"default_root_dir": "elsewhere", "enable_progress_bar": False, "enable_model_summary": False}, []),
     ],

@@ -1,0 +1,170 @@
+"""Files behind URLs, read through fsspec: S3, GCS, HTTP and what else it has a protocol for."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, ParamSpec, TypeVar, cast
+
+from fomoe_pl.errors import ConfigError
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def is_url(text: object) -> bool:
+    """Whether a text names a file by protocol and address."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(text)) is not None
+
+
+def location(text: str | Path | RemotePath) -> Path | RemotePath:
+    """A local path, or what is behind a URL."""
+    if isinstance(text, str):
+        return RemotePath(text) if is_url(text) else Path(text)
+    return text
+
+
+def _reaching(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let whatever a protocol raises be an OSError that names the address."""
+
+    @functools.wraps(call)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return call(*args, **kwargs)
+        except (ConfigError, OSError):
+            raise
+        except ImportError as error:
+            raise ConfigError("source", str(args[0]), f"reading it needs a library ({error})",
+                              "Run: pip install 'fomoe-pl[remote]'") from None  # fmt: skip
+        except Exception as error:  # each protocol has errors of its own
+            raise OSError(f"{args[0]} cannot be reached ({type(error).__name__}: {error})") from error
+
+    return wrapped
+
+
+class RemotePath:
+    """A file or folder behind a URL, with what is needed of `pathlib.Path`.
+
+    Args:
+        url: Its address, such as ``s3://bucket/folder``.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    @cached_property
+    def _place(self) -> tuple[Any, str]:
+        import fsspec
+
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.url)
+        except ImportError as error:
+            raise ConfigError("source", self.url, f"reading it needs a library ({error})",
+                              "Run: pip install 'fomoe-pl[remote]'") from None  # fmt: skip
+        except ValueError as error:
+            raise ConfigError("source", self.url, f"is no URL that fsspec knows ({error})",
+                              "Use s3://, gs://, https:// or a local path") from None  # fmt: skip
+        return filesystem, path
+
+    def __str__(self) -> str:
+        """The URL."""
+        return self.url
+
+    def __repr__(self) -> str:
+        """The URL."""
+        return f"RemotePath({self.url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same URL."""
+        return isinstance(other, RemotePath) and self.url == other.url
+
+    def __hash__(self) -> int:
+        """Of the URL."""
+        return hash(self.url)
+
+    def __lt__(self, other: RemotePath) -> bool:
+        """The order of the URLs."""
+        return self.url < other.url
+
+    def __truediv__(self, name: str) -> RemotePath:
+        """What lies below."""
+        return RemotePath(f"{self.url}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL, without a query."""
+        return PurePosixPath(self.url.split("?")[0]).name
+
+    @_reaching
+    def is_dir(self) -> bool:
+        """Whether it is a folder, as far as the protocol knows folders."""
+        filesystem, path = self._place
+        return bool(filesystem.isdir(path))
+
+    @_reaching
+    def is_file(self) -> bool:
+        """Whether there is such a file."""
+        filesystem, path = self._place
+        return bool(filesystem.isfile(path))
+
+    @_reaching
+    def exists(self) -> bool:
+        """Whether there is such a file or folder."""
+        filesystem, path = self._place
+        return bool(filesystem.exists(path))
+
+    @_reaching
+    def size(self) -> int:
+        """Bytes of the file."""
+        filesystem, path = self._place
+        return int(filesystem.size(path))
+
+    @_reaching
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        """The file's bytes, read as they are needed."""
+        filesystem, path = self._place
+        return cast(IO[bytes], filesystem.open(path, mode))
+
+    @_reaching
+    def read_bytes(self) -> bytes:
+        """The whole file."""
+        filesystem, path = self._place
+        return bytes(filesystem.cat_file(path))
+
+    def read_text(self, encoding: str) -> str:
+        """The whole file as text."""
+        return self.read_bytes().decode(encoding)
+
+    @_reaching
+    def files(self) -> list[RemotePath]:
+        """All files below a folder, or the file itself, in order."""
+        filesystem, path = self._place
+        if not filesystem.isdir(path):
+            return [self]
+        return sorted(RemotePath(filesystem.unstrip_protocol(found)) for found in filesystem.find(path))
+
+    @_reaching
+    def sizes(self) -> dict[str, int] | None:
+        """Sizes of the files in the folder by name; None where the protocol lists no folders, as HTTP does not."""
+        filesystem, path = self._place
+        if "http" in filesystem.protocol:
+            return None
+        listed = filesystem.ls(path, detail=True)
+        return {PurePosixPath(one["name"]).name: int(one["size"]) for one in listed if one["type"] == "file"}
+
+    @_reaching
+    def iterdir(self) -> list[RemotePath]:
+        """What lies in the folder."""
+        filesystem, path = self._place
+        return [RemotePath(filesystem.unstrip_protocol(found)) for found in filesystem.ls(path, detail=False)]
+
+
+AnyPath = Path | RemotePath
+
+
+def file_size(path: AnyPath) -> int:
+    """Bytes of a file."""
+    return path.size() if isinstance(path, RemotePath) else path.stat().st_size
