@@ -293,6 +293,9 @@ def main(args: list[str] | None = None) -> None:
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    # It tells of its own default; checkpoints here are read without unpickling anything but plain values.
+    checkpoints = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    checkpoints.addFilter(lambda record: "weights_only" not in record.getMessage())
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)  # for a user's own classes, as with `python -m`; every process begins here
     try:

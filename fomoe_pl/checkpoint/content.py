@@ -273,11 +273,10 @@ class Content:
 
     def load_trainer(self, folder: Path) -> dict[str, Any]:
         """Lightning's state, with what this site's own callbacks know."""
-        # Our own files: Lightning's loop and callback states hold more than plain tensors.
-        path, observers = files.verify(folder, "trainer.pt"), files.observers_name(self.site.topology.site)
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-        if observers in files.read_manifest(folder)["files"]:
-            own = torch.load(files.verify(folder, observers), map_location="cpu", weights_only=False)
+        manifest, observers = files.read_manifest(folder), files.observers_name(self.site.topology.site)
+        state = files.read_state(folder, "trainer.pt", manifest)
+        if observers in manifest["files"]:
+            own = files.read_state(folder, observers, manifest)
             state["callbacks"] = {**state.get("callbacks", {}), **own}
         return {**state, "state_dict": {}, "optimizer_states": [], "folder": str(folder)}
 
@@ -327,8 +326,7 @@ class Content:
         # goes on from another's.
         own_files = [name for name in manifest["files"] if name.startswith("site-")]
         of = site.topology.site % len(own_files) if self.writes else 0
-        path = files.verify(folder, files.site_name(of), manifest)
-        own = torch.load(path, map_location="cpu", weights_only=False)
+        own = files.read_state(folder, files.site_name(of), manifest)
         changed = differences(manifest["identity"], self.identity())
         if not changed:
             if own["residents"] != model.residency.experts:

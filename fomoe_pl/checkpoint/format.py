@@ -19,12 +19,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -37,6 +39,8 @@ FORMAT = 4
 MANIFEST = "manifest.json"
 AVERAGE = "average-"  # before the names of the files of a moving average of the global model
 _SEALS = "sealed-*.json"
+# States of NumPy's random numbers are arrays.
+_NUMPY: list[Any] = [np.array(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 def partial(folder: Path) -> Path:
@@ -106,6 +110,44 @@ def write(folder: Path, name: str, content: Any) -> None:
         save_file({key: t.detach().cpu().contiguous() for key, t in content.items()}, partial(folder) / name)
     else:
         torch.save(content, partial(folder) / name)
+        check_plain(partial(folder) / name)
+
+
+def check_plain(path: Path) -> None:
+    """Refuse a torch file in which there is more than plain values and tensors: `read_state` would not read it.
+
+    Raises:
+        ConfigError: naming the classes.
+    """
+    with torch.serialization.safe_globals(_NUMPY):
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if found:
+        rule = f"a checkpoint has room for plain values and tensors, and {path.name} would have {', '.join(found)}"
+        hint = "let `state_dict` of your callback, or the arguments that you save, be numbers, text, lists and tensors"
+        raise ConfigError("checkpoint", found[0], rule, hint)
+
+
+def read_state(folder: Path, name: str, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What is in a checkpoint's torch file, whose hash is compared first; nothing that it may name is run.
+
+    Args:
+        folder: checkpoint folder.
+        name: of the file.
+        manifest: the folder's own, where it has been read already.
+
+    Raises:
+        ConfigError: if the file is not the one that was written, or holds more than plain values and tensors.
+    """
+    path = verify(folder, name, manifest)
+    try:
+        with torch.serialization.safe_globals(_NUMPY):
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = next((line for line in said if "GLOBAL" in line or "Unsupported" in line), (said or [""])[0])
+        rule = f"{name} holds something else than plain values and tensors, and is not read: {what}"
+        raise ConfigError("ckpt_path", str(folder), rule, "use a checkpoint that `fomoe fit` has written") from None
+    return state
 
 
 def seal(folder: Path, site: int, names: Iterable[str]) -> None:

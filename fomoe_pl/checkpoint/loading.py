@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fomoe_pl.checkpoint.format import read_manifest, read_weights, verify
+from fomoe_pl.checkpoint.format import read_manifest, read_state, read_weights
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
@@ -22,8 +22,7 @@ def hyper_parameters(checkpoint: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: if it is no complete checkpoint.
     """
-    path = verify(Path(checkpoint), "trainer.pt")
-    return dict(torch.load(path, map_location="cpu", weights_only=False)["hyper_parameters"])
+    return dict(read_state(Path(checkpoint), "trainer.pt")["hyper_parameters"])
 
 
 def load_global_model(checkpoint: str | Path) -> Transformer:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from fomoe_pl.checkpoint import format as files
@@ -44,8 +43,7 @@ def tokens_in(checkpoint: Path) -> tuple[int, int]:
         ConfigError: if it is no complete checkpoint.
     """
     steps: int = files.read_manifest(checkpoint)["optimizer_steps"]
-    state = torch.load(files.verify(checkpoint, "trainer.pt"), map_location="cpu", weights_only=False)
-    return steps, int(state["tokens_of_all_sites"])
+    return steps, int(files.read_state(checkpoint, "trainer.pt")["tokens_of_all_sites"])
 
 
 def resolve(folders: list[Path], path: str, others: Path | None = None) -> str | None:

@@ -1,8 +1,11 @@
 """Names of the checkpoint folder: at each moment one of them is a complete checkpoint."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -182,3 +185,37 @@ def test_reading_tensor_by_tensor_takes_no_more_room_than_some_of_them(tmp_path:
             assert files.read(tmp_path / "x.safetensors", str(i), row).sum() == 0
             most = max(most, resident_mib() - before)
     assert most < n * mib / 2
+
+
+class Planted:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("what", ["planted", "no pickle", "cut", "empty"])
+def test_a_planted_file_does_nothing_and_is_named(tmp_path: Path, what: str) -> None:
+    folder, name, done = tmp_path / "a.ckpt", checkpoint.site_name(0), tmp_path / "done"
+    checkpoint.begin(folder)
+    path = checkpoint.partial(folder) / name
+    torch.save({"rng": Planted(done)} if what == "planted" else {"rng": torch.rand(9)}, path)
+    if what != "planted":
+        data = path.read_bytes()
+        path.write_bytes({"no pickle": b"not a pickle" * 99, "cut": data[: len(data) // 2], "empty": b""}[what])
+    checkpoint.seal(folder, 0, [name])  # whoever plants a file can write hashes too
+    checkpoint.finish(folder, {"optimizer_steps": 1})
+    with pytest.raises(ConfigError, match=rf"{name} holds something else than plain values and tensors"):
+        checkpoint.read_state(folder, name)
+    assert not done.exists()
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    checkpoint.begin(tmp_path / "a.ckpt")
+    plain = {"rng": np.random.get_state(), "n": [1, 2.0, None, "text", b"x", (True, torch.rand(2))], "s": {3}}
+    checkpoint.write(tmp_path / "a.ckpt", "trainer.pt", plain)
+    with pytest.raises(ConfigError, match=r"room for plain values and tensors, and trainer.pt would have .*PosixPath"):
+        checkpoint.write(tmp_path / "a.ckpt", "trainer.pt", {"callbacks": {"Mine": tmp_path}})
