@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import pkgutil
+import re
 import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from jsonargparse import Namespace
+from lightning import __version__ as lightning_version
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
@@ -25,6 +28,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from fomoe_pl import __version__
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk, ResumedRows
 from fomoe_pl.checkpoint.resuming import check_weights, resolve, tokens_in
 from fomoe_pl.costs import plan_command
@@ -56,6 +60,19 @@ KEY_PATHS |= dict.fromkeys(
     {*signature(FederationConfig).parameters, *signature(FederatedStrategy).parameters}, "trainer.strategy.init_args."
 ) | dict.fromkeys(signature(ModelConfig).parameters, "model.architecture.")
 HUB_COMMANDS = ("export", "import", "generate", "evaluate")
+COMMANDS = {
+    "prepare": "make a corpus from text",
+    "plan": "which settings a federation can run, and what they cost",
+    "fit": "train",
+    "validate": "the global model of a checkpoint on the corpus' validation text",
+    "compare": "runs side by side, in the terminal and on a page",
+    "export": "a checkpoint as a Hugging Face folder",
+    "import": "a Hugging Face folder as a checkpoint to train on",
+    "generate": "text from a checkpoint or an export",
+    "evaluate": "scores of tasks, by lm-evaluation-harness",
+}
+ELSEWHERE = {"train": "fit", "pretrain": "fit", "run": "fit", "test": "validate", "eval": "evaluate", "data": "prepare"}
+"""What commands of other programs are called here."""
 SERVERS = ("url", "uri", "host", "endpoint", "address", "init_method", "artifact_location")
 """Ends of the settings that may be URLs."""
 
@@ -73,7 +90,22 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
 
 
 class Parser(OneMessage, LightningArgumentParser):
-    """A parser whose errors are one message."""
+    """A parser whose errors are one message, which names the nearest option to one that there is not."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and end."""
+        unknown = re.match(r"[Uu]nrecognized arguments: --([\w.]+)", message)
+        if unknown is not None:
+            near = get_close_matches(unknown[1], [option[2:] for option in self._options()], 1)
+            message += f". Did you mean --{near[0]}?" if near else ""
+        super().error(message, ex)
+
+    def _options(self) -> set[str]:
+        found = {option for action in self._actions for option in action.option_strings if option.startswith("--")}
+        for action in self._actions:
+            for parser in action.choices.values() if isinstance(action.choices, dict) else ():
+                found |= parser._options()
+        return found
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -97,12 +129,6 @@ class FoMoECLI(PlainCLI):
             save_config_kwargs={"overwrite": True},
             args=args,
             auto_configure_optimizers=False,  # the module has its own, under `model.optimizer`
-            parser_kwargs={
-                "description": "Federated mixture-of-experts pre-training. `fomoe prepare --help`: data for it; "
-                "`fomoe plan --help`: what it will cost; "
-                "`fomoe compare --help`: runs side by side; `fomoe export`, `import`, `generate`, `evaluate` "
-                "with --help: what a finished model is for."
-            },
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -285,11 +311,35 @@ def _way_on(checkpoint: str | None, args: list[str] | None) -> str:
     return f"go on with\n  {shlex.join(['fomoe', *typed, '--ckpt_path', checkpoint])}"
 
 
+def overview() -> str:
+    """What there is to type."""
+    lines = [f"  {name:10}{what}" for name, what in COMMANDS.items()]
+    return "\n".join((
+        "usage: fomoe COMMAND ...", "",
+        "Federated mixture-of-experts pre-training: sites train one model, and none of them holds all experts.", "",
+        *lines, "",
+        "fomoe COMMAND --help lists a command's settings; fomoe --version.",
+    ))  # fmt: skip
+
+
+def unknown_command(word: str) -> str:
+    """The message for a command that there is not."""
+    near = [ELSEWHERE[word]] if word in ELSEWHERE else get_close_matches(word, COMMANDS, 1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return f"{word!r} is no command. {hint}There are {', '.join(COMMANDS)}"
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console command."""
     words = sys.argv[1:] if args is None else args
-    if not words:
-        args = ["--help"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return
+    if words[0] == "--version":
+        print(f"fomoe-pl {__version__}, lightning {lightning_version}, torch {torch.__version__}")
+        return
+    if not words[0].startswith("-") and words[0] not in COMMANDS:
+        fail(unknown_command(words[0]))
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)

@@ -375,3 +375,33 @@ def test_a_missing_shard_is_named(refused: Any, root: str, tmp_path: Path) -> No
     shutil.copytree(root, copy)
     (copy / "train-sea-00003.tar").unlink()
     assert "train-sea-00003.tar is missing" in refused(f"fit --data.root {copy}")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_the_overview_names_every_command_that_there_is(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(words)
+    told = capsys.readouterr().out
+    assert [name for name in (*FoMoECLI.subcommands(), *cli.HUB_COMMANDS, "prepare", "plan") if name not in told] == []
+    assert max(map(len, told.splitlines())) <= 110
+
+
+def test_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("fomoe-pl 0.")
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train", "'train' is no command. Did you mean fit? There are prepare, plan"),
+        ("evalute model", "Did you mean evaluate?"),
+        ("xyzzy", "'xyzzy' is no command. There are prepare"),
+        ("fit --trainer.max_stepz 3", "--trainer.max_stepz 3. Did you mean --trainer.max_steps?"),
+        ("fit --modl.optimizer.lr=3", "Did you mean --model.optimizer.lr?"),
+    ],
+)
+def test_a_misspelt_word_gets_a_suggestion(command: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command.split())
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
