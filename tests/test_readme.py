@@ -145,6 +145,8 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
         value = parameter.default
         if type(value).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
             value = owner.__dataclass_fields__[name].default_factory()  # type: ignore[attr-defined]
+        if callable(value) and not inspect.isclass(value):
+            continue  # Python's alone
         if parameter.kind is parameter.VAR_KEYWORD:
             found |= defaults(FederationConfig)
             continue
@@ -180,7 +182,8 @@ def defaults(owner: Callable[..., Any]) -> dict[str, str]:
     ],
 )
 def test_every_setting_is_listed_with_its_default(page: str, key: str, owner: Callable[..., Any]) -> None:
-    assert listed((ROOT / "docs" / f"{page}.md").read_text(), key) == defaults(owner)
+    of_command = {"statistics": "`null`", "min_count": "`5`"} if owner is prepare else {}  # instead of a corpus
+    assert listed((ROOT / "docs" / f"{page}.md").read_text(), key) == defaults(owner) | of_command
 
 
 def strategy_of(path: Path) -> Any:
