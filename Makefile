@@ -16,12 +16,13 @@ export OMP_NUM_THREADS ?= 1
 export TORCH PIP_ARGS
 
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart compare test lint clean
+.PHONY: help install quickstart compare test test-slow lint clean
 
 help:
 	@echo "make quickstart   four sites train one Mixture-of-Experts model on real text"
 	@echo "make compare      the same run with every file of configs/strategy, and a table (half an hour on 2 cores)"
-	@echo "make test         run the tests"
+	@echo "make test         run the tests (a quarter of an hour on 2 cores)"
+	@echo "make test-slow    run the others: faults, benchmarks, the files of docs/extending.md"
 	@echo "make lint         ruff and mypy"
 	@echo "make install      only the virtual environment $(VENV) with fomoe in it"
 	@echo "make clean        remove $(VENV) and caches (results under runs/ stay)"
@@ -44,7 +45,10 @@ compare: $(VENV)/.stamp-install
 	$(BIN)/fomoe compare --markdown runs/compare/*
 
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-slow: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

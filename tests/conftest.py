@@ -27,6 +27,7 @@ def _start_bound(self: subprocess.Popen, *args: Any, preexec_fn: Any = None, **k
 
     def prepare_child() -> None:
         end_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what it starts in the background ignore Ctrl-C
         if preexec_fn is not None:
             preexec_fn()
 

@@ -82,6 +82,7 @@ def test_steps_are_timed_and_the_first_case_calibrates(tmp_path: Path, capsys: p
     assert "MFU" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_of_sites_is_measured_for_one_case_after_another_and_failures_are_rows(tmp_path: Path) -> None:
     """A case that fails leaves those before and after it alone; another number of sites has processes of its own."""
     output = tmp_path / "memory.json"
@@ -190,6 +191,7 @@ def can_make_namespaces() -> bool:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs root, ip and tc")
 def test_a_real_link_carries_what_was_predicted_as_slowly_as_predicted(tmp_path: Path) -> None:
     output = tmp_path / "links.json"

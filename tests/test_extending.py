@@ -27,7 +27,7 @@ from tests.golden import tensors_of
 from tests.test_cli import environment
 from tests.training import ARCHITECTURE, ROOT
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PAGE = (ROOT / "docs/extending.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, flags=re.DOTALL)
 SITES = 2

@@ -21,7 +21,7 @@ from fomoe_pl.checkpoint.format import newest, read_manifest
 from tests.test_cli import CHECKPOINT, environment, report, run, small
 
 LONG = ["--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000"]
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 few_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 # Over gloo, and with a GPU for each site over NCCL.
 accelerators = pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=[pytest.mark.gpu, few_gpus])])

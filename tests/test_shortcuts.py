@@ -136,6 +136,7 @@ def _fit_with_copies(rank: int, run: Run, other: Run) -> tuple[int, int]:
     return watch[0].steps, watch[1].steps
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_copies_follow_rounds_rows_that_were_sent_validations_and_checkpoints(root: str, tmp_path: Path) -> None:
     runs = []

@@ -16,6 +16,7 @@ from tests.tools import load
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_bench_step_trains_both_loops_alike(tmp_path: Path) -> None:
     architecture = ["vocab_size=65", "d_model=32", "n_layers=2", "n_heads=2", "n_experts=4", "top_k=2", "d_expert=16"]
     command = [sys.executable, str(ROOT / "tools/bench_step.py"), "--output", str(tmp_path), "--accelerator", "cpu"]
@@ -64,6 +65,7 @@ def test_scripts_are_valid_shell_and_executable(script: str) -> None:
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_bench_gpus_compares_runs_on_several_ranks(root: str, tmp_path: Path) -> None:
     architecture = ["vocab_size=257", "d_model=16", "n_layers=2", "n_heads=2", "n_experts=4", "top_k=2", "d_expert=8"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -136,6 +138,7 @@ def test_losses_are_compared_rank_by_rank() -> None:
     assert load("bench_gpus").distance(a, b) == {"median": 0.25, "mean": 0.75, "largest": 2.0}
 
 
+@pytest.mark.slow
 def test_bench_watching_times_rounds_by_kind(root: str, tmp_path: Path) -> None:
     architecture = ["vocab_size=257", "d_model=16", "n_layers=2", "n_heads=2", "n_experts=4", "top_k=2", "d_expert=8"]
     command = [sys.executable, str(ROOT / "tools/bench_watching.py"), "--output", str(tmp_path), "--accelerator", "cpu"]
@@ -153,6 +156,7 @@ def test_bench_watching_times_rounds_by_kind(root: str, tmp_path: Path) -> None:
     assert float(shares["a drawing"]) > 0
 
 
+@pytest.mark.slow
 def test_bench_saving_measures_both_ways_and_resumes(root: str, tmp_path: Path) -> None:
     architecture = ["vocab_size=257", "d_model=16", "n_layers=2", "n_heads=2", "n_experts=4", "top_k=2", "d_expert=8"]
     command = [sys.executable, str(ROOT / "tools/bench_saving.py"), "--data", root, "--output", str(tmp_path)]

@@ -146,6 +146,7 @@ def test_tiles_fit_sizes_and_shared_memory(itemsize: int, capability: tuple[int,
     assert tuned(2, 1024, 512, 2048, shared_bytes=227 * 1024, capability=(9, 0)) == TUNED[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not kernels.triton, reason="triton is not installed")
 def test_what_is_compiled_fits_every_generation(tmp_path: Path) -> None:
     """For GPUs that are not here; the longest 20 seconds of these tests, and nobody has all of these."""
