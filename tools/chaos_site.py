@@ -167,9 +167,12 @@ class Chaos:
         from fomoe_pl.data.module import FoMoEData
         from fomoe_pl.module import FoMoEModule
 
-        def damage(data: Any, *_: Any) -> None:
+        looked_at: Any = FoMoEData.manifest
+
+        def damage(*_: Any) -> None:
             if self.plan["damaged"]:
-                data.__dict__["manifest"] = replace(data.manifest, root=Path(self.plan["damaged"]))
+                folder = Path(self.plan["damaged"])
+                FoMoEData.manifest = property(lambda data: replace(looked_at.fget(data), root=folder))  # type: ignore
 
         self.before(FoMoEModule, "training_step", "local step", self.starts_step)
         self.before(FoMoEModule, "on_before_optimizer_step", "local step", self.ends_step)
