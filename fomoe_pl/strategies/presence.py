@@ -86,6 +86,8 @@ def _declared(thing: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Plain:
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(value, Mapping):  # in whatever order its keys were typed
+        return str(dict(sorted(value.items(), key=str)))
     if str(value) != object.__repr__(value):
         return str(value)
     # Its address is each process's own.

@@ -66,6 +66,7 @@ def settings(root: str, /, where: str = "", **change: Any) -> dict[str, Plain]:
         ("architecture", {"expert_backend": "loop"}, []),
         ("federation", {"outer_state": "host"}, []),
         ("federation", {"outer": Average()}, []),  # what None is
+        ("federation", {"local_steps": {4: 2, 0: 1}}, ["trainer.strategy.init_args.local_steps"]),
         ("data", {"root": "elsewhere", "max_bad_shards": 2}, []),
         ("data", {"num_workers": 2}, ["data.num_workers"]),
         ("module", {"compile_blocks": True, "cuda_graphs": False}, []),
@@ -88,6 +89,11 @@ def test_an_object_without_a_text_of_its_own_is_told_by_its_arguments(root: str)
     assert differences([one, other]) == [
         "trainer.strategy.init_args.wire_codec is 'MyCodec(bits=4)' on site 0, 'MyCodec(bits=8)' on site 1"
     ]
+
+
+def test_the_order_of_keys_is_no_difference(root: str) -> None:
+    one, other = (settings(root, "federation", local_steps=steps) for steps in ({0: 1, 4: 2}, {4: 2, 0: 1}))
+    assert differences([one, other]) == []
 
 
 def test_all_values_are_named_with_their_sites() -> None:
