@@ -4,7 +4,7 @@
 
 The documents of the sources are repeated, each time with another first line, up to `--mb` of text in one file.
 `tokenizers` alone has the text in memory and encodes it in batches on all cores; a preparation reads the file twice and
-writes shards. Each is a process of its own, whose imports are not timed. Seconds of all cores are told too: on a
+writes shards. Each is a process of its own, whose imports are not timed. CPU seconds are printed too: on a
 machine that others use their ratio is the steadier one. Memory is that of the preparation and the processes that it
 starts, where shared pages are divided among them (Pss), taken ten times a second; with `--document_kb` documents have
 that length instead of their own. Writes `bench_prepare.json`.

@@ -302,7 +302,7 @@ class FoMoEData(L.LightningDataModule):
             told = f"; site {', '.join(new)} has a corpus that was not there, read from its beginning" if new else ""
             ahead = 0 if self._consumed is None else self._readers_ahead(n_sites, self._consumed)
             more = f"; {ahead} readers of a domain find nothing left and begin the next epoch" if ahead else ""
-            rank_zero_info(f"data: what was not read yet in this epoch is divided anew ({changed}){told}{more}")
+            rank_zero_info(f"data: what was not read yet in this epoch is divided again ({changed}){told}{more}")
         self._since = batches
 
     def _read_before(self) -> Consumed | None:

@@ -61,9 +61,6 @@ class RemotePath:
 
         try:
             filesystem, path = fsspec.core.url_to_fs(self.url)
-        except ImportError as error:
-            raise ConfigError("source", self.url, f"reading it needs a library ({error})",
-                              "Run: pip install 'fomoe-pl[remote]'") from None  # fmt: skip
         except ValueError as error:
             raise ConfigError("source", self.url, f"is no URL that fsspec knows ({error})",
                               "Use s3://, gs://, https:// or a local path") from None  # fmt: skip

@@ -54,6 +54,13 @@ def is_broken_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error))))
 
 
+def wait_until_set(store: dist.Store, keys: list[str]) -> None:
+    """Wait until others have set all keys, but no longer than `PATIENCE`: for whoever takes the store along."""
+    until = time.monotonic() + PATIENCE
+    while not store.check(keys) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
 class Listener:
     """Answers for this rank when others ask, whatever its main thread is doing.
 
@@ -139,7 +146,7 @@ class Listener:
 
         Args:
             together: whether all ranks end now. The store goes with rank 0, which then waits until no other listens: a
-                connection that breaks under a waiting thread is told by torch in a page of C++.
+                connection that breaks under a waiting thread makes torch print a page of C++.
         """
         self._over = True
         with suppress(RuntimeError):  # the store may be gone
@@ -147,9 +154,8 @@ class Listener:
         self._thread.join(PATIENCE)
         with suppress(RuntimeError):
             self._store.set(f"{_LEFT}{self.topology.rank}", "1")
-            left, until = [f"{_LEFT}{rank}" for rank in range(self.topology.world_size)], time.monotonic() + PATIENCE
-            while together and self.topology.rank == 0 and time.monotonic() < until and not self._store.check(left):
-                time.sleep(0.02)
+            if together and self.topology.rank == 0:
+                wait_until_set(self._store, [f"{_LEFT}{rank}" for rank in range(self.topology.world_size)])
 
 
 _listener: Listener | None = None  # as there is one default process group in a process

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fomoe_pl.errors import SiteLostError
-from fomoe_pl.federation.liveness import PATIENCE
+from fomoe_pl.federation.liveness import wait_until_set
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.strategies.presence import Plain, RunKey, check_equal, digest, parse
 
@@ -103,8 +103,8 @@ def _ask(server: dist.Store, rank: int, timeout: timedelta, key: RunKey) -> int:
 def _tell(server: dist.Store, rank: int, size: int, number: int, key: RunKey, refused: set[bytes]) -> None:
     """Answer all that have asked, on rank 0; one of an earlier attempt does not hear it any more.
 
-    A wrong proof is answered too, so that who has the wrong key by mistake is told at once; the answer's number is of
-    no use without the key.
+    A wrong proof is answered too, so that a process with the wrong key by mistake ends at once; the answer's number is
+    of no use without the key.
     """
     for other in range(1, size) if rank == 0 else ():
         if not server.check([f"{_ASKS}{other}"]):
@@ -133,14 +133,8 @@ def _compare(store: dist.Store, topology: Topology) -> None:
     settings = [json.loads(store.get(f"{_SETTINGS}{rank}")) for rank in ranks[:: topology.ranks_per_site]]
     store.set(f"{_SEEN}{topology.rank}", "1")
     if topology.rank == 0:  # the store goes with its keeper
-        _wait_until_seen(store, [f"{_SEEN}{rank}" for rank in ranks])
+        wait_until_set(store, [f"{_SEEN}{rank}" for rank in ranks])
     check_equal(settings)
-
-
-def _wait_until_seen(store: dist.Store, keys: list[str]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not store.check(keys) and time.monotonic() < until:
-        time.sleep(0.1)
 
 
 def _wait_for(store: dist.Store, rank: int, size: int, timeout: timedelta, tell: Callable[[], None]) -> list[int]:
@@ -157,7 +151,7 @@ def _wait_for(store: dist.Store, rank: int, size: int, timeout: timedelta, tell:
             store.set(f"{_SEEN}{rank}", "1")
             others = [f"{_SEEN}{other}" for other in range(size) if other not in absent]
             if rank == 0:  # the store goes with its keeper
-                _wait_until_seen(store, others)
+                wait_until_set(store, others)
             return absent
         time.sleep(0.1)
     return []
