@@ -34,6 +34,7 @@ PRECISION: Literal["bf16-mixed"] = "bf16-mixed"
 CLIP_NORM = 1.0
 FULL, SYNCHRONOUS = "full", "synchronous"
 SITE_TIMEOUT = timedelta(minutes=5)
+SHUFFLE_SEQUENCES = 1024  # else a site sees few documents of a domain in a round, and equal data is not equal
 
 
 class Run(NamedTuple):
@@ -116,7 +117,8 @@ class Study:
         found = {name: getattr(self, name) for name in numbers}
         found["optimizer"] = {field.name: getattr(self.optimizer, field.name) for field in fields(self.optimizer)
                               if getattr(self.optimizer, field.name) != field.default}  # fmt: skip
-        found |= {"corpus": corpus, "precision": PRECISION, "clip_norm": CLIP_NORM}
+        found |= {"corpus": corpus, "precision": PRECISION, "clip_norm": CLIP_NORM,
+                  "shuffle_sequences": SHUFFLE_SEQUENCES}  # fmt: skip
         return cast(dict[str, Any], json.loads(json.dumps(found)))
 
 
@@ -253,7 +255,7 @@ def train(place: Place, run: Run, rank: int, store: str) -> dict[str, Any]:
     data = FoMoEData(
         place.root, sequence_length=study.sequence_length, batch_size=study.batch_size * (study.sites if alone else 1),
         val_batch_size=2 * study.batch_size, val_sequences=study.val_sequences, num_workers=place.num_workers,
-        split=run.split, seed=run.seed,
+        shuffle_sequences=SHUFFLE_SEQUENCES, split=run.split, seed=run.seed,
     )  # fmt: skip
     module = FoMoEModule(
         study.model(data.vocab_size), study.optimizer, seed=run.seed, compile_blocks=place.compile_blocks

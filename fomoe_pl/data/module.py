@@ -76,6 +76,8 @@ class FoMoEData(L.LightningDataModule):
         dirichlet_alpha: Concentration of the mixtures: small gives each site few domains, large equal shares.
         weights: Share of each domain in what a site reads, by name, such as {web: 90, code: 10}; 0 leaves it out. Those
             of a site's domains are scaled to sum 1. null: by the domains' tokens.
+        shuffle_sequences: Sequences of a domain that a reader shuffles at a time. 1: the sequences of a long document
+            follow each other; documents are shuffled either way.
         seed: Seed of the data's order and mixtures; null: that of seed_everything, else 0.
         max_bad_shards: Training shards of a domain that a reader replaces by others when they cannot be read; one more
             stops the run.
@@ -92,6 +94,7 @@ class FoMoEData(L.LightningDataModule):
         split: SplitKind = "iid",
         dirichlet_alpha: float = 0.3,
         weights: dict[str, float] | None = None,
+        shuffle_sequences: int = 1,
         seed: int | None = None,
         max_bad_shards: int = 1,
     ) -> None:
@@ -105,6 +108,7 @@ class FoMoEData(L.LightningDataModule):
         self.split: SplitKind = split
         self.dirichlet_alpha = dirichlet_alpha
         self.weights = weights
+        self.shuffle_sequences = shuffle_sequences
         self.seed = seed_or_default(seed)
         self.max_bad_shards = max_bad_shards
         self.goes_on = False  # set before a run that goes on from a checkpoint: it does without shards lost meanwhile
@@ -184,7 +188,7 @@ class FoMoEData(L.LightningDataModule):
                 corpora that each site has of its own nothing is seen until the sites have met.
         """
         smallest = {"sequence_length": 1, "batch_size": 1, "val_batch_size": 1, "num_workers": 0, "seed": 0,
-                    "max_bad_shards": 0}  # fmt: skip
+                    "shuffle_sequences": 1, "max_bad_shards": 0}  # fmt: skip
         for key, least in smallest.items():
             if getattr(self, key) < least:
                 raise ConfigError(f"data.{key}", getattr(self, key), f"must be at least {least}", "Give a larger one")
@@ -238,7 +242,7 @@ class FoMoEData(L.LightningDataModule):
         stream = SiteStream(
             self.manifest, self._plans(n_sites)[site], self.sequence_length, self.seed, site,
             batch_size=self.batch_size, consumed=self._consumed, max_bad_shards=self.max_bad_shards,
-            orders=self._order_numbers(), labels=corpora.labels(site),
+            orders=self._order_numbers(), labels=corpora.labels(site), shuffle=self.shuffle_sequences,
         )  # fmt: skip
         return SiteLoader(
             stream,
@@ -315,7 +319,7 @@ class FoMoEData(L.LightningDataModule):
                 consumed = consumption(
                     manifest, list(plans.values()), division["sequence_length"], division["seed"], batches=batches,
                     batch_size=division["batch_size"], consumed=consumed, sites=list(plans),
-                    orders=self._order_numbers(),
+                    orders=self._order_numbers(), shuffle=division["shuffle_sequences"],
                 )  # fmt: skip
         return consumed
 
@@ -339,7 +343,7 @@ class FoMoEData(L.LightningDataModule):
             "corpora": corpora.fingerprints, "trained": corpora.trained, "weights": self.weights,
             "seed": self.seed, "n_sites": corpora.n_sites,
             "readers": max(1, self.num_workers), "split": self.split, "dirichlet_alpha": self.dirichlet_alpha,
-            "sequence_length": self.sequence_length, "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length, "batch_size": self.batch_size, "shuffle_sequences": self.shuffle_sequences,
         }  # fmt: skip
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -424,9 +428,10 @@ def _sizes(manifest: Manifest) -> list[DomainSize]:
 
 def _of_this_version(saved: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """A saved position, also of a version that knew of one corpus for all sites alone."""
+    division = {"shuffle_sequences": 1, **saved["division"]}
     if "past" in saved:
-        return saved
-    division = dict(saved["division"])
+        past = [({"shuffle_sequences": 1, **before}, batches) for before, batches in saved["past"]]
+        return {**saved, "division": division, "past": past}
     corpus = division.pop("corpus")
     division |= {"corpora": [corpus] * division["n_sites"], "trained": manifest.domain_names, "weights": None}
     consumed = {} if saved["consumed"] is None else {corpus: saved["consumed"]}

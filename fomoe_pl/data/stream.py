@@ -15,7 +15,7 @@ from fomoe_pl.data.shards import Tokens
 
 _DRAWS = 4096  # domains drawn at a time
 # Keep the generators of the different orders apart.
-_SHARD_ORDER, _DOCUMENT_ORDER, _MIXTURE = range(3)
+_SHARD_ORDER, _DOCUMENT_ORDER, _MIXTURE, _SEQUENCE_ORDER = range(4)
 Consumed = Sequence[Sequence[int]]  # tokens read of each training shard of each domain, all epochs counted
 
 
@@ -163,7 +163,8 @@ class PackedStream:
     """One worker's sequences: domains drawn by weight, the tokens of each domain packed without loss.
 
     A sequence has S+1 tokens, and begins with the last token of the domain's sequence before, so that every token is a
-    target once. The first sequence of a domain begins with an end of document.
+    target once. The first sequence of a domain begins with an end of document. With ``shuffle`` above 1, so many
+    sequences of a domain at a time come in an order of their own.
 
     Args:
         manifest: The corpus.
@@ -177,6 +178,7 @@ class PackedStream:
         max_bad_shards: As for :class:`DomainStream`.
         orders: For each domain of the corpus, the number of its orders; None: its index.
         labels: For each domain of the corpus, its index in the batches; None: that in the corpus.
+        shuffle: Sequences of a domain that are read, and shuffled, at a time.
     """
 
     def __init__(
@@ -192,15 +194,20 @@ class PackedStream:
         max_bad_shards: int = 0,
         orders: Sequence[int] | None = None,
         labels: Sequence[int] | None = None,
+        shuffle: int = 1,
     ) -> None:
         self._plan = plan
         self._labels = [domain if labels is None else labels[domain] for domain in plan.domains]
         self._length = sequence_length
+        self._shuffle = shuffle
         self._place = (seed, site, worker)
         self._taken = start
         self._streams = []
         self._last_token = []
-        for i, before in enumerate(count_domains(plan, *self._place, start)):
+        self._blocks: list[NDArray[np.int64]] = []  # of each domain, (shuffle, S+1)
+        self._given = count_domains(plan, *self._place, start)
+        for i, count in enumerate(self._given):
+            before = count - count % shuffle
             domain = plan.domains[i]
             read = dict(enumerate(consumed[domain])) if consumed else None
             order = None if orders is None else orders[domain]
@@ -208,22 +215,38 @@ class PackedStream:
             if before:
                 stream.seek(before * sequence_length - 1)
             self._streams.append(stream)
-            self._last_token.append(stream.take(1)[0] if before else manifest.eod_id)
+            self._last_token.append(int(stream.take(1)[0]) if before else manifest.eod_id)
+            self._blocks.append(self._read_block(i) if count > before else np.empty((0, 0), np.int64))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yield ``inputs`` (S,), ``targets`` (S,) and ``domain`` (), all int64, for ever."""
         while True:
             block, offset = divmod(self._taken, _DRAWS)
             for i in draw_domains(self._plan, *self._place, block)[offset:]:
-                sequence = np.append(self._last_token[i], self._streams[i].take(self._length))
-                self._last_token[i] = sequence[-1]
-                tokens = torch.from_numpy(sequence)
+                tokens = torch.from_numpy(self._next_sequence(i))
                 self._taken += 1
                 yield {
                     "inputs": tokens[:-1],
                     "targets": tokens[1:],
                     "domain": torch.tensor(self._labels[i]),
                 }
+
+    def _next_sequence(self, i: int) -> NDArray[np.int64]:
+        """S+1 tokens of a domain of the plan."""
+        place = self._given[i] % self._shuffle
+        if not place:
+            self._blocks[i] = self._read_block(i)
+        self._given[i] += 1
+        return self._blocks[i][place]
+
+    def _read_block(self, i: int) -> NDArray[np.int64]:
+        """The next sequences of a domain of the plan, in the order in which they are given."""
+        tokens = np.append(self._last_token[i], self._streams[i].take(self._shuffle * self._length))
+        self._last_token[i] = int(tokens[-1])
+        sequences = np.lib.stride_tricks.sliding_window_view(tokens, self._length + 1)[:: self._length]
+        block = self._given[i] // self._shuffle
+        generator = np.random.default_rng([*self._place, _SEQUENCE_ORDER, self._plan.domains[i], block])
+        return sequences[generator.permutation(self._shuffle)]
 
 
 class SiteStream(IterableDataset[dict[str, Tensor]]):
@@ -244,6 +267,7 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         max_bad_shards: As for :class:`DomainStream`.
         orders: As for :class:`PackedStream`.
         labels: As for :class:`PackedStream`.
+        shuffle: As for :class:`PackedStream`.
     """
 
     def __init__(
@@ -260,9 +284,10 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         max_bad_shards: int = 0,
         orders: Sequence[int] | None = None,
         labels: Sequence[int] | None = None,
+        shuffle: int = 1,
     ) -> None:
         self._manifest = manifest
-        self._orders, self._labels = orders, labels
+        self._orders, self._labels, self._shuffle = orders, labels, shuffle
         self._plans = tuple(plans)
         self._length = sequence_length
         self._seed = seed
@@ -284,7 +309,7 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         taken = batches_of_worker(self._batches, len(self._plans), worker) * self._batch_size
         yield from PackedStream(
             self._manifest, self._plans[worker], self._length, self._seed, self._site, worker,
-            taken, self._consumed, self._max_bad_shards, self._orders, self._labels,
+            taken, self._consumed, self._max_bad_shards, self._orders, self._labels, self._shuffle,
         )  # fmt: skip
 
 
@@ -304,8 +329,11 @@ def consumption(
     consumed: Consumed | None = None,
     sites: Sequence[int] | None = None,
     orders: Sequence[int] | None = None,
+    shuffle: int = 1,
 ) -> Consumed:
     """What all sites of a corpus together have read of each shard when each has been given some batches.
+
+    Sequences that a reader has shuffled, but not given yet, count as read: none is given twice in an epoch.
 
     Args:
         manifest: The corpus.
@@ -317,6 +345,7 @@ def consumption(
         consumed: What had been read before.
         sites: Numbers of the sites that read the corpus; None: from 0 on.
         orders: As for :class:`PackedStream`.
+        shuffle: As for :class:`PackedStream`.
 
     Returns:
         For each domain, the tokens that were read of each of its training shards, all epochs counted.
@@ -327,10 +356,10 @@ def consumption(
         for worker, plan in enumerate(workers):
             sequences = batches_of_worker(batches, len(workers), worker) * batch_size
             for i, count in enumerate(count_domains(plan, seed, site, worker, sequences)):
-                domain = plan.domains[i]
+                domain, whole = plan.domains[i], -(-count // shuffle) * shuffle
                 order = None if orders is None else orders[domain]
                 before = dict(enumerate(read[domain]))
                 stream = DomainStream(manifest, domain, plan.shards[i], seed, before, order=order)
-                for number, tokens in stream.consumed_at(count * sequence_length).items():
+                for number, tokens in stream.consumed_at(whole * sequence_length).items():
                     read[domain][number] = tokens
     return read

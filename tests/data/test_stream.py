@@ -184,3 +184,42 @@ def test_an_epoch_behind_a_division_is_whole_again(corpus: Manifest) -> None:
     for position in (0, 5, every[3].tokens, 2 * again.tokens_per_epoch, 2 * again.tokens_per_epoch + 77):
         again.seek(position)
         assert np.array_equal(again.take(50), whole[position : position + 50])
+
+
+def test_shuffled_sequences_are_the_same_ones_in_another_order(corpus: Manifest) -> None:
+    (plan,) = plans(corpus, 2)[1]
+    apart, mixed = (
+        list(islice(PackedStream(corpus, plan, S, seed=0, site=1, worker=0, shuffle=shuffle), 400))
+        for shuffle in (1, 8)
+    )
+    assert [int(s["domain"]) for s in mixed] == [int(s["domain"]) for s in apart]
+    for domain in plan.domains:
+        before, after = (
+            [tuple(s["inputs"].tolist()) for s in some if s["domain"] == domain] for some in (apart, mixed)
+        )
+        whole = len(before) // 8 * 8
+        assert before[:whole] != after[:whole]
+        for block in range(0, whole, 8):
+            assert sorted(before[block : block + 8]) == sorted(after[block : block + 8])
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 8, 100, 333])
+def test_a_shuffled_stream_goes_on_where_it_was(corpus: Manifest, start: int) -> None:
+    (plan,) = plans(corpus, 2)[0]
+    whole, later = (
+        [[int(s["domain"]), *s["targets"].tolist()] for s in islice(PackedStream(
+            corpus, plan, S, seed=3, site=0, worker=0, start=begin, shuffle=16), n)]
+        for begin, n in ((0, 400), (start, 400 - start))
+    )  # fmt: skip
+    assert whole[start:] == later
+
+
+def test_what_was_shuffled_is_not_read_again_by_others(corpus: Manifest) -> None:
+    """Sequences of a block that was begun count as read, up to the block's end."""
+    many = plans(corpus, 2)
+    kept = {"batches": 50, "batch_size": 1}
+    read = consumption(corpus, many, S, 0, **kept, shuffle=16)
+    exact = consumption(corpus, many, S, 0, **kept)
+    counted = sum(map(sum, read)) - sum(map(sum, exact))
+    assert 0 < counted <= 2 * len(corpus.domains) * 15 * S and counted % S == 0
+    assert consumption(corpus, many, S, 0, **kept, shuffle=1) == exact
