@@ -343,7 +343,8 @@ class FoMoEData(L.LightningDataModule):
             "corpora": corpora.fingerprints, "trained": corpora.trained, "weights": self.weights,
             "seed": self.seed, "n_sites": corpora.n_sites,
             "readers": max(1, self.num_workers), "split": self.split, "dirichlet_alpha": self.dirichlet_alpha,
-            "sequence_length": self.sequence_length, "batch_size": self.batch_size, "shuffle_sequences": self.shuffle_sequences,
+            "sequence_length": self.sequence_length, "batch_size": self.batch_size,
+            "shuffle_sequences": self.shuffle_sequences,
         }  # fmt: skip
 
     def val_dataloader(self) -> DataLoader[Batch]:
