@@ -39,7 +39,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.files import prepare, write_whole
 
 HEADING = "## Results"
-StudyName = Literal["16m", "80m", "paper", "tiny"]
+StudyName = Literal["16m", "16m_long", "80m", "paper", "tiny"]
 
 
 # -- results ------------------------------------------------------------------------------------------------------

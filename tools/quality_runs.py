@@ -134,6 +134,13 @@ STUDIES = {
         architecture=_SMALL, optimizer=_COOLED, steps=_STEPS, batch_size=24, sequence_length=256, val_sequences=1536,
         arms=(FULL, *_PARTIAL, SYNCHRONOUS),
     ),
+    # Twice as long. At some step the model learns to copy from its context, and its loss falls; in `16m` the step at
+    # which a run does so, 700 to 1,500, decides its rank.
+    "16m_long": Study(
+        architecture=_SMALL, optimizer=OptimizerConfig(lr=3e-3, warmup_steps=96, cooldown_steps=2 * _STEPS // 5),
+        steps=2 * _STEPS, batch_size=24, sequence_length=256, val_sequences=1536,
+        arms=(FULL, "shadow4_2", "shadow4_1", "ghost_2", "partitioned_2", "shadow2_2"),
+    ),
     # Five times as large. CompleteP carries the learning rate over from the small one.
     "80m": Study(
         architecture={**_SMALL, "d_model": 512, "n_layers": 8, "n_heads": 8, "d_expert": 512}, optimizer=_COOLED,
