@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fomoe_pl.costs.memory import DDP_COPIES, LIBRARY_BYTES, MIB, Load, RankMemory, rank_memory
-from fomoe_pl.costs.plan_command import read_model
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.costs.time import StepWork, calibration, step_seconds, step_work
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.planner.command import read_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs/benchmarks"

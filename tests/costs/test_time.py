@@ -9,7 +9,6 @@ from fomoe_pl.costs.bytes import predict_bytes
 from fomoe_pl.costs.flops import executed_picks, token_flops
 from fomoe_pl.costs.memory import Load
 from fomoe_pl.costs.network import Links, framed
-from fomoe_pl.costs.paper import table_1
 from fomoe_pl.costs.rounds import (
     Collective,
     checkpoint_bytes,
@@ -29,7 +28,9 @@ from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Shadow
 from fomoe_pl.model.sizes import forward_flops_per_token, parameter_counts, training_flops_per_token
+from tests.tools import load
 
+table_1 = load("paper").table_1
 SMALL = ModelConfig(vocab_size=257, d_model=64, n_layers=3, n_heads=2, n_experts=8, top_k=2, d_expert=32)
 
 
