@@ -73,7 +73,7 @@ def test_a_run_writes_consistent_tables(tmp_path: Path) -> None:
 
 
 def test_flops_are_six_for_each_active_parameter_and_causal_attention() -> None:
-    config, rows = load("models").architecture("olmoe-1.3b"), load("model_rows")
+    config, rows = load("harness").architecture("olmoe-1.3b"), load("model_rows")
     matrices = active_parameters(config) - config.vocab_size * config.d_model  # the embedding is looked up
     norms = config.d_model * (4 * config.n_layers + 1)
     attention = 12 * config.n_layers * config.d_model * 2048 / 2

@@ -20,13 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import command_line
-import lightning.pytorch as L
-import torch
 import torch.distributed as dist
-from gpu_runs import MIB, SITE_TIMEOUT, Job, Seen, alone, train, validate, variants
+from gpu_runs import Job, Seen, alone, train, validate, variants
+from harness import SITE_TIMEOUT, Report, markdown, read
 
-from fomoe_pl.files import write_whole
+from fomoe_pl.costs.memory import MIB
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.optimizer import OptimizerConfig
 
@@ -92,23 +90,21 @@ def distance(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> dict[s
     return {"median": median, "mean": mean, "largest": max(differences)}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The figures as a Markdown table."""
-    lines = [
-        "| variant | local tokens/s a GPU | with rounds tokens/s a GPU | round (s) | sent a rank (MiB) | = formula "
-        "| peak a rank (MiB) | resident parameters | train loss | val loss | of the checkpoint on one GPU |",
-        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for r in rows:
-        saved = "" if r["saved_val_loss"] is None else f"{r['saved_val_loss']:.5f}"
-        local = "" if r["local_tokens_per_second"] is None else f"{r['local_tokens_per_second']:,.0f}"
-        lines.append(
-            f"| {r['variant']} | {local} | {r['with_sync_tokens_per_second']:,.0f} "
-            f"| {r['round_seconds']:.3f} | {r['wire_mib_a_rank']:,.0f} | {'yes' if r['ledger_is_formula'] else 'NO'} "
-            f"| {r['peak_mib_a_rank']:,.0f} | {r['resident_parameters']:,} | {r['train_loss']:.4f} "
-            f"| {r['val_loss']:.5f} | {saved} |"
-        )
-    return "\n".join(lines)
+COLUMNS = ("variant", "local tokens/s a GPU", "with rounds tokens/s a GPU", "round (s)", "sent a rank (MiB)",
+           "= formula", "peak a rank (MiB)", "resident parameters", "train loss", "val loss",
+           "of the checkpoint on one GPU")  # fmt: skip
+
+
+def cells(r: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    return [
+        r["variant"],
+        "" if r["local_tokens_per_second"] is None else f"{r['local_tokens_per_second']:,.0f}",
+        f"{r['with_sync_tokens_per_second']:,.0f}", f"{r['round_seconds']:.3f}", f"{r['wire_mib_a_rank']:,.0f}",
+        "yes" if r["ledger_is_formula"] else "NO", f"{r['peak_mib_a_rank']:,.0f}", f"{r['resident_parameters']:,}",
+        f"{r['train_loss']:.4f}", f"{r['val_loss']:.5f}",
+        "" if r["saved_val_loss"] is None else f"{r['saved_val_loss']:.5f}",
+    ]  # fmt: skip
 
 
 def bench(
@@ -128,7 +124,7 @@ def bench(
     gloo: list[str] | None = None,
     save: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Measure; rank 0 writes `bench_gpus.json` after every run and prints tables at the end.
+    """Measure; rank 0 writes both files after every run and prints the page at the end.
 
     Args:
         architecture: The model.
@@ -166,12 +162,10 @@ def bench(
             raise SystemExit(f"{name} is no variant for {n} GPUs; there are {', '.join(known)}")
     alternating = [name for name in ("single", "local_adamw") if name in chosen]
     order = alternating * repeats + [name for name in chosen if name not in alternating]
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if accelerator == "gpu" else "cpu", "gpus": n,
-        "torch": torch.__version__, "lightning": L.__version__, "batch_size": batch_size,
-        "sequence_length": sequence_length, "local_steps": local_steps, "rounds": rounds, "lr": lr,
-        "warmup_steps": warmup_steps, "runs": {}, "gloo": {},
-    }  # fmt: skip
+    settings = {"gpus": n, "batch_size": batch_size, "sequence_length": sequence_length, "local_steps": local_steps,
+                "rounds": rounds, "lr": lr, "warmup_steps": warmup_steps}  # fmt: skip
+    report = Report(folder, "bench_gpus", accelerator, settings) if rank == 0 else None
+    results: dict[str, Any] = {"runs": {}, "gloo": {}}
 
     def one(name: str, label: str, backend: str, *, save: bool = False) -> list[dict[str, Any]]:
         def work() -> Seen:
@@ -194,34 +188,29 @@ def bench(
                 seen[0]["saved_val_loss"] = validate(job, label)
             together.meet(f"{label}-validated")
         results["runs"].setdefault(name, []).append(seen)
-        write(folder, results, rank)
+        if report is not None:
+            report.write(results)
     for name in gloo or ():
         results["gloo"][name] = one(name, f"{name}-gloo", "gloo")
-        write(folder, results, rank)
-    if rank == 0:
-        conclude(job, results)
-        write(folder, results, rank)
+        if report is not None:
+            report.write(results)
+    if report is not None:
+        print(report.write(results, *conclude(job, results)))
     return results
 
 
-def write(folder: Path, results: dict[str, Any], rank: int) -> None:
-    """Keep what there is so far."""
-    if rank == 0:
-        write_whole(folder / "bench_gpus.json", json.dumps(results, indent=1) + "\n")
-
-
-def conclude(job: Job, results: dict[str, Any]) -> None:
-    """Add tables and ratios to the results, and print them."""
+def conclude(job: Job, results: dict[str, Any]) -> list[str]:
+    """Add ratios and distances to the results; the page's tables."""
     runs = results["runs"]
     rows = [summary(job, name, [seen for again in runs[name] for seen in again]) for name in runs]
     results["summary"] = rows
-    print(table(rows))
+    tables = [markdown(COLUMNS, [cells(row) for row in rows])]
     if {"single", "local_adamw"} <= set(runs):
         pairs = zip(runs["local_adamw"], runs["single"], strict=True)
         ratios = [summary(job, "", a)["local_tokens_per_second"] / summary(job, "", b)["local_tokens_per_second"]
                   for a, b in pairs]  # fmt: skip
         results["scaling_efficiency"] = {"median": statistics.median(ratios), "pairs": ratios}
-        print(f"\nLocal steps on {results['gpus']} GPUs against one: {results['scaling_efficiency']}")
+        tables.append(f"Local steps on all GPUs against one: {results['scaling_efficiency']}")
     distances = {f"{name}: the same again": distance(*seen[:2]) for name, seen in runs.items() if len(seen) > 1}
     distances |= {
         f"{name}: gloo against nccl": distance(seen, runs[name][0])
@@ -229,13 +218,12 @@ def conclude(job: Job, results: dict[str, Any]) -> None:
         if name in runs
     }
     results["loss_distances"] = distances
-    for name, found in distances.items():
-        print(f"{name}: losses differ by {found}")
+    return [*tables, *(f"{name}: losses differ by {found}" for name, found in distances.items())]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and measure."""
-    parser, architecture, settings = command_line.read(
+    parser, architecture, settings = read(
         "Strategies on the GPUs of one host; start it with torchrun.", bench, arguments
     )
     if "RANK" not in os.environ:

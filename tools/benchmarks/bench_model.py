@@ -11,28 +11,21 @@ the case `olmoe`: one site of four with the 7B shape, which a full replica does 
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import model_rows
 import model_site
-import models
 import torch
 import torch._dynamo
+from harness import Report, architecture, markdown
 from model_contestants import VARIANTS, Ours
 from model_match import Case, Match, Timer, device_of, matrix_peak, random_batches
 from model_rows import Row, SiteRow
 
-from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
 
 DEFAULTS = {
@@ -46,29 +39,27 @@ REFERENCES = ("ours", "ours_eager", "grouped_compiled", "grouped")
 def tiny_olmoe() -> ModelConfig:
     """The quickstart's sizes (configs/model/tiny.yaml) with OLMoE's gates, experts, norms and initial values."""
     sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_experts", "top_k", "d_expert")
-    small = models.architecture("tiny")
-    return models.architecture("olmoe-1.3b", **{name: getattr(small, name) for name in sizes})
+    small = architecture("tiny")
+    return architecture("olmoe-1.3b", **{name: getattr(small, name) for name in sizes})
 
 
 CASES = {
-    "olmoe-1.3b": lambda: Case(models.architecture("olmoe-1.3b"), 8, 2048),
-    "fomoe-153m": lambda: Case(models.architecture("fomoe-153m"), 8, 2048),
+    "olmoe-1.3b": lambda: Case(architecture("olmoe-1.3b"), 8, 2048),
+    "fomoe-153m": lambda: Case(architecture("fomoe-153m"), 8, 2048),
     "tiny": lambda: Case(tiny_olmoe(), 4, 256),  # the quickstart's batch: on a GPU it is launches alone
 }
 SITE_CASE, SITE_BATCH = "olmoe", 2
 
 
-class Report:
-    """The two files, written anew after each row.
+class Rows:
+    """All rows so far, written after each.
 
     Args:
-        output: their folder.
-        facts: hardware, versions and settings.
+        report: the two files.
     """
 
-    def __init__(self, output: Path, facts: dict[str, Any]) -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        self.output, self.facts = output, facts
+    def __init__(self, report: Report) -> None:
+        self.report = report
         self.rows: list[Row] = []
         self.sites: list[SiteRow] = []
 
@@ -79,26 +70,20 @@ class Report:
         else:
             self.sites.append(row)
         print("| " + " | ".join(row.cells()) + " |", flush=True)
-        self.write()
-
-    def write(self) -> None:
-        """Write both files."""
-        found = model_rows.targets(self.rows, on_gpu=self.facts["device"] != "cpu")
-        results = {
-            **self.facts,
-            "rows": [asdict(row) for row in self.rows],
-            "sites": [asdict(row) for row in self.sites],
-            "targets": [asdict(target) | {"met": target.met} for target in found],
-        }
-        write_whole(self.output / "bench_model.json", json.dumps(results, indent=1) + "\n")
-        facts = model_rows.markdown(("", ""), [(name, str(value)) for name, value in self.facts.items()])
-        tables = [facts, model_rows.markdown(model_rows.COLUMNS, [row.cells() for row in self.rows])]
+        found = self.targets()
+        tables = [markdown(model_rows.COLUMNS, [row.cells() for row in self.rows])]
         if self.sites:
-            tables.append(model_rows.markdown(model_rows.SITE_COLUMNS, [row.cells() for row in self.sites]))
+            tables.append(markdown(model_rows.SITE_COLUMNS, [row.cells() for row in self.sites]))
         if len(self.sites) == len(model_site.RANKS):
             tables.append(f"`{SITE_CASE}` as one of four sites: {model_site.site_target(self.sites)}.")
-        tables.append(model_rows.markdown(model_rows.TARGET_COLUMNS, [target.cells() for target in found]))
-        write_whole(self.output / "bench_model.md", "\n\n".join(tables) + "\n")
+        tables.append(markdown(model_rows.TARGET_COLUMNS, [target.cells() for target in found]))
+        results = {"rows": [asdict(row) for row in self.rows], "sites": [asdict(row) for row in self.sites],
+                   "targets": [asdict(target) | {"met": target.met} for target in found]}  # fmt: skip
+        self.report.write(results, *tables)
+
+    def targets(self) -> list[model_rows.Target]:
+        """What the rows say of the targets."""
+        return model_rows.targets(self.rows, on_gpu=self.report.facts["device"] != "cpu")
 
 
 def order(variants: list[str], fractions: list[Fraction], config: ModelConfig) -> list[tuple[str, Fraction]]:
@@ -121,14 +106,14 @@ def order(variants: list[str], fractions: list[Fraction], config: ModelConfig) -
     ]
 
 
-def run_case(name: str, options: Namespace, report: Report, peak: float) -> None:
+def run_case(name: str, options: Namespace, rows: Rows, peak: float) -> None:
     """Measure all contestants of a case."""
     case, device = CASES[name](), device_of(options.device)
     case = replace(case, batch_size=options.batch_size or case.batch_size,
                    sequence_length=options.sequence_length or case.sequence_length)  # fmt: skip
     batches = random_batches(case, device)
     timer = Timer(batches, device, options.steps, options.block_seconds, options.warmup)
-    match = Match(name, case, timer, report.add, peak, options.blocks, time.monotonic() + options.seconds)
+    match = Match(name, case, timer, rows.add, peak, options.blocks, time.monotonic() + options.seconds)
     tried = [v for v in REFERENCES if v in options.variants]
     while tried and not match.meet(tried[0], Fraction(1)):
         tried.pop(0)
@@ -139,48 +124,15 @@ def run_case(name: str, options: Namespace, report: Report, peak: float) -> None
     torch._dynamo.reset()
 
 
-def facts(options: Namespace, peak: float) -> dict[str, Any]:
-    """Hardware, versions, settings."""
-    on_gpu = options.device == "cuda"
-    try:
-        from transformers import __version__ as transformers
-    except ImportError:
-        transformers = "not here"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
-        "commit": options.commit or _said(["git", "describe", "--always", "--dirty", "--exclude", "*"]),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "driver": _said(query) if on_gpu else "",
-        "CPU": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers,
-        "matrix peak (TFLOP/s)": round(peak / 1e12, 3),
-        "precision": "bfloat16 by autocast, float32 parameters" if on_gpu else "float32",
-        "blocks": f"{options.blocks} of at least {options.steps} steps and {options.block_seconds} s",
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
-def _said(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip().splitlines()[0]
-
-
-def run_site(options: Namespace, report: Report) -> None:
+def run_site(options: Namespace, rows: Rows) -> None:
     """The case of one site of four."""
     length = options.sequence_length or 2048
-    case = Case(models.architecture(SITE_CASE), options.batch_size or SITE_BATCH, length)
+    case = Case(architecture(SITE_CASE), options.batch_size or SITE_BATCH, length)
     device = device_of(options.device)
     build = VARIANTS[next(v for v in REFERENCES if v in options.variants)]
     assert isinstance(build, Ours)
     for rank in model_site.RANKS:
-        report.add(model_site.measure(case.config, device, build, rank, random_batches(case, device)))
+        rows.add(model_site.measure(case.config, device, build, rank, random_batches(case, device)))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -211,13 +163,17 @@ def main(arguments: list[str] | None = None) -> None:
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.automatic_dynamic_shapes = False
     peak = matrix_peak(device_of(options.device))
-    report = Report(options.output, facts(options, peak))
-    print(model_rows.markdown(("", ""), [(name, str(value)) for name, value in report.facts.items()]))
-    print("\n" + model_rows.markdown(model_rows.COLUMNS, []), flush=True)
+    on_gpu = options.device == "cuda"
+    settings = {
+        "matrix peak (TFLOP/s)": round(peak / 1e12, 3),
+        "precision": "bfloat16 by autocast, float32 parameters" if on_gpu else "float32",
+        "blocks": f"{options.blocks} of at least {options.steps} steps and {options.block_seconds} s",
+    }
+    rows = Rows(Report(options.output, "bench_model", options.device, settings, options.commit))
+    print(markdown(model_rows.COLUMNS, []), flush=True)
     for name in options.cases:
-        run_site(options, report) if name == SITE_CASE else run_case(name, options, report, peak)
-    found = model_rows.targets(report.rows, on_gpu=options.device == "cuda")
-    print("\n" + model_rows.markdown(model_rows.TARGET_COLUMNS, [target.cells() for target in found]))
+        run_site(options, rows) if name == SITE_CASE else run_case(name, options, rows, peak)
+    print("\n" + markdown(model_rows.TARGET_COLUMNS, [target.cells() for target in rows.targets()]))
 
 
 if __name__ == "__main__":

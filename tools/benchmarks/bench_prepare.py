@@ -7,31 +7,32 @@ The documents of the sources are repeated, each time with another first line, up
 writes shards. Each is a process of its own, whose imports are not timed. CPU seconds are printed too: on a
 machine that others use their ratio is the steadier one. Memory is that of the preparation and the processes that it
 starts, where shared pages are divided among them (Pss), taken ten times a second; with `--document_kb` documents have
-that length instead of their own. Writes `bench_prepare.json`.
+that length instead of their own. Writes `bench_prepare.json` and
+`bench_prepare.md`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from harness import Report, in_turns, markdown
 from jsonargparse import CLI
 
 from fomoe_pl.data.documents import ReadOptions, read_file
 from fomoe_pl.data.sources import find_sources
 from fomoe_pl.data.tokenizer import train_bpe
 from fomoe_pl.data.workers import n_cores
-from fomoe_pl.files import write_whole
 
 MB = 1e6
 CPU = """
@@ -79,9 +80,7 @@ def plain_documents(source: str) -> Iterator[str]:
 
 def documents(source: str, mb: float, document_kb: float | None) -> Iterator[str]:
     """The sources' documents, repeated, up to `mb` of text, or as many documents of one length."""
-    texts = [
-        text for part in find_sources([source])[0] for path in part.files for text in read_file(path, ReadOptions())
-    ]
+    texts = list(plain_documents(source))
     left = mb * MB
     for number in count():
         text = f"{number}\n{texts[number % len(texts)]}"
@@ -147,36 +146,37 @@ def bench(
         document_kb: Length of a document, 10^3 characters; null: the sources' own.
         alone: Whether `tokenizers` alone runs too; else memory and speed of preparing are measured.
     """
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    text, tokenizer, corpus = folder / "text.txt", folder / "tokenizer.json", folder / "corpus"
-    trained_on = (
-        text for part in find_sources([source])[0] for path in part.files for text in read_file(path, ReadOptions())
+    report = Report(
+        output, "bench_prepare", "cpu", {"mb": mb, "vocab": vocab, "document_kb": document_kb, "cores": n_cores()}
     )
-    tokenizer.write_text(train_bpe(trained_on, vocab).serialized)
+    folder = Path(output)
+    text, tokenizer, corpus = folder / "text.txt", folder / "tokenizer.json", folder / "corpus"
+    tokenizer.write_text(train_bpe(plain_documents(source), vocab).serialized)
     with text.open("w") as file:
         for i, document in enumerate(documents(source, mb, document_kb)):
             file.write(("\x1e" if i else "") + document)
     size = text.stat().st_size / MB
-    runs: dict[str, list[dict[str, Any]]] = {"prepare": [], **({"alone": []} if alone else {})}
-    for _ in range(repeats):
-        for name, found in runs.items():
-            shutil.rmtree(corpus, ignore_errors=True)
-            found.append(measured(PREPARE if name == "prepare" else ALONE, *map(str, (text, corpus, tokenizer))))
-            found[-1]["load"] = os.getloadavg()[0]
-            print(f"{name}: {size / found[-1]['seconds']:.2f} MB/s, peak {found[-1]['peak_mb']:.0f} MB", flush=True)
-    cpu = {name: size / statistics.median(run["cpu"] for run in found) for name, found in runs.items()}
-    rate = {name: size / statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
+
+    def run(name: str) -> dict[str, Any]:
+        shutil.rmtree(corpus, ignore_errors=True)
+        found = measured(PREPARE if name == "prepare" else ALONE, *map(str, (text, corpus, tokenizer)))
+        print(f"{name}: {size / found['seconds']:.2f} MB/s, peak {found['peak_mb']:.0f} MB", flush=True)
+        return found | {"load": os.getloadavg()[0]}
+
+    runs = in_turns({name: partial(run, name) for name in ("prepare", *(["alone"] if alone else []))}, repeats)
+    rate, cpu = ({name: size / statistics.median(run[key] for run in found) for name, found in runs.items()}
+                 for key in ("seconds", "cpu"))  # fmt: skip
     result = {
-        "mb": size, "vocab": vocab, "document_kb": document_kb, "cores": n_cores(), "machine": platform.processor(),
         "mb_per_second": rate, "ratio": rate["prepare"] / rate["alone"] if alone else None,
         "mb_per_cpu_second": cpu, "cpu_ratio": cpu["prepare"] / cpu["alone"] if alone else None,
         "peak_mb": max(run["peak_mb"] for run in runs["prepare"]), "runs": runs,
     }  # fmt: skip
-    write_whole(folder / "bench_prepare.json", json.dumps(result, indent=1) + "\n")
+    rows = [[name, f"{rate[name]:.3f}", f"{cpu[name]:.3f}", f"{max(run['peak_mb'] for run in found):,.0f}"]
+            for name, found in runs.items()]  # fmt: skip
+    told = f"prepare over alone: {result['ratio']}; by CPU seconds {result['cpu_ratio']}."
+    print(report.write(result, markdown(("", "MB/s", "MB/CPU s", "peak MB"), rows), *([told] if alone else [])))
     shutil.rmtree(corpus, ignore_errors=True)
     text.unlink()
-    print(json.dumps({key: result[key] for key in ("mb_per_second", "ratio", "cpu_ratio", "peak_mb")}))
 
 
 if __name__ == "__main__":

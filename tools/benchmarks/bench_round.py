@@ -11,22 +11,21 @@ host and device, both ways at once, take turns. `bench_round.json` and `bench_ro
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-import models
 import torch
 import torch.distributed as dist
-from model_rows import markdown
+from harness import Report, architecture, drawn_on_device, in_turns, markdown, middle, now
 from torch import Tensor
 
+from fomoe_pl.costs.memory import MIB
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
@@ -35,13 +34,11 @@ from fomoe_pl.federation.placement import all_arcs, place
 from fomoe_pl.federation.settings import OuterPlace
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
-from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
 
-MIB = 2**20
 COLUMNS = ("wire", "outer state", "overlap", "outer rule", "parameters", "round (s)", "averages alone (s)",
            "bus alone (s)", "up, down (MiB)", "round / longest")  # fmt: skip
 
@@ -75,28 +72,26 @@ class NotedTransport(Transport):
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of a case; `ranges` are smallest and largest."""
+    """Seconds of a case, of each repetition."""
 
     wire: str
     outer_state: str
     overlap: int
     rule: str
     parameters: int
-    round_seconds: float
-    averages_seconds: float
-    bus_seconds: float
+    round_seconds: list[float]
+    averages_seconds: list[float]
+    bus_seconds: list[float]
     bus_bytes: tuple[int, int]
-    ranges: dict[str, tuple[float, float]]
 
     @property
     def ratio(self) -> float:
-        """The round over the longer of the two."""
-        return self.round_seconds / max(self.averages_seconds, self.bus_seconds)
+        """Medians: the round over the longer of the two."""
+        return median(self.round_seconds) / max(median(self.averages_seconds), median(self.bus_seconds))
 
     def cells(self) -> list[str]:
         """Of the table."""
-        seconds = [f"{getattr(self, name + '_seconds'):.3f} ({self.ranges[name][0]:.3f} to {self.ranges[name][1]:.3f})"
-                   for name in ("round", "averages", "bus")]  # fmt: skip
+        seconds = map(middle, (self.round_seconds, self.averages_seconds, self.bus_seconds))
         up, down = (f"{n / MIB:,.0f}" for n in self.bus_bytes)
         return [self.wire, self.outer_state, str(self.overlap), self.rule, f"{self.parameters / 1e6:,.0f}M", *seconds,
                 f"{up}, {down}", f"{self.ratio:.2f}"]  # fmt: skip
@@ -104,17 +99,14 @@ class Row:
 
 def started() -> float:
     """Now that all sites are here and their devices idle."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    now()
     dist.barrier()
-    return time.perf_counter()
+    return now()
 
 
 def finished(start: float) -> float:
     """Seconds until the device of the slowest site was idle again."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = torch.tensor(time.perf_counter() - start)
+    seconds = torch.tensor(now() - start)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # over gloo: it is on the host
     return float(seconds)
 
@@ -164,7 +156,7 @@ def measure(
     """A case; every process calls it."""
     n_sites, rank = dist.get_world_size(), dist.get_rank()
     placement = place("fixed", n_layers=config.n_layers, n_experts=config.n_experts, n_sites=n_sites, overlap=overlap)
-    with models.drawn_on_device():
+    with drawn_on_device():
         model = Transformer(config, Residency("ghost", placement.residents(rank)), device=device)
     by_host = wire_name == "gloo"
     wire = NotedTransport(
@@ -181,19 +173,21 @@ def measure(
     sent = sum(n for _, n, _ in wire.noted)
     carried = bus_bytes(elements, sent, wire.dtype.itemsize, momentum=bool(outer.slots),
                         on_host=outer_state == "host" and device.type == "cuda", by_host=wire.pinned)  # fmt: skip
-    seconds: dict[str, list[float]] = {"round": [], "averages": [], "bus": []}
-    for _ in range(options.rounds):
+
+    def one_round() -> float:
         wire.noted.clear()
         start = started()
         federation.synchronize(optimizer)
-        seconds["round"].append(finished(start))
-        seconds["averages"].append(wire.alone())
-        seconds["bus"].append(bus_alone(*carried, device, options.bucket_mib * MIB))
+        return finished(start)
+
+    alone: dict[str, Callable[[], float]] = {
+        "averages": wire.alone,
+        "bus": partial(bus_alone, *carried, device, options.bucket_mib * MIB),
+    }
+    seconds = in_turns({"round": one_round, **alone}, options.rounds)
     wire.close()
-    middle = {name: median(found) for name, found in seconds.items()}
-    ranges = {name: (min(found), max(found)) for name, found in seconds.items()}
-    return Row(wire_name, outer_state, overlap, str(outer), elements, middle["round"], middle["averages"],
-               middle["bus"], carried, ranges)  # fmt: skip
+    return Row(wire_name, outer_state, overlap, str(outer), elements, seconds["round"], seconds["averages"],
+               seconds["bus"], carried)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -208,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bucket_mib", type=int, default=64, help="size of a buffer")
     parser.add_argument("--rounds", type=int, default=5, help="of each case")
     options = parser.parse_args(arguments)
-    config = models.architecture(options.model)
+    config = architecture(options.model)
     n_sites, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     enough = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     if "nccl" in (options.wires or ()) and not enough:
@@ -217,31 +211,22 @@ def main(arguments: list[str] | None = None) -> None:
     if enough:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if enough else "gloo")
+    report = None
+    if dist.get_rank() == 0:
+        settings = {name: getattr(options, name) for name in ("model", "rounds", "wire_dtype", "bucket_mib")}
+        settings |= {"sites": n_sites, "architecture": asdict(config)}
+        report = Report(options.output, "bench_round", device, settings)
     rows = []
     for overlap in options.overlaps or sorted({1, n_sites}):
         for wire in options.wires or (("nccl", "gloo") if enough else ("gloo",)):
             for state in get_args(OuterPlace):
                 row = measure(config, device, wire, state, overlap, options)
                 rows.append(row)
-                if dist.get_rank() == 0:
+                if report is not None:
                     print("| " + " | ".join(row.cells()) + " |", flush=True)
-                    report(options.output, rows, config, options, device)
+                    results = {"rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
+                    report.write(results, markdown(COLUMNS, [row.cells() for row in rows]))
     dist.destroy_process_group()
-
-
-def report(output: Path, rows: list[Row], config: ModelConfig, options: Any, device: torch.device) -> None:
-    """Write both files."""
-    facts = {
-        "model": options.model, "sites": dist.get_world_size(), "rounds": options.rounds,
-        "wire_dtype": options.wire_dtype, "bucket_mib": options.bucket_mib, "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-    }  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    found = {**facts, "architecture": asdict(config), "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
-    write_whole(output / "bench_round.json", json.dumps(found, indent=1) + "\n")
-    tables = [markdown(("", ""), [(name, str(value)) for name, value in facts.items()]),
-              markdown(COLUMNS, [row.cells() for row in rows])]  # fmt: skip
-    write_whole(output / "bench_round.md", "\n\n".join(tables) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import command_line
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from harness import BARE, SITE_TIMEOUT, Report, markdown, middle, now, read
 
 from fomoe_pl.checkpoint.format import of_slot, read_manifest
 from fomoe_pl.data import FoMoEData
@@ -63,29 +60,23 @@ class Clock(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:
         """Time since the processes were started, after the first step; then the saves."""
         if not self.first_step:
-            self._now()
+            now()
             self.first_step = time.time() - float(os.environ[STARTED])
         if self.path is None or trainer.global_step % self.local_steps:
             return
         strategy: Any = trainer.strategy
-        start = self._now()
+        start = now()
         strategy.checkpoints.settle()
         if self.saves:
             self.saves[-1] |= {
-                "seconds_of_writing": strategy.checkpoints.write_seconds, "left_to_write": self._now() - start,
+                "seconds_of_writing": strategy.checkpoints.write_seconds, "left_to_write": now() - start,
                 "round_after": start - self._last_end,
             }  # fmt: skip
         strategy.checkpoints.async_save = len(self.saves) % 2 == 0
-        start = self._now()
+        start = now()
         trainer.save_checkpoint(self.path)
-        self._last_end = self._now()
+        self._last_end = now()
         self.saves.append({"async": strategy.checkpoints.async_save, "stall": self._last_end - start})
-
-    @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def timed(seconds: dict[str, float], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,7 +98,7 @@ def work(phase: str, architecture: ModelConfig, settings: Mapping[str, Any]) -> 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // sites))
     rank = int(os.environ["LOCAL_RANK"])
     store = dist.FileStore(str(folder / f"store-{phase}"), sites)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=sites, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=sites, timeout=SITE_TIMEOUT)
     outer = Nesterov(0.7) if settings["outer"] == "nesterov" else Average()
     strategy = FederatedStrategy(
         sites=sites, overlap=settings["overlap"], local_steps=settings["local_steps"], outer=outer, share_device=gpu
@@ -119,10 +110,9 @@ def work(phase: str, architecture: ModelConfig, settings: Mapping[str, Any]) -> 
     rounds = saves if train else saves + 1
     clock = Clock(folder / CHECKPOINT if train else None, settings["local_steps"])
     trainer = L.Trainer(
-        accelerator=settings["accelerator"], devices=1 if gpu else sites, strategy=strategy, max_epochs=-1,
+        accelerator=settings["accelerator"], devices=1 if gpu else sites, strategy=strategy,
         precision="bf16-mixed" if gpu else "32-true", max_steps=rounds * settings["local_steps"], limit_val_batches=0,
-        check_val_every_n_epoch=None, log_every_n_steps=10, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, logger=False, default_root_dir=folder, callbacks=[clock],
+        check_val_every_n_epoch=None, log_every_n_steps=10, default_root_dir=folder, callbacks=[clock], **BARE,
     )  # fmt: skip
     corpus = FoMoEData(settings["data"], settings["sequence_length"], settings["batch_size"])
     path = None if train else folder / CHECKPOINT
@@ -165,33 +155,26 @@ def disk(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def shown(values: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """The page."""
-    settings, n_parameters = results["settings"], results["parameters"]
-    lines = ["# Saving and resuming", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {results[name]} |" for name in ("command", "device", "versions")]
-    lines += [f"| parameters | {n_parameters:,} |", f"| settings | {json.dumps(settings)} |", ""]
-    lines += ["Median (range) over the saves of each kind, of the slowest site.", ""]
-    lines += ["| figure (s) | while training goes on | while it waits |", "| --- | ---: | ---: |"]
-    for key, name in (
-        ("stall", "training stands still"), ("seconds_of_writing", "from the start of writing to the end"),
-        ("left_to_write", "left to write at the next round's end"), ("round_after", "the round after it"),
-    ):  # fmt: skip
-        both = (shown(results["saving"][kind][key]) for kind in ("async", "sync"))
-        lines.append(f"| {name} | {' | '.join(both)} |")
-    lines.append(f"| the first save | {' | '.join(f'{seconds:.3f}' for seconds in results['first_stalls'])} |")
-    lines += ["", "| on disk | MB | bytes a parameter |", "| --- | ---: | ---: |"]
-    for name, size in {**results["disk"], "all": sum(results["disk"].values())}.items():
-        lines.append(f"| {name} | {size / MB:,.1f} | {size / n_parameters:.2f} |")
-    lines += ["", "| to the first step (s) | slowest site |", "| --- | ---: |"]
-    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in results["starting"].items()]
-    lines += ["", f"Peak host memory of a site: {results['peak_host_MB']:,.0f} MB.", ""]
-    return "\n".join(lines)
+def tables(results: Mapping[str, Any]) -> list[str]:
+    """Of the page."""
+    n_parameters, first = results["parameters"], [f"{seconds:.3f}" for seconds in results["first_stalls"]]
+    saves = [
+        [name, *(middle(results["saving"][kind][key]) for kind in ("async", "sync"))]
+        for key, name in (
+            ("stall", "training stands still"), ("seconds_of_writing", "from the start of writing to the end"),
+            ("left_to_write", "left to write at the next round's end"), ("round_after", "the round after it"),
+        )
+    ]  # fmt: skip
+    sizes = {**results["disk"], "all": sum(results["disk"].values())}
+    return [
+        f"{n_parameters:,} parameters. Median (range) over the saves of each kind, of the slowest site.",
+        markdown(("figure (s)", "while training goes on", "while it waits"), [*saves, ["the first save", *first]]),
+        markdown(("on disk", "MB", "bytes a parameter"),
+                 [[name, f"{size / MB:,.1f}", f"{size / n_parameters:.2f}"] for name, size in sizes.items()]),
+        markdown(("to the first step (s)", "slowest site"),
+                 [[name, f"{seconds:.2f}"] for name, seconds in results["starting"].items()]),
+        f"Peak host memory of a site: {results['peak_host_MB']:,.0f} MB.",
+    ]  # fmt: skip
 
 
 def bench(
@@ -237,10 +220,6 @@ def bench(
         raise SystemExit("some checkpoints were not written")
     keys = ("stall", "seconds_of_writing", "left_to_write", "round_after")
     results = {
-        "command": " ".join(["python tools/benchmarks/bench_saving.py", *arguments]),
-        "device": torch.cuda.get_device_name() if accelerator == "gpu" else platform.processor() or platform.machine(),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} CPU cores",
-        "settings": settings,
         "parameters": parameter_counts(architecture).total,
         "saving": {
             kind: {key: slowest(trained, key, asynchronous=kind == "async") for key in keys}
@@ -255,10 +234,7 @@ def bench(
         },
         "peak_host_MB": max(site["peak_host_MB"] for site in trained),
     }
-    write_whole(folder / "bench_saving.json", json.dumps(results, indent=2) + "\n")
-    page = table(results)
-    write_whole(folder / "bench_saving.md", page)
-    print(page)
+    print(Report(folder, "bench_saving", accelerator, {"settings": settings}).write(results, *tables(results)))
     if not keep:
         shutil.rmtree(folder / CHECKPOINT)
     for name in ("train", "resume"):
@@ -268,7 +244,7 @@ def bench(
 
 def main() -> None:
     """Read the command line and measure."""
-    _, architecture, settings = command_line.read("What saving and resuming cost.", bench, None)
+    _, architecture, settings = read("What saving and resuming cost.", bench, None)
     bench(architecture, **settings)
 
 

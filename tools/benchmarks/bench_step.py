@@ -11,9 +11,7 @@ a GPU, waits of the host for the device are counted too (`torch.cuda.set_sync_de
 from __future__ import annotations
 
 import gc
-import json
 import statistics
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -23,9 +21,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
-import command_line
 import lightning.pytorch as L
 import torch
+from harness import BARE, CLIP_NORM, Report, markdown, now, random_tokens, read
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -37,6 +35,7 @@ from fomoe_pl.callbacks import (
     RunReport,
     ThroughputMonitor,
 )
+from fomoe_pl.costs.memory import MIB
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.passes import training_pass
 from fomoe_pl.model.transformer import Transformer
@@ -46,9 +45,7 @@ from fomoe_pl.strategies import FederatedStrategy
 
 DISTINCT_BATCHES = 8
 SEED = 0
-CLIP_NORM = 1.0
 LOG_EVERY = 10
-MIB = 2**20
 WAIT_MESSAGE = "synchronizing CUDA operation"
 
 
@@ -63,11 +60,8 @@ class RandomBatches(Dataset[Batch]):
     """
 
     def __init__(self, vocab_size: int, batch_size: int, sequence_length: int, length: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        shape = (DISTINCT_BATCHES, batch_size, sequence_length + 1)
-        tokens = torch.randint(vocab_size, shape, generator=generator)
         self.domain = torch.zeros(batch_size, dtype=torch.int64)
-        self.inputs, self.targets = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
+        self.inputs, self.targets = random_tokens(DISTINCT_BATCHES, vocab_size, batch_size, sequence_length)
         self.length = length
 
     def __len__(self) -> int:
@@ -199,17 +193,14 @@ class Alternate(L.Callback):
             self._watch.close()
 
     def _begin(self) -> None:
+        self._start = now()
         if self.plain.device.type == "cuda":
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        self._start = time.perf_counter()
 
     def _end(self, blocks: Blocks, held_by_other: int) -> None:
-        peak = 0
-        if self.plain.device.type == "cuda":
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() - held_by_other
-        blocks.add(self.tokens * self.steps, time.perf_counter() - self._start, peak)
+        seconds = now() - self._start
+        peak = torch.cuda.max_memory_allocated() - held_by_other if self.plain.device.type == "cuda" else 0
+        blocks.add(self.tokens * self.steps, seconds, peak)
 
 
 @contextmanager
@@ -249,24 +240,16 @@ def measure(
         RoutingStability(probe_sequences=0), CommunicationMonitor(), ThroughputMonitor(), FoMoEProgressBar(),
         RunReport(),
     ]  # fmt: skip
+    watched: dict[str, Any] = {}
+    if with_callbacks:
+        watched = {"enable_progress_bar": True, "logger": TensorBoardLogger(output, name="", version="")}
     trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        strategy=FederatedStrategy(sites=1, local_steps=max_steps),
-        precision="bf16-mixed",
-        gradient_clip_val=CLIP_NORM,
-        max_steps=max_steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        log_every_n_steps=LOG_EVERY,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=with_callbacks,
+        accelerator=accelerator, devices=1, strategy=FederatedStrategy(sites=1, local_steps=max_steps),
+        precision="bf16-mixed", gradient_clip_val=CLIP_NORM, max_steps=max_steps, limit_val_batches=0,
         use_distributed_sampler=False,  # it would shuffle: both loops take the batches in the same order
-        logger=TensorBoardLogger(output, name="", version="") if with_callbacks else False,
-        default_root_dir=output,
-        callbacks=[*(observers if with_callbacks else []), alternate],
-    )
+        log_every_n_steps=LOG_EVERY, default_root_dir=output,
+        callbacks=[*(observers if with_callbacks else []), alternate], **BARE | watched,
+    )  # fmt: skip
     # batch_size None: these are batches already.
     loader = DataLoader(batches, batch_size=None, pin_memory=device.type == "cuda")
     trainer.fit(FoMoEModule(architecture, seed=SEED, cuda_graphs=False), loader)  # as the plain loop runs
@@ -296,7 +279,7 @@ def bench(
     steps: int = 20,
     blocks: int = 5,
 ) -> dict[str, Any]:
-    """Measure with all callbacks and logger, and with none; print a row and write `bench_step.json` after each.
+    """Measure with all callbacks and logger, and with none; write and print a row after each.
 
     Args:
         architecture: The model.
@@ -309,46 +292,37 @@ def bench(
         blocks: Blocks of each loop.
 
     Returns:
-        What was written: settings, and by variant what was measured.
+        By variant what was measured.
     """
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if accelerator == "gpu" else "cpu",
-        "torch": torch.__version__,
-        "lightning": L.__version__,
-        "batch_size": batch_size,
-        "sequence_length": sequence_length,
-        "steps": steps,
-        "blocks": blocks,
-    }
+    settings = {"batch_size": batch_size, "sequence_length": sequence_length, "steps": steps, "blocks": blocks}
+    report = Report(folder, "bench_step", accelerator, settings)
+    results: dict[str, Any] = {}
     for variant, with_callbacks in (("callbacks", True), ("bare", False)):
         results[variant] = measure(
             architecture, folder / variant, accelerator=accelerator, with_callbacks=with_callbacks,
             batch_size=batch_size, sequence_length=sequence_length, warmup=warmup, steps=steps, blocks=blocks,
         )  # fmt: skip
-        (folder / "bench_step.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(table(variant, results[variant]), flush=True)
+        print(report.write(results, *tables(results)), flush=True)
     return results
 
 
-def table(variant: str, r: dict[str, Any]) -> str:
-    """One variant's results as a Markdown table, and what else there is to see."""
-    return f"""
-| variant | Trainer tokens/s | plain tokens/s | Trainer / plain | Trainer MiB | plain MiB |
-| --- | ---: | ---: | ---: | ---: | ---: |
-| {variant} | {r["trainer_median"]:,.0f} | {r["plain_median"]:,.0f} | {r["trainer_over_plain"]:.4f} \
-| {r["trainer_peak_mib"]:,.0f} | {r["plain_peak_mib"]:,.0f} |
-
-losses {r["last_losses"]}, waits of steps {r["waits_of_steps"]} {r["waits_where"]}
-"""
+def tables(results: dict[str, Any]) -> list[str]:
+    """A row for each variant; losses and waits."""
+    columns = ("variant", "Trainer tokens/s", "plain tokens/s", "Trainer / plain", "Trainer MiB", "plain MiB")
+    rows = [
+        [variant, f"{r['trainer_median']:,.0f}", f"{r['plain_median']:,.0f}", f"{r['trainer_over_plain']:.4f}",
+         f"{r['trainer_peak_mib']:,.0f}", f"{r['plain_peak_mib']:,.0f}"] for variant, r in results.items()
+    ]  # fmt: skip
+    seen = [f"{variant}: losses {r['last_losses']}, waits of steps {r['waits_of_steps']} {r['waits_where']}"
+            for variant, r in results.items()]  # fmt: skip
+    return [markdown(columns, rows), *seen]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and measure."""
-    _, architecture, settings = command_line.read("Trainer against a plain loop, interleaved.", bench, arguments)
-    results = bench(architecture, **settings)
-    print(f"{results['device']}, torch {results['torch']}, {settings['batch_size']} x {settings['sequence_length']}")
+    _, architecture, settings = read("Trainer against a plain loop, interleaved.", bench, arguments)
+    bench(architecture, **settings)
 
 
 if __name__ == "__main__":

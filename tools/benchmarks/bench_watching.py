@@ -14,14 +14,13 @@ The corpus gives text to train on and the probe; its vocabulary may be smaller t
 from __future__ import annotations
 
 import statistics
-import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import command_line
 import lightning.pytorch as L
 import torch
+from harness import BARE, CLIP_NORM, Report, markdown, now, read
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fomoe_pl.callbacks import (
@@ -34,7 +33,6 @@ from fomoe_pl.callbacks import (
 )
 from fomoe_pl.callbacks.pictures import next_drawing
 from fomoe_pl.data import FoMoEData
-from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.recorded import RecordedPass
 from fomoe_pl.module import FoMoEModule
@@ -76,7 +74,7 @@ class Switch(L.Callback):
         """As theirs; they watch the first round."""
         for callback in self.callbacks:
             callback.on_train_start(trainer, pl_module)
-        self._began = self._start = self._now()
+        self._began = self._start = now()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """As theirs."""
@@ -87,8 +85,8 @@ class Switch(L.Callback):
         """Theirs, in their rounds; before the last step the clock is read."""
         local_steps = self._local_steps(trainer)
         if trainer.global_step % local_steps == local_steps - 1:
-            now = self._now()
-            self._steps, self._start = now - self._start, now
+            time = now()
+            self._steps, self._start = time - self._start, time
         for callback in self.callbacks if self._on else []:
             callback.on_train_batch_start(trainer, pl_module, *rest)
 
@@ -98,17 +96,17 @@ class Switch(L.Callback):
             callback.on_train_batch_end(trainer, pl_module, *rest)
         if trainer.global_step % self._local_steps(trainer):
             return
-        now = self._now()
+        time = now()
         done: int = trainer.strategy.rounds_done  # type: ignore[attr-defined]
         if done > WARMUP_ROUNDS and not self._over:
             looked = any(isinstance(c, RoutingStability) and c._looking for c in self.callbacks)
             rounds = self.rounds["alone" if not self._on else "looked" if looked else "watched"]
             rounds.steps.append(self._steps)
-            rounds.ends.append(now - self._start)
-        if done % LOOK_EVERY == 0 and done > WARMUP_ROUNDS and now - self._began > self.limit:
+            rounds.ends.append(time - self._start)
+        if done % LOOK_EVERY == 0 and done > WARMUP_ROUNDS and time - self._began > self.limit:
             trainer.should_stop = self._over = True  # the run ends with its next round
         self._turn(trainer, pl_module)
-        self._start = self._now()
+        self._start = now()
 
     def _turn(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Take observers, movements and the measuring of routing away, or put them back.
@@ -141,12 +139,6 @@ class Switch(L.Callback):
         steps: int = strategy.settings.schedule.segments[0][1]
         return steps
 
-    @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
 
 def seconds_to_draw(pictures: RunPictures, trainer: L.Trainer, module: Any, domains: int) -> float:
     """Seconds of a drawing with every picture that a run of several sites and domains has; median of a few."""
@@ -158,9 +150,9 @@ def seconds_to_draw(pictures: RunPictures, trainer: L.Trainer, module: Any, doma
     taken = []
     for _ in range(DRAWINGS):
         module.domain_load_LNE = torch.rand(layers, domains, experts)  # as after a validation
-        start = time.perf_counter()
+        start = now()
         pictures._draw(trainer, module, view)
-        taken.append(time.perf_counter() - start)
+        taken.append(now() - start)
     return statistics.median(taken)
 
 
@@ -184,7 +176,7 @@ def bench(
     reported_rounds: int = 1000,
     seconds: float = 24.0,
 ) -> dict[str, float]:
-    """Measure, print and write `bench_watching.md`.
+    """Measure, print and write both files.
 
     Args:
         architecture: The model.
@@ -213,10 +205,9 @@ def bench(
     switch = Switch(callbacks, seconds)
     trainer = L.Trainer(
         accelerator=accelerator, devices=1, strategy=FederatedStrategy(sites=1, local_steps=local_steps),
-        precision="bf16-mixed", gradient_clip_val=1.0, max_steps=10**6, max_epochs=-1, limit_val_batches=0,
-        log_every_n_steps=10, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        precision="bf16-mixed", gradient_clip_val=CLIP_NORM, max_steps=10**6, limit_val_batches=0, log_every_n_steps=10,
         default_root_dir=folder, callbacks=[switch],
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+        **BARE | {"logger": TensorBoardLogger(folder, name="", version="", default_hp_metric=False)},
     )  # fmt: skip
     corpus = FoMoEData(data, sequence_length, batch_size)
     trainer.fit(FoMoEModule(architecture), corpus)
@@ -243,21 +234,19 @@ def bench(
         (f"a drawing ({times} in {reported_rounds} rounds by default)", drawing, f"**{drawn:+.2%}** of the rounds"),
         ("all together", (watching + drawn) * alone, f"**{watching + drawn:+.2%}** of a round"),
     ]
-    device = torch.cuda.get_device_name() if accelerator == "gpu" else "CPU"
     numbers = ", ".join(f"{len(of.ends)} {kind}" for kind, of in rounds.items())
-    text = "\n".join([
-        "# Cost of watching",
-        f"{device}, torch {torch.__version__}, {sum(p.numel() for p in trainer.lightning_module.parameters()):,} "
-        f"parameters, {batch_size} x {sequence_length} tokens a step; rounds of {local_steps} steps were timed, in "
-        f"turns: {numbers}. Medians.",
-        "",
-        "| | seconds | share |", "|---|---:|---|", *(f"| {name} | {value:.4f} | {of} |" for name, value, of in rows),
-        "",
-        *(f"{kind}: steps {_listed(of.steps)}; end {_listed(of.ends)}\n" for kind, of in rounds.items()),
-    ])  # fmt: skip
-    write_whole(folder / "bench_watching.md", text)
-    print(text)
-    return {"watching": watching, "drawing": drawn, "total": watching + drawn}
+    found = {"watching": watching, "drawing": drawn, "total": watching + drawn}
+    parameters = sum(p.numel() for p in trainer.lightning_module.parameters())
+    settings = {"parameters": parameters, "batch_size": batch_size, "sequence_length": sequence_length,
+                "local_steps": local_steps}  # fmt: skip
+    report = Report(folder, "bench_watching", accelerator, settings)
+    print(report.write(
+        {**found, "rounds": {kind: asdict(of) for kind, of in rounds.items()}},
+        f"Rounds of {local_steps} steps were timed, in turns: {numbers}. Medians.",
+        markdown(("", "seconds", "share"), [(name, f"{value:.4f}", of) for name, value, of in rows]),
+        *(f"{kind}: steps {_listed(of.steps)}; end {_listed(of.ends)}" for kind, of in rounds.items()),
+    ))  # fmt: skip
+    return found
 
 
 def _more(with_it: list[float], without: list[float]) -> float:
@@ -270,7 +259,7 @@ def _listed(values: list[float]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and measure."""
-    parser, architecture, settings = command_line.read(
+    parser, architecture, settings = read(
         "Training steps with all callbacks against steps with none, in turns.", bench, arguments
     )
     if settings["local_steps"] < 2:

@@ -16,15 +16,14 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
+from harness import CLIP_NORM, drawn_on_device, now
 from memory_sites import Case, RandomTokens, be_a_site, end_sites_with_this_process, measured
 
 from fomoe_pl.costs.memory import GIB
@@ -77,25 +76,21 @@ def time_steps(case: Case, device: torch.device, *, warmup: int = 3, blocks: int
     config = case.config()
     placement = place("fixed", n_layers=config.n_layers, n_experts=config.n_experts, n_sites=case.sites,
                       overlap=case.overlap or case.sites)  # fmt: skip
-    with models.drawn_on_device():
+    with drawn_on_device():
         model = Transformer(config, Residency("ghost", placement.residents(0)), device=device)
     optimizer = inner_optimizer(model, OptimizerConfig())
     batch = {name: t.to(device) for name, t in RandomTokens(config, case, 1)[0].items()}
 
     def run(n: int) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = now()
         for _ in range(n):
             with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16-mixed"):
                 loss = training_pass(model, batch["inputs"], batch["targets"]).total
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
             optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / n
+        return (now() - start) / n
 
     run(warmup)
     return [run(steps) for _ in range(blocks)]

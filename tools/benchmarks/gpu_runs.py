@@ -5,19 +5,19 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from harness import BARE, CLIP_NORM, SITE_TIMEOUT, now
 
 from fomoe_pl.costs.bytes import metric_bytes_of, predict_bytes
+from fomoe_pl.costs.memory import MIB
 from fomoe_pl.costs.rounds import ddp_collectives
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.federation.ledger import KINDS, Kind, Ledger
@@ -29,10 +29,7 @@ from fomoe_pl.strategies import REGISTERED, CountedDDPStrategy, FederatedStrateg
 from fomoe_pl.strategies.base import SiteStrategy
 
 PREDICTED: tuple[Kind, ...] = ("dense", "expert", "moments", "migration", "evaluation")
-CLIP_NORM = 1.0
 BLOCKS_OF_ROUND = 4
-MIB = 2**20
-SITE_TIMEOUT = timedelta(minutes=5)
 
 
 def variants(n_sites: int, local_steps: int) -> dict[str, dict[str, Any]]:
@@ -77,15 +74,13 @@ class Clock(L.Callback):
         self.losses.append(outputs["loss"].detach())
         if trainer.global_step % self.block:
             return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
-        now, synchronized = time.perf_counter(), cast(SiteStrategy, trainer.strategy).sync_seconds
+        time, synchronized = now(), cast(SiteStrategy, trainer.strategy).sync_seconds
         if trainer.global_step > self.block:  # the first block is warm-up
             in_round = synchronized - self._last[1]
-            self.local_seconds.append(now - self._last[0] - in_round)
+            self.local_seconds.append(time - self._last[0] - in_round)
             if in_round:
                 self.round_seconds.append(in_round)
-        self._last = (now, synchronized)
+        self._last = (time, synchronized)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save, if asked to."""
@@ -224,9 +219,9 @@ def train(job: Job, label: str, settings: dict[str, Any], rank: int, n: int, bac
     )
     trainer = L.Trainer(
         accelerator=job.accelerator, devices=n, strategy=strategy, precision="bf16-mixed", max_steps=job.steps,
-        max_epochs=-1, gradient_clip_val=CLIP_NORM, val_check_interval=job.steps, check_val_every_n_epoch=None,
-        num_sanity_val_steps=0, log_every_n_steps=job.local_steps, enable_checkpointing=False, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=job.output, callbacks=[clock],
+        gradient_clip_val=CLIP_NORM, val_check_interval=job.steps, check_val_every_n_epoch=None,
+        num_sanity_val_steps=0, log_every_n_steps=job.local_steps, default_root_dir=job.output, callbacks=[clock],
+        **BARE,
     )  # fmt: skip
     module, data = job.module(), job.data()
     trainer.fit(module, data)
@@ -245,8 +240,8 @@ def validate(job: Job, label: str) -> float:
     """The saved global model's loss on one device."""
     with alone():
         trainer = L.Trainer(
-            accelerator=job.accelerator, devices=1, strategy=SingleSiteStrategy(), precision="bf16-mixed", logger=False,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=job.output,
+            accelerator=job.accelerator, devices=1, strategy=SingleSiteStrategy(), precision="bf16-mixed",
+            default_root_dir=job.output, **BARE,
         )  # fmt: skip
         folder = job.checkpoint(label)
         trainer.validate(job.module(), job.data(), ckpt_path=folder, weights_only=False, verbose=False)

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import models
 import torch
 import torch.distributed as dist
+from harness import BARE, CLIP_NORM, architecture, drawn_on_device, random_tokens
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch.utils.data import DataLoader, Dataset
 
@@ -71,7 +71,7 @@ class Case:
 
     def config(self) -> ModelConfig:
         """The architecture."""
-        return models.architecture(self.model, **self.architecture)
+        return architecture(self.model, **self.architecture)
 
     def load(self) -> Load:
         """What the system model is told."""
@@ -91,20 +91,18 @@ class RandomTokens(Dataset[Batch]):
     """Batches of random tokens."""
 
     def __init__(self, config: ModelConfig, case: Case, length: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        shape = (case.batch_size, case.sequence_length + 1)
-        self.tokens = torch.randint(config.vocab_size, shape, generator=generator)
+        [self.inputs], [self.targets] = random_tokens(1, config.vocab_size, case.batch_size, case.sequence_length)
         self.length = length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Batch:
-        domain = torch.zeros(len(self.tokens), dtype=torch.int64)
+        domain = torch.zeros(len(self.inputs), dtype=torch.int64)
         return {
-            "inputs": self.tokens[:, :-1].contiguous(),
-            "targets": self.tokens[:, 1:].contiguous(),
-            "bytes": torch.ones_like(self.tokens[:, 1:]),
+            "inputs": self.inputs,
+            "targets": self.targets,
+            "bytes": torch.ones_like(self.targets),
             "domain": domain,
         }
 
@@ -190,9 +188,8 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
     trainer = L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1 if "share_device" in where else case.sites,
-        strategy=strategy, precision=case.precision, gradient_clip_val=1.0, max_steps=K * ROUNDS, max_epochs=-1,
-        val_check_interval=K * ROUNDS, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
-        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        strategy=strategy, precision=case.precision, gradient_clip_val=CLIP_NORM, max_steps=K * ROUNDS,
+        val_check_interval=K * ROUNDS, check_val_every_n_epoch=None, num_sanity_val_steps=0, **BARE,
     )  # fmt: skip
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     read_peak()
@@ -234,7 +231,7 @@ def be_a_site(cases: list[Case]) -> None:
     for case in cases:
         if rank == 0:
             print(NEXT, flush=True)
-        with models.drawn_on_device():
+        with drawn_on_device():
             result = train_case(case, device)
         gathered: list[Any] = [None] * case.sites
         dist.all_gather_object(gathered, result, group=names)

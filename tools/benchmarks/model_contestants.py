@@ -16,8 +16,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any, cast
 
-import models
 import torch
+from harness import CLIP_NORM, drawn_on_device
 from torch import Tensor, nn
 
 from fomoe_pl.errors import ConfigError
@@ -31,7 +31,6 @@ from fomoe_pl.model.residency import Residency, Shadow, ShadowBits
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, clip_next_step, inner_optimizer, norm_or_skip
 
-CLIP_NORM = 1.0
 LEARNING_RATE = 1e-6
 """So small that routers stay as they were drawn: steps are timed at one ghost fraction."""
 Batch = tuple[Tensor, Tensor]
@@ -220,7 +219,7 @@ def build_ours(
     if build.shadow_bits is not None:
         residency = replace(residency, routing="shadow", shadow=Shadow(build.shadow_bits))
     torch.manual_seed(0)
-    with models.drawn_on_device():
+    with drawn_on_device():
         model = Transformer(config, residency, device=device)
     if not fraction:
         without_experts(model)

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import cycle
 
 import torch
 import torch._dynamo
+from harness import in_turns, now, random_tokens
 from model_contestants import VARIANTS, Batch, Contestant, HuggingFace, build, is_olmoe
 from model_rows import Row, model_flops
 
@@ -43,10 +45,8 @@ def device_of(name: str) -> torch.device:
 
 def random_batches(case: Case, device: torch.device) -> list[Batch]:
     """A few batches of random tokens on the host, pinned for a GPU."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (DISTINCT_BATCHES, case.batch_size, case.sequence_length + 1)
-    tokens = torch.randint(case.config.vocab_size, shape, generator=generator)
-    pairs = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+    tokens = random_tokens(DISTINCT_BATCHES, case.config.vocab_size, case.batch_size, case.sequence_length)
+    pairs = list(zip(*tokens, strict=True))
     return [(a.pin_memory(), b.pin_memory()) for a, b in pairs] if device.type == "cuda" else pairs
 
 
@@ -68,19 +68,12 @@ class Timer:
     block_seconds: float
     warmup: int
 
-    def wait(self) -> None:
-        """Until the device has done all."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def run(self, contestant: Contestant, steps: int) -> float:
         """Seconds of a number of steps."""
-        self.wait()
-        start = time.perf_counter()
+        start = now()
         for _, batch in zip(range(steps), cycle(self.batches), strict=False):
             contestant.step(batch)
-        self.wait()
-        return time.perf_counter() - start
+        return now() - start
 
     def warm_up(self, contestant: Contestant, row: Row, held_by_other: int) -> int:
         """Take the first steps; returns how many steps a block has."""
@@ -124,14 +117,10 @@ def matrix_peak(device: torch.device) -> float:
     out = torch.empty_like(a)
     times = []
     for _ in range(7):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = now()
         for _ in range(10):
             torch.mm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - start) / 10)
+        times.append((now() - start) / 10)
     return 2 * size**3 / sorted(times[2:])[2]
 
 
@@ -180,22 +169,18 @@ class Match:
 
     def _measure(self, row: Row, fraction: Fraction) -> None:
         timer, config = self.timer, self.case.config
-        held_by_reference, start = timer.allocated(), time.perf_counter()
+        held_by_reference, start = timer.allocated(), now()
         contestant = build(row.variant, config, timer.device, fraction, autocast=timer.device.type == "cuda")
-        timer.wait()
-        row.build_seconds = time.perf_counter() - start
+        row.build_seconds = now() - start
         row.resident, row.note = contestant.resident, contestant.note
         row.tokens, row.peak_flops = self.case.batch_size * self.case.sequence_length, self.peak
         steps = timer.warm_up(contestant, row, held_by_reference)
         held = timer.allocated() - held_by_reference
-        if self.reference is None:
-            for _ in range(self.blocks):
-                timer.block(contestant, row, steps, held_by_reference)
-        else:
-            for _ in range(self.blocks):
-                theirs = timer.block(contestant, row, steps, held_by_reference)
-                own = timer.block(self.reference, self.reference_row, self.reference_steps, held)
-                row.ratios.append(own / theirs)
+        blocks = {"theirs": partial(timer.block, contestant, row, steps, held_by_reference)}
+        if self.reference is not None:
+            blocks["own"] = partial(timer.block, self.reference, self.reference_row, self.reference_steps, held)
+        found = in_turns(blocks, self.blocks)
+        row.ratios = [own / theirs for own, theirs in zip(found.get("own", ()), found["theirs"], strict=False)]
         row.loss, row.ghost_fraction = contestant.loss(), contestant.ghost_fraction()
         length, live = self.case.sequence_length, 1 - (row.ghost_fraction or 0.0)
         row.nominal_flops = model_flops(config, length, config.top_k)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from fomoe_pl.costs.memory import GIB
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.sizes import flops_by_part
 
-GIB = 2**30
 MFU_TARGET, HF_TARGET, MEMORY_TARGET_GIB = 0.5, 1.6, 20.0
 SHADOW_SPEED, SHADOW_MEMORY = 1.05, 1.1
 SKIP_SHARE, HALF_TARGET, PORTABLE_TARGET = 0.9, 1.16, 1.5
@@ -166,12 +166,6 @@ SITE_COLUMNS = (
     "who", "result", "memory by formula (GiB)", "peak memory (GiB)", "tokens/s of local steps", "round (s)", "loss",
     "note",
 )  # fmt: skip
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,11 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from harness import now
 from model_contestants import Batch, Ours, build_ours
-from model_rows import GIB, SiteRow
+from model_rows import SiteRow
 from torch import Tensor
 
-from fomoe_pl.costs.memory import Load, rank_memory
+from fomoe_pl.costs.memory import GIB, Load, rank_memory
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
@@ -113,15 +113,15 @@ def _train(
     tokens = batches[0][0].numel()
     speeds, rounds, losses = [], [], []
     for _ in range(ROUNDS):
-        start = _now(device)
+        start = now()
         for step in range(LOCAL_STEPS):
             contestant.step(batches[step % len(batches)])
-        speeds.append(LOCAL_STEPS * tokens / (_now(device) - start))
+        speeds.append(LOCAL_STEPS * tokens / (now() - start))
         losses.append(contestant.loss())
         if federation is not None:
-            start = _now(device)
+            start = now()
             federation.synchronize(contestant.optimizer)
-            rounds.append(_now(device) - start)
+            rounds.append(now() - start)
     row.tokens_per_second = statistics.median(speeds[1:])  # the first block compiles
     row.round_seconds = statistics.median(rounds) if rounds else None
     row.losses = [losses[0], losses[-1]]
@@ -135,12 +135,6 @@ def _federation(model: torch.nn.Module, config: ModelConfig, device: torch.devic
     placement = place("fixed", n_layers=config.n_layers, n_experts=config.n_experts, n_sites=SITES, overlap=overlap)
     wire = MirrorTransport(Topology(SITES, 1, 0), placement.holder_sets(), Ledger(), device=device)
     return Federation(ParameterLayout.of(model, model.expert_tensors()), placement, wire, outer=OUTER)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def site_target(rows: list[SiteRow]) -> str:
