@@ -49,11 +49,6 @@ def read_settings(path: str) -> dict[str, Any]:
     return settings
 
 
-def read_model(path: str) -> ModelConfig:
-    """The architecture of such a file."""
-    return ModelConfig(**read_settings(path)["architecture"])
-
-
 def names_of(paths: Sequence[str]) -> dict[str, str]:
     """Name -> path: a file's name without its ending where it is the only one of that name, else the path."""
     stems = [Path(path).stem for path in paths]

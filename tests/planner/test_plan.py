@@ -18,6 +18,7 @@ from fomoe_pl.costs.memory import GIB, MIB
 from fomoe_pl.costs.rounds import refresh_bytes
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Shadow
 from fomoe_pl.planner import command as plan_command
 from fomoe_pl.planner.choices import Plan, RunLength, divisions
@@ -49,6 +50,10 @@ REQUEST: dict[str, Any] = {
 }  # fmt: skip
 
 
+def read_model(path: str) -> ModelConfig:
+    return ModelConfig(**plan_command.read_settings(path)["architecture"])
+
+
 def request(**changes: Any) -> PlanRequest:
     settings = REQUEST | changes
     return PlanRequest(**settings | {"sites": [Site(**site) for site in settings["sites"]]})
@@ -56,7 +61,7 @@ def request(**changes: Any) -> PlanRequest:
 
 def planned(**changes: Any) -> tuple[list[Plan], list[Any]]:
     asked = request(**changes)
-    return Planner("tiny", plan_command.read_model(TINY), asked).results
+    return Planner("tiny", read_model(TINY), asked).results
 
 
 def test_plans_are_ranked_and_full() -> None:
@@ -87,7 +92,7 @@ def test_copies_are_offered_beside_ghosts_and_full_replicas() -> None:
     by = {(p.choice.overlap, p.choice.routing): p for p in plans}
     assert [key for key in by if key in {(p.choice.overlap, p.choice.routing) for p in one_of_each(plans)}] == [*by]
     assert {routing for overlap, routing in by if overlap == 4} == {"ghost"}  # nobody lacks an expert
-    config = plan_command.read_model(TINY)
+    config = read_model(TINY)
     for overlap in (1, 2, 3):
         ghost, shadow = by[overlap, "ghost"], by[overlap, "shadow"]
         copies = refresh_bytes(config, Shadow(4), n_sites=4, overlap=overlap)
@@ -112,7 +117,7 @@ def test_copies_are_offered_beside_ghosts_and_full_replicas() -> None:
 
 def test_where_memory_is_short_the_host_keeps_what_was_agreed_on() -> None:
     """Not where nothing is short, and only where it is faster than activations that are made again."""
-    config = plan_command.read_model(str(ROOT / "configs/model/fomoe-54m.yaml"))
+    config = read_model(str(ROOT / "configs/model/fomoe-54m.yaml"))
 
     def best(sites: list[dict[str, Any]] = SITES, **changes: Any) -> Plan:
         settings = {"methods": ["diloco"], "overlaps": [4], "wire_dtypes": ["float32"], "bucket_mib": 1,
@@ -156,7 +161,7 @@ def test_what_the_models_file_turns_off_is_not_counted(tmp_path: Path) -> None:
 
 
 def test_without_our_kernels_more_is_kept() -> None:
-    config = plan_command.read_model(str(ROOT / "configs/model/fomoe-153m.yaml"))
+    config = read_model(str(ROOT / "configs/model/fomoe-153m.yaml"))
     places = [{"name": "a", "accelerator": "h200"}, {"name": "b", "accelerator": "h100"}]
     found = []
     for sites in (places, [places[0] | {"accelerator": "mi300x"}, places[1]]):
@@ -202,7 +207,7 @@ def test_devices_of_the_told_size_do() -> None:
 
 def test_the_reason_is_that_of_the_smallest_setting() -> None:
     """Partitioned routing has fewer router rows, whatever the order in which it is asked for."""
-    config = plan_command.read_model(str(ROOT / "configs/model/fomoe-1.8b.yaml"))
+    config = read_model(str(ROOT / "configs/model/fomoe-1.8b.yaml"))
 
     def reasons(*routings: str) -> list[str]:
         asked = request(routings=list(routings), overlaps=[1], methods=["local_adamw"])
@@ -391,7 +396,7 @@ def test_fit_takes_the_written_file_of_every_layout(
     """As far as the first step: settings, data, strategy, processes and intervals are checked; nothing is trained."""
     asked = request(data_root=root, **LAYOUTS[layout])
     model = plan_command.read_settings(TINY)
-    plan = Planner("tiny", plan_command.read_model(TINY), asked).results[0][0]
+    plan = Planner("tiny", read_model(TINY), asked).results[0][0]
     (tmp_path / "fit.yaml").write_text(fit_yaml(plan, asked, model))
     seen: list[Any] = []
 
@@ -598,7 +603,7 @@ def test_an_optimizer_whose_state_is_not_counted_is_refused(tmp_path: Path) -> N
     section = yaml.safe_load(Path(TINY).read_text())["model"]
     model.write_text(yaml.safe_dump({"model": section | {"optimizer": {"kind": "sgd"}}}))
     with pytest.raises(ConfigError, match="AdamW"):
-        plan_command.read_model(str(model))
+        read_model(str(model))
 
 
 def test_divisions_go_down_to_single_sequences() -> None:

@@ -29,7 +29,6 @@ K = 4  # local steps of a round; saved after each
 STEPS_PER_FAULT = 2 * K
 FREE = ("shard away for a moment",)  # costs no steps
 ENDING = ("SIGKILL", "SIGTERM", "SIGINT", "bit flip")  # a run has to be started again after these
-DAMAGES = ("truncated", "corrupt", "empty", "vanished")
 MOMENTS = ("local step", "collective", "saving", "validating", "any moment", "resuming")
 CONFIG: dict[str, Any] = {
     "trainer": {

@@ -17,8 +17,6 @@ from fomoe_pl.model.sizes import dense_parameters, parameter_counts, sparse_para
 
 VOCABULARY = 200_019
 """Of openai/gpt-oss-120b's tokenizer."""
-BYTES_PER_PARAMETER = 18
-"""Weights, gradients, masters and moments of mixed-precision AdamW, as the paper counts them."""
 WIDTH_OF_AN_EXPERT = 128
 PAPER_SIZES = {  # name: (width, layers, heads, experts, top-k), Table 1
     "54M": (256, 4, 4, 8, 2),
