@@ -31,7 +31,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from fomoe_pl import __version__
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk, ResumedRows
 from fomoe_pl.checkpoint.resuming import check_weights, resolve, tokens_in
-from fomoe_pl.costs import plan_command
 from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import (
@@ -51,6 +50,7 @@ from fomoe_pl.files import ForgivingStream, check_local
 from fomoe_pl.lightning_internals import PlainCLI, given_version
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
+from fomoe_pl.planner import command as plan_command
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SiteStrategy
 from fomoe_pl.strategies.checks import check_precision
 from fomoe_pl.training.elastic import Pace, nodes_left

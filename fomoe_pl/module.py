@@ -15,9 +15,9 @@ from fomoe_pl.checkpoint.loading import hyper_parameters, load_global_model
 from fomoe_pl.errors import ConfigError, check_range, check_seed
 from fomoe_pl.federation.report import check_skipped
 from fomoe_pl.metrics import RoutingHealth, Statistic, ValidationMetrics
-from fomoe_pl.metrics.language import IGNORED
 from fomoe_pl.metrics.validation import OWN_VIEW_GAP
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.losses import IGNORED
 from fomoe_pl.model.passes import TrainingPass
 from fomoe_pl.model.residency import resident_mask
 from fomoe_pl.model.transformer import Transformer

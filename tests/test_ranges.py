@@ -9,7 +9,6 @@ import pytest
 
 from fomoe_pl import callbacks
 from fomoe_pl.cli import main
-from fomoe_pl.costs.request import PlanRequest
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError, check_range
 from fomoe_pl.federation.outer import Average, Nesterov
@@ -17,6 +16,7 @@ from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.optimizer import OptimizerConfig
+from fomoe_pl.planner.request import PlanRequest
 from fomoe_pl.strategies import FederatedStrategy
 
 SIZES = {"vocab_size": 17, "d_model": 8, "n_layers": 1, "n_heads": 1, "n_experts": 2, "top_k": 1, "d_expert": 4}

@@ -16,8 +16,6 @@ import yaml
 
 from fomoe_pl.callbacks import RoutingStability, RunPictures
 from fomoe_pl.cli import HUB_COMMANDS, FoMoECLI, main
-from fomoe_pl.costs import plan_command
-from fomoe_pl.costs.request import PlanRequest
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
@@ -32,6 +30,8 @@ from fomoe_pl.hub.importing import import_model
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.optimizer import OptimizerConfig
+from fomoe_pl.planner import command as plan_command
+from fomoe_pl.planner.request import PlanRequest
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ fomoe fit -c 'a b.yaml'  # why
 ```bash
 torchrun --nproc_per_node 4 -m fomoe_pl fit -c c.yaml
 srun fomoe validate
-python tools/compare_runs.py runs/a
+python tools/study/quality.py table
 python -m pytest
 ```
 """
@@ -114,7 +114,7 @@ python -m pytest
         ["fomoe", "fit", "-c", "a b.yaml"],
         ["fomoe_pl", "fit", "-c", "c.yaml"],
         ["fomoe", "validate"],
-        ["python", "tools/compare_runs.py", "runs/a"],
+        ["python", "tools/study/quality.py", "table"],
     ]
 
 

@@ -6,8 +6,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from fomoe_pl.callbacks.communication import training_bytes, wire_bytes
-from fomoe_pl.callbacks.observed import MIB, observed_module, observed_strategy
+from fomoe_pl.callbacks.observed import observed_module, observed_strategy
 from fomoe_pl.callbacks.stability import RoundView, stability_of
+from fomoe_pl.costs.memory import MIB
 from fomoe_pl.model.sizes import active_parameters, parameter_counts
 
 # Group -> chart -> tags; `*` stands for what follows.

@@ -5,7 +5,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from fomoe_pl.callbacks.observed import (
-    MIB,
     RoundCallback,
     log,
     measures_sync,
@@ -14,8 +13,8 @@ from fomoe_pl.callbacks.observed import (
     observed_strategy,
 )
 from fomoe_pl.callbacks.throughput import TimedCallback
-from fomoe_pl.costs.bytes import ITEMSIZE
-from fomoe_pl.costs.counterfactual import ddp_step_bytes, replica_round_bytes
+from fomoe_pl.costs.bytes import ITEMSIZE, ddp_step_bytes, replica_round_bytes
+from fomoe_pl.costs.memory import MIB
 from fomoe_pl.federation.ledger import KINDS, Ledger
 from fomoe_pl.federation.observer import RoundObserver
 
@@ -51,7 +50,7 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
     - `comm/wire_per_token_B`: wire bytes of all kinds over this site's tokens, both since this process started to
       train (FoMoE, arXiv 2606.19025, cost model: bytes a site over the tokens of its local batches);
     - `comm/ddp_wire_MiB`, `comm/replica_wire_MiB`: what the same steps would have sent with data parallelism, and the
-      same rounds with full-replica DiLoCo (`fomoe_pl.costs.counterfactual`), gradients in the parameters' dtype and
+      same rounds with full-replica DiLoCo (`fomoe_pl.costs.bytes`), gradients in the parameters' dtype and
       replicas in the run's `wire_dtype`; `comm/of_ddp`, `comm/of_replica`: the training bytes over these;
     - `comm/sync_s`: since the start of the run; `comm/sync_share`: its part of the training time of this process;
     - `comm/bandwidth_MiB_per_s`: training bytes of the last round over its synchronisation time;

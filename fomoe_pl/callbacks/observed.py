@@ -13,14 +13,13 @@ from typing import Any, Protocol, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fomoe_pl.costs.memory import MIB
 from fomoe_pl.errors import check_range
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.metrics import RoutingHealth, Statistic
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.training.context import SiteContext, context
-
-MIB = 2**20
 
 
 class ObservedModule(Protocol):

@@ -11,7 +11,6 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fomoe_pl.callbacks.observed import (
-    MIB,
     check_interval,
     log,
     measures_sync,
@@ -20,8 +19,9 @@ from fomoe_pl.callbacks.observed import (
     observed_strategy,
     peak_memory,
 )
+from fomoe_pl.costs.memory import MIB
 from fomoe_pl.federation.observer import RoundObserver
-from fomoe_pl.model.sizes import training_flops_per_token
+from fomoe_pl.model.sizes import flops_by_part
 
 
 @dataclass(frozen=True)
@@ -248,10 +248,10 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
             copied = 0.0
             if name == "executed" and residency.routing == "shadow":
                 picks, copied = float(config.top_k), config.top_k - picks
-            flops = training_flops_per_token(
+            flops = flops_by_part(
                 config, sequence_length, executed_picks=picks, n_scored=n_scored, copied_picks=copied,
                 input_gradient=residency.shadow.input_gradient,
-            )  # fmt: skip
+            ).training  # fmt: skip
             values[f"throughput/{name}_TFLOP_per_s"] = flops * window.local_rate / 1e12
             if self._peak_flops:
                 values[f"throughput/mfu_{name}"] = flops * window.local_rate / self._peak_flops

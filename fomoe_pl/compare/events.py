@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
 from fomoe_pl.callbacks.communication import training_bytes
-from fomoe_pl.callbacks.observed import MIB
+from fomoe_pl.costs.memory import MIB
 
 Floats = NDArray[np.float64]
 EVENTS = "events.out.tfevents.*"

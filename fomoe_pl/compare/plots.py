@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fomoe_pl.callbacks.communication import training_bytes
-from fomoe_pl.callbacks.observed import MIB
 from fomoe_pl.compare.runs import Run
-from fomoe_pl.costs.pareto import pareto_front
+from fomoe_pl.costs.memory import MIB
+from fomoe_pl.planner.output import pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fomoe_pl.callbacks.communication import NOT_TRAINING, training_bytes
-from fomoe_pl.callbacks.observed import MIB
 from fomoe_pl.compare.runs import QUALITY, Run
+from fomoe_pl.costs.memory import MIB
 from fomoe_pl.files import write_whole
 
 

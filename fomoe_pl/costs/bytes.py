@@ -11,12 +11,21 @@ from collections.abc import Sequence
 import torch
 
 from fomoe_pl.codec import Codec
-from fomoe_pl.costs.rounds import ITEMSIZE, Collective, SynchronizedSizes, collectives, copy_bytes, count, held_by
+from fomoe_pl.costs.rounds import (
+    ITEMSIZE,
+    Collective,
+    SynchronizedSizes,
+    collectives,
+    copy_bytes,
+    count,
+    ddp_collectives,
+    held_by,
+)
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.federation import averaged
 from fomoe_pl.federation.flight import buckets
 from fomoe_pl.federation.layout import ParameterLayout
-from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.ledger import Ledger, ring_all_reduce_bytes
 from fomoe_pl.federation.packing import digits
 from fomoe_pl.federation.placement import Placement, gather_layer, migration
 from fomoe_pl.federation.settings import FederationConfig, WireDtype
@@ -152,6 +161,34 @@ def control_bytes(
             numbers += 3 * layers + 2 + -(-cells * probe_tokens // digits(n_sites))
     numbers += n_sites if monitored else 0
     return 8 * numbers
+
+
+def ddp_step_bytes(architecture: ModelConfig, n_sites: int, param_dtype: WireDtype = "float32") -> int:
+    """Wire bytes of an optimizer step of data parallelism: all gradients, and with `balance: bias` the loads.
+
+    Args:
+        architecture: The model.
+        n_sites: Number of sites M.
+        param_dtype: dtype of parameters and so of gradients.
+    """
+    payload = sum(call.payload for call in ddp_collectives(architecture, n_sites, ITEMSIZE[param_dtype]))
+    if architecture.balance == "bias":
+        payload += architecture.n_layers * architecture.n_experts * ITEMSIZE["float32"]
+    return ring_all_reduce_bytes(payload, n_sites)
+
+
+def replica_round_bytes(architecture: ModelConfig, n_sites: int, wire_dtype: WireDtype = "float32") -> int:
+    """Wire bytes of a round of full-replica DiLoCo: all parameters, no moments.
+
+    Args:
+        architecture: The model.
+        n_sites: Number of sites M.
+        wire_dtype: dtype on the wire.
+    """
+    ledger = predict_bytes(
+        architecture, FederationConfig(local_steps=1, wire_dtype=wire_dtype), n_sites=n_sites, site=0, steps=1
+    )
+    return ledger.total_wire
 
 
 def _coded(

@@ -103,7 +103,7 @@ class Links:
         return alone + max(ring, call.payload * copied - alone)
 
     def _ring_seconds(self, payload: int, g: int, places: Sequence[Site]) -> float:
-        """Seconds of a ring with one buffer, as gloo runs it; `tools/shaped_links.py --latencies` measures it.
+        """Seconds of a ring with one buffer, as gloo runs it; `tools/network/shaped_links.py --latencies` measures it.
 
         The buffer is cut into segments, at least two for each site. Both halves of the ring send (g-1)/g of them to the
         next site, two at a time: a pair takes as long as the link needs for it, or as its first segment needs to get

@@ -152,21 +152,6 @@ def control_collectives(n_sites: int) -> list[Collective]:
     return [Collective("control", everyone, 8 * report_numbers(n_sites)), Collective("control", everyone, 8 * n_sites)]
 
 
-def migration_bytes(
-    architecture: ModelConfig, *, n_sites: int, overlap: int, routing: Routing = "ghost", momentum: bool = False
-) -> float:
-    """Mean bytes that a site sends when experts are dealt anew: each of its slots changes with probability 1 - O/M.
-
-    Per round divide by T, ``reshuffle_rounds``. Anchors, and the outer momentum if there is one, travel in float32
-    (FoMoE's term P = gamma (1 - O/M), §3.4).
-    """
-    check_placement(architecture.n_experts, n_sites, overlap)
-    sizes = SynchronizedSizes.of(architecture, routing)
-    slots = architecture.n_layers * architecture.n_experts * overlap / n_sites
-    elements = sizes.expert + sizes.expert_buffers + (sizes.expert if momentum else 0)
-    return slots * (1 - overlap / n_sites) * elements * ITEMSIZE["float32"]
-
-
 def copy_bytes(architecture: ModelConfig, shadow: Shadow) -> int:
     """Bytes of a packed copy of one expert of one layer: each matrix is one row of its codec."""
     d = architecture.d_model

@@ -64,7 +64,7 @@ class Site:
         mfu: share of the peak that local steps reach: an assumption; on an H100 0.14 (153M preset) and 0.21 (1.3B) were
             measured in bf16-mixed, and 0.29 and 0.35 where blocks are compiled and steps recorded.
         step_factor: measured seconds of a local step over those at the data sheet's peak, instead of ``mfu``;
-            `tools/check_costs.py step` prints it.
+            `tools/benchmarks/check_costs.py step` prints it.
         price_per_hour: of the whole site, in any currency.
     """
 

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomoe_pl.metrics.flat import FlatSumMetric
-
-IGNORED = -100
+from fomoe_pl.model.losses import IGNORED
 
 
 class LanguageModelMetric(FlatSumMetric):

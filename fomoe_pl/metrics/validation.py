@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fomoe_pl.metrics.flat import FlatSumMetric
-from fomoe_pl.metrics.language import IGNORED, LanguageModelMetric
+from fomoe_pl.metrics.language import LanguageModelMetric
 from fomoe_pl.metrics.specialisation import DomainLoad
+from fomoe_pl.model.losses import IGNORED
 
 ROUTING_NECESSITY, OWN_VIEW_GAP = "routing_necessity_nats", "own_view_gap_nats"
 

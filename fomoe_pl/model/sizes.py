@@ -1,7 +1,6 @@
 """Parameter counts and FLOPs from the configuration alone: pure functions, no torch, nothing is built."""
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 from fomoe_pl.model.config import Checkpointing, ModelConfig
 from fomoe_pl.model.residency import Routing
@@ -173,18 +172,3 @@ def flops_by_part(
         output=2 * config.vocab_size * config.d_model,
         spared=2 * layers * copied_picks * spared,
     )
-
-
-def forward_flops_per_token(
-    config: ModelConfig, sequence_length: int, *, executed_picks: float | None = None, n_scored: int | None = None
-) -> float:
-    """Return the sum over the parts of ``flops_by_part``, with its arguments."""
-    return flops_by_part(config, sequence_length, executed_picks=executed_picks, n_scored=n_scored).forward
-
-
-def training_flops_per_token(config: ModelConfig, sequence_length: int, **of: Any) -> float:
-    """Return the FLOPs of one token's forward and backward pass: three times the forward pass, less what copies spare.
-
-    Recomputation by activation checkpointing is not counted. Arguments as in ``flops_by_part``.
-    """
-    return flops_by_part(config, sequence_length, **of).training

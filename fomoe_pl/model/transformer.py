@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fomoe_pl.model import losses
 from fomoe_pl.model.attention import Attention
-from fomoe_pl.model.compiled import compiled
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.init import initialize
 from fomoe_pl.model.moe import MoELayer
@@ -171,9 +170,14 @@ class Transformer(nn.Module):
         ).view(targets_BS.shape)
 
     def compile_blocks(self) -> None:
-        """Run the blocks as compiled code from now on; the first one that runs compiles for all, see `compiled.py`."""
+        """Run the blocks as compiled code from now on.
+
+        Each layer is one graph of torch.compile's around our kernels (`backends/kernels.py`). Layers have equal shapes,
+        so the first one's code serves the others, whichever experts are resident: residency is in tensors. Validation
+        and another number of resident experts compile again; a second batch size compiles for all batch sizes.
+        """
         for block in self.layers:
-            block.compiled = compiled(block.plain)
+            block.compiled = torch.compile(block.plain)
 
     def expert_tensors(self) -> dict[str, int]:
         """Return the layer of every tensor whose row r (axis 0) belongs to expert ``residency.experts[layer][r]``.

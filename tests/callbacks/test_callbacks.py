@@ -31,7 +31,7 @@ from fomoe_pl.metrics import RoutingHealth
 from fomoe_pl.model.backends.kernels import Copies
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
-from fomoe_pl.model.sizes import expert_parameters, training_flops_per_token
+from fomoe_pl.model.sizes import expert_parameters, flops_by_part
 from fomoe_pl.module import FoMoEModule
 from tests.training import Run as TrainingRun
 from tests.training import fit
@@ -296,10 +296,10 @@ def test_throughput_by_hand(run: Run, clock: SimpleNamespace) -> None:
     assert second["memory/parameters_MiB"] == pytest.approx(8 * 4 / MIB)
     assert second["memory/anchors_MiB"] == 3
     config = run.module.config
-    nominal = training_flops_per_token(config, 5)
+    nominal = flops_by_part(config, 5).training
     assert second["throughput/nominal_TFLOP_per_s"] == pytest.approx(nominal * 50 / 1e12)
     # One of four picks was executed in the round: half an expert a token and layer.
-    executed = training_flops_per_token(config, 5, executed_picks=0.5)
+    executed = flops_by_part(config, 5, executed_picks=0.5).training
     assert second["throughput/executed_TFLOP_per_s"] == pytest.approx(executed * 50 / 1e12)
     assert set(first) == set(second) == {
         "throughput/local_tokens_per_s", "throughput/with_sync_tokens_per_s",
@@ -340,7 +340,7 @@ def test_picks_that_copies_compute_are_executed_and_learn_nothing(run: Run, cloc
     config = run.module.config
     values = run.logger.lines[-1][1]
     learnt = 2 * 2 * 1.5 * expert_parameters(config)  # one and a half of two picks in two layers, without this product
-    expected = training_flops_per_token(config, 5) - learnt
+    expected = flops_by_part(config, 5).training - learnt
     assert values["throughput/executed_TFLOP_per_s"] == pytest.approx(expected * 100 / 1e12)
     assert values["throughput/nominal_TFLOP_per_s"] > values["throughput/executed_TFLOP_per_s"]
 
@@ -407,7 +407,7 @@ def test_executed_picks_are_those_of_the_round(run: Run, clock: Any, read: bool)
             run.module.routing_health.reset()
         executed.append(run.logger.lines[-1][1]["throughput/executed_TFLOP_per_s"])
     config = run.module.config
-    expected = [training_flops_per_token(config, 5, executed_picks=2 * share) * 100 / 1e12 for share in (1 / 4, 3 / 4)]
+    expected = [flops_by_part(config, 5, executed_picks=2 * share).training * 100 / 1e12 for share in (1 / 4, 3 / 4)]
     assert executed == pytest.approx(expected)
 
 

@@ -5,8 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 from fomoe_pl.cli import main as fomoe
 from fomoe_pl.compare import main, plots
 from fomoe_pl.compare.runs import Curve, Run, read_run, read_runs
-from fomoe_pl.costs.pareto import pareto_front
+from fomoe_pl.planner.output import pareto_front
 
 MIB = 2**20
 DATA = {"corpus": "c0ffee", "tokenizer": "bytes", "sequence_length": 256, "val_sequences": 240}
@@ -118,13 +116,6 @@ def test_without_ghosts_nothing_is_said_of_them(tmp_path: Path, capsys: pytest.C
     assert figure is not None
     assert [line.get_label() for line in figure.axes[0].lines] == ["ghost"]
     assert plots.routing(runs[1:]) is None
-
-
-def test_the_script_is_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    script = Path(__file__).parents[2] / "tools" / "compare_runs.py"
-    monkeypatch.setattr(sys, "argv", [str(script), str(write(tmp_path / "run", 2.3456)), "--markdown"])
-    runpy.run_path(str(script), run_name="__main__")
-    assert "| run | 4 | 240 | 2.346 |" in capsys.readouterr().out
 
 
 def test_csv_has_every_number_unrounded(tmp_path: Path) -> None:

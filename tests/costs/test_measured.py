@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fomoe_pl.costs.memory import DDP_COPIES, LIBRARY_BYTES, MIB, Load, RankMemory, rank_memory
-from fomoe_pl.costs.plan_command import read_model
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.costs.time import StepWork, calibration, step_seconds, step_work
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.planner.command import read_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs/benchmarks"
@@ -25,7 +25,7 @@ TOKENS = 8 * 2048
 def model(name: str) -> ModelConfig:
     """With chunks of about as many tokens as then, when 256 MiB of float32 logits were one."""
     file, _, layers = name.partition(", ")
-    config = read_model(str(ROOT / "configs/model" / f"{file}.yaml"))
+    config = ModelConfig(**read_settings(str(ROOT / "configs/model" / f"{file}.yaml"))["architecture"])
     config = replace(config, loss_chunk_bytes=148 * MIB)
     return replace(config, n_layers=int(layers.split()[0])) if layers else config
 

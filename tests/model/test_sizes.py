@@ -88,15 +88,15 @@ def test_flops_are_those_of_the_products(make_config: Callable[..., ModelConfig]
     # The counter sees plain products, not the CPU's fused attention kernel.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model.logits(model(tokens)[0])
-    expected = sizes.forward_flops_per_token(config, 8)
+    expected = sizes.flops_by_part(config, 8).forward
     assert counter.get_total_flops() == expected * tokens.numel()
-    assert sizes.training_flops_per_token(config, 8) == 3 * expected
+    assert sizes.flops_by_part(config, 8).training == 3 * expected
 
 
 def test_executed_flops_count_what_runs(make_config: Callable[..., ModelConfig]) -> None:
     config = make_config()
-    nominal = sizes.forward_flops_per_token(config, 8)
-    halved = sizes.forward_flops_per_token(config, 8, executed_picks=1.0)
+    nominal = sizes.flops_by_part(config, 8).forward
+    halved = sizes.flops_by_part(config, 8, executed_picks=1.0).forward
     assert nominal - halved == 2 * config.n_layers * sizes.expert_parameters(config)
-    fewer_rows = sizes.forward_flops_per_token(config, 8, n_scored=3)
+    fewer_rows = sizes.flops_by_part(config, 8, n_scored=3).forward
     assert nominal - fewer_rows == 2 * config.n_layers * 3 * config.d_model

@@ -11,8 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from fomoe_pl.callbacks import CommunicationMonitor, RoutingStability, ThroughputMonitor
-from fomoe_pl.costs.bytes import control_bytes, metric_bytes_of, predict_bytes
-from fomoe_pl.costs.counterfactual import ddp_step_bytes, replica_round_bytes
+from fomoe_pl.costs.bytes import control_bytes, ddp_step_bytes, metric_bytes_of, predict_bytes, replica_round_bytes
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.sizes import parameter_counts
 from tests.distributed import run_distributed

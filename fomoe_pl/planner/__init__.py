@@ -1,0 +1,1 @@
+"""`fomoe plan`: which settings of a federation fit, how long they take, and why others do not."""

@@ -1,0 +1,169 @@
+"""What the planner talks about: settings, plans that fit, and settings that do not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fomoe_pl.costs.memory import RankMemory
+from fomoe_pl.federation.settings import OuterPlace
+from fomoe_pl.model.config import Checkpointing
+from fomoe_pl.model.residency import Routing
+from fomoe_pl.planner.quality import Measurement
+from fomoe_pl.planner.request import RUNS_TODAY, Layout, Method
+
+MORE_FOR_LARGER_BATCHES = 0.02
+"""Share of a step that may be spent on larger micro-batches."""
+
+
+def divisions(sequences: int) -> list[tuple[int, int]]:
+    """(micro-batch, number of them) for a site's sequences of a step, or a little more; largest batch first."""
+    found: dict[int, int] = {}
+    for accumulate in range(1, sequences + 1):
+        batch = -(-sequences // accumulate)
+        if batch * accumulate <= sequences * (1 + MORE_FOR_LARGER_BATCHES):
+            found.setdefault(batch, accumulate)
+    return list(found.items())
+
+
+class Saving(NamedTuple):
+    """What is given for memory.
+
+    Attributes:
+        checkpointing: which activations are made again: time of each step.
+        outer_state: where anchors and outer momentum live: on the host they cross its bus twice a round.
+    """
+
+    checkpointing: Checkpointing = "none"
+    outer_state: OuterPlace = "device"
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is, and how often it is validated and saved: at the end, and at the ends of rounds before.
+
+    Attributes:
+        steps: optimizer steps.
+        every: steps between validations; the last one is at the end.
+    """
+
+    steps: int
+    every: int
+
+    @property
+    def validations(self) -> int:
+        """Number of validations."""
+        return self.steps // self.every
+
+    @classmethod
+    def of(cls, asked: int, local_steps: int, validations: int) -> RunLength:
+        """Whole rounds, and equally many between validations: as asked, or a little more.
+
+        Args:
+            asked: steps that the tokens take.
+            local_steps: K.
+            validations: about how many are wanted; the number by which the run becomes least longer, half as many more
+                or fewer at most.
+        """
+        if asked <= local_steps:
+            return cls(asked, asked)
+        rounds = math.ceil(asked / local_steps)
+        numbers = range(min(validations, rounds) // 2 + 1, min(3 * validations // 2, rounds) + 1)
+        best = min(numbers, key=lambda n: (-(-rounds // n) * n, abs(n - validations)))
+        every = -(-rounds // best) * local_steps
+        return cls(best * every, every)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting, before it is known whether it fits."""
+
+    model: str
+    layout: Layout
+    sites: int
+    overlap: int
+    method: Method
+    routing: Routing
+    wire_dtype: Literal["float32", "bfloat16"]
+    local_steps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A setting that fits, and what it takes.
+
+    Attributes:
+        choice: the setting.
+        batch_size: sequences of a micro-batch of one device.
+        accumulate: micro-batches of a local step.
+        saving: what is given for memory.
+        global_batch: sequences of a step, all sites together: what was asked, or a little more.
+        length: optimizer steps and validations.
+        tokens: of the run.
+        memory: of a device of each place, by part; equal but for sharding.
+        sent_per_round: bytes that leave the busiest place in a round (DDP: in a step), as the ledger's wire column
+            counts them: with the ring's factor, without frames.
+        sent_per_validation: the same for a validation of the global model.
+        sent_in_all: the same for the run.
+        checkpoint: bytes on disk, see ``checkpoint_bytes``.
+        step_seconds: of the slowest site.
+        round_seconds: of a round's synchronisation (DDP: a step's).
+        validation_seconds: of a validation of the global model.
+        hours: of the run, validations included.
+        price: of all places for so long; None if a price is missing.
+        quality: a measurement, or None: not measured.
+    """
+
+    choice: Choice
+    batch_size: int
+    accumulate: int
+    saving: Saving
+    global_batch: int
+    length: RunLength
+    tokens: int
+    memory: tuple[RankMemory, ...]
+    sent_per_round: float
+    sent_per_validation: float
+    sent_in_all: float
+    checkpoint: dict[str, int]
+    step_seconds: float
+    round_seconds: float
+    validation_seconds: float
+    hours: float
+    price: float | None
+    quality: Measurement | None
+
+    @property
+    def held_bytes(self) -> tuple[int, ...]:
+        """Peak of a device of each place."""
+        return tuple(memory.peak for memory in self.memory)
+
+    @property
+    def on_host(self) -> int:
+        """Most bytes of a device's outer state in the host's memory."""
+        return max(memory.on_host for memory in self.memory)
+
+    @property
+    def why_not_today(self) -> str | None:
+        """Why `fomoe fit` cannot run it today; None if it can."""
+        return RUNS_TODAY[self.choice.layout]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Settings that do not fit, or make no sense.
+
+    Attributes:
+        model: file of the model.
+        layout: how devices are used.
+        methods: of these settings.
+        overlaps: sites that hold each expert.
+        reason: which memory overflows where and what would fit, or what does not divide.
+    """
+
+    model: str
+    layout: Layout
+    methods: tuple[Method, ...]
+    overlaps: tuple[int, ...]
+    reason: str

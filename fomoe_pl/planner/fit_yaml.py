@@ -1,0 +1,139 @@
+"""A plan as a file that `fomoe fit` runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+import yaml
+
+from fomoe_pl.costs.memory import GIB, MIB
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.sizes import parameter_counts
+from fomoe_pl.planner.choices import Plan
+from fomoe_pl.planner.output import quality_text
+from fomoe_pl.planner.request import PlanRequest
+
+_NESTEROV = {"class_path": "fomoe_pl.federation.outer.Nesterov", "init_args": {"lr": 0.7, "momentum": 0.9}}
+OBSERVERS = ("CommunicationMonitor", "ThroughputMonitor", "FoMoEProgressBar", "RunReport")
+
+
+def processes(plan: Plan, request: PlanRequest) -> tuple[int, int]:
+    """Devices of a node and number of nodes: with `each` the greatest common divisor, so that all nodes are alike."""
+    if plan.choice.layout == "one":
+        return (1, len(request.sites)) if request.accelerator == "gpu" else (len(request.sites), 1)
+    # Written out, the divisor of 8, 8 and 4 is 4: the larger sites start two nodes.
+    devices = min(site.devices for site in request.sites)
+    while any(site.devices % devices for site in request.sites):
+        devices -= 1
+    total = sum(site.devices for site in request.sites)
+    return (devices, total // devices) if request.accelerator == "gpu" else (total, 1)
+
+
+def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `fomoe fit` for a plan that it can run.
+
+    Args:
+        plan: what is written.
+        request: what was asked.
+        model: the `model` section of the model's file; what is not planned is taken over.
+    """
+    c = plan.choice
+    devices, nodes = processes(plan, request)
+    strategy: Any = "ddp_counted" if c.sites > 1 else "single_site"
+    if c.method != "ddp":
+        nesterov = c.method == "diloco"
+        copies = {"shadow_bits": request.shadow_bits, "shadow_refresh": request.shadow_refresh}
+        strategy = {
+            "class_path": "fomoe_pl.strategies.FederatedStrategy",
+            "init_args": {
+                "overlap": c.overlap,
+                "routing": c.routing,
+                **(copies if c.routing == "shadow" else {}),
+                "placement": "fixed",
+                "local_steps": c.local_steps,
+                "outer": _NESTEROV if nesterov else None,
+                "inner_moments": "average" if c.method == "local_adamw" else "keep",
+                "wire_dtype": c.wire_dtype,
+                "bucket_mib": request.bucket_mib,
+                "outer_state": plan.saving.outer_state,
+            },
+        }
+    name = f"plan_{c.model}_{c.layout}_overlap{c.overlap}_{c.method}"
+    name = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
+    architecture = asdict(ModelConfig(**model["architecture"])) | {
+        "activation_checkpointing": plan.saving.checkpointing
+    }
+    defaults = {f.name: f.default for f in fields(ModelConfig)}
+    return {
+        "seed_everything": 42,
+        "trainer": {
+            "accelerator": request.accelerator,
+            "devices": devices,
+            "num_nodes": nodes,
+            "precision": request.precision,
+            "max_steps": plan.length.steps,
+            "max_epochs": -1,
+            "accumulate_grad_batches": plan.accumulate,
+            "val_check_interval": plan.length.every * plan.accumulate,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "gradient_clip_val": 1.0,
+            "strategy": strategy,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": "runs", "name": name, "version": ""},
+            },
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {
+                        "filename": "last",
+                        "every_n_train_steps": plan.length.every,
+                        "enable_version_counter": False,
+                    },
+                },
+                *({"class_path": f"fomoe_pl.callbacks.{observer}"} for observer in OBSERVERS),
+            ],
+        },
+        "model": {
+            **({"compile_blocks": True} if request.accelerator == "gpu" and c.method != "ddp" else {}),
+            **model,
+            "architecture": {name: value for name, value in architecture.items() if value != defaults[name]},
+            "evaluation_window": request.evaluation_window,
+        },
+        "data": {
+            "root": request.data_root,
+            "sequence_length": request.sequence_length,
+            "batch_size": plan.batch_size,
+            "val_batch_size": plan.batch_size,
+            "val_sequences": request.val_sequences,
+        },
+    }
+
+
+def fit_yaml(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> str:
+    """A file for `fomoe fit -c`, with what the plan says of it, and how it is started, in comments."""
+    devices, nodes = processes(plan, request)
+    start = "fomoe fit -c THIS_FILE"
+    if nodes > 1:
+        start = (f"torchrun --nnodes {nodes} --nproc_per_node {devices} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+                 "-m fomoe_pl fit -c THIS_FILE")  # fmt: skip
+    total = parameter_counts(ModelConfig(**model["architecture"])).total
+    on_host = f" and {plan.on_host / GIB:.1f} GiB of its host's memory" if plan.on_host else ""
+    lines = [
+        f"Planned: {total / 1e6:,.0f} million parameters, {plan.length.steps:,} steps of {plan.global_batch:,} "
+        f"sequences, {plan.tokens:,} tokens, {plan.hours:,.1f} hours with {plan.length.validations} validations, "
+        f"{max(plan.held_bytes) / GIB:.1f} GiB a device{on_host}, {plan.sent_per_round / MIB:,.0f} MiB from a site "
+        f"{'a step' if plan.choice.method == 'ddp' else 'a round'}; quality: {quality_text(plan)}.",
+        f"Start it, on each node: {start}",
+    ]
+    per_site = [site.devices // devices for site in request.sites]
+    if plan.choice.layout == "each" and max(per_site) > 1 and nodes > 1:
+        nodes_of = ", ".join(f"{site.name} {n}" for site, n in zip(request.sites, per_site, strict=True))
+        lines.append(f"All nodes have {devices} devices: sites start so many nodes each ({nodes_of}), with other "
+                     "devices in CUDA_VISIBLE_DEVICES.")  # fmt: skip
+    lines.append("The corpus in data.root must have the model's vocabulary.")
+    body = yaml.safe_dump(fit_settings(plan, request, model), sort_keys=False)
+    return "".join(f"# {line}\n" for line in lines) + body

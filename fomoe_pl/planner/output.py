@@ -1,0 +1,208 @@
+"""What the planner says: tables, notes, JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from fomoe_pl.costs.memory import GIB, MIB
+from fomoe_pl.costs.sites import Site
+from fomoe_pl.planner.choices import Plan, Refusal
+from fomoe_pl.planner.request import LAYOUTS, RUNS_TODAY, PlanRequest
+
+OF_OTHER_SHAPE = ("choice", "saving", "length", "memory", "quality")
+
+
+def quality_text(plan: Plan) -> str:
+    """The penalty and the model that it was measured on, the reference itself, or that nobody measured it."""
+    found = plan.quality
+    if found is None:
+        return "not measured"
+    if found.overlap == found.sites:
+        return f"reference, {found.value:g} {found.metric} of {found.model}"
+    return f"{found.penalty:+.1%} {found.metric} of {found.model}"
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other equals or beats in both numbers, smaller being better; by the first."""
+    order = sorted(range(len(points)), key=lambda i: points[i])
+    front: list[int] = []
+    for i in order:
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def pareto(plans: Sequence[Plan]) -> list[Plan]:
+    """Plans than which none is both faster and smaller: hours against the largest device's bytes; fastest first."""
+    return [plans[i] for i in pareto_front([(plan.hours, max(plan.held_bytes)) for plan in plans])]
+
+
+def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
+    """The fastest plan of each model, layout, overlap, method and kind of routing, and the fastest that was measured.
+
+    Copies of absent experts are a kind of their own: sites without them are always faster, and worse.
+    """
+    seen: dict[tuple[Any, ...], Plan] = {}
+    for plan in plans:
+        c = plan.choice
+        seen.setdefault((c.model, c.layout, c.overlap, c.method, c.routing == "shadow", plan.quality is None), plan)
+    return list(seen.values())
+
+
+def setting_text(plan: Plan) -> str:
+    """A plan's choice in words."""
+    c = plan.choice
+    saved = "" if plan.saving.checkpointing == "none" else f", {plan.saving.checkpointing} checkpointed"
+    if plan.saving.outer_state == "host":
+        saved += f", outer state on the host ({plan.on_host / GIB:.1f} GiB a device)"
+    return (
+        f"{c.sites} sites ({c.layout}), overlap {c.overlap}, {c.method}, K {c.local_steps}, {c.routing}, "
+        f"{c.wire_dtype}, batch {plan.batch_size}×{plan.accumulate} of {plan.global_batch}{saved}"
+    )
+
+
+def plan_table(plans: Sequence[Plan]) -> Table:
+    """Numbered plans as a table; with a column for cost if there are prices."""
+    table = Table(
+        title="Settings that fit, fastest first for each model", title_justify="left", box=SIMPLE_HEAD,
+        collapse_padding=True, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    table.add_column("setting", min_width=24)
+    priced = any(plan.price is not None for plan in plans)
+    cost = ["cost"] if priced else []
+    for name in ("GiB a\ndevice", "MiB a\nround", "GiB in\nall", "step\n(s)", "round\n(s)", "hours", *cost):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("quality", min_width=8, max_width=16)
+    table.add_column("fit\ntoday", no_wrap=True)
+    for i, plan in enumerate(plans, 1):
+        cost = ["-" if plan.price is None else f"{plan.price:,.0f}"] if priced else []
+        table.add_row(
+            str(i), plan.choice.model, setting_text(plan), f"{max(plan.held_bytes) / GIB:.1f}",
+            f"{plan.sent_per_round / MIB:,.0f}", f"{plan.sent_in_all / GIB:,.1f}", f"{plan.step_seconds:.2f}",
+            f"{plan.round_seconds:,.1f}", f"{plan.hours:,.1f}", *cost, quality_text(plan),
+            "no" if plan.why_not_today else "yes",
+        )  # fmt: skip
+    return table
+
+
+def speed_text(site: Site) -> str:
+    """What a site's steps are timed by."""
+    by = f"{site.mfu:.0%} of the peak" if site.step_factor is None else f"measured factor {site.step_factor:g}"
+    return f"{site.name} {by}"
+
+
+def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
+    """What a reader of the table must know."""
+    layouts = "; ".join(f"{name}, {text}" for name, text in LAYOUTS.items() if name in request.layouts)
+    lines = [
+        f"hours: steps at {', '.join(speed_text(site) for site in request.sites)}. A share of the peak (mfu) is "
+        "an assumption until a step is measured: `tools/benchmarks/check_costs.py step` prints the `step_factor`.",
+        "hours and GiB in all: with "
+        f"{' or '.join(str(n) for n in sorted({plan.length.validations for plan in plans}))} validations of "
+        f"{request.val_sequences} sequences. MiB a round: what leaves the busiest site every K steps; ddp, whose K is "
+        "1: every step.",
+        "batch: micro-batch × accumulation of a site, of all sites' sequences in a step; checkpointed: activations "
+        f"are recomputed. sites: {layouts}. Traffic inside a sharded site is not modelled.",
+    ]
+    if any(plan.saving.outer_state == "host" for plan in plans):
+        lines.append("outer state on the host: anchors and outer momentum, page-locked, for which torch may take up to "
+                     "twice as much; saves make copies there of all that they write (`async_save: false`: none). "
+                     "Whether the host has that much is not checked.")  # fmt: skip
+    if any(plan.choice.routing == "shadow" for plan in plans):
+        often = "every round" if request.shadow_refresh == 1 else f"every {request.shadow_refresh} rounds"
+        lines.append(f"shadow: picks of absent experts are computed with copies of {request.shadow_bits} bits, "
+                     f"refreshed {often}; ghost: they are skipped.")  # fmt: skip
+    for layout in sorted({plan.choice.layout for plan in plans if plan.why_not_today}):
+        lines.append(f"fit today: {layout} {RUNS_TODAY[layout]}.")
+    measured = {(p.quality.model, p.quality.source) for p in plans if p.quality is not None}
+    lines += [f"quality of {model}: {source}" for model, source in sorted(measured)]
+    if any(plan.quality is None for plan in plans):
+        lines.append("quality: not measured with the same method, routing, sites, overlap, K and a float32 wire.")
+    return lines
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs drawn together: `1-4, 6`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def refusal_table(refusals: Sequence[Refusal]) -> Table:
+    """What does not fit, and why."""
+    table = Table(title="What does not fit", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name, width in (("model", 12), ("devices", 9), ("method", 13), ("overlap", 11), ("why", None)):
+        table.add_column(name, max_width=width)
+    for models, layouts, refusal in merged(refusals):
+        table.add_row(
+            ", ".join(models), ", ".join(layouts), ", ".join(refusal.methods), spans(refusal.overlaps), refusal.reason
+        )
+    return table
+
+
+def merged(refusals: Sequence[Refusal]) -> list[tuple[list[str], list[str], Refusal]]:
+    """Refusals that differ in the layout alone, and then in the model alone, as one: (models, layouts, one of them)."""
+    layouts: dict[Refusal, list[str]] = {}
+    for refusal in refusals:
+        layouts.setdefault(replace(refusal, layout="one"), []).append(refusal.layout)
+    models: dict[tuple[Refusal, tuple[str, ...]], list[str]] = {}
+    for refusal, found in layouts.items():
+        models.setdefault((replace(refusal, model=""), tuple(found)), []).append(refusal.model)
+    return [(names, list(found), refusal) for (refusal, found), names in models.items()]
+
+
+def answers(models: Sequence[str], rows: Sequence[Plan]) -> list[str]:
+    """For each model in a line whether it can be trained.
+
+    Args:
+        models: names of all that were asked for.
+        rows: of the table.
+    """
+    lines = []
+    for model in models:
+        own = [(i, plan) for i, plan in enumerate(rows, 1) if plan.choice.model == model]
+        today = [(i, plan) for i, plan in own if plan.why_not_today is None]
+        if today:
+            row, plan = today[0]
+            lines.append(f"{model}: yes, in {plan.hours:,.1f} hours (row {row})")
+        elif own:
+            row, plan = own[0]
+            lines.append(f"{model}: not with `fomoe fit` today; it would take {plan.hours:,.1f} hours (row {row}), but "
+                         f"{plan.choice.layout} {plan.why_not_today}")  # fmt: skip
+        else:
+            lines.append(f"{model}: no, see what does not fit")
+    return lines
+
+
+def as_json(plans: Sequence[Plan], refusals: Sequence[Refusal]) -> dict[str, Any]:
+    """Everything, in bytes, seconds and hours."""
+    return {
+        "layouts": LAYOUTS,
+        "plans": [
+            asdict(plan.choice)
+            | plan.saving._asdict()
+            | {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in OF_OTHER_SHAPE}
+            | {
+                "steps": plan.length.steps,
+                "validations": plan.length.validations,
+                "held_bytes": plan.held_bytes,
+                "memory": [asdict(memory) | {"peak": memory.peak} for memory in plan.memory],
+                "quality": quality_text(plan),
+                "quality_source": None if plan.quality is None else plan.quality.source,
+                "why_not_today": plan.why_not_today,
+            }
+            for plan in plans
+        ],
+        "refused": [asdict(refusal) for refusal in refusals],
+    }

@@ -1,0 +1,148 @@
+"""Does a model train on one device as one of several sites, which a full replica of it cannot?
+
+The site has its share of the experts, and beside parameters, gradients and moments what FederatedStrategy keeps for
+DiLoCo's outer step: anchors and outer momentum, float32, on the device. Its peers are not there: a sum over the sites
+is this site's own values times their number. All else of a round is what a run does.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+from harness import now
+from model_contestants import Batch, Ours, build_ours
+from model_rows import SiteRow
+from torch import Tensor
+
+from fomoe_pl.costs.memory import GIB, Load, rank_memory
+from fomoe_pl.federation.federation import Federation
+from fomoe_pl.federation.layout import ParameterLayout
+from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.federation.outer import Nesterov
+from fomoe_pl.federation.placement import place
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.federation.transport import Transport
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.transformer import Transformer
+
+SITES, LOCAL_STEPS, ROUNDS = 4, 4, 3
+CARD_BYTES = 80 * GIB
+OUTER = Nesterov(lr=0.7, momentum=0.9)
+
+
+class MirrorTransport(Transport):
+    """A wire whose far ends answer with this site's own values."""
+
+    def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], Any]:
+        self.ledger.all_reduce(kind, buffer.nbytes, len(sites))
+        return partial(buffer.mul_, len(sites))
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one device holds.
+
+    Attributes:
+        what: in words, for the table.
+        overlap: sites that hold each expert; `SITES` for a full replica.
+        rounds: whether there are outer steps, and so anchors and momentum.
+    """
+
+    what: str
+    overlap: int
+    rounds: bool
+
+
+RANKS = (
+    Rank(f"site 0 of {SITES}, overlap 1, anchors and outer momentum", 1, rounds=True),
+    Rank("full replica, anchors and outer momentum", SITES, rounds=True),
+    Rank("full replica, no outer step", SITES, rounds=False),
+)
+
+
+def measure(config: ModelConfig, device: torch.device, build: Ours, rank: Rank, batches: list[Batch]) -> SiteRow:
+    """Train for a few rounds; running out of memory is a result.
+
+    Args:
+        config: the architecture.
+        device: where to train. More than 80 GiB of a GPU are not used.
+        build: backend, and whether blocks are compiled.
+        rank: what it holds.
+        batches: on the host, all of one shape.
+    """
+    batch_size, length = batches[0][0].shape
+    n_resident = config.n_experts * rank.overlap // SITES
+    load = Load(
+        precision="bf16-mixed" if device.type == "cuda" else "32-true", batch_size=batch_size, sequence_length=length,
+        method="rounds" if rank.rounds else "single", outer_momentum=rank.rounds,
+        bf16_gradients=build.bf16_gradients,
+    )  # fmt: skip
+    row = SiteRow(what=rank.what, predicted_bytes=rank_memory(config, load, n_resident=n_resident).peak)
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CARD_BYTES / total), device)
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        _train(config, device, build, rank, batches, row)
+    except Exception as error:  # the other rows still come, and this one says why it has no figures
+        row.tokens_per_second = row.round_seconds = None
+        row.out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        row.note = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".replace("|", "/")
+    if device.type == "cuda":
+        row.peak_bytes = torch.cuda.max_memory_allocated(device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    gc.collect()
+    return row
+
+
+def _train(
+    config: ModelConfig, device: torch.device, build: Ours, rank: Rank, batches: list[Batch], row: SiteRow
+) -> None:
+    fraction = Fraction(rank.overlap, SITES)
+    contestant = build_ours(config, device, build, fraction, autocast=device.type == "cuda")
+    federation = _federation(contestant.model, config, device, rank.overlap) if rank.rounds else None
+    tokens = batches[0][0].numel()
+    speeds, rounds, losses = [], [], []
+    for _ in range(ROUNDS):
+        start = now()
+        for step in range(LOCAL_STEPS):
+            contestant.step(batches[step % len(batches)])
+        speeds.append(LOCAL_STEPS * tokens / (now() - start))
+        losses.append(contestant.loss())
+        if federation is not None:
+            start = now()
+            federation.synchronize(contestant.optimizer)
+            rounds.append(now() - start)
+    row.tokens_per_second = statistics.median(speeds[1:])  # the first block compiles
+    row.round_seconds = statistics.median(rounds) if rounds else None
+    row.losses = [losses[0], losses[-1]]
+    row.note = f"batch {batches[0][0].shape[0]} x {batches[0][0].shape[1]}, {ROUNDS} rounds of {LOCAL_STEPS} steps"
+    if rank.rounds:
+        row.note += "; the peers' sums are its own"
+
+
+def _federation(model: torch.nn.Module, config: ModelConfig, device: torch.device, overlap: int) -> Federation:
+    assert isinstance(model, Transformer)
+    placement = place("fixed", n_layers=config.n_layers, n_experts=config.n_experts, n_sites=SITES, overlap=overlap)
+    wire = MirrorTransport(Topology(SITES, 1, 0), placement.holder_sets(), Ledger(), device=device)
+    return Federation(ParameterLayout.of(model, model.expert_tensors()), placement, wire, outer=OUTER)
+
+
+def site_target(rows: list[SiteRow]) -> str:
+    """What the rows say of the target."""
+    site, *replicas = rows
+    if site.tokens_per_second is None:
+        return "MISSED: the site does not train"
+    if not all(replica.out_of_memory for replica in replicas):
+        return "MISSED: a full replica did not run out of memory"
+    need = min(replica.predicted_bytes for replica in replicas) / GIB
+    return f"met: the site trains, a full replica would need {need:.0f} GiB or more and runs out of memory"
