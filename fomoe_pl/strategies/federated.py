@@ -28,6 +28,7 @@ from fomoe_pl.federation.transport import Transport
 from fomoe_pl.lightning_internals import SiteProcesses, end_children, move_optimizers, replace_signal_handling
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.checks import DDP_ARGUMENTS, check_arguments, check_processes
 from fomoe_pl.strategies.rounds import Rounds
@@ -163,22 +164,10 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         )
         self.federation = Federation(
             self.content.layout(), self.placed(config), transport, outer=settings.rule,
-            inner_moments=settings.inner_moments, state_on_host=settings.outer_state == "host", copies=self._copies(),
+            inner_moments=settings.inner_moments, state_on_host=settings.outer_state == "host",
+            copies=copies_of(self.transformer),
         )  # fmt: skip
         rank_zero_info(self.describe())
-
-    def _copies(self) -> Copies | None:
-        """The model's copies of experts that are not here, by the names of what they are copies of."""
-        model = self.transformer
-        buffers = dict(model.named_buffers())
-        found = {name.replace(".shadow.", ".experts."): buffers[name] for name in model.shadow_tensors()}
-
-        @contextmanager
-        def refreshing() -> Iterator[dict[str, Tensor]]:
-            with model.refreshing() as fresh:
-                yield {name.replace(".shadow.", ".experts."): tensor for name, tensor in fresh.items()}
-
-        return Copies(found, model.residency.shadow.codec, refreshing) if found else None
 
     def copy_age(self) -> int | None:
         """Of the copies that the last round had."""
@@ -240,3 +229,16 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         """As for all strategies; then end the processes that this one started: they would train on alone."""
         super().on_exception(exception)
         end_children(self.launcher)
+
+
+def copies_of(model: Transformer) -> Copies | None:
+    """A model's copies of experts that are not here, by the names of what they are copies of; None without any."""
+    buffers = dict(model.named_buffers())
+    found = {name.replace(".shadow.", ".experts."): buffers[name] for name in model.shadow_tensors()}
+
+    @contextmanager
+    def refreshing() -> Iterator[dict[str, Tensor]]:
+        with model.refreshing() as fresh:
+            yield {name.replace(".shadow.", ".experts."): tensor for name, tensor in fresh.items()}
+
+    return Copies(found, model.residency.shadow.codec, refreshing) if found else None

@@ -212,20 +212,24 @@ def test_a_site_trains_with_its_own_values_for_its_peers(monkeypatch: pytest.Mon
     assert row.tokens_per_second > 0
     assert row.round_seconds > 0
     assert row.losses[1] < row.losses[0]
+    copied = site.measure(case.config, CPU, build, site.RANKS[1], batches)
+    assert built[1].copying
+    assert copied.round_seconds > 0
+    assert copied.predicted_bytes > row.predicted_bytes
 
     def too_large(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to | allocate")
 
     monkeypatch.setattr(site, "build_ours", too_large)
-    replicas = [site.measure(case.config, CPU, build, rank, batches) for rank in site.RANKS[1:]]
+    replicas = [site.measure(case.config, CPU, build, rank, batches) for rank in site.RANKS[2:]]
     assert all("out of memory" in r.note and r.tokens_per_second is None for r in replicas)
     assert replicas[0].predicted_bytes > max(row.predicted_bytes, replicas[1].predicted_bytes)
-    assert site.site_target([row, *replicas]).startswith("met")
-    assert site.site_target([row, replicas[0], row]).startswith("MISSED")
+    assert site.site_target([row, copied, *replicas]).startswith("met")
+    assert site.site_target([row, copied, replicas[0], row]).startswith("MISSED")
     monkeypatch.setattr(site, "build_ours", None)  # something else that fails
-    broken = site.measure(case.config, CPU, build, site.RANKS[1], batches)
+    broken = site.measure(case.config, CPU, build, site.RANKS[2], batches)
     assert "TypeError" in broken.note
-    assert site.site_target([row, broken, replicas[1]]).startswith("MISSED")
+    assert site.site_target([row, copied, broken, replicas[1]]).startswith("MISSED")
     assert len(row.cells()) == len(load("model_rows").SITE_COLUMNS)
 
 

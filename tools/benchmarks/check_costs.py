@@ -43,6 +43,8 @@ def case_text(case: Case) -> str:
     where = (" on one GPU" if case.host_wire else "") + (
         ", outer state on the host" if case.outer_state == "host" else ""
     )
+    if case.routing != "ghost":
+        where += f", {case.routing}" + (f" ({case.shadow_bits} bits)" if case.routing == "shadow" else "")
     return (f"{case.model}{changed}, overlap {case.overlap or case.sites} of {case.sites} sites{where}, "
             f"batch {case.batch_size}, {case.outer}")  # fmt: skip
 

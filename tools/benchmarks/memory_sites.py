@@ -31,6 +31,7 @@ from fomoe_pl.costs.memory import Load, RankMemory, rank_memory
 from fomoe_pl.federation.outer import Average, Nesterov
 from fomoe_pl.federation.settings import OuterPlace
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Routing, Shadow, ShadowBits
 from fomoe_pl.module import Batch, FoMoEModule
 from fomoe_pl.strategies import FederatedStrategy
 
@@ -55,6 +56,8 @@ class Case:
         evaluation_window: validation batches that go through a layer together.
         host_wire: wire buffers are on the host: all sites share the first GPU, over gloo.
         outer_state: where anchors and outer momentum are.
+        routing: what happens to picks of absent experts.
+        shadow_bits: of copies, with routing shadow.
     """
 
     model: str
@@ -68,6 +71,8 @@ class Case:
     evaluation_window: int = 4
     host_wire: bool = False
     outer_state: OuterPlace = "device"
+    routing: Routing = "ghost"
+    shadow_bits: ShadowBits = 4
 
     def config(self) -> ModelConfig:
         """The architecture."""
@@ -176,14 +181,15 @@ class WatchedStrategy(FederatedStrategy):
 def train_case(case: Case, device: torch.device) -> dict[str, Any]:
     """Train a case, and compare peaks; every process calls it."""
     config = case.config()
-    predicted = rank_memory(config, case.load(), n_resident=case.resident())
+    predicted = rank_memory(config, case.load(), n_resident=case.resident(), routing=case.routing,
+                            shadow=Shadow(case.shadow_bits))  # fmt: skip
     where: dict[str, Any] = {"parallel_devices": [device] * case.sites}
     if case.host_wire and device.type == "cuda":
         where = {"sites": case.sites, "share_device": True}
     strategy = WatchedStrategy(
         overlap=case.overlap or case.sites, local_steps=K, inner_moments="average",
         outer=Nesterov() if case.outer == "nesterov" else Average(), outer_state=case.outer_state,
-        **where,
+        routing=case.routing, **({"shadow_bits": case.shadow_bits} if case.routing == "shadow" else {}), **where,
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
