@@ -78,10 +78,10 @@ SERVERS = ("url", "uri", "host", "endpoint", "address", "init_method", "artifact
 
 QUIET = (
     ".*recommended to use `self.log.*sync_dist=True.*",  # validation sums are reduced by the strategy, counted
-    ".*does not have many workers.*",  # reading is far from being the bottleneck at the shipped sizes
+    ".*does not have many workers.*",  # reading is not the bottleneck at the shipped sizes
     ".*Checkpoint directory .* exists and is not empty.*",  # a run folder holds curves and checkpoints side by side
     ".*dirpath has changed from.*",  # validating reads a checkpoint wherever it lies
-    ".*isinstance.treespec, LeafSpec.*",  # Lightning's own affair with torch
+    ".*isinstance.treespec, LeafSpec.*",  # between Lightning and torch
 )
 
 
@@ -90,7 +90,7 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
 
 
 class Parser(OneMessage, LightningArgumentParser):
-    """A parser whose errors are one message, which names the nearest option to one that there is not."""
+    """A parser that reports one short error and suggests the nearest option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and end."""
@@ -144,7 +144,7 @@ class FoMoECLI(PlainCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Check what is used before classes are instantiated."""
+        """Check settings that are used before classes are instantiated."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         if not isinstance(config.seed_everything, bool):
@@ -182,19 +182,19 @@ class FoMoECLI(PlainCLI):
         name: str = trainer.strategy
         if name == "auto":
             return "single_site" if str(trainer.devices) == "1" and trainer.num_nodes == 1 else "ddp_counted"
-        # Lightning has given the short name to its own, whose bytes nobody counts.
+        # Lightning's own strategy of this short name does not count bytes.
         name = "ddp_counted" if name == "ddp" else name
         if name not in REGISTERED:
             raise _unknown_strategy(trainer.strategy)
         return name
 
     def before_fit(self) -> None:
-        """Check everything that can be seen from here."""
+        """Check the configuration."""
         self._check()
         cast(Any, self.trainer).callbacks[:0] = [CurvesOnFullDisk(), ResumedRows(self.trainer.loggers)]
 
     def before_validate(self) -> None:
-        """Check everything that can be seen from here."""
+        """Check the configuration."""
         self._check()
 
     def _check(self) -> None:
@@ -214,7 +214,7 @@ class FoMoECLI(PlainCLI):
             check_weights(path, module.config)
 
     def _keep_pace(self, strategy: FederatedStrategy, n_sites: int, path: str | None) -> None:
-        """Let a run that may have fewer sites than planned take the steps that the planned tokens need."""
+        """Set the number of steps that the planned tokens take with the sites that are present."""
         trainer, data = self.trainer, cast(FoMoEData, self.datamodule)
         steps, tokens = (0, 0) if path is None else tokens_in(Path(path))
         strategy.pace = Pace(
@@ -260,7 +260,7 @@ def _checkpoint_folders(trainer: Trainer) -> tuple[list[Path], Path | None]:
     """Where the run's checkpoints are, which Lightning finds out only when it trains; and other runs of its name.
 
     Raises:
-        ConfigError: where every start has a folder of its own, in which a restarted run finds nothing.
+        ConfigError: Where every start has a folder of its own, in which a restarted run finds nothing.
     """
     given = [c.dirpath if isinstance(c, ModelCheckpoint) else None for c in trainer.checkpoint_callbacks]
     folders = [Path(path) for path in given if path is not None]
@@ -298,21 +298,21 @@ def _unknown_strategy(given: str) -> ConfigError:
 
 
 def _way_on(checkpoint: str | None, args: list[str] | None) -> str:
-    """How to go on: the command that was typed, with the checkpoint."""
+    """How to resume: the typed command with the checkpoint."""
     if checkpoint is None:
-        return "there is no checkpoint to go on from"
+        return "there is no checkpoint to resume from"
     if os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID"):
-        return f"go on with the same command and --ckpt_path {checkpoint}"
+        return f"resume with the same command and --ckpt_path {checkpoint}"
     typed = list(sys.argv[1:] if args is None else args)
     while "--ckpt_path" in typed:
         at = typed.index("--ckpt_path")
         del typed[at : at + 2]
     typed = [word for word in typed if not word.startswith("--ckpt_path=")]
-    return f"go on with\n  {shlex.join(['fomoe', *typed, '--ckpt_path', checkpoint])}"
+    return f"resume with\n  {shlex.join(['fomoe', *typed, '--ckpt_path', checkpoint])}"
 
 
 def overview() -> str:
-    """What there is to type."""
+    """The overview of commands."""
     lines = [f"  {name:10}{what}" for name, what in COMMANDS.items()]
     return "\n".join((
         "usage: fomoe COMMAND ...", "",
@@ -323,7 +323,7 @@ def overview() -> str:
 
 
 def unknown_command(word: str) -> str:
-    """The message for a command that there is not."""
+    """The message for an unknown command."""
     near = [ELSEWHERE[word]] if word in ELSEWHERE else get_close_matches(word, COMMANDS, 1)
     hint = f"Did you mean {near[0]}? " if near else ""
     return f"{word!r} is no command. {hint}There are {', '.join(COMMANDS)}"
@@ -356,12 +356,12 @@ def main(args: list[str] | None = None) -> None:
             prepare_command.main(words[1:])
             return
         if words[:1] == ["compare"]:
-            from fomoe_pl import compare  # TensorBoard's reader takes its time, and training needs none
+            from fomoe_pl import compare  # TensorBoard's reader is slow to import
 
             compare.main(words[1:])
             return
         if words[:1] and words[0] in HUB_COMMANDS:
-            from fomoe_pl.hub import command  # what a finished model is for; training needs none of it
+            from fomoe_pl.hub import command  # not needed for training
 
             command.main(words[0], words[1:])
             return
@@ -377,13 +377,13 @@ def main(args: list[str] | None = None) -> None:
             print(f"fomoe: {lost}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_LOST) from None
     except Exception as error:
-        told = config_message(error)
-        if told is None and isinstance(error, (MisconfigurationException, ModuleNotFoundError)):
-            told = str(error)  # Lightning's words for what is not there
-        if told is None:
-            raise  # no setting's fault: it stays whole
+        problem = config_message(error)
+        if problem is None and isinstance(error, (MisconfigurationException, ModuleNotFoundError)):
+            problem = str(error)  # Lightning's message for a missing file
+        if problem is None:
+            raise  # not caused by a setting: keep the traceback
         found = config_error_in(error)
-        fail(told, found.speaks if isinstance(found, MeetingError) else None)
+        fail(problem, found.speaks if isinstance(found, MeetingError) else None)
 
 
 if __name__ == "__main__":

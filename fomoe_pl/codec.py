@@ -29,7 +29,7 @@ class Codec(Protocol):
     """Turns rows of numbers into rows of bytes and back."""
 
     def nbytes(self, numel: int) -> int:
-        """Return the bytes of a row of ``numel`` numbers."""
+        """Return the bytes of a row of `numel` numbers."""
         ...
 
     def encode(self, values: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def codec_of(bits: int) -> Codec:
     """Return the codec that keeps a number in so many bits: 32 (float32), 16 (bfloat16), or groups of 8, 4 or 2.
 
     Raises:
-        KeyError: for another number.
+        KeyError: For another number.
     """
     codecs: dict[int, Codec] = {
         32: Cast(torch.float32), 16: Cast(torch.bfloat16), 8: Groups(8), 4: Groups(4), 2: Groups(2)

@@ -14,7 +14,7 @@ EXIT_CONFIG = 2
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work, told in one message: what it is, which rule it breaks, what to do.
+    """A setting that cannot work, as one message: what it is, which rule it breaks, what to do.
 
     Args:
         key: Dotted name of the setting as the user writes it, e.g. ``model.architecture.n_experts``.
@@ -135,24 +135,26 @@ class SiteLostError(RuntimeError):
         self.sites = sites
         self.what = what
         self.speaks = speaks
-        self.checkpoint: str | None = None  # to go on from
+        self.checkpoint: str | None = None  # to resume from
 
     def __str__(self) -> str:
         """Return the sites, the connection's words and the way on, on one line."""
         named = ", ".join(map(str, self.sites))
         lost = f"site {named} is gone" if named else "the connection between the sites broke"
-        on = f"go on with --ckpt_path {self.checkpoint}" if self.checkpoint else "there is no checkpoint to go on from"
+        on = (
+            f"resume with --ckpt_path {self.checkpoint}" if self.checkpoint else "there is no checkpoint to resume from"
+        )
         return f"{lost} ({self.what}); {on}"
 
 
 class MeetingError(ConfigError):
-    """What is wrong beside the settings of other sites, which have terminals of their own.
+    """An error in the settings of other sites, which have terminals of their own.
 
     Args:
         key: what it is about.
         rule: as of `ConfigError`.
         hint: as of `ConfigError`.
-        mine: whether it is this process's alone, and not told by the first one of each machine.
+        mine: whether only this process prints it, not the first one of each machine.
     """
 
     def __init__(self, key: str, rule: str, hint: str, mine: bool = False) -> None:
@@ -184,9 +186,9 @@ def config_message(error: BaseException | None) -> str | None:
         return _with_path(str(found))
     # Where a setting may be one of several types, jsonargparse keeps of what a constructor raised only the text.
     for quoted in re.finditer(r"^\s*- (\S+ = .*)$", str(error), re.MULTILINE):
-        told = _with_path(quoted[1])
-        if re.match(r"(trainer|model|data|sites)\.", told):
-            return told
+        message = _with_path(quoted[1])
+        if re.match(r"(trainer|model|data|sites)\.", message):
+            return message
     return None
 
 
@@ -205,14 +207,14 @@ def speaks() -> bool:
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
-def fail(message: str, told: bool | None = None) -> NoReturn:
+def fail(message: str, show: bool | None = None) -> NoReturn:
     """End with one message.
 
     Args:
         message: what is wrong.
-        told: whether this process says it; None is the first rank alone.
+        show: Whether this process prints it; None is the first rank alone.
     """
-    if speaks() if told is None else told:
+    if speaks() if show is None else show:
         print(f"fomoe: {message}", file=sys.stderr)
     raise SystemExit(EXIT_CONFIG)
 

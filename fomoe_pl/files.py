@@ -14,7 +14,7 @@ class ForgivingStream:
     """A text stream that loses what a full disk does not take: a message is not worth a run.
 
     Args:
-        stream: standard output or error, perhaps redirected into a file.
+        stream: Standard output or error, perhaps redirected into a file.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -51,7 +51,7 @@ def check_local(key: str, path: object) -> None:
     """Refuse a URL where a folder or file of this machine is meant: it would become a local folder of that name.
 
     Raises:
-        ConfigError: for what begins as `s3://` does.
+        ConfigError: For what begins as `s3://` does.
     """
     if isinstance(path, (str, Path)) and re.match(r"\s*[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):
         raise ConfigError(key, str(path), "is a URL, and only local paths are served",
@@ -62,7 +62,7 @@ def prepare(key: str, path: Path) -> None:
     """Make a file's folder, before the work is done that goes into it.
 
     Raises:
-        ConfigError: if it cannot be made, or the path is a URL or a folder itself.
+        ConfigError: If it cannot be made, or the path is a URL or a folder itself.
     """
     check_local(key, path)
     _make_parent(key, path)
@@ -74,7 +74,7 @@ def prepare_folder(key: str, path: Path) -> None:
     """Make the folder that a new folder will lie in, before the work is done that goes into it.
 
     Raises:
-        ConfigError: if the new one is there already, the one around it cannot be made, or the path is a URL.
+        ConfigError: If the new one is there already, the one around it cannot be made, or the path is a URL.
     """
     check_local(key, path)
     if path.exists():
@@ -91,7 +91,7 @@ def _make_parent(key: str, path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text under a temporary name beside it, and rename it when it is complete."""
+    """Write a text under a temporary name in the same folder, and rename it when it is complete."""
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(text, newline="")
     unfinished.replace(path)

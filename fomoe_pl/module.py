@@ -33,21 +33,21 @@ class FoMoEModule(L.LightningModule):
     """A mixture-of-experts language model in training.
 
     Args:
-        architecture: the model.
-        optimizer: inner optimizer and schedule.
-        seed: seed of the initial weights; with equal seeds all sites and all placements start from the same model.
+        architecture: The model.
+        optimizer: Inner optimizer and schedule.
+        seed: Seed of the initial weights; with equal seeds all sites and all placements start from the same model.
             None: that of `seed_everything`, else 0.
-        evaluation_window: validation batches that go through each layer together. When experts are gathered from
+        evaluation_window: Validation batches that go through each layer together. When experts are gathered from
             other sites, a layer is fetched once a window; larger means fewer bytes and more activations in memory: one
             window of hidden states, two where random routing is measured too.
-        max_skipped_steps: optimizer steps that all sites together may skip because gradients are not finite; one more
+        max_skipped_steps: Optimizer steps that all sites together may skip because gradients are not finite; one more
             stops the run.
-        compile_blocks: run the blocks as compiled code (torch.compile): faster on a GPU, after some ten seconds of
+        compile_blocks: Run the blocks as compiled code (torch.compile): faster on a GPU, after some ten seconds of
             compilation in the first step.
-        cuda_graphs: record a training step's forward and backward pass on a GPU and replay it from then on: the GPU
+        cuda_graphs: Record a training step's forward and backward pass on a GPU and replay it from then on: the GPU
             does not wait for Python. What a step needs of memory stays reserved while sites average. Where that cannot
             be, a line at the start says why.
-        bf16_gradients: with `precision: bf16-mixed`, give experts bfloat16 gradients, and bfloat16 copies of their
+        bf16_gradients: With `precision: bf16-mixed`, give experts bfloat16 gradients, and bfloat16 copies of their
             weights that last, where our kernels run them and each step is one backward pass of the site's own. false:
             their gradients are float32, and copies are made in each step.
     """
@@ -77,7 +77,7 @@ class FoMoEModule(L.LightningModule):
         )
         self.model: Transformer | None = None
         self.routing_health = RoutingHealth(architecture.n_layers, architecture.n_experts)
-        self.statistics: tuple[Statistic, ...] = ()  # that a callback wants beside
+        self.statistics: tuple[Statistic, ...] = ()  # that callbacks ask for
         self.watches_routing = False
         self.tokens_seen = 0
         self.tokens_of_all_sites = 0
@@ -99,7 +99,7 @@ class FoMoEModule(L.LightningModule):
 
     @property
     def site(self) -> SiteContext:
-        """What answers for the sites of the run."""
+        """The `SiteContext` of the run."""
         return context(self.trainer)
 
     @property
@@ -115,12 +115,12 @@ class FoMoEModule(L.LightningModule):
         """A module with the whole global model of a checkpoint, to validate it or to use it.
 
         Args:
-            checkpoint_path: folder that a run has saved.
-            map_location: device of the model; None is the CPU.
-            **settings: of the module, in the place of those it was trained with.
+            checkpoint_path: Folder that a run has saved.
+            map_location: Device of the model; None is the CPU.
+            **settings: Of the module, in the place of those it was trained with.
 
         Raises:
-            ConfigError: if it is no complete checkpoint.
+            ConfigError: If it is no complete checkpoint.
         """
         saved = hyper_parameters(checkpoint_path)
         found = {
@@ -136,7 +136,7 @@ class FoMoEModule(L.LightningModule):
         """Build the model with this site's residents only; Lightning calls it once the processes are joined.
 
         Raises:
-            RuntimeError: if it is there already and holds other experts than this site.
+            RuntimeError: If it is there already and holds other experts than this site.
         """
         residency = self.site.residency(self.config)
         if self.model is None:
@@ -149,10 +149,10 @@ class FoMoEModule(L.LightningModule):
                                "what was trained")  # fmt: skip
 
     def on_train_start(self) -> None:
-        """A run that goes on with another length has another schedule, from its first step on.
+        """Set up schedule, recorded passes and copies; a resumed run of another length has another schedule.
 
         Raises:
-            RuntimeError: if the model was trained before, and no checkpoint says how it goes on.
+            RuntimeError: If the model was trained before, and no checkpoint says how it goes on.
         """
         if self.tokens_seen and not self.trainer.ckpt_path:
             raise RuntimeError("this FoMoEModule has been trained: another `fit` would begin with fresh moments, a new "
@@ -197,7 +197,7 @@ class FoMoEModule(L.LightningModule):
         return done.total
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Gradients; those of a recorded pass are there already."""
+        """Backward pass; a recorded pass has already computed the gradients."""
         if self._passes is None or not self._passes.backward():
             super().backward(loss, *args, **kwargs)
 
@@ -229,7 +229,7 @@ class FoMoEModule(L.LightningModule):
             self._picks_LE = self.loads() + done.load_LE
 
     def watch_routing(self) -> None:
-        """Sum training steps in `routing_health`, for whoever reads it; called when training starts."""
+        """Sum training steps in `routing_health`; called when training starts."""
         self.watches_routing = True
 
     def measure_other_views(self) -> None:
@@ -255,7 +255,7 @@ class FoMoEModule(L.LightningModule):
         self._picks_LE = loads_LE.to(self.device)
 
     def pop_loads(self) -> Tensor:
-        """`loads`, which begin at zero again."""
+        """Return `loads` and reset them."""
         loads_LE, self._picks_LE = self.loads(), None
         return loads_LE
 
@@ -292,7 +292,7 @@ class FoMoEModule(L.LightningModule):
         return skipped, steps
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """A step without finite gradients is skipped; gradient norm, learning rate, the balance bias's own step."""
+        """Skip the step if gradients are not finite; log norm and learning rate; update the balance bias."""
         norm = self._grad_norm = norm_or_skip(optimizer)
         bad = ~norm.isfinite()
         self._skipped = bad.long() if self._skipped is None else self._skipped + bad
@@ -313,14 +313,14 @@ class FoMoEModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm that is there already: finding it reads all gradients."""
+        """Clip by the norm that was already computed: computing it reads all gradients."""
         if gradient_clip_algorithm not in (None, "norm"):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             clip_next_step(optimizer, cast(Tensor, self._grad_norm), gradient_clip_val)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Token counts, named for what they count; the place where a run ends that was told to stop."""
+        """Log token counts; stop here if asked to."""
         if self._logs_after(self.trainer.global_step):
             self.log("tokens/site", float(self.tokens_seen))
             self.log("tokens/global", float(self.tokens_of_all_sites))
@@ -330,7 +330,7 @@ class FoMoEModule(L.LightningModule):
         self.site.stop_if_asked()
 
     def on_train_epoch_end(self) -> None:
-        """Callbacks may have asked for the run's end."""
+        """Stop here if a callback asked for it."""
         self.site.hold_stop()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -352,15 +352,15 @@ class FoMoEModule(L.LightningModule):
     # -- validation of the global model ---------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh sums; a recorded step's memory is for the validation now."""
+        """Reset the sums; free a recorded step's memory for the validation."""
         self.make_room()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._validation = ValidationMetrics(data.domains, self.config.n_layers, self.config.n_experts, self.device)
-        # Started anew, so that every validation draws the same.
+        # Re-seeded, so that every validation draws the same.
         self._random = torch.Generator(self.device).manual_seed(self.seed)
 
     def make_room(self) -> None:
-        """Free a recorded step's memory, for whoever evaluates the model between two steps."""
+        """Free a recorded step's memory, for evaluations between two steps."""
         if self._passes is not None:
             self._passes.release()
 
@@ -381,7 +381,7 @@ class FoMoEModule(L.LightningModule):
         skips = others and not model.residency.is_full(self.config)
         with self.trainer.precision_plugin.val_step_context():
             streams = [model.embed(batch["inputs"]) for batch in self._window]
-            # Before other experts are here, and batch by batch: of a site's own view nothing is kept but the losses.
+            # Before other experts arrive, and batch by batch: only the losses of a site's own view are kept.
             own: list[Tensor] = []
             for x_BSD, batch in zip(streams, self._window, strict=True) if skips else ():
                 own.append(self._losses(self._own_view(x_BSD), batch))
@@ -421,11 +421,11 @@ class FoMoEModule(L.LightningModule):
         metric.load_states(self.site.sum_over_sites(metric.states(), "evaluation"))
         computed = metric.compute(with_views=self.measures_other_views)
         if self.transformer.residency.is_full(self.config):
-            computed.pop(OWN_VIEW_GAP, None)  # a site that has everything sees what the global model sees
+            computed.pop(OWN_VIEW_GAP, None)  # a full replica's view is the global model
         values = {f"val/{name}": float(value) for name, value in computed.items()}
         self.domain_load_LNE = metric.loads.load_LNE.cpu()
         if self.trainer.sanity_checking:  # Lightning logs nothing then, but it is where the curve starts
-            # Of a part of the text it is no point of that curve.
+            # On a part of the text it would not belong to that curve.
             if self.trainer.num_sanity_val_batches == self.trainer.num_val_batches:
                 self.validation_before_training = values
                 for logger in self.loggers:

@@ -44,7 +44,7 @@ class OptimizerConfig:
         """Refuse values that cannot train.
 
         Raises:
-            ConfigError: for a number out of its range.
+            ConfigError: For a number out of its range.
         """
         key = "model.optimizer."
         check_range(f"{key}lr", self.lr, "0.01 is the paper's value", above=0)
@@ -60,10 +60,10 @@ def learning_rate_factor(step: float, *, warmup: int, cooldown: int, last: int |
     """Factor on the peak learning rate: linear warm-up, constant, linear cooldown.
 
     Args:
-        step: optimizer steps already taken; of a run without all its sites, the planned steps that these amount to.
-        warmup: steps of the warm-up.
-        cooldown: steps of the cooldown; 0 for none.
-        last: the run's number of steps; None if it is open, then there is no cooldown.
+        step: Optimizer steps already taken; of a run without all its sites, the planned steps that these amount to.
+        warmup: Steps of the warm-up.
+        cooldown: Steps of the cooldown; 0 for none.
+        last: The run's number of steps; None if it is open, then there is no cooldown.
     """
     factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if cooldown and last is not None:
@@ -75,8 +75,8 @@ def inner_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.
     """The inner optimizer, with CompleteP's factors on rate, epsilon and decay; fused on a GPU.
 
     Args:
-        model: the transformer, on its device.
-        config: the settings.
+        model: The transformer, on its device.
+        config: The settings.
     """
     groups: list[dict[str, Any]] = []
     for group in parameter_groups(model):
@@ -94,10 +94,10 @@ def inner_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.
 
 
 def norm_or_skip(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Norm of all of an optimizer's gradients, float32 (); if it is not finite, the next step does nothing.
+    """Norm of all gradients, float32 (); if it is not finite, the next step is skipped.
 
     Args:
-        optimizer: the inner optimizer, of parameters on one device; their gradients may be of several types.
+        optimizer: The inner optimizer, of parameters on one device; their gradients may be of several types.
     """
     by_type: dict[torch.dtype, list[Tensor]] = {}
     for group in optimizer.param_groups:
@@ -111,11 +111,11 @@ def norm_or_skip(optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def skip_step_if(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer's next step do nothing, parameters, moments and step counts alike.
+    """Make an optimizer's next step a no-op for parameters, moments and step counts.
 
     Args:
-        bad: bool, (): whether gradients are not finite. On a GPU it is not waited for.
-        optimizer: the inner optimizer.
+        bad: bool (), whether gradients are not finite. The host does not wait for it.
+        optimizer: The inner optimizer.
     """
     if bad.is_cuda and isinstance(optimizer, RowAdamW):
         optimizer.found_inf = bad.float()  # read by the fused step on the device
@@ -126,14 +126,14 @@ def skip_step_if(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def clip_next_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
-    """Have an optimizer's next step clip gradients by their norm, to be dropped after it.
+    """Clip gradients by their norm in an optimizer's next step, which drops them afterwards.
 
     On a GPU the step scales them itself: some in place, those of large parameters while it reads them.
 
     Args:
-        optimizer: the inner optimizer.
+        optimizer: The inner optimizer.
         norm: float32 (), norm of all its gradients.
-        max_norm: what it may be.
+        max_norm: Upper bound.
     """
     if norm.is_cuda and isinstance(optimizer, RowAdamW):
         optimizer.grad_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -148,10 +148,10 @@ def inner_schedule(
     """The inner optimizer's learning-rate schedule; advance it after each step.
 
     Args:
-        optimizer: from `inner_optimizer`.
-        config: the settings.
-        last: as for `learning_rate_factor`.
-        pace: of a run that may have fewer sites than planned: its plan's length is the schedule's, not `last`.
+        optimizer: From `inner_optimizer`.
+        config: The settings.
+        last: As for `learning_rate_factor`.
+        pace: Of a run that may have fewer sites than planned: its plan's length is the schedule's, not `last`.
     """
     warmup, cooldown = config.warmup_steps, config.cooldown_steps
 

@@ -134,7 +134,7 @@ def test_a_signal_stops_all_sites_at_the_end_of_a_round(root: str, tmp_path: Pat
         process.terminate()
         _, errors = process.communicate(timeout=500)
     assert process.returncode == 128 + 15, errors
-    assert errors.count("fomoe: stopped by a signal; go on with") == 1
+    assert errors.count("fomoe: stopped by a signal; resume with") == 1
     assert "Traceback" not in errors
 
 

@@ -63,7 +63,7 @@ def test_ctrl_c_saves_and_the_printed_line_goes_on(root: str, tmp_path: Path) ->
         errors = process.communicate(timeout=500)[1]
     assert process.returncode == 128 + signal.SIGINT, errors
     assert "Traceback" not in errors
-    [line] = re.findall(r"go on with\n  (fomoe fit .*)", errors)
+    [line] = re.findall(r"resume with\n  (fomoe fit .*)", errors)
     words = shlex.split(line)
     saved = Path(words[words.index("--ckpt_path") + 1])
     steps = read_manifest(tmp_path / saved)["optimizer_steps"]
@@ -102,7 +102,7 @@ def test_ctrl_c_saves_one_process_too(root: str, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=500)[1]
     assert process.returncode == 128 + signal.SIGINT, errors
-    assert "go on with\n  fomoe fit" in errors
+    assert "resume with\n  fomoe fit" in errors
     assert "Traceback" not in errors
 
 
@@ -118,7 +118,7 @@ def test_a_killed_site_is_named_and_the_newest_checkpoint_goes_on(
         os.kill(process.pid if site == 0 else child, signal.SIGKILL)
         errors = process.communicate(timeout=500)[1]  # ends when no process of the run holds the pipe any more
     assert errors.count(f"fomoe: site {site} is gone") == 1, errors
-    assert f"go on with --ckpt_path {CHECKPOINT}" in errors
+    assert f"resume with --ckpt_path {CHECKPOINT}" in errors
     found, _ = newest((tmp_path / CHECKPOINT).parent)
     assert found is not None
     steps = read_manifest(found)["optimizer_steps"]

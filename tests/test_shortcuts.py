@@ -43,7 +43,7 @@ def test_a_plain_run_is_recorded() -> None:
     [
         ({"accumulate_grad_batches": 2}, GROUPED, "several micro-batches"),
         ({"callbacks": [GradientAccumulationScheduler({1: 2})]}, GROUPED, "several micro-batches"),
-        ({"plugins": [MixedPrecision("16-mixed", "cpu")]}, GROUPED, "scales the loss"),
+        ({"plugins": [MixedPrecision("16-mixed", "cpu")]}, GROUPED, "changes the loss scale"),
         ({}, {"expert_backend": "loop"}, "loop waits"),
     ],
 )

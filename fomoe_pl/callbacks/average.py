@@ -1,4 +1,4 @@
-"""A moving average of the global model, in whose place it is validated."""
+"""A moving average of the global model, which is validated instead of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fomoe_pl.federation.observer import RoundObserver
 
 
 class GlobalEMA(RoundCallback, RoundObserver):
-    """Keeps an exponential moving average of the global model, and has it validated in the model's place.
+    """Keeps an exponential moving average of the global model and validates that instead of the model.
 
     After each round `average = decay x average + (1 - decay) x agreed values`, buffers included. Each site keeps it of
     what it holds: dense values and its residents, in float32, 4 bytes a parameter where the anchors are. Nothing is
@@ -40,7 +40,7 @@ class GlobalEMA(RoundCallback, RoundObserver):
         self._stash: dict[str, Tensor] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the global model, or where the checkpoint's average was."""
+        """Start from the global model, or from the checkpoint's average."""
         super().on_train_start(trainer, pl_module)
         self._content = _content(trainer)
         saved = self._content.saved_average(Path(trainer.ckpt_path)) if trainer.ckpt_path else None
@@ -60,7 +60,7 @@ class GlobalEMA(RoundCallback, RoundObserver):
         self._update()
 
     def on_round_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the values of synchronous training; of a round they are in already."""
+        """Add the values of synchronous training; rounds add theirs in `on_round_end`."""
         if not observed_strategy(trainer).has_rounds:
             self._update()
 
@@ -83,7 +83,7 @@ class GlobalEMA(RoundCallback, RoundObserver):
             layout.fill(average)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Back to the model; not at the epoch's end, which is before the last window is evaluated."""
+        """Restore the model; not at the epoch's end, which comes before the last window is evaluated."""
         if self._stash is not None:
             _content(trainer).layout().fill(self._stash)
             self._stash = None

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the curves: which curves belong together, and the run in words."""
+"""What TensorBoard shows besides the curves: charts that group them, and the run in words."""
 
 import re
 from typing import Any
@@ -152,7 +152,7 @@ def final_values(trainer: Trainer, view: RoundView | None) -> dict[str, float]:
 
 
 def summary(trainer: Trainer, values: dict[str, float]) -> str:
-    """Markdown: what came out."""
+    """Markdown: the results."""
     strategy = observed_strategy(trainer)
     rows = {"steps of a site": f"{trainer.global_step:,}", "rounds": f"{strategy.rounds_done:,}"}
     rows |= {name.removeprefix("final/"): f"{value:,.4g}" for name, value in values.items()}

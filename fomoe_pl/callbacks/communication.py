@@ -21,7 +21,7 @@ from fomoe_pl.federation.observer import RoundObserver
 NOT_TRAINING = ("evaluation",)
 """Kinds that depend on how often one validates, not on the method."""
 LINKS = (0.1, 1.0, 10.0)
-"""Speeds of a site's link for which time is modelled, 10^9 bits a second."""
+"""Link speeds for which time is modelled, 10^9 bits a second."""
 
 
 def wire_bytes(ledger: Ledger) -> dict[str, int]:
@@ -73,7 +73,7 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
         self._wire: dict[str, int] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rounds are counted from what was sent before the first step (setting up, or before a resumption)."""
+        """Start counting at what was already sent: at set-up, or before a resumption."""
         TimedCallback.on_train_start(self, trainer, pl_module)
         RoundCallback.on_train_start(self, trainer, pl_module)
         strategy, module = observed_strategy(trainer), observed_module(pl_module)
@@ -94,7 +94,7 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
         RoundCallback.on_train_batch_end(self, trainer, pl_module)
 
     def statistics(self) -> Tensor:
-        """What this site sent, in its own place."""
+        """Bytes of this site in its own entry, zeros elsewhere."""
         own = torch.zeros(self._strategy.topology.n_sites, dtype=torch.float64)
         own[self._strategy.topology.site] = self._strategy.ledger.total_wire
         return own
@@ -104,7 +104,7 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
         self._site_wire = total.tolist()
 
     def on_round_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log totals and what was added to them."""
+        """Log totals and differences to the last call."""
         if not trainer.is_global_zero:
             return
         strategy = observed_strategy(trainer)

@@ -1,4 +1,4 @@
-"""Curves that last: on a full disk they have a gap, and a resumed run goes on with those in its folder."""
+"""Robust curves: a full disk leaves a gap instead of an error, and a resumed run continues the curves in its folder."""
 
 import csv
 import os
@@ -16,7 +16,7 @@ class ForgivingFile:
     """TensorBoard's file of events, which drops a record that cannot be written, and says so once.
 
     Without it the thread that writes ends with the first record that fails, and the training process with the next, or
-    it waits for the thread for ever.
+    it waits for the thread forever.
 
     Args:
         file: TensorBoard's own, with `filename`, `write`, `flush` and `close`.
@@ -24,7 +24,7 @@ class ForgivingFile:
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self._told = False
+        self._warned = False
 
     def write(self, record: bytes) -> None:
         """Append a record, or leave the file as it was: half a record would hide all that follow."""
@@ -35,9 +35,9 @@ class ForgivingFile:
         except OSError as error:
             if os.path.exists(path):
                 os.truncate(path, before)
-            if not self._told:
+            if not self._warned:
                 print(f"fomoe: curves have a gap: {path} cannot be written: {error}", file=sys.stderr, flush=True)
-            self._told = True
+            self._warned = True
 
     def __getattr__(self, name: str) -> Any:
         """All else is the file's."""
@@ -45,10 +45,10 @@ class ForgivingFile:
 
 
 class CurvesOnFullDisk(Callback):
-    """Lets the curves of a run do without what a full disk does not take; the command line adds it to every run."""
+    """Lets a run go on when the disk of its curves is full; the command line adds it to every run."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stand between TensorBoard and its file. The names are private ones of tensorboard; a test looks for them."""
+        """Wrap TensorBoard's event file. The names are private ones of tensorboard; a test checks that they exist."""
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
                 record_writer = logger.experiment._get_file_writer().event_writer._async_writer._writer
@@ -56,13 +56,13 @@ class CurvesOnFullDisk(Callback):
 
 
 class ResumedRows(Callback):
-    """Keeps the rows of a run that goes on in its folder; the command line adds it to every run.
+    """Keeps the rows of a resumed run in its folder; the command line adds it to every run.
 
     Lightning's `CSVLogger` removes a `metrics.csv` that it finds. Rows of steps after the checkpoint are dropped: they
     are written a second time.
 
     Args:
-        loggers: the trainer's, before it runs.
+        loggers: The trainer's, before it runs.
     """
 
     def __init__(self, loggers: list[Logger]) -> None:
@@ -72,7 +72,7 @@ class ResumedRows(Callback):
         self._found = {path: _rows(path) for path in paths}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put those back that a resumed run goes on from: only now Lightning says which checkpoint it has read."""
+        """Put back the rows up to the checkpoint, which only now is known."""
         resumed = trainer.ckpt_path and trainer.is_global_zero
         for logger in trainer.loggers if resumed else ():
             path = Path(logger.log_dir, "metrics.csv") if isinstance(logger, CSVLogger) else None

@@ -22,7 +22,7 @@ MOST_PANELS = 12
 MOST_TICKS = 16
 EVEN = "load / mean load (1 = even)"
 MOST_EVEN = 4.0
-"""Where the reds end that stand for more than even: one early outlier would else leave all the rest pale."""
+"""Upper end of the reds (more than even): otherwise one early outlier would leave everything else pale."""
 MISSING = "0.8"  # grey, for what is undefined
 
 
@@ -130,7 +130,7 @@ def shown_layers(n_layers: int) -> list[int]:
 def _panels(
     n: int, *, width: float, height: float, left: float = 0.7, right: float = 1.35, top: float = 0.65
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of alike panels, at most four in a row, in rows that are as even as can be.
+    """A figure of equal panels, at most four in a row, in rows of nearly equal length.
 
     Args:
         n: Panels.
@@ -149,14 +149,14 @@ def _panels(
         left + columns * width + (columns - 1) * between[0] + right,
         bottom + rows * height + (rows - 1) * between[1] + top,
     )
-    # Not matplotlib's own layouts: they measure every text, which takes longer than all the rest. For the same reason
-    # titles are told their place (y).
+    # Not matplotlib's own layouts: they measure every text, which takes longer than everything else. That is why
+    # titles get an explicit y.
     figure = Figure(figsize=whole, dpi=110)
     figure.subplots_adjust(
         left=left / whole[0], right=1 - right / whole[0], bottom=bottom / whole[1], top=1 - top / whole[1],
         wspace=between[0] / width, hspace=between[1] / height,
     )  # fmt: skip
-    # Alike, so that only the outer ones need labels: text is most of what a drawing costs.
+    # Shared axes, so that only the outer panels need labels: text is most of the cost of a drawing.
     panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for unused in panels[n:]:
         unused.remove()
@@ -201,7 +201,7 @@ def _colour_bar(figure: Figure, image: Any, label: str, values: Tensor) -> None:
 
 
 def _ticks(n: int, most: int = MOST_TICKS) -> list[int]:
-    # Alike panels share theirs, so they are set for one; and fewer: a tick in each panel takes longer than its image.
+    # Panels share their ticks, so they are set once; and few: a tick in each panel takes longer than its image.
     return list(range(0, n, max(1, math.ceil(n / most))))
 
 

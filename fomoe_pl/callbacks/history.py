@@ -1,4 +1,4 @@
-"""What is kept of a run from its start, in bounded memory: a longer run is kept more coarsely, but whole."""
+"""History of a whole run in bounded memory: the longer the run, the coarser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 COLUMNS = 256
 """Most columns of a `LoadHistory`; an even number."""
 LOOKS = 128
-"""Most looks of a `PickHistory`; of 512 tokens in 16 layers of 8 picks each has 128 KiB, and checkpoints hold them."""
+"""Most snapshots in a `PickHistory`; one of 512 tokens, 16 layers and 8 picks takes 128 KiB in checkpoints."""
 
 
 def relative_load(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class LoadHistory:
     out.
 
     Attributes:
-        rounds_each: rounds of a column; the last one may have fewer.
+        rounds_each: Rounds of a column; the last one may have fewer.
     """
 
     def __init__(self, start: int = 0) -> None:
@@ -84,7 +84,7 @@ def _joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[T
 
 
 class PickHistory:
-    """Picks on the probe at earlier looks; of a long run those at every second, fourth, ... look, and the last."""
+    """Picks on the probe at earlier rounds; of a long run every second, fourth, ... of them, and the last."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[int, Tensor]] = []
@@ -96,7 +96,7 @@ class PickHistory:
         return self._kept + [last for last in self._last if not self._kept or last[0] != self._kept[-1][0]]
 
     def add(self, step: int, picks_LTK: Tensor) -> None:
-        """Add a look.
+        """Add the picks of a round.
 
         Args:
             step: Optimizer steps taken.

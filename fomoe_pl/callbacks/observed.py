@@ -1,4 +1,4 @@
-"""What callbacks read from strategies and modules, which stand above them in the order of imports."""
+"""What callbacks read from strategies and modules, which are above them in the import order."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class ObservedModule(Protocol):
     """The part of the language model's LightningModule that callbacks read.
 
     Attributes:
-        routing_health: sums of every training step since its last reset, where `watch_routing` was called.
-        tokens_seen: tokens that this site trained on.
-        tokens_of_all_sites: tokens that all sites trained on, also those of a checkpoint of other sites.
+        routing_health: Sums of every training step since its last reset, where `watch_routing` was called.
+        tokens_seen: Tokens that this site trained on.
+        tokens_of_all_sites: Tokens that all sites trained on, also those of a checkpoint of other sites.
         validation_before_training: `val/...` of the initial global model; empty if it was not validated.
-        config: the architecture.
-        transformer: the built model.
-        domain_load_LNE: picks of the last validation's text by layer, domain and expert; None before the first.
+        config: The architecture.
+        transformer: The built model.
+        domain_load_LNE: Picks of the last validation's text by layer, domain and expert; None before the first.
     """
 
     routing_health: RoutingHealth
@@ -57,7 +57,7 @@ class ObservedModule(Protocol):
 
 
 def observed_strategy(trainer: Trainer) -> SiteContext:
-    """Return what answers for the sites of the trainer's run."""
+    """Return the `SiteContext` of the trainer's run."""
     return context(trainer)
 
 
@@ -67,14 +67,14 @@ def measures_sync(strategy: SiteContext) -> bool:
 
 
 def observe_rounds(trainer: Trainer, observer: RoundObserver) -> None:
-    """Have an observer called at the ends of rounds; once, however often training starts."""
+    """Register an observer of rounds; idempotent."""
     observers = observed_strategy(trainer).observers
     if observer not in observers:
         observers.append(observer)
 
 
 def observed_module(pl_module: LightningModule) -> ObservedModule:
-    """Return the module as what these callbacks are made for."""
+    """Return the module, typed as `ObservedModule`."""
     return cast(ObservedModule, pl_module)
 
 
@@ -82,9 +82,9 @@ def log(trainer: Trainer, values: dict[str, float], after: int | None = None) ->
     """Write values to all loggers; loggers of other ranks ignore them.
 
     Args:
-        trainer: whose loggers.
-        values: what is written.
-        after: optimizer steps taken when they were true; None is now.
+        trainer: Whose loggers.
+        values: By tag.
+        after: Optimizer steps at which they were measured; None is now.
     """
     for logger in trainer.loggers:
         # Lightning counts steps from 0 in its own curves: the same place on the axis for the same step.
@@ -109,7 +109,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 @contextmanager
 def watching(trainer: Trainer) -> Iterator[None]:
-    """Charge the time spent inside to watching."""
+    """Count the time inside as time spent on observing."""
     start = time.perf_counter()
     yield
     observed_strategy(trainer).watch_seconds += time.perf_counter() - start
@@ -128,7 +128,7 @@ def check_interval(callback: Callback, every_n_steps: int) -> int:
     """Return a logging interval in optimizer steps.
 
     Raises:
-        ConfigError: if it is below 1.
+        ConfigError: If it is below 1.
     """
     key = f"trainer.callbacks.{type(callback).__name__}.every_n_steps"
     check_range(key, every_n_steps, "10 optimizer steps are the default", least=1)
@@ -136,10 +136,10 @@ def check_interval(callback: Callback, every_n_steps: int) -> int:
 
 
 class EvaluatingCallback(Callback):
-    """Evaluates what it trains on tasks, which the run's report has.
+    """Evaluates the model on tasks; the run's report includes the results.
 
     Attributes:
-        evaluations: the newest results, `{view: {steps, limit, tasks: {task: {metric: value}}}}`.
+        evaluations: The newest results, `{view: {steps, limit, tasks: {task: {metric: value}}}}`.
     """
 
     evaluations: dict[str, Any]
@@ -151,7 +151,7 @@ class EvaluatingCallback(Callback):
 class RoundCallback(Callback):
     """Calls :meth:`on_round_end` after each round, or where there are none every `every_n_steps` optimizer steps.
 
-    Between rounds nothing is read: on a GPU the host would wait for it.
+    Nothing is read between rounds: on a GPU the host would wait for it.
 
     Args:
         every_n_steps: Interval in synchronous training, which has no rounds, in optimizer steps.
@@ -168,7 +168,7 @@ class RoundCallback(Callback):
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Tell whether a round ended with this batch."""
+        """Return whether a round ended with this batch."""
         strategy = observed_strategy(trainer)
         # Counted from the run's start: a resumed run logs at the same steps. A step may have several micro-batches.
         new = trainer.global_step != self._step
@@ -179,5 +179,5 @@ class RoundCallback(Callback):
                 self.on_round_end(trainer, pl_module)
 
     def on_round_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the round that has just ended."""
+        """Called after a round."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Puts pictures, text and a layout of the curves into TensorBoard."""
+"""Pictures, text and a chart layout for TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fomoe_pl.errors import ConfigError, check_range
 
 
 def next_drawing(drawn_after: int, draw_every: int) -> int:
-    """Return the round after which to draw next: half as many rounds again as at the last drawing, or more.
+    """Return the round after which to draw next: 1.5 times the round of the last drawing, or later.
 
-    So the time for drawing grows with the logarithm of the run's length, and its share vanishes.
+    The time spent drawing thus grows with the logarithm of the run's length.
 
     Args:
         drawn_after: Rounds at the last drawing, 0 before the first.
@@ -32,20 +32,20 @@ def next_drawing(drawn_after: int, draw_every: int) -> int:
 
 
 class RunPictures(RoundCallback):
-    """Writes, into each TensorBoard logger of rank zero, what curves do not show.
+    """Writes what curves do not show into each TensorBoard logger of rank zero.
 
     - A layout that groups the curves (tab "Custom Scalars"), the configuration and a summary (tab "Text"), final values
-      beside the settings (tab "HParams");
+      next to the settings (tab "HParams");
     - pictures (tab "Images"): the placement, heat maps layer by expert of load, skipped share and drift, the timeline
       of each layer's loads, domain by expert maps of the last validation; histograms of the gates on the probe.
 
-    Must stand behind `RoutingStability`, whose last look it draws; without it there are no pictures of routing. Other
-    loggers get nothing: their curves are whole without it. Pictures need matplotlib (`pip install "fomoe-pl[plots]"`).
+    Must come after `RoutingStability`, whose measurements it draws; without it there are no pictures of routing. Other
+    loggers get nothing. Pictures need matplotlib (`pip install "fomoe-pl[plots]"`).
 
     Args:
         draw_every: Fewest rounds between two drawings, which become rarer: each comes after at least half as many
             rounds again as the one before it. There is a last one when training ends. A drawing takes about a second,
-            in which the other sites wait. One that fails is told of in a warning, and the run goes on.
+            in which the other sites wait. One that fails gives a warning, and the run goes on.
         every_n_steps: Steps that count as a round in synchronous training.
     """
 
@@ -86,8 +86,8 @@ class RunPictures(RoundCallback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         found = stability_of(trainer)
         if found is not None and callbacks.index(found) > callbacks.index(self):
-            raise ConfigError("trainer.callbacks", "RunPictures, RoutingStability", "pictures are of the last look",
-                              "put RunPictures behind RoutingStability")  # fmt: skip
+            raise ConfigError("trainer.callbacks", "RunPictures, RoutingStability", "are in the wrong order",
+                              "put RunPictures after RoutingStability")  # fmt: skip
         return found
 
     def on_round_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,7 +117,7 @@ class RunPictures(RoundCallback):
                 logger.log_hyperparams(settings, metrics=values, step=trainer.global_step - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loads so far, which a resumed run goes on with."""
+        """The loads so far."""
         return {"ends": self._ends, "drawn_after": self._drawn_after, "loads": self._loads.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class RunPictures(RoundCallback):
         except Exception as error:
             # Only rank zero draws: if it stopped here, the other sites would wait for it in the next round.
             if not self._failed:
-                rank_zero_warn(f"RunPictures could not draw after step {trainer.global_step}, and says so once: "
+                rank_zero_warn(f"RunPictures could not draw after step {trainer.global_step}, and does not warn again: "
                                f"{type(error).__name__}: {error}")  # fmt: skip
             self._failed = True
 

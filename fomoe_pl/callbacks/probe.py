@@ -1,4 +1,4 @@
-"""A fixed text that every site's model reads from time to time."""
+"""A fixed held-out text on which every site's own model is measured."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fomoe_pl.training.context import ProbedData
 
 
 class Look(NamedTuple):
-    """What a site's own model does with the probe, on the CPU.
+    """Measurements of a site's own model on the probe, on the CPU.
 
     Attributes:
-        picks_LTK: expert ids that each layer's router picks for each token, int64.
-        gates_LTK: gates of these picks, float32.
-        similarity_L: mean cosine between two rows of the layer's router, float64.
-        loss: cross entropy, nats a token, float64 ().
+        picks_LTK: Expert ids that each layer's router picks for each token, int64.
+        gates_LTK: Gates of these picks, float32.
+        similarity_L: Mean cosine between two rows of the layer's router, float64.
+        loss: Cross entropy, nats a token, float64 ().
     """
 
     picks_LTK: Tensor
@@ -34,20 +34,20 @@ class Probe:
     """Held-out text, the same on all sites.
 
     Args:
-        trainer: its datamodule gives the text.
-        pl_module: whose model will read it.
+        trainer: Its datamodule gives the text.
+        pl_module: Whose model will read it.
         n_sequences: sequences.
-        n_tokens: tokens of each.
+        n_tokens: Tokens of each.
 
     Raises:
-        ConfigError: if the datamodule has no `probe`.
+        ConfigError: If the datamodule has no `probe`.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, n_sequences: int, n_tokens: int) -> None:
         data = cast(Any, trainer).datamodule
         if not isinstance(data, ProbedData):
             raise ConfigError("trainer.callbacks.RoutingStability.probe_sequences", n_sequences,
-                              f"needs data with a method `probe`, which {type(data).__name__} has not",
+                              f"needs data with a method `probe`, which {type(data).__name__} does not have",
                               "use fomoe_pl.data.FoMoEData, or set it to 0")  # fmt: skip
         self._batch = {k: t.to(pl_module.device) for k, t in data.probe(n_sequences, n_tokens).items()}
 
@@ -58,7 +58,7 @@ class Probe:
 
     @torch.no_grad()
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Look:
-        """Let this site's model, as it is now, read the text. On a GPU this waits for it, once."""
+        """Run this site's current model on the text. On a GPU this waits for the device, once."""
         model = observed_module(pl_module).transformer
         with trainer.precision_plugin.forward_context():
             hidden_BSD, stats = model(self._batch["inputs"])
@@ -69,7 +69,7 @@ class Probe:
         similarity_L = row_similarity(torch.stack([r.weight for r in routers]))
         loss = losses_BS.double().sum() / (self._batch["targets"] >= 0).sum()
         parts = [picks_LTK, gates_LTK, similarity_L, loss]
-        # In one transfer; float64 holds them all exactly.
+        # One transfer; float64 represents all of them exactly.
         flat = torch.cat([part.double().flatten() for part in parts]).cpu()
         picks, gates, similarity_L, loss = flat.split([part.numel() for part in parts])
         return Look(picks.long().view(picks_LTK.shape), gates.float().view(gates_LTK.shape), similarity_L, loss[0])

@@ -21,7 +21,7 @@ class FoMoEProgressBar(TQDMProgressBar):
     """Shows the training loss, the last global bits per byte, the round, and what this site has sent.
 
     Args:
-        refresh_rate: Batches between two updates; each reads the loss, for which a GPU has to be waited for.
+        refresh_rate: Batches between two updates; each reads the loss, and so waits for the GPU.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
@@ -29,14 +29,14 @@ class FoMoEProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=refresh_rate)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where training starts from."""
+        """Print the quality before training."""
         super().on_sanity_check_end(trainer, pl_module)
         bits_per_byte = observed_module(pl_module).validation_before_training.get("val/bits_per_byte")
         if bits_per_byte is not None and trainer.is_global_zero:
             print(f"Before training the global model has {bits_per_byte:.3f} bits per byte.")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
-        """Return what stands behind the bar."""
+        """Return the numbers next to the bar."""
         strategy, metrics = observed_strategy(trainer), trainer.callback_metrics
         shown = {"loss": "train/loss", "val_bits_per_byte": "val/bits_per_byte"}
         items: dict[str, int | str | float | dict] = {

@@ -32,7 +32,7 @@ def finite_or_none(value: float) -> float | None:
 
 
 def _data_identity(trainer: Trainer) -> dict[str, Any] | None:
-    """What the datamodule says it is; None for one that says nothing."""
+    """The datamodule's description; None if it has none."""
     data = cast(Any, trainer).datamodule
     return {**data.identity(), **_validated(trainer)} if isinstance(data, IdentifiedData) else None
 
@@ -50,7 +50,7 @@ def _validated(trainer: Trainer) -> dict[str, Any]:
 
 
 def _routing(trainer: Trainer) -> dict[str, float | None]:
-    """Means of the last round, or of the last look, by the tag's middle part; empty without `RoutingStability`."""
+    """Means of the last round that measured them, by the tag's middle part; empty without `RoutingStability`."""
     stability = stability_of(trainer)
     values = {} if stability is None else stability.latest
     return {tag.split("/")[1]: finite_or_none(value) for tag, value in values.items() if tag.endswith("/mean")}
@@ -88,7 +88,7 @@ class RunReport(TimedCallback):
         self.folder = folder
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take away the report of the run that this one replaces, lest it is taken for this one's."""
+        """Remove the report of an earlier run, so that it is not mistaken for this run's."""
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
             (self._folder_of(trainer) / REPORT_NAME).unlink(missing_ok=True)

@@ -27,13 +27,13 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 @dataclass
 class RoundView:
-    """What the last round, or the last interval of synchronous training, looked like.
+    """Routing in the last round, or in the last interval of synchronous training.
 
     Attributes:
-        health: picks of all sites in the round; of this rank in synchronous training.
-        values: what was measured of it.
-        drift_LE: relative drift of each expert's holders at the last look; None without rounds.
-        gates_LTK: gates on the probe at the last look; None without a probe.
+        health: Picks of all sites in the round; of this rank in synchronous training.
+        values: What was measured of it.
+        drift_LE: Relative drift of each expert's holders when last measured; None without rounds.
+        gates_LTK: Gates on the probe when last measured; None without a probe.
     """
 
     health: RoutingHealth
@@ -48,34 +48,34 @@ class RoutingStability(RoundCallback, RoundObserver):
     - Loads, entropies and ghosts of the round's training steps (`fomoe_pl.metrics.routing`);
     - on a fixed probe of held-out text, the same on all sites (`fomoe_pl.metrics.probe`): churn since the last round,
       agreement between the sites' routers before averaging, the jump that averaging causes, similarity of router rows,
-      quantiles of the gates, loss before and after; when training ends, saturation against the last look;
+      quantiles of the gates, loss before and after; when training ends, saturation against the last picks;
     - of copies of absent experts the share of picks that they served, their relative error and age;
     - drift of experts among their holders before averaging, norms of pseudo-gradients (`fomoe_pl.metrics.drift`);
     - in some validations of the global model: routing necessity and the gap of the sites' own views
       (`fomoe_pl.metrics.validation`).
 
-    Loads are measured in every round. The first, every `every_n_rounds`-th and the last one are looked at in addition:
-    probe, drift, and the layers one by one, which cost more.
+    Loads are measured in every round. The first, every `every_n_rounds`-th and the last round are measured in full:
+    probe, drift, and each layer by itself, which cost more.
 
     Its numbers travel in the round's one control message. In synchronous training there is none: every `every_n_steps`
     steps it logs what rank 0 sees.
 
     Args:
-        every_n_rounds: Rounds from one look to the next.
+        every_n_rounds: Rounds between two full measurements.
         every_n_steps: Interval in synchronous training, in optimizer steps.
         probe_sequences: Sequences of the probe; 0 for no probe.
         probe_tokens: Tokens of each of them.
-        other_views_every: Every how many validations the text is read twice more, for routing necessity and own views;
-            0 for never. The last one of a run always does, where `max_steps` tells which it is, and so does
-            `fomoe validate`, unless it is 0.
+        other_views_every: Interval, in validations, between those that read the text twice more, for routing necessity
+            and own views; 0 for never. Unless it is 0, the last validation of a run with `max_steps` always does, and
+            so does `fomoe validate`.
         statistics: Your own, objects of subclasses of `fomoe_pl.metrics.Statistic`: summed in every training step, and
             logged with the loads.
 
     Attributes:
-        view: the last round; None before the first.
-        latest: newest value of each tag.
-        own_statistics: what was given as `statistics`.
-        other_views_step: optimizer steps at the last validation that read the text twice more; None before.
+        view: The last round; None before the first.
+        latest: Newest value of each tag.
+        own_statistics: What was given as `statistics`.
+        other_views_step: Optimizer steps at the last validation that read the text twice more; None before.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         self._forget()
 
     def _forget(self) -> None:
-        """Stand where a run starts."""
+        """Reset to the start of a run."""
         self._history = PickHistory()
         self._last_picks: Tensor | None = None
         self._drift_LE: Tensor | None = None
@@ -122,7 +122,7 @@ class RoutingStability(RoundCallback, RoundObserver):
     # -- training -------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fetch the probe, and stand where rounds end."""
+        """Fetch the probe, and register as an observer of rounds."""
         super().on_train_start(trainer, pl_module)
         self._trainer, self._module, self._started = trainer, pl_module, True
         strategy = observed_strategy(trainer)
@@ -142,7 +142,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         self._resumed = None
 
     def before_synchronization(self) -> None:
-        """Look at what this site has come to on its own, if it is the round for it."""
+        """Measure the site's own model before averaging, in rounds that are measured in full."""
         strategy = observed_strategy(self._trainer)
         last = self._steps_taken() == self._trainer.max_steps
         self._looking = last or strategy.rounds_done % self.every_n_rounds == 0
@@ -151,11 +151,11 @@ class RoutingStability(RoundCallback, RoundObserver):
         self._before = self._look() if self._looking else None
 
     def after_synchronization(self) -> None:
-        """Look at what the sites agreed on."""
+        """Measure the averaged model."""
         self._after = self._look() if self._looking else None
 
     def statistics(self) -> Tensor:
-        """Everything that is added over the sites."""
+        """The vector that is summed over the sites."""
         parts = self._parts()
         self._shapes = {name: part.shape for name, part in parts.items()}
         return torch.cat([part.flatten() for part in parts.values()])
@@ -192,7 +192,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         return parts
 
     def receive(self, total: Tensor) -> None:
-        """Turn the sums over the sites into the round's view."""
+        """Compute the round's statistics from the sums over the sites."""
         module, strategy = observed_module(self._module), observed_strategy(self._trainer)
         flat = total.cpu().split([math.prod(shape) for shape in self._shapes.values()])
         parts = {name: part.view(self._shapes[name]) for name, part in zip(self._shapes, flat, strict=True)}
@@ -222,7 +222,7 @@ class RoutingStability(RoundCallback, RoundObserver):
             self._remember(self._after, churn_L, similarity_L, parts["losses"][1] / sites)
 
     def on_round_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the round; without rounds, look at this rank."""
+        """Log the round; without rounds, measure this rank."""
         if not observed_strategy(trainer).has_rounds:
             self._look_alone()
         assert self.view is not None
@@ -267,7 +267,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         return observed_strategy(self._trainer).optimizer_steps
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log, at their own steps, how much of the last look's picks each earlier one had already."""
+        """Log saturation: how many of the last picks each earlier measurement already had, at its own step."""
         if self._last_picks is not None:
             for step, picks_LTK in self._history.looks():
                 log(trainer, by_layer("routing/saturation", pick_overlap(picks_LTK.long(), self._last_picks)), step)
@@ -275,7 +275,7 @@ class RoutingStability(RoundCallback, RoundObserver):
     # -- validation -----------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask for the other views when it is their turn."""
+        """Request random routing and own views when they are due."""
         if trainer.sanity_checking or not self.other_views_every:
             return
         self._validations += 1
@@ -287,7 +287,7 @@ class RoutingStability(RoundCallback, RoundObserver):
     # -- resuming -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on with; every site keeps its own, for its picks are its own."""
+        """State of this site; picks differ between sites."""
         state: dict[str, Any] = {"validations": self._validations, "other_views_step": self.other_views_step}
         if self._started:
             state |= {
@@ -298,12 +298,12 @@ class RoutingStability(RoundCallback, RoundObserver):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict`; the most of it when training starts, if the site and the probe are the same then."""
+        """Restore `state_dict`; most of it when training starts, if site and probe are still the same."""
         self._validations, self.other_views_step = state_dict["validations"], state_dict.get("other_views_step")
         self._resumed = state_dict if "of" in state_dict else None
 
     def _of(self) -> tuple[Any, ...]:
-        """What picks depend on beside the weights: sites, this one's experts, the probe's text; and what is summed."""
+        """What picks depend on besides the weights: sites, resident experts, the probe; and the statistics' names."""
         names = [statistic.name for statistic in self.own_statistics]
         residency = observed_module(self._module).transformer.residency
         n_sites = observed_strategy(self._trainer).topology.n_sites

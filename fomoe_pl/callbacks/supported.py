@@ -1,4 +1,4 @@
-"""Which of Lightning's callbacks a run cannot have: those that change weights or the schedule behind the rounds."""
+"""Lightning callbacks that are refused: those that change weights or the schedule without the rounds knowing."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ REFUSED: dict[type[Callback], tuple[str, str]] = {
     BaseFinetuning: ("freezes and thaws parameters, of which sites and optimizer know nothing", "leave it out"),
     GradientAccumulationScheduler: ("counts epochs, and the data has no end", "set trainer.accumulate_grad_batches"),
 }  # fmt: skip
-"""What is refused with all that is derived from it: why, and what to do instead."""
+"""Refused classes, subclasses included: why, and what to do instead."""
 
 
 def check_callbacks(trainer: Trainer) -> None:
-    """Refuse callbacks that would change what is trained in ways that other sites do not follow.
+    """Refuse callbacks that would change training on this site only.
 
     Raises:
-        ConfigError: naming the callback, and what to use instead.
+        ConfigError: Naming the callback, and what to use instead.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:

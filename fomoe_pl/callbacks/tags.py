@@ -1,4 +1,4 @@
-"""Measured tensors as what is logged: numbers by tag, a layer each and their mean."""
+"""Measured tensors as logged numbers by tag: one for each layer, and their mean."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fomoe_pl.model.residency import Routing
 def routing_values(health: RoutingHealth, routing: Routing = "ghost") -> dict[str, float]:
     """Return `routing/<statistic>/mean` and `routing/<statistic>/layer_<ii>`; statistics as in `RoutingHealth`.
 
-    The layers' numbers have two digits or more, so that they sort. With shadow routing the picks of absent experts are
+    Layer numbers have at least two digits, so that they sort. With shadow routing the picks of absent experts are
     no ghosts, copies have served them: `copy_fraction` and `copy_excess`.
-    Those that a user named are under `statistic/` instead.
+    Custom statistics are under `statistic/` instead.
     """
     values: dict[str, float] = {}
     for statistic, value_L in health.by_layer().items():
@@ -30,13 +30,13 @@ def routing_values(health: RoutingHealth, routing: Routing = "ghost") -> dict[st
 
 
 def by_layer(name: str, value_L: Tensor) -> dict[str, float]:
-    """Return `<name>/mean` and `<name>/layer_<ii>`, without what is undefined (NaN)."""
+    """Return `<name>/mean` and `<name>/layer_<ii>`, without NaNs."""
     values = _named(name, value_L, float(value_L.nanmean()))
     return {key: value for key, value in values.items() if not math.isnan(value)}
 
 
 def _named(name: str, value_L: Tensor, mean: float) -> dict[str, float]:
-    # All layers in one list: to read a tensor's numbers one by one takes ten times as long.
+    # All layers in one list: reading a tensor element by element takes ten times as long.
     return {f"{name}/mean": mean} | {f"{name}/layer_{i:02d}": value for i, value in enumerate(value_L.tolist())}
 
 
@@ -44,7 +44,7 @@ def copy_errors(sums_L2: Tensor) -> dict[str, float]:
     """Return `routing/copy_error/...`: norm of the error of quantisation over that of the experts.
 
     Args:
-        sums_L2: squares of errors and of values, of all sites.
+        sums_L2: Squares of errors and of values, of all sites.
     """
     return by_layer("routing/copy_error", (sums_L2[:, 0] / sums_L2[:, 1]).sqrt())
 

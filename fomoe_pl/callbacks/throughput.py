@@ -29,10 +29,10 @@ class Interval:
     """Time and tokens of some training steps of one site.
 
     Attributes:
-        seconds: wall-clock time, waiting for data included.
-        sync_seconds: the part of it spent in synchronisation.
-        watch_seconds: the part of it spent in looking and drawing.
-        tokens: tokens trained on.
+        seconds: Wall-clock time, waiting for data included.
+        sync_seconds: The part of it spent in synchronisation.
+        watch_seconds: The part of it spent on observing and drawing.
+        tokens: Tokens trained on.
     """
 
     seconds: float = 0.0
@@ -65,7 +65,7 @@ class Interval:
 class TimedCallback(Callback):
     """Measures training time: from batch end to batch end, but without validation and checkpoints.
 
-    GPUs are not waited for: what is still queued at one end of a window is missing at the other.
+    It does not wait for the GPU: work still queued at the end of a window counts in the next.
     """
 
     def __init__(self) -> None:
@@ -79,25 +79,25 @@ class TimedCallback(Callback):
         self._reading = self._read(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on time does not count."""
+        """Stop the clock."""
         self._interrupt(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """From here on time does not count."""
+        """Stop the clock."""
         self._interrupt(trainer, pl_module)
 
     def _interrupt(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._interrupted:  # callbacks behind this one may have looked and drawn since the batch ended
+        if not self._interrupted:  # later callbacks may have measured and drawn since the batch ended
             self._add(trainer, pl_module)
             self._interrupted = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Take the time up again after an interruption."""
+        """Restart the clock after an interruption."""
         if self._interrupted:
             self._reading, self._interrupted = self._read(trainer, pl_module), False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Add this batch, unless a callback before this one has saved: it is added up to there then."""
+        """Add this batch, unless an earlier callback has saved: then it was added there."""
         if self._interrupted:
             self._reading, self._interrupted = self._read(trainer, pl_module), False
         else:
@@ -109,7 +109,7 @@ class TimedCallback(Callback):
         self._reading = reading
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> Interval:
-        """All four clocks; only their differences mean something."""
+        """All four clocks; only differences have a meaning."""
         strategy = observed_strategy(trainer)
         tokens = observed_module(pl_module).tokens_seen
         return Interval(time.perf_counter(), strategy.sync_seconds, strategy.watch_seconds, tokens)
@@ -188,10 +188,10 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
             self._peak_flops = get_available_flops(pl_module.device, torch.bfloat16 if bf16 else torch.float32)
 
     def after_synchronization(self) -> None:
-        """Note how many of a token's picks were residents' in the round, before the counts start again."""
+        """Record the share of picks that residents executed in the round, before the counts are reset."""
         health = self._module.routing_health
         live, picks = health.executed()
-        # They start again only if somebody else reads them.
+        # They are reset only if another callback reads them.
         live_before, picks_before = self._counted if health.resets == self._resets else (0.0, 0.0)
         if picks > picks_before:
             share = (live - live_before) / (picks - picks_before) / self._module.config.n_layers
@@ -243,7 +243,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         for name, picks in (("nominal", float(config.top_k)), ("executed", self._picks)):
             if picks is None:
                 continue
-            # What is nominal has no ghosts, and no router with fewer rows.
+            # Nominal: no ghosts, and a whole router.
             n_scored = config.n_experts if name == "nominal" else scored
             copied = 0.0
             if name == "executed" and residency.routing == "shadow":

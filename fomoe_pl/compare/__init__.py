@@ -1,4 +1,4 @@
-"""Runs side by side: tables, plots, CSV, and one page that opens without a network."""
+"""Comparison of runs: tables, plots, CSV, and one self-contained HTML page."""
 
 from fomoe_pl.compare.command import main
 

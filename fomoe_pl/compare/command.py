@@ -15,7 +15,7 @@ from fomoe_pl.files import check_local, prepare
 
 
 class Parser(OneMessage, argparse.ArgumentParser):
-    """A parser whose errors are one message."""
+    """A parser that reports one short error."""
 
 
 def main(arguments: list[str] | None = None) -> None:

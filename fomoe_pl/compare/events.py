@@ -1,4 +1,4 @@
-"""Curves and pictures of a run, as TensorBoard reads them."""
+"""Curves and pictures of a run, from TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Curve:
 def read_events(folder: Path, report: dict[str, Any]) -> tuple[dict[str, Curve], dict[str, bytes]]:
     """Curves and last pictures of all event files in a folder, by tag; none without files.
 
-    A process that trains writes a file of its own. From the step at which it starts it takes the place of what earlier
-    ones wrote there: a resumed run goes on, another run in the same folder replaces the first.
+    Every training process writes a file of its own. From its first step on it replaces what earlier
+    ones wrote: a resumed run continues, another run in the same folder replaces the first.
 
     Args:
-        folder: of the run.
-        report: of the run; its totals end the curves whose last point is before the last step.
+        folder: Of the run.
+        report: Of the run; its totals end the curves whose last point is before the last step.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     pictures: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: tables, plots as SVG inside it, the runs' own pictures."""
+"""One self-contained HTML page: tables, plots as inline SVG, the runs' own pictures."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def routing(runs: Sequence[Run]) -> Figure | None:
 
 
 def _says(run: Run, tag: str) -> bool:
-    """Whether the run has such a curve; the excess of ghosts of a run without any is a line at 0 that says nothing."""
+    """Whether the run has this curve; without ghosts the ghost excess is a constant 0 and is left out."""
     if tag == GHOSTS and GHOST_SHARE in run.curves and not run.curves[GHOST_SHARE].values.any():
         return False
     return tag in run.curves

@@ -1,4 +1,4 @@
-"""What is read of a run: its report, and its curves and pictures as TensorBoard reads them."""
+"""What is read of a run: its report, and curves and pictures from its event files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEEDED: dict[str, Any] = {
     "tokens_per_second.local": (int, float, type(None)), "tokens_per_second.with_sync": (int, float),
     **{f"bytes.wire.{kind}": int for kind in ("total", *NOT_TRAINING)},
 }  # fmt: skip
-"""Keys of a report without which there is no row, and what they are."""
+"""Keys that every report must have, and their types."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Run:
     """One run.
 
     Attributes:
-        name: end of the path of the folder that was given, long enough to tell runs apart.
-        report: what `report.json` says.
-        curves: tag -> curve; empty for a run without TensorBoard.
-        pictures: tag -> the last picture, PNG.
+        name: End of the path of the folder that was given, long enough to tell runs apart.
+        report: What `report.json` says.
+        curves: Tag -> curve; empty for a run without TensorBoard.
+        pictures: Tag -> the last picture, PNG.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Run:
         return Curve(array[:, 0], array[:, 1])
 
     def at(self, tag: str, steps: Floats) -> Floats | None:
-        """A curve that grows from 0, between its points in proportion; None if the run has no such curve."""
+        """A curve that grows from 0, interpolated linearly; None if the run has none."""
         if tag not in self.curves:
             return None
         curve = self.curves[tag]
@@ -79,10 +79,10 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read the newest report in a run's folder or below it, and the event files beside it.
+    """Read the newest report in a run's folder or below it, and the event files next to it.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: If there is none.
     """
     reports = sorted(folder.rglob(REPORT_NAME), key=lambda path: path.stat().st_mtime)
     if not reports:
@@ -95,10 +95,10 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """What a report says.
+    """Read a report.
 
     Raises:
-        ConfigError: naming the file and what is wrong in it.
+        ConfigError: Naming the file and what is wrong in it.
     """
     try:
         report = json.loads(path.read_text())
@@ -127,7 +127,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     """Refuse runs whose qualities are not measured on the same text in the same tokens.
 
     Raises:
-        ConfigError: naming the runs and what differs.
+        ConfigError: Naming the runs and what differs.
     """
     hint = "Compare runs of one corpus, or say --any_data"
     for run in runs[1:]:

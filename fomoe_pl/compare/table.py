@@ -1,4 +1,4 @@
-"""Rows of numbers: for a terminal, as Markdown, as CSV."""
+"""Tables of runs: for a terminal, as Markdown, as CSV."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Column(NamedTuple):
     """A number of a run.
 
     Attributes:
-        heading: short words: a terminal of 80 columns holds them broken between words, and no number is cut.
-        value: reads it from a report; None where the run has none.
-        form: how it is printed.
-        at: steps at which it was measured, if that was not the end of the run.
+        heading: Short words: a terminal of 80 columns holds them broken between words, and no number is cut.
+        value: Reads it from a report; None where the run has none.
+        form: Format of the printed number.
+        at: Steps at which it was measured, if that was not the end of the run.
     """
 
     heading: str
@@ -40,7 +40,7 @@ def _routing(name: str) -> Callable[[dict[str, Any]], float | None]:
 
 
 def _ghosts(report: dict[str, Any]) -> float | None:
-    """None without ghosts: their excess is 0 then, which says nothing."""
+    """The ghost excess; None for runs without ghosts."""
     routing = report.get("routing", {})
     return None if routing.get("ghost_fraction") == 0 else routing.get("ghost_excess")
 
@@ -111,7 +111,7 @@ def evaluation_columns(runs: Sequence[Run]) -> tuple[Column, ...]:
 
 
 def row(run: Run, columns: Sequence[Column]) -> list[str]:
-    """One run's cells, its name first; `-` for what it has not."""
+    """One run's cells, its name first; `-` for missing values."""
     return [run.name, *(_cell(column, run.report) for column in columns)]
 
 
@@ -155,7 +155,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
-    """All numbers, unrounded; empty for what a run has not."""
+    """All numbers, unrounded; empty for missing values."""
     columns = (*MAIN, *ROUTING, *evaluation_columns(runs))
     text = io.StringIO()
     writer = csv.writer(text)

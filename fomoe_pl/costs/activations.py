@@ -22,11 +22,11 @@ class Types:
     """Bytes of an element by what it is.
 
     Attributes:
-        parameter: parameters, their gradients and moments.
-        stream: residual stream and the inputs of norms.
-        compute: matrix products.
-        casts: copies of one input that the query, key and value projections keep for the backward pass.
-        kernels: the loss, and experts unless configured otherwise, run in our kernels, as on a GPU.
+        parameter: Parameters, their gradients and moments.
+        stream: Residual stream and the inputs of norms.
+        compute: Matrix products.
+        casts: Copies of one input that the query, key and value projections keep for the backward pass.
+        kernels: The loss, and experts unless configured otherwise, run in our kernels, as on a GPU.
     """
 
     parameter: int
@@ -39,7 +39,7 @@ class Types:
     def of(cls, precision: Precision, kernels: bool = True) -> Types:
         """Types of a Trainer's precision."""
         if precision == "bf16-mixed":
-            return cls(4, 4, 2, casts=3, kernels=kernels)  # autocast casts the input of each product anew
+            return cls(4, 4, 2, casts=3, kernels=kernels)  # autocast casts the input of each product again
         itemsize = 4 if precision == "32-true" else 2
         return cls(itemsize, itemsize, itemsize, casts=1, kernels=kernels)
 
@@ -57,12 +57,12 @@ class Types:
 def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> int:
     """Bytes a token that one layer keeps for the backward pass without activation checkpointing.
 
-    Picks of ghosts are laid out like all others on an accelerator: their number does not matter.
+    On an accelerator picks of ghosts take space like all others, so their number does not matter.
 
     Args:
-        config: the architecture.
-        types: bytes of an element.
-        n_scored: experts N that the router scores.
+        config: The architecture.
+        types: Bytes of an element.
+        n_scored: Experts N that the router scores.
     """
     r, c = types.stream, types.compute
     d, k, f, i = config.d_model, min(config.top_k, n_scored), config.d_expert, config.expert_in_width
@@ -92,15 +92,15 @@ def layer_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> 
 
 
 def expert_activation_bytes(config: ModelConfig, types: Types, n_scored: int) -> int:
-    """Bytes a token of what a layer's experts keep, and with checkpointing make again.
+    """Bytes a token that a layer's experts keep, or with checkpointing recompute.
 
     Args:
-        config: the architecture.
-        types: bytes of an element.
-        n_scored: experts N that the router scores.
+        config: The architecture.
+        types: Bytes of an element.
+        n_scored: Experts N that the router scores.
 
     Raises:
-        ConfigError: if a backend of one's own does not declare it.
+        ConfigError: If a custom backend does not declare it.
     """
     return types.backend(config).kept_bytes(config, types.compute, min(config.top_k, n_scored))
 
@@ -111,12 +111,12 @@ def activation_bytes(
     """Bytes that the forward pass keeps: of all layers (or their inputs, with checkpointing), and weights' casts.
 
     Args:
-        config: the architecture.
-        types: bytes of an element.
+        config: The architecture.
+        types: Bytes of an element.
         tokens: T of a micro-batch.
-        n_resident: resident experts of each layer.
-        n_scored: experts N that the router scores.
-        copies: experts' weights have lasting copies in the type of products.
+        n_resident: Resident experts of each layer.
+        n_scored: Experts N that the router scores.
+        copies: Experts' weights have lasting copies in the type of products.
     """
     checkpointing = config.activation_checkpointing
     r, d = types.stream, config.d_model
@@ -135,7 +135,7 @@ def activation_bytes(
 
 
 def chunk_bytes(config: ModelConfig, types: Types, tokens: int) -> tuple[int, int]:
-    """Bytes of a chunk of logits when its gradient is made, and of the gradient."""
+    """Bytes of a chunk of logits while its gradient is computed, and of the gradient."""
     width, c = -(-config.vocab_size // 8) * 8, types.compute
     cells = min(tokens, chunk_rows(width, config.loss_chunk_bytes, c, types.kernels)) * width
     if types.kernels:
@@ -152,5 +152,5 @@ def loss_bytes(config: ModelConfig, types: Types, tokens: int) -> int:
     hidden = tokens * d * (types.stream + (c if c != types.stream else 0))
     gradients = 4 * width * d + tokens * d * types.stream
     made, used = chunk_bytes(config, types, tokens)
-    product = 0 if types.kernels and c < 4 else c * width * d  # added to the gradient while it is made, or after
+    product = 0 if types.kernels and c < 4 else c * width * d  # added to the gradient inside the product, or after it
     return matrix + hidden + gradients + max(made, used + product)

@@ -50,15 +50,15 @@ def predict_bytes(
     """Predict the ledger of one site for an uninterrupted run with AdamW as inner optimizer.
 
     Args:
-        architecture: the model.
-        federation: the federation's settings; experts must not move by loads, which only a run knows.
-        n_sites: number of sites M.
-        site: the site whose bytes are predicted, 0..M-1.
-        steps: optimizer steps of the run.
-        validations: for each validation of the global model the number of optimizer steps taken before it; 0 for the
+        architecture: The model.
+        federation: The federation's settings; experts must not move by loads, which only a run knows.
+        n_sites: Number of sites M.
+        site: The site whose bytes are predicted, 0..M-1.
+        steps: Optimizer steps of the run.
+        validations: For each validation of the global model the number of optimizer steps taken before it; 0 for the
             sanity check. One at the end of a round comes after that round's migration.
-        evaluation_windows: windows of batches in a validation; each gathers every layer once.
-        metric_bytes: bytes of the vector of metrics that a validation sums over the sites, see `metric_bytes_of`.
+        evaluation_windows: Windows of batches in a validation; each gathers every layer once.
+        metric_bytes: Bytes of the vector of metrics that a validation sums over the sites, see `metric_bytes_of`.
         param_dtype: dtype of the parameters, in which a validation gathers experts (buffers are float32).
 
     Returns:
@@ -66,7 +66,7 @@ def predict_bytes(
         number of calls counts one for each average or exchange, whatever the buckets.
 
     Raises:
-        ConfigError: if sizes or the schedule do not fit, or experts move by loads.
+        ConfigError: If sizes or the schedule do not fit, or experts move by loads.
     """
     if federation.policy.moves and federation.policy.sees_loads:
         rule = "experts move by how often they are picked, which only a run knows"
@@ -142,11 +142,11 @@ def control_bytes(
         architecture: The model.
         n_sites: Number of sites M.
         watched: Whether `RoutingStability` is among the callbacks.
-        looked: Whether it looks at this round.
+        looked: Whether it measures the probe and drift in this round.
         probe_tokens: Tokens of its probe, sequences x tokens of each; 0 for no probe.
         monitored: Whether `CommunicationMonitor` is among the callbacks.
         copied: Whether sites have copies of absent experts.
-        n_statistics: Statistics of a user's own that `RoutingStability` has.
+        n_statistics: Custom statistics that `RoutingStability` has.
     """
     layers, cells = architecture.n_layers, architecture.n_layers * architecture.n_experts
     numbers = 0
@@ -156,7 +156,7 @@ def control_bytes(
         numbers += n_statistics * layers + 1 if n_statistics else 0  # sums, and the tokens that they are over
     if watched and looked:
         numbers += 4 * cells + 4  # three squares of norms and a norm, of each expert and dense
-        numbers += 2 * layers if copied else 0  # squares of the copies' errors and of what they are copies of
+        numbers += 2 * layers if copied else 0  # squares of the copies' errors and of the originals
         if probe_tokens:
             numbers += 3 * layers + 2 + -(-cells * probe_tokens // digits(n_sites))
     numbers += n_sites if monitored else 0
@@ -195,7 +195,7 @@ def _coded(
     ledger: Ledger, architecture: ModelConfig, federation: FederationConfig, codec: Codec, placement: Placement,
     site: int,
 ) -> None:  # fmt: skip
-    """Codes of a round, bucket by bucket: to each other site of a bucket its slice, and of one's own slice the mean."""
+    """Codes of a round, bucket by bucket: a slice to each other site, then the mean of the own slice to each."""
     with torch.device("meta"):
         model = Transformer(architecture, federation.residency(placement.residents(site)), device=torch.device("meta"))
     layout = ParameterLayout.of(model, model.expert_tensors())

@@ -1,4 +1,4 @@
-"""FLOPs of a token by part, as executed and as the whole model would have them (arXiv 2606.19025, §3.4)."""
+"""FLOPs of a token by part, executed and nominal (arXiv 2606.19025, §3.4)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def executed_picks(
     """Mean number of routed experts that run for a token of one layer.
 
     Args:
-        config: the architecture.
-        n_resident: resident experts R of a layer.
-        routing: ``ghost`` skips picks that are not resident; ``partitioned`` takes the top min(k, R) residents;
-            ``shadow`` computes all.
-        ghost_fraction: measured share of the picks that are not of residents, `routing/ghost_fraction/mean` or
+        config: The architecture.
+        n_resident: Resident experts R of a layer.
+        routing: `ghost` skips picks that are not resident; `partitioned` takes the top min(k, R) residents;
+            `shadow` computes all.
+        ghost_fraction: Measured share of the picks that are not of residents, `routing/ghost_fraction/mean` or
             `routing/copy_fraction/mean`; None is balanced routing's 1 - R/E, the paper's sigma_st.
 
     Raises:
-        ConfigError: for a fraction outside 0..1 or a number of residents that cannot be.
+        ConfigError: For a fraction outside 0..1 or a number of residents that cannot be.
     """
     if not 1 <= n_resident <= config.n_experts:
         raise ConfigError("n_resident", n_resident, "must be a number of experts of a layer",
@@ -46,19 +46,19 @@ def token_flops(
     ghost_fraction: float | None = None,
     shadow: Shadow = Shadow(),  # noqa: B008  frozen
 ) -> TokenFlops:
-    """FLOPs that a site executes for a token; with ``n_resident`` None the nominal ones of the whole model.
+    """FLOPs that a site executes for a token; with `n_resident` None the nominal ones of the whole model.
 
     Args:
-        config: the architecture.
-        sequence_length: tokens of a sequence S.
-        n_resident: resident experts R of each layer.
-        routing: the routing mode.
-        ghost_fraction: as for ``executed_picks``.
-        shadow: how copies are used, with ``shadow`` routing: forward and input gradients are of all picks, gradients of
+        config: The architecture.
+        sequence_length: Tokens of a sequence S.
+        n_resident: Resident experts R of each layer.
+        routing: The routing mode.
+        ghost_fraction: As for `executed_picks`.
+        shadow: How copies are used, with `shadow` routing: forward and input gradients are of all picks, gradients of
             weights of residents' picks alone.
 
     Raises:
-        ConfigError: as for ``executed_picks``.
+        ConfigError: As for `executed_picks`.
     """
     resident = config.n_experts if n_resident is None else n_resident
     picks = executed_picks(config, resident, routing, ghost_fraction)

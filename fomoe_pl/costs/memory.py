@@ -33,7 +33,7 @@ MIB, GIB = 2**20, 2**30
 LIBRARY_BYTES = 64 * MIB
 """Workspaces of the matrix library, from torch's allocator (cuBLAS on Hopper: two of 32 MiB)."""
 ENCODING = 4
-"""Tensors in float32 at once of what is encoded: it, in groups, over its scale, and what that is rounded to."""
+"""Float32 tensors that an encoding holds at once: values, groups, groups over their scale, rounded values."""
 DDP_COPIES = 2
 """Copies of the gradients that DDP adds: its buckets, and as much again at the peak (measured on an H100)."""
 
@@ -43,22 +43,22 @@ class Load:
     """What a rank works on.
 
     Attributes:
-        precision: the Trainer's.
-        batch_size: sequences of a micro-batch B.
-        sequence_length: tokens of a sequence S.
+        precision: The Trainer's.
+        batch_size: Sequences of a micro-batch B.
+        sequence_length: Tokens of a sequence S.
         method: `rounds` keeps float32 anchors, `ddp` gradients' copies, `single` neither.
-        outer_momentum: the outer rule keeps a momentum beside the anchor.
-        wire_on_device: wire buffers are on the device (NCCL), not on the host (gloo).
+        outer_momentum: The outer rule keeps a momentum besides the anchor.
+        wire_on_device: Wire buffers are on the device (NCCL), not on the host (gloo).
         wire_dtype: dtype of averaged values on the wire.
-        bucket_bytes: size of a wire buffer; there are two.
-        state_on_host: anchors and outer momentum are not on the device.
-        val_batch_size: sequences of a validation batch; 0 for no validation.
-        evaluation_window: validation batches that go through a layer together, at most the validation's.
-        kernels: on a GPU for which triton is there; else torch's own operations run.
-        accumulate: micro-batches of a step.
-        recorded: steps are replayed (``model/recorded.py``), from memory that stays reserved while sites average.
-        bf16_gradients: experts' gradients are of the type of products where that is another and they run in our
-            kernels, and so are lasting copies of their weights, unless activations are made again (`model/copies.py`).
+        bucket_bytes: Size of a wire buffer; there are two.
+        state_on_host: Anchors and outer momentum are not on the device.
+        val_batch_size: Sequences of a validation batch; 0 for no validation.
+        evaluation_window: Validation batches that go through a layer together, at most the validation's.
+        kernels: On a GPU for which triton is there; else torch's own operations run.
+        accumulate: Micro-batches of a step.
+        recorded: Steps are replayed (`model/recorded.py`), from memory that stays reserved while sites average.
+        bf16_gradients: Experts' gradients are of the type of products where that is another and they run in our
+            kernels, and so are lasting copies of their weights, unless activations are recomputed (`model/copies.py`).
     """
 
     precision: Precision = "bf16-mixed"
@@ -81,7 +81,7 @@ class Load:
         """Refuse empty batches.
 
         Raises:
-            ConfigError: for a size below 1.
+            ConfigError: For a size below 1.
         """
         for name in ("batch_size", "sequence_length", "bucket_bytes", "evaluation_window", "accumulate"):
             if getattr(self, name) < 1:
@@ -108,27 +108,27 @@ OF_MOMENT = {
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank. The parts down to ``outer_momentum`` last as long as the run, the others are of one moment.
+    """Bytes of one rank. The parts down to `outer_momentum` last as long as the run, the others are of one moment.
 
     Attributes:
-        weights: parameters, and copies of experts' that last.
-        copies: packed copies of absent experts.
-        gradients: their gradients, in the backward pass, and until the last micro-batch of a step; and DDP's copies.
-        gradients_kept: what of that is there in a forward pass; in rounds and validations DDP's copies alone are.
+        weights: Parameters, and copies of experts' that last.
+        copies: Packed copies of absent experts.
+        gradients: Their gradients, in the backward pass, and until the last micro-batch of a step; and DDP's copies.
+        gradients_kept: What of that is there in a forward pass; in rounds and validations DDP's copies alone are.
         gradient_buckets: DDP's copies.
         moments: AdamW's two moments.
-        anchors: the last agreed values, float32.
-        outer_momentum: of the outer rule, float32.
-        activations: what the forward pass keeps for the backward pass, the logits' part excluded.
-        logits: the loss's buffers: a chunk of logits and the output matrix's gradient.
-        wire: buffers and temporary values of a round's averaging.
-        validation: streams of a window and one whole layer of experts.
-        library: workspace of the matrix library.
-        backward: most of what the backward pass holds beside weights, moments, anchors and outer momentum; with copies
+        anchors: The last agreed values, float32.
+        outer_momentum: Of the outer rule, float32.
+        activations: What the forward pass keeps for the backward pass, the logits' part excluded.
+        logits: The loss's buffers: a chunk of logits and the output matrix's gradient.
+        wire: Buffers and temporary values of a round's averaging.
+        validation: Streams of a window and one whole layer of experts.
+        library: Workspace of the matrix library.
+        backward: Most of what the backward pass holds besides weights, moments, anchors and outer momentum; with copies
             one layer's unpacked ones, which the forward pass has before that.
-        refresh: new copies of absent experts beside the old ones, and a layer's on their way.
-        recorded: what stays reserved of a step's passes while sites average.
-        on_host: anchors and outer momentum in the host's memory, which is no part of any moment of the device.
+        refresh: New copies of absent experts besides the old ones, and a layer's in flight.
+        recorded: What stays reserved of a step's passes while sites average.
+        on_host: Anchors and outer momentum in the host's memory, which is no part of any moment of the device.
     """
 
     weights: int
@@ -164,7 +164,7 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
-        """The largest of them; of passes that are not recorded, what ``torch.cuda.max_memory_allocated`` shows."""
+        """The largest of them: what `torch.cuda.max_memory_allocated` shows where passes are not recorded."""
         return max(self.moments_of_peak.values())
 
     def at_peak(self) -> tuple[str, dict[str, int]]:
@@ -212,11 +212,11 @@ def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident:
 
 
 def _layer_in_flight(config: ModelConfig, types: Types, tokens: int, n_resident: int, n_scored: int) -> int:
-    """What the backward pass through one layer holds for a while, beside the stream: what is made again, and rows."""
+    """Temporary memory of the backward pass through one layer, besides the stream: recomputed values, and rows."""
     i, f, d = config.expert_in_width, config.d_expert, config.d_model
     picks = tokens * min(config.top_k, n_scored) * types.compute
     in_kernels = types.experts_in_kernels(config)
-    # Rows of picks: in our kernels the gradient inside the activation, and what is made anew or goes to the tokens.
+    # Rows of picks: in our kernels the gradient inside the activation, and what is recomputed or goes to the tokens.
     rows = picks * (i + max(f, d) if in_kernels else 3 * d + f)
     if config.activation_checkpointing == "blocks":
         return tokens * layer_activation_bytes(config, types, n_scored) + (rows if in_kernels else 2 * picks * d)
@@ -233,15 +233,15 @@ def _unpacked_bytes(config: ModelConfig, types: Types, n_resident: int, shadow: 
     absent = config.n_experts - n_resident
     if types.experts_in_kernels(config):
         return types.compute * absent * d * (i if shadow.input_gradient else f)
-    # One tensor of all experts is put together from the residents, cast if they are of another type, and the copies.
+    # One tensor of all experts is concatenated from residents (cast if their type differs) and copies.
     parts = absent + (n_resident if types.parameter != types.compute else 0)
     return types.compute * (config.n_experts + parts) * d * (i if shadow.input_gradient else f)
 
 
 def _refresh_bytes(config: ModelConfig, n_resident: int, shadow: Shadow) -> int:
-    """New copies beside the old ones; of a layer what arrives, what is sent, and the encoding of one tensor.
+    """New copies besides the old ones; of one layer what arrives, what is sent, and the encoding of one tensor.
 
-    All residents are taken to be this site's to send: at most they are.
+    Upper bound: as if this site owned all its residents.
     """
     one, absent = copy_bytes(config, shadow), config.n_experts - n_resident
     encoding = ENCODING * 4 * n_resident * config.d_model * config.expert_in_width
@@ -252,19 +252,19 @@ def rank_memory(
     config: ModelConfig, load: Load, *, n_resident: int, routing: Routing = "ghost", shards: int = 1,
     shadow: Shadow = Shadow(),  # noqa: B008  frozen
 ) -> RankMemory:  # fmt: skip
-    """Memory of a rank that holds ``n_resident`` experts of every layer, in training with AdamW.
+    """Memory of a rank that holds `n_resident` experts of every layer, in training with AdamW.
 
     Args:
-        config: the architecture.
-        load: precision, batch and what else is held.
-        n_resident: resident experts R of each layer, 1..E.
-        routing: with partitioned routing router rows go with their experts.
-        shards: devices of a site over which its weights, gradients, moments, anchors and outer momentum are spread;
+        config: The architecture.
+        load: Precision, batch and what else is held.
+        n_resident: Resident experts R of each layer, 1..E.
+        routing: With partitioned routing router rows go with their experts.
+        shards: Devices of a site over which its weights, gradients, moments, anchors and outer momentum are spread;
             what a device gathers of the others' parts is not counted.
-        shadow: how copies are kept, with shadow routing.
+        shadow: How copies are kept, with shadow routing.
 
     Raises:
-        ConfigError: if ``n_resident`` is no number of experts of a layer, or there is no shard.
+        ConfigError: If `n_resident` is no number of experts of a layer, or there is no shard.
     """
     if shards < 1:
         raise ConfigError("shards", shards, "must be at least 1", "1 is a site of one device")

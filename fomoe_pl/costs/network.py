@@ -23,12 +23,12 @@ def framed(payload: float, *, received: float = 0.0, mtu: int = 1500) -> float:
     """Bytes that an interface sends for a TCP payload: full frames, and an acknowledgement for two frames received.
 
     Args:
-        payload: bytes sent.
-        received: bytes received meanwhile, which are acknowledged.
-        mtu: largest packet of the link, bytes.
+        payload: Bytes sent.
+        received: Bytes received meanwhile, which are acknowledged.
+        mtu: Largest packet of the link, bytes.
 
     Raises:
-        ConfigError: for an MTU that no packet fits.
+        ConfigError: For an MTU that no packet fits.
     """
     segment = mtu - PACKET_HEADERS
     if segment < 1:
@@ -42,16 +42,16 @@ class Links:
     """How the sites of a federation are joined.
 
     Attributes:
-        places: the sites' hardware, one entry for each place.
-        place_of: for each site of the federation the index of its place. Where several sites are at one place (each
+        places: The sites' hardware, one entry for each place.
+        place_of: For each site of the federation the index of its place. Where several sites are at one place (each
             accelerator a site of its own) they share its link.
-        copy_seconds_per_byte: what a wire byte costs before and after its collective (differences, copies, the outer
+        copy_seconds_per_byte: What a wire byte costs before and after its collective (differences, copies, the outer
             step), from one measured run.
-        transport_seconds_per_byte: what the host's transport takes for it while the link sends: the slower of the two
+        transport_seconds_per_byte: What the host's transport takes for it while the link sends: the slower of the two
             counts. From the same run.
-        round_overhead_seconds: what every round takes beside: control messages, waiting for the slowest. Measured.
-        bucket_bytes: size of one buffer; they follow each other.
-        mtu: largest packet of the links, bytes.
+        round_overhead_seconds: Overhead of every round: control messages, waiting for the slowest. Measured.
+        bucket_bytes: Size of one buffer.
+        mtu: Largest packet of the links, bytes.
     """
 
     places: tuple[Site, ...]
@@ -63,10 +63,10 @@ class Links:
     mtu: int = 1500
 
     def __post_init__(self) -> None:
-        """Refuse what is no federation.
+        """Validate.
 
         Raises:
-            ConfigError: for negative costs, buckets without bytes, or places that do not exist.
+            ConfigError: For negative costs, buckets without bytes, or places that do not exist.
         """
         for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "round_overhead_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -88,8 +88,8 @@ class Links:
         """Seconds of one ring all-reduce, if nothing else uses the links.
 
         Each of g sites sends 2(g-1)/g of the payload. The ring goes through the sites in order, so that it leaves each
-        place once; the slowest link is the ring's. Buffers follow each other, and each is copied while another one
-        travels: the slower of the two counts, and what the first and the last one cost alone.
+        place once; the slowest link is the ring's. Buffers are pipelined: each is copied while another one
+        travels, so the slower of the two counts, plus the copy of the first and of the last.
         """
         g = len(call.sites)
         if g < 2:
@@ -140,17 +140,17 @@ class Links:
         return max(free_site) + self.round_overhead_seconds
 
     def leaving(self, sent: float) -> list[float]:
-        """Bytes that leave each place if every site sends so many, to all other sites alike."""
+        """Bytes that leave each place if every site sends `sent` bytes, spread evenly over the other sites."""
         m = len(self.place_of)
         here = [self.place_of.count(i) for i in range(len(self.places))]
         return [n * sent * (m - n) / (m - 1) if m > 1 else 0.0 for n in here]
 
     def exchange_seconds(self, sent: float, messages: int) -> float:
-        """Seconds in which every site sends so many bytes to the others, in exchanges that wait for each other.
+        """Seconds for every site to send this many bytes to the others, in exchanges one after the other.
 
         Args:
-            sent: bytes of a site, in all.
-            messages: number of exchanges.
+            sent: Bytes of a site, in all.
+            messages: Number of exchanges.
         """
         out = self.leaving(sent)
         if not sent or not any(out):

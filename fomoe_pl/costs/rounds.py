@@ -20,13 +20,13 @@ ADAMW_MOMENTS = 2
 
 @dataclass(frozen=True)
 class SynchronizedSizes:
-    """Numbers of elements that sites agree on.
+    """Numbers of elements that sites synchronise.
 
     Attributes:
-        dense: trained parameters that every site holds.
-        dense_buffers: elements of buffers that every site holds (balance biases in ghost mode).
-        expert: trained parameters of one expert of one layer, in partitioned mode with its router row.
-        expert_buffers: buffer elements of one expert of one layer (its balance bias in partitioned mode).
+        dense: Trained parameters that every site holds.
+        dense_buffers: Elements of buffers that every site holds (balance biases in ghost mode).
+        expert: Trained parameters of one expert of one layer, in partitioned mode with its router row.
+        expert_buffers: Buffer elements of one expert of one layer (its balance bias in partitioned mode).
     """
 
     dense: int
@@ -48,12 +48,12 @@ class SynchronizedSizes:
 
 
 class Collective(NamedTuple):
-    """One average of a round, buckets not told apart.
+    """One average of a round, all its buckets together.
 
     Attributes:
-        kind: the ledger's.
-        sites: who takes part, sorted.
-        payload: bytes of its elements on the wire.
+        kind: The ledger's.
+        sites: Who takes part, sorted.
+        payload: Bytes of its elements on the wire.
     """
 
     kind: Kind
@@ -67,10 +67,10 @@ def held_by(placement: Placement) -> dict[tuple[int, ...], int]:
 
 
 def held_when_fixed(architecture: ModelConfig, n_sites: int, overlap: int) -> dict[tuple[int, ...], int]:
-    """What ``held_by`` gives for the fixed placement, without placing every expert of a large model.
+    """What `held_by` gives for the fixed placement, without placing every expert of a large model.
 
     Raises:
-        ConfigError: if the sizes cannot be placed.
+        ConfigError: If the sizes cannot be placed.
     """
     check_placement(architecture.n_experts, n_sites, overlap)
     # Layers are staggered by one site: layer i is layer i mod M.
@@ -94,11 +94,11 @@ def collectives(
     """The averages of a round in the order in which sites call them; groups of one site send nothing and are left out.
 
     Args:
-        held: holder set -> number of its experts, from ``held_by``.
-        sizes: what is agreed on.
-        n_sites: number of sites M.
+        held: Holder set -> number of its experts, from `held_by`.
+        sizes: What is synchronised.
+        n_sites: Number of sites M.
         wire_dtype: dtype of averaged values on the wire.
-        inner_moments: ``average`` sends both of AdamW's moments of everything trained as well.
+        inner_moments: `average` sends both of AdamW's moments of everything trained as well.
     """
     itemsize = ITEMSIZE[wire_dtype]
     groups: list[tuple[Kind, tuple[int, ...], int, int]] = [
@@ -144,7 +144,7 @@ def ddp_collectives(architecture: ModelConfig, n_sites: int, itemsize: int = 4) 
 def control_collectives(n_sites: int) -> list[Collective]:
     """The two messages of a round, in which latency alone counts: the sites' report, and what observers add up.
 
-    Of the second one's size the least is taken, a number of each site (`control_bytes` of ``fomoe_pl.costs.bytes``).
+    The second one is counted at its smallest size, one number per site (`control_bytes` of `fomoe_pl.costs.bytes`).
     """
     if n_sites < 2:
         return []
@@ -161,7 +161,7 @@ def copy_bytes(architecture: ModelConfig, shadow: Shadow) -> int:
 def refresh_bytes(architecture: ModelConfig, shadow: Shadow, *, n_sites: int, overlap: int) -> float:
     """Mean bytes that a site sends when copies are refreshed: each expert goes from its owner to the M - O without it.
 
-    Per round divide by ``shadow_refresh``.
+    Per round divide by `shadow_refresh`.
     """
     check_placement(architecture.n_experts, n_sites, overlap)
     lacking = architecture.n_layers * architecture.n_experts * (n_sites - overlap)
@@ -200,18 +200,18 @@ def checkpoint_bytes(
     Lightning's own state, ledgers, names and headers come on top: some ten thousand bytes.
 
     Args:
-        architecture: the model.
-        n_sites: number of sites M.
-        overlap: sites that hold each expert.
-        routing: the routing mode.
+        architecture: The model.
+        n_sites: Number of sites M.
+        overlap: Sites that hold each expert.
+        routing: The routing mode.
         param_dtype: dtype of parameters and inner moments.
-        momentum: whether there is outer momentum.
-        rounds: whether there are rounds; else ranks are alike, and the first alone writes.
+        momentum: Whether there is outer momentum.
+        rounds: Whether there are rounds; else ranks are alike, and the first alone writes.
 
     Returns:
-        ``model``: the global model, once: dense tensors and each expert, float32 where there are anchors.
-        ``momentum``: outer momentum, once, float32. ``site``: the file of one site: inner moments, and where there are
-        rounds local values. ``files``: number of such files. ``total``: all of them.
+        `model`: the global model, once: dense tensors and each expert, float32 where there are anchors.
+        `momentum`: outer momentum, once, float32. `site`: the file of one site: inner moments, and where there are
+        rounds local values. `files`: number of such files. `total`: all of them.
     """
     check_placement(architecture.n_experts, n_sites, overlap)
     itemsize, sizes = ITEMSIZE[param_dtype], SynchronizedSizes.of(architecture, routing)

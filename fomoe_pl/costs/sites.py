@@ -1,4 +1,4 @@
-"""What a site is made of: accelerators, memory, links, price. Everything may differ from site to site."""
+"""The hardware of a site: accelerators, memory, links, price. Sites may differ in everything."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Accelerator:
     """One device, from its data sheet.
 
     Attributes:
-        tflops: dense bfloat16 products with float32 sums, 10^12 FLOP a second.
-        memory_gib: memory that the driver shows, GiB.
-        memory_gbps: bandwidth of the memory, 10^9 bytes a second.
+        tflops: Dense bfloat16 products with float32 sums, 10^12 FLOP a second.
+        memory_gib: Memory that the driver shows, GiB.
+        memory_gbps: Bandwidth of the memory, 10^9 bytes a second.
         tflops_fp32: float32 products, 10^12 FLOP a second; not TensorFloat-32, which torch leaves off and so do we.
-        kernels: our kernels run there; else torch's own operations do, which take more memory.
+        kernels: Our kernels run there; else torch's own operations do, which take more memory.
     """
 
     tflops: float
@@ -48,24 +48,24 @@ class Site:
     """A place with accelerators, joined to other sites by slow links.
 
     Attributes:
-        name: how tables call it.
-        accelerator: one of ``ACCELERATORS``; what is given below replaces its values.
-        devices: number of accelerators.
-        bandwidth_mbit: of the link to the other sites in each direction, 10^6 bits a second, as its owner sells it:
+        name: Its name in tables.
+        accelerator: One of `ACCELERATORS`; what is given below replaces its values.
+        devices: Number of accelerators.
+        bandwidth_mbit: Of the link to the other sites in each direction, 10^6 bits a second, as its owner sells it:
             Ethernet frames included.
-        latency_ms: one way to another site, milliseconds.
-        inner_bandwidth_mbit: between accelerators of the site.
-        tflops: peak of an accelerator, 10^12 FLOP a second in bfloat16.
-        tflops_fp32: the same in float32, which counts for `precision: 32-true` alone.
-        memory_gib: memory of an accelerator, GiB.
-        memory_gbps: its bandwidth, 10^9 bytes a second.
-        host_gbps: between the memory of an accelerator and the host's, both ways at once, 10^9 bytes a second in each:
+        latency_ms: One way to another site, milliseconds.
+        inner_bandwidth_mbit: Between accelerators of the site.
+        tflops: Peak of an accelerator, 10^12 FLOP a second in bfloat16.
+        tflops_fp32: The same in float32, which counts for `precision: 32-true` alone.
+        memory_gib: Memory of an accelerator, GiB.
+        memory_gbps: Its bandwidth, 10^9 bytes a second.
+        host_gbps: Between the memory of an accelerator and the host's, both ways at once, 10^9 bytes a second in each:
             37 were measured on an H100 (PCIe 5, 64 by its standard); the default is an assumption for PCIe 4.
-        mfu: share of the peak that local steps reach: an assumption; on an H100 0.14 (153M preset) and 0.21 (1.3B) were
+        mfu: Share of the peak that local steps reach: an assumption; on an H100 0.14 (153M preset) and 0.21 (1.3B) were
             measured in bf16-mixed, and 0.29 and 0.35 where blocks are compiled and steps recorded.
-        step_factor: measured seconds of a local step over those at the data sheet's peak, instead of ``mfu``;
+        step_factor: Measured seconds of a local step over those at the data sheet's peak, instead of `mfu`;
             `tools/benchmarks/check_costs.py step` prints it.
-        price_per_hour: of the whole site, in any currency.
+        price_per_hour: Of the whole site, in any currency.
     """
 
     name: str = "site"
@@ -84,10 +84,10 @@ class Site:
     price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
-        """Fill what the data sheet knows; refuse what no site can be.
+        """Fill in values of the data sheet, and validate.
 
         Raises:
-            ConfigError: for an unknown accelerator, a missing value, or one out of range.
+            ConfigError: For an unknown accelerator, a missing value, or one out of range.
         """
         if self.accelerator is not None and self.accelerator not in ACCELERATORS:
             raise self._refuse("accelerator", "is not in the table",
@@ -129,7 +129,7 @@ class Site:
         """FLOP a second of one accelerator.
 
         Raises:
-            ConfigError: in float32, if that peak is not known.
+            ConfigError: In float32, if that peak is not known.
         """
         if precision != "32-true":
             assert self.tflops is not None

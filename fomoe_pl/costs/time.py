@@ -15,7 +15,7 @@ from fomoe_pl.model.residency import Routing, Shadow
 from fomoe_pl.model.sizes import expert_parameters, resident_counts, scored_experts
 
 MOVES_OF_AN_ACTIVATION = 6
-"""How often a kept activation, or one like it, goes to or from memory in a step: written and read forward, read
+"""How often a saved activation is moved to or from memory in a step: written and read forward, read
 backward, and its gradient written, read and summed."""
 MOVES_IN_VALIDATION = 2
 """The same without a backward pass: written and read."""
@@ -26,12 +26,12 @@ the gradient is written."""
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a local step, or a validation, asks of a device.
+    """Work of a local step or of a validation on a device.
 
     Attributes:
         flops: FLOPs executed, recomputation included.
-        memory_bytes: bytes that elementwise work and the optimizer move.
-        precision: the Trainer's, which says whose peak counts.
+        memory_bytes: Bytes that elementwise work and the optimizer move.
+        precision: The Trainer's, which says whose peak counts.
     """
 
     flops: float
@@ -56,12 +56,12 @@ def step_work(
     """Work of one optimizer step of one micro-batch.
 
     Args:
-        config: the architecture.
-        load: precision and batch.
-        n_resident: resident experts R of each layer.
-        routing: the routing mode.
-        ghost_fraction: measured share of picks that are not of residents; None for balanced routing's.
-        shadow: how copies are kept and used, with ``shadow`` routing: each pass unpacks them.
+        config: The architecture.
+        load: Precision and batch.
+        n_resident: Resident experts R of each layer.
+        routing: The routing mode.
+        ghost_fraction: Measured share of picks that are not of residents; None for balanced routing's.
+        shadow: How copies are kept and used, with `shadow` routing: each pass unpacks them.
     """
     flops = token_flops(
         config, load.sequence_length, n_resident=n_resident, routing=routing, ghost_fraction=ghost_fraction,
@@ -92,9 +92,9 @@ def validation_work(config: ModelConfig, load: Load, *, sequences: int) -> StepW
     """Work of one site in a validation of the global model, all of whose experts are live.
 
     Args:
-        config: the architecture.
-        load: precision and length of sequences.
-        sequences: validation sequences of this site.
+        config: The architecture.
+        load: Precision and length of sequences.
+        sequences: Validation sequences of this site.
     """
     tokens, types = sequences * load.sequence_length, Types.of(load.precision, load.kernels)
     kept = config.n_layers * layer_activation_bytes(config, types, config.n_experts)
@@ -106,10 +106,10 @@ def validation_work(config: ModelConfig, load: Load, *, sequences: int) -> StepW
 
 
 def calibration(work: StepWork, site: Site, measured_seconds: float) -> float:
-    """Measured seconds over those at the peak: the factor by which ``seconds_at_peak`` of other settings is multiplied.
+    """Measured seconds over those at the peak: the factor by which `seconds_at_peak` of other settings is multiplied.
 
     Raises:
-        ConfigError: if nothing was measured.
+        ConfigError: If nothing was measured.
     """
     if not measured_seconds > 0:
         raise ConfigError("measured_seconds", measured_seconds, "must be above 0", "give the median of some steps")
@@ -129,14 +129,14 @@ def run_seconds(
     """Seconds of a run: T = steps/K x (K x step + (1 - alpha) x round) (FoMoE, §3.4).
 
     Args:
-        steps: optimizer steps.
+        steps: Optimizer steps.
         local_steps: K; a last, shorter round counts as one.
-        seconds_per_step: of the slowest site.
-        seconds_per_round: of the synchronisation.
+        seconds_per_step: Of the slowest site.
+        seconds_per_round: Of the synchronisation.
         hidden: alpha, the share of communication behind computation; `fomoe fit` hides none.
 
     Raises:
-        ConfigError: for K below 1 or alpha outside 0..1.
+        ConfigError: For K below 1 or alpha outside 0..1.
     """
     if local_steps < 1:
         raise ConfigError("local_steps", local_steps, "K must be at least 1 optimizer step", "type a number such as 32")

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness while a run trains: the agreed model, layer by layer, as validation does."""
+"""Tasks of lm-evaluation-harness during training: the global model, layer by layer, as in validation."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TaskEvaluation(EvaluatingCallback):
         self._loaded: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read tasks and data before training, so that what cannot be read costs no rounds."""
+        """Read tasks and data before training, so that errors come early."""
         if stage == "fit":
             from fomoe_pl.hub.tasks import load_tasks
 
@@ -73,7 +73,7 @@ class TaskEvaluation(EvaluatingCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Evaluate where it is due, which all sites know alike."""
+        """Evaluate when due; all sites agree on when."""
         strategy = observed_strategy(trainer)
         before, now = self._seen, (strategy.rounds_done, trainer.global_step)
         self._seen = now

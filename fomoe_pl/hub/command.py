@@ -22,7 +22,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 class Parser(OneMessage, ArgumentParser):
-    """A parser whose errors are one message."""
+    """A parser that reports one short error."""
 
 
 def main(command: str, arguments: list[str]) -> None:

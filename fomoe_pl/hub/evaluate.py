@@ -32,7 +32,7 @@ def evaluate(
 ) -> None:
     """Measure a model on tasks of lm-evaluation-harness.
 
-    What is found is printed, and noted beside the model: in its run's `report.json`, which `fomoe compare` and later
+    Results are printed and stored with the model: in its run's `report.json`, which `fomoe compare` and later
     exports read, or in an export's `evaluations.json` and model card.
 
     Args:
@@ -42,7 +42,7 @@ def evaluate(
         site: Measure the model as this site of its run sees it, with that site's experts alone; null is the global
             model.
         num_fewshot: Examples before each question; null is each task's own number.
-        limit: Most rows of each task; null is all. Then nothing is noted.
+        limit: Most rows of each task; null is all. Then nothing is stored.
         batch_size: Sequences that are scored together.
         data: Folder of the corpus whose tokenizer a checkpoint has; null is the one that the run's settings name.
         device: `auto` is a GPU where there is one.
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def note(model: Path, view: str, steps: int | None, found: dict[str, Any]) -> None:
-    """Note results beside a model; those of other tasks and views stay.
+    """Store results with a model; those of other tasks and views are kept.
 
     Args:
         model: Checkpoint or export.
@@ -90,7 +90,7 @@ def note(model: Path, view: str, steps: int | None, found: dict[str, Any]) -> No
     if (model / MANIFEST).is_file():
         source = read_source(model)
         if source.run is None or not source.report:
-            print(f"not noted: {model} has no {REPORT_NAME} of its own step beside it; use --output FILE")
+            print(f"not stored: {model} has no {REPORT_NAME} of its own step next to it; use --output FILE")
             return
         path = source.run / REPORT_NAME
         report = json.loads(path.read_text())

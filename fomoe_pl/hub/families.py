@@ -1,4 +1,4 @@
-"""Which tensor of which published architecture is which of ours, and which settings make them the same computation.
+"""Published architectures: how their tensors map to ours, and which settings make the computation identical.
 
 A target tensor is made of pieces of ours: a dense tensor, an expert's matrix, or some of its columns, perhaps
 transposed. The same table is read in both directions, for export and for import.
@@ -63,7 +63,7 @@ class Family:
         model_type: As in `config.json`.
         architecture: The class.
         settings: Settings of ours that it needs; a tuple where there is a choice.
-        keys: Our settings -> keys of its configuration, beside those that all have.
+        keys: Our settings -> keys of its configuration, besides those common to all.
         fixed: Keys of its configuration that must have these values.
         norms: Name of a block's norms there, and of the router, by ours.
         experts: Names of an expert's gate, up and down projection; `{}` is its number.
@@ -287,7 +287,7 @@ OWN_KEYS = {
         "parametrization", "base_width", "base_depth", "balance",
     )},
 }  # fmt: skip
-# Of no meaning to a finished model, but to one that is trained on. What is left is of the machine.
+# Irrelevant to a finished model, needed to train on. The rest depends on the machine.
 TRAINING = ("init_std", "balance", "aux_loss_weight", "z_loss_weight", "bias_update_rate")
 
 

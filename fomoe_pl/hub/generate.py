@@ -76,8 +76,8 @@ def continuation(loaded: Loaded, ids: list[int], settings: dict[str, Any]) -> li
 
     length = len(ids) + settings["max_new_tokens"]
     if length > loaded.max_length:
-        told = f"text and answer may come to {length} tokens; the model was trained on {loaded.max_length} at a time"
-        print(f"fomoe: {told}", file=sys.stderr)
+        warning = f"text and answer may come to {length} tokens; the model was trained on {loaded.max_length} at a time"
+        print(f"fomoe: {warning}", file=sys.stderr)
     ids_1S = torch.tensor([ids], device=loaded.model.device)
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():

@@ -54,7 +54,7 @@ FLOATS = ("F32", "BF16", "F16")
 
 
 class Upcycling(NamedTuple):
-    """How a dense model becomes experts: their number, those of a token, and the noise that tells them apart."""
+    """Upcycling of a dense model: number of experts, top-k, and the noise that makes experts different."""
 
     n_experts: int
     top_k: int
@@ -239,7 +239,7 @@ def _check(tensors: FolderTensors, wanted: list[Target], upcycling: Upcycling | 
     if missing := sorted(expected.keys() - found):
         raise ConfigError("source", source, f"lacks tensors: {some(missing)}", hint)
     if unknown := sorted(found - expected.keys()):
-        raise ConfigError("source", source, f"has tensors that nothing here stands for: {some(unknown)}", hint)
+        raise ConfigError("source", source, f"has tensors without a counterpart here: {some(unknown)}", hint)
     for name, shape in expected.items():
         if tensors.shape(name) != shape:
             seems = ", as if transposed" if tensors.shape(name) == shape[::-1] else ""

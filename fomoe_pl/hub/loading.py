@@ -1,6 +1,6 @@
-"""A model that can be asked: a checkpoint or an export, whole or as one site sees it, with its tokenizer.
+"""A model in memory: a checkpoint or an export, whole or as one site sees it, with its tokenizer.
 
-A checkpoint is not converted: its tensors become those of the very class that exports have.
+A checkpoint needs no conversion: its tensors are loaded into the class that exports use.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _load_export(path: str, site: int | None) -> Loaded:
     training = about.get("fomoe") or {}
     if site is not None:
         if not own or "identity" not in training:
-            rule = "cannot be had of this export: other classes have no ghosts"
+            rule = "is not possible for this export: other classes have no ghosts"
             raise ConfigError("site", site, rule, "give the checkpoint, or an export with --format fomoe")
         from fomoe_pl.hub.importing import architecture
 

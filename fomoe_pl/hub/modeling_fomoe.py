@@ -1,4 +1,4 @@
-"""FoMoE's architecture for transformers: a self-contained file that `fomoe export` puts beside the weights.
+"""FoMoE's architecture for transformers: a self-contained file that `fomoe export` puts next to the weights.
 
 It is loaded with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, needs transformers and torch
 alone, and computes what `fomoe_pl.model.transformer.Transformer` does for every setting of its architecture (FoMoE,
@@ -135,7 +135,7 @@ def rotary_tables(positions_BS: Tensor, channels: int, theta: float) -> tuple[Te
 
 
 def rotate(x_BHSC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels by its position's angle, in float32; same shape, same dtype."""
+    """Rotate each pair of channels by its position's angle, in float32; same shape, same dtype."""
     x = x_BHSC.float()
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x_BHSC.dtype)
 
@@ -150,7 +150,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as written in textbooks; the only implementation that returns its weights."""
+    """Plain attention; the only implementation that returns its weights."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling

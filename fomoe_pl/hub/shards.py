@@ -29,7 +29,7 @@ class Output:
         name: In the file.
         shape: Of the whole tensor.
         dtype: In the file.
-        parts: Its values, one part after the other in the order of memory; a part is let go before the next is read.
+        parts: Its values, one part after the other in the order of memory; a part is freed before the next is read.
     """
 
     name: str
@@ -140,11 +140,11 @@ class FolderTensors:
         return list(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape; nothing is read."""
+        """A tensor's shape, from the header."""
         return tuple(self._about(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """A tensor's type as safetensors calls it; nothing is read."""
+        """A tensor's type as safetensors names it, from the header."""
         code: str = self._about(name).get_dtype()
         return code
 

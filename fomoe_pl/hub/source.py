@@ -1,4 +1,4 @@
-"""What is known of a checkpoint beside its weights: the run that wrote it, and that run's data and results."""
+"""What is known of a checkpoint besides its weights: the run that wrote it, that run's data and results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fomoe_pl.model.residency import Residency, Shadow
 CONFIG_NAME = "config.yaml"
 UNKNOWN_LENGTH = 2048
 IMPORTED = "import"
-"""What stands for the strategy of a checkpoint that no run has written."""
+"""The strategy's name in a checkpoint that was imported."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Source:
 
 
 def read_source(checkpoint: str | Path, data: str | None = None, *, average: bool = False) -> Source:
-    """Read a checkpoint's description, and what lies beside it.
+    """Read a checkpoint's description, and the files next to it.
 
     Args:
         checkpoint: Folder that `fomoe fit` has written.
@@ -126,7 +126,7 @@ def _corpus(
 
 
 def site_view(config: ModelConfig, training: dict[str, Any], site: int) -> Residency:
-    """Return which experts one site of a run holds, and what becomes of the others.
+    """Return the residency of one site of a run.
 
     Args:
         config: The architecture.

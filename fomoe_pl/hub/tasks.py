@@ -1,4 +1,4 @@
-"""What is evaluated: tasks that are shipped, task files of one's own, and the harness's."""
+"""Tasks to evaluate: shipped ones, custom task files, and the harness's."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _read(path: Path) -> dict[str, Any]:
             "tasks", str(path), rule, "see the harness's task guide; !function is not supported"
         ) from None
     files = task.get("dataset_kwargs", {}).get("data_files")
-    if isinstance(files, dict):  # beside the task file, wherever the command is given
+    if isinstance(files, dict):  # next to the task file, whatever the current folder is
         for split, file in files.items():
             files[split] = str((path.parent / file).resolve())
             if not Path(files[split]).is_file():
@@ -95,8 +95,8 @@ def load_tasks(names: Sequence[str], *, generates: bool = True, num_fewshot: int
     try:
         loaded = manager.load([*local, *others])
     except OSError as error:  # no network, or no such data set there
-        told = " ".join(str(error).split())
-        rule = f"the data of a task cannot be had ({told})"
+        message = " ".join(str(error).split())
+        rule = f"the data of a task cannot be loaded ({message})"
         raise ConfigError("tasks", list(names), rule, f"without a network use {', '.join(shipped())}") from None
     except Exception as error:  # whatever a task file can get wrong: the harness has no error of its own for it
         rule = f"a task or its data cannot be read ({_root(error)})"
@@ -132,7 +132,7 @@ def _check_metrics(task: dict[str, Any]) -> None:
         name = about.get("metric")
         if name not in METRIC_REGISTRY and not about.get("hf_evaluate"):
             near = get_close_matches(str(name), METRIC_REGISTRY, 1)
-            rule = f"{task['task']} has a metric {name!r}, which the harness has not"
+            rule = f"{task['task']} has a metric {name!r}, which the harness does not have"
             raise ConfigError("tasks", task["task"], rule, f"did you mean {near[0]}?" if near else "see its task guide")
 
 

@@ -22,7 +22,7 @@ SETTINGS = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class ExportedTokenizer:
-    """What is written beside the weights.
+    """What is written next to the weights.
 
     Attributes:
         serialized: Content of `tokenizer.json`.

@@ -1,4 +1,4 @@
-"""How far the holders of an expert, and all sites in what they share, moved apart in a round.
+"""How far the holders of an expert, and all sites in their dense tensors, moved apart in a round.
 
 All are functions of sums of squares, which sites can add up: no site has to see another's parameters.
 """
@@ -19,7 +19,7 @@ def relative_drift(own: Tensor, mean: Tensor, agreed: Tensor, holders: Tensor) -
         holders: Number of holders H.
 
     Returns:
-        Of the same shape: 0 = they moved alike. NaN for a single holder, who has nobody to drift from.
+        Of the same shape: 0 = no drift. NaN for a single holder.
     """
     apart = torch.sqrt((own / holders - mean).clamp(min=0))
     return torch.where(holders > 1, apart / torch.sqrt(agreed), torch.nan)
@@ -42,5 +42,5 @@ def mean_cosine(own: Tensor, mean: Tensor, norms: Tensor, holders: Tensor) -> Te
     """
     pairs = holders.square() * mean - own
     weights = norms.square() - own
-    # With one that moved, rounding leaves a little.
+    # With a single one that moved, rounding leaves a small remainder.
     return torch.where((holders > 1) & (weights > 1e-9 * own), pairs / weights, torch.nan)

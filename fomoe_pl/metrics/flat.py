@@ -12,8 +12,8 @@ from torchmetrics import Metric
 class FlatSumMetric(Metric, ABC):
     """A metric whose states are float64 sums that several ranks add up as one flat vector.
 
-    torchmetrics would reduce each state in a collective of its own, unseen by the byte ledger. So its synchronisation
-    is off here (``sync_on_compute=False``), and whoever owns the process groups does::
+    torchmetrics would reduce each state in a collective of its own, which the ledger does not see. So its
+    synchronisation is off here (`sync_on_compute=False`), and the owner of the process groups does::
 
         flat = metric.states()
         all_reduce(flat)           # sum
@@ -21,16 +21,16 @@ class FlatSumMetric(Metric, ABC):
         values = metric.compute()  # the same on every rank
         metric.reset()             # or the next reduction counts this one again
 
-    Without ``load_states`` the values are those of this rank alone. Sums are kept in float64 because float32 stops
+    Without `load_states` the values are those of this rank alone. Sums are kept in float64 because float32 stops
     counting tokens at 2**24, and stay so when a module around the metric is cast to a lower precision.
     """
 
     def __init__(self) -> None:
-        # The cache would return the values of this rank after load_states.
+        # A cached result would be this rank's, also after load_states.
         super().__init__(sync_on_compute=False, compute_with_cache=False)
 
     def add_sum(self, name: str, shape: Sequence[int]) -> None:
-        """Register the state ``name``: float64 zeros of ``shape``, summed over ranks."""
+        """Register the state `name`: float64 zeros of `shape`, summed over ranks."""
         self.add_state(name, torch.zeros(tuple(shape), dtype=torch.float64), dist_reduce_fx="sum")
 
     def states(self) -> Tensor:
@@ -38,16 +38,16 @@ class FlatSumMetric(Metric, ABC):
         return torch.cat([self._sum(name).reshape(-1) for name in self.metric_state])
 
     def load_states(self, flat: Tensor) -> None:
-        """Replace all sums by ``flat``, a float64 vector laid out like the one of :meth:`states`."""
+        """Replace all sums by `flat`, a float64 vector laid out like the one of :meth:`states`."""
         names = list(self.metric_state)
         parts = flat.split([self._sum(name).numel() for name in names])
         for name, part in zip(names, parts, strict=True):
             setattr(self, name, part.view_as(self._sum(name)).clone())
-        self._update_count = max(1, self._update_count)  # else torchmetrics takes the sums of others for none
+        self._update_count = max(1, self._update_count)  # otherwise torchmetrics warns that nothing was added
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
-        # torchmetrics lets ``parent.bfloat16()`` pass but not ``parent.to(torch.bfloat16)``, which is what Lightning's
-        # bf16-true calls. So of whatever fn does, only the move to another device is done.
+        # torchmetrics lets `parent.bfloat16()` pass but not `parent.to(torch.bfloat16)`, which is what Lightning's
+        # bf16-true calls. So only a move to another device is applied.
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor.new_empty(0)).device)
 

@@ -18,7 +18,7 @@ class LanguageModelMetric(FlatSumMetric):
     always returns the same keys.
 
     Args:
-        domains: Names of the domains; a batch's ``domain`` indexes into them.
+        domains: Names of the domains; a batch's `domain` indexes into them.
     """
 
     nats: Tensor
@@ -48,7 +48,7 @@ class LanguageModelMetric(FlatSumMetric):
         self.bytes = self.bytes + bytes_BS.double().sum(dim=1) @ of_domain_BN
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``loss``, ``perplexity``, ``bits_per_byte``, then ``loss/<domain>`` and ``bits_per_byte/<domain>``.
+        """Return `loss`, `perplexity`, `bits_per_byte`, then `loss/<domain>` and `bits_per_byte/<domain>`.
 
         Every value is a 0-dim float64 tensor.
         """

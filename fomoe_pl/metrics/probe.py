@@ -1,4 +1,4 @@
-"""What routers do with the same text: how much their picks differ over time and between sites.
+"""How much routers' picks on the same text differ over time and between sites.
 
 Shapes: L layers, T tokens, K picks of a token, E experts, M sites. Picks are expert ids; a token's are different ones.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 def pick_overlap(first_LTK: Tensor, second_LTK: Tensor) -> Tensor:
     """Share of a token's picks that two routers have in common, mean of the tokens.
 
-    1 less this is the churn of one router between two moments. OLMoE (arXiv 2409.02060, section 5.1) calls the overlap
+    1 minus this is the churn of one router between two moments. OLMoE (arXiv 2409.02060, section 5.1) calls the overlap
     with the last checkpoint's picks router saturation.
 
     Args:
@@ -33,8 +33,8 @@ def picked_by(picks_LTK: Tensor, n_experts: int) -> Tensor:
 def site_agreement(sites_LTE: Tensor, scorers_LE: Tensor) -> Tensor:
     """How likely another site that could pick an expert for a token did so, given that one site did.
 
-    Where all sites score all experts it is the mean share of picks that two sites have in common. (Own extension of the
-    agreement that is used for one model over time.)
+    Where all sites score all experts it is the mean share of picks that two sites have in common. (This project's
+    extension of the agreement used for one model over time.)
 
     Args:
         sites_LTE: Number of sites that picked an expert for a token.
@@ -50,7 +50,7 @@ def site_agreement(sites_LTE: Tensor, scorers_LE: Tensor) -> Tensor:
 
 
 def row_similarity(weight_LND: Tensor) -> Tensor:
-    """Mean cosine between two different rows of a router: near 1, experts are told apart by little.
+    """Mean cosine between two different rows of a router: near 1, the router hardly tells experts apart.
 
     Args:
         weight_LND: Router rows of N experts.

@@ -15,7 +15,7 @@ def load_entropy(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
     """Entropy of the shares of the load, over log n: 1 = even, 0 = everything to one expert.
 
     The FoMoE paper (arXiv 2606.19025) reports entropy without a formula; this is the entropy of the aggregate load
-    f, ``-sum f_i log f_i / log n``, not the mean entropy of single tokens' gates.
+    f, `-sum f_i log f_i / log n`, not the mean entropy of single tokens' gates.
 
     Args:
         load_LE: Picks of each expert; L layers, E experts. 0 where not scored.
@@ -27,7 +27,7 @@ def load_entropy(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
     share_LE = load_LE / load_LE.sum(dim=1, keepdim=True)
     entropy_L = -torch.special.xlogy(share_LE, share_LE).sum(dim=1)
     n_L = scored_LE.sum(dim=1)
-    # One expert has the only share there is: even, but 0/0 by the formula. Adding 0 times its entropy keeps the NaN.
+    # A single expert is even, but 0/0 by the formula. Adding 0 times its entropy keeps NaNs.
     return torch.where(n_L > 1, entropy_L / torch.log(n_L.double().clamp(min=2)), 1 + 0 * entropy_L)
 
 
@@ -51,7 +51,7 @@ def load_cv(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
 
 
 def max_violation(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
-    """MaxVio, ``max(load) / mean(load) - 1``: 0 = even, n - 1 = everything to one expert.
+    """MaxVio, `max(load) / mean(load) - 1`: 0 = even, n - 1 = everything to one expert.
 
     Wang et al. 2024 (arXiv 2408.15664, section 4.1).
 
@@ -67,7 +67,7 @@ def max_violation(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
 
 
 def starved_experts(load_LE: Tensor, scored_LE: Tensor) -> Tensor:
-    """Number of scored experts with less than a tenth of the mean load (a cut of this project's choice).
+    """Number of scored experts with less than a tenth of the mean load (this project's threshold).
 
     Args:
         load_LE: Picks of each expert; L layers, E experts. 0 where not scored.
@@ -95,11 +95,11 @@ def ghost_fraction(live_L: Tensor, picks: Tensor) -> Tensor:
 
 
 class RoutingHealth(FlatSumMetric):
-    """Evenness of the load, with and without ghosts, gate entropy and ghost fraction, by layer and as their mean.
+    """Evenness of the load, with and without ghosts, gate entropy and ghost fraction, by layer and averaged.
 
     Over the sum of all updates since the last reset, so over a batch, a round or a validation set, and after a
     reduction over the picks of all sites. Ghosts' picks belong to the load: it describes what the router chose.
-    The statistics with ``live_`` are over the picks that were executed, by the experts that at least one update of one
+    The statistics with `live_` are over the picks that were executed, by the experts that at least one update of one
     rank had.
 
     In partitioned routing a site's load of non-residents is zero because the router never sees them. The statistics
@@ -108,10 +108,10 @@ class RoutingHealth(FlatSumMetric):
     Args:
         n_layers: Number of MoE layers L.
         n_experts: Number of routed experts E of a layer.
-        names: Of the N statistics that are summed over tokens beside these.
+        names: Of the N custom statistics that are summed over tokens.
 
     Attributes:
-        resets: How often the sums were started anew.
+        resets: How often the sums were reset.
     """
 
     load_LE: Tensor
@@ -137,7 +137,7 @@ class RoutingHealth(FlatSumMetric):
         self.resets = 0
 
     def reset(self) -> None:
-        """Start all sums anew."""
+        """Reset all sums."""
         super().reset()
         self.resets += 1
 
@@ -191,8 +191,8 @@ class RoutingHealth(FlatSumMetric):
     def by_layer(self) -> dict[str, Tensor]:
         """Return each statistic, float64 (L,) on the CPU.
 
-        Statistics: ``load_entropy``, ``load_cv``, ``max_violation``, ``starved_experts`` (a number of experts, of the
-        mean layer), each also with ``live_``; ``gate_entropy``; ``ghost_fraction`` and ``ghost_excess``, which is the
+        Statistics: `load_entropy`, `load_cv`, `max_violation`, `starved_experts` (a number of experts, of the
+        mean layer), each also with `live_`; `gate_entropy`; `ghost_fraction` and `ghost_excess`, which is the
         fraction less 1 - residents / scored experts, what even routing would skip (1 - overlap / M with ghosts).
         All are NaN while nothing was picked.
         """
@@ -211,7 +211,7 @@ class RoutingHealth(FlatSumMetric):
         return statistics
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``<statistic>`` (mean of the layers) and ``<statistic>/layer_<i>``, 0-dim float64 tensors on the CPU.
+        """Return `<statistic>` (mean of the layers) and `<statistic>/layer_<i>`, 0-dim float64 tensors on the CPU.
 
         Statistics as in `by_layer`.
         """

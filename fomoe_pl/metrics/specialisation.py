@@ -56,7 +56,7 @@ class DomainLoad(FlatSumMetric):
         """
         _, n_domains, n_experts = self.load_LNE.shape
         cell_TK = torch.where(domain_T[:, None] < 0, n_domains * n_experts, domain_T[:, None] * n_experts + picks_TK)
-        # Counted as integers, whose sum does not depend on the order in which a GPU adds.
+        # Integers: their sum does not depend on a GPU's order of additions.
         counts = torch.zeros(n_domains * n_experts + 1, dtype=torch.int64, device=picks_TK.device)
         counts.scatter_add_(0, cell_TK.flatten(), torch.ones_like(cell_TK.flatten()))
         load_LNE = self.load_LNE.clone()
@@ -64,9 +64,9 @@ class DomainLoad(FlatSumMetric):
         self.load_LNE = load_LNE
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``domain_information_bits`` and the load's ``load_entropy``, ``max_violation``, ``starved_experts``.
+        """Return `domain_information_bits` and the load's `load_entropy`, `max_violation`, `starved_experts`.
 
-        Each as the mean of the layers and as ``<name>/layer_<ii>``, 0-dim float64 on the CPU.
+        Each as the mean of the layers and as `<name>/layer_<ii>`, 0-dim float64 on the CPU.
         """
         load_LNE = self.load_LNE.cpu()
         load_LE = load_LNE.sum(dim=1)

@@ -1,4 +1,4 @@
-"""Everything that a validation of the global model sums up, in one vector."""
+"""All sums of a validation of the global model, as one vector."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ ROUTING_NECESSITY, OWN_VIEW_GAP = "routing_necessity_nats", "own_view_gap_nats"
 class OtherViews(FlatSumMetric):
     """Loss of the same text under random routing, and under the sites' own views, less that of the global model.
 
-    - ``routing_necessity_nats``: random routing takes the gates of the learned picks, but experts drawn evenly. It
+    - `routing_necessity_nats`: random routing takes the gates of the learned picks, but experts drawn evenly. It
       alone tells of experts that have become interchangeable: near 0, learned routing is worth nothing
       (after CASSANDRA's Chorus study; formula with gates kept is this project's).
-    - ``own_view_gap_nats``: a site's own view skips what is not resident (ghost routing), computes it with its
+    - `own_view_gap_nats`: a site's own view skips what is not resident (ghost routing), computes it with its
       copies (shadow) or chooses among its residents (partitioned); mean of the sites.
     """
 

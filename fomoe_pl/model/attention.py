@@ -18,7 +18,7 @@ def rotary_tables(length: int, channels: int, theta: float, device: torch.device
     """Return cosine and sine of the rotary embedding (RoFormer, arXiv 2104.09864), float32, each (length, channels).
 
     Channel c turns with channel c + channels/2; the sine of the first half of the channels has its sign turned, as
-    `rotate` wants it. Plain cached tensors rather than buffers: a module's ``.to(bfloat16)`` would round buffers, and
+    `rotate` wants it. Plain cached tensors rather than buffers: a module's `.to(bfloat16)` would round buffers, and
     positions above 256 do not survive that.
 
     Args:
@@ -37,7 +37,7 @@ def rotary_tables(length: int, channels: int, theta: float, device: torch.device
 
 
 def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-    """Turn each pair of channels by its position's angle, in float32; same shape, same dtype.
+    """Rotate each pair of channels by its position's angle, in float32; same shape, same dtype.
 
     Args:
         x_BHSC: Queries or keys.

@@ -1,4 +1,4 @@
-"""The architecture as one frozen dataclass. Everything else in ``model/`` and ``costs/`` is a function of it."""
+"""The architecture as one frozen dataclass. Everything else in `model/` and `costs/` is a function of it."""
 
 from dataclasses import dataclass, fields
 from typing import Literal, get_origin
@@ -28,31 +28,31 @@ class ModelConfig:
         n_experts: Routed experts E of each layer.
         top_k: Experts K chosen for each token.
         d_expert: Width F of one expert.
-        n_kv_heads: Key and value heads (grouped-query attention); None is ``n_heads``.
-        head_dim: Size of one head; None is ``d_model // n_heads``.
-        n_shared_experts: Experts of width ``d_expert`` that see every token and are never routed.
-        gate: ``sigmoid`` gates are independent of each other (σ-MoE, FoMoE §3); ``softmax`` is over all scored experts.
+        n_kv_heads: Key and value heads (grouped-query attention); None is `n_heads`.
+        head_dim: Size of one head; None is `d_model // n_heads`.
+        n_shared_experts: Experts of width `d_expert` that see every token and are never routed.
+        gate: `sigmoid` gates are independent of each other (σ-MoE, FoMoE §3); `softmax` is over all scored experts.
         normalize_gates: Divide a token's gates by their sum over the chosen experts, ghosts included.
-        expert: ``silu`` is W_out·silu(W_in·x) (FoMoE); ``swiglu`` is W_out·(silu(W_gate·x) * W_up·x).
-        norm_placement: ``peri`` is x + norm(F(norm(x))) (FoMoE); ``pre`` is x + F(norm(x)).
+        expert: `silu` is W_out·silu(W_in·x) (FoMoE); `swiglu` is W_out·(silu(W_gate·x) * W_up·x).
+        norm_placement: `peri` is x + norm(F(norm(x))) (FoMoE); `pre` is x + F(norm(x)).
         norm: Kind of every norm; with a weight and no bias.
         norm_eps: Added to the variance inside every norm.
         embedding_norm: Normalise the embeddings before the first block (FoMoE §3).
-        qk_norm: ``full`` normalises all of q and of k before the head split (OLMoE), ``head`` each head (Qwen3).
+        qk_norm: `full` normalises all of q and of k before the head split (OLMoE), `head` each head (Qwen3).
         rope_theta: Base of the rotary position embedding.
         tie_embeddings: Use the input embedding as the output matrix.
-        parametrization: ``completep`` transfers learning rates over width and depth (arXiv 2505.01618, alpha = 1).
+        parametrization: `completep` transfers learning rates over width and depth (arXiv 2505.01618, alpha = 1).
         base_width: Width at which CompleteP's multipliers are 1.
         base_depth: Depth at which CompleteP's multipliers are 1.
-        init_std: Standard deviation of the initial weights (hidden matrices: of those with fan-in ``base_width``).
-        balance: ``aux_loss`` adds a load-balance loss; ``bias`` moves a per-expert bias (arXiv 2408.15664).
-        aux_loss_weight: Weight of the load-balance loss; used with ``balance: aux_loss``.
+        init_std: Standard deviation of the initial weights (hidden matrices: of those with fan-in `base_width`).
+        balance: `aux_loss` adds a load-balance loss; `bias` moves a per-expert bias (arXiv 2408.15664).
+        aux_loss_weight: Weight of the load-balance loss; used with `balance: aux_loss`.
         z_loss_weight: Weight of the router z-loss (ST-MoE, arXiv 2202.08906); 0 is off.
-        bias_update_rate: Step of the balance bias per optimizer step; used with ``balance: bias``.
-        expert_backend: ``triton`` is our kernels, ``grouped`` torch's grouped GEMM, ``loop`` the reference; ``auto`` is
-            the first of them that works; or the ``class_path`` of your own ``fomoe_pl.model.backends.Backend``.
-        activation_checkpointing: What is computed again in the backward pass instead of kept: ``experts`` is what the
-            experts keep, a large part of all for about a tenth more time; ``blocks`` is all, for about a third more.
+        bias_update_rate: Step of the balance bias per optimizer step; used with `balance: bias`.
+        expert_backend: `triton` is our kernels, `grouped` torch's grouped GEMM, `loop` the reference; `auto` is
+            the first of them that works; or the `class_path` of your own `fomoe_pl.model.backends.Backend`.
+        activation_checkpointing: What is computed again in the backward pass instead of kept: `experts` is what the
+            experts keep, a large part of all for about a tenth more time; `blocks` is all, for about a third more.
         loss_chunk_bytes: Upper bound, in bytes, of one chunk of logits in the loss; they are float32, and of the
             precision's type where our kernels run.
 
@@ -119,12 +119,12 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads, ``n_heads`` if not given."""
+        """Key and value heads, `n_heads` if not given."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def head_size(self) -> int:
-        """Channels of one head, ``d_model // n_heads`` if not given."""
+        """Channels of one head, `d_model // n_heads` if not given."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
     @property

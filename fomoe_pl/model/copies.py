@@ -5,7 +5,7 @@ weights, and gradients that leave the products as float32 twice the memory. Here
 those that it updates in a kernel of ours while it has the weights in registers (`federation/adamw.py`), and gradients
 are rounded once, where a product's float32 sum leaves it: as autocast rounds those of all other products.
 
-Where activations are made again to save memory, the copies are too: then nothing lasts, and gradients alone are
+Where activations are recomputed to save memory, so are the copies: nothing lasts, and only gradients are
 bfloat16.
 """
 

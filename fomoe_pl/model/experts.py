@@ -23,7 +23,7 @@ from fomoe_pl.model.parts import compute_dtype
 
 
 class Experts(nn.Module):
-    """The resident experts of one layer: ``w_in`` (R,D,I) and ``w_out`` (R,F,D).
+    """The resident experts of one layer: `w_in` (R,D,I) and `w_out` (R,F,D).
 
     Args:
         config: The architecture.
@@ -65,7 +65,7 @@ class Experts(nn.Module):
             (T,D) in the compute type.
 
         Raises:
-            ConfigError: If the ``expert_backend`` that is asked for does not work here.
+            ConfigError: If the `expert_backend` that is asked for does not work here.
         """
         # By hand: autocast knows neither grouped products nor in-place indexing.
         dtype = compute_dtype(x_TD)
@@ -103,7 +103,7 @@ def _again(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @torch.compiler.assume_constant_result
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, d_expert: int, d_model: int) -> str:
-    """Return which backend runs the experts; with ``auto`` the first of triton, grouped and loop that works.
+    """Return which backend runs the experts; with `auto` the first of triton, grouped and loop that works.
 
     Args:
         wanted: As configured.
@@ -123,7 +123,7 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, d_expe
         return wanted
     for name in SHIPPED:
         if name == "triton" and device.type != "cuda":
-            continue  # on a CPU nobody expects a GPU's kernels
+            continue  # on a CPU a GPU's kernels are not expected
         reason = backend_of(name).unsupported(device, dtype, d_model, d_expert)
         if reason is None:
             return name

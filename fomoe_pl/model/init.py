@@ -44,13 +44,13 @@ def dense_generator(seed: int, name: str) -> torch.Generator:
 
     Args:
         seed: Seed of the run.
-        name: Name of the tensor, as in ``named_parameters()``.
+        name: Name of the tensor, as in `named_parameters()`.
     """
     return torch.Generator(device="cpu").manual_seed(_digest(f"{seed}/{name}"))
 
 
 def _draw(target: Tensor, rule: Rule, generator: torch.Generator) -> None:
-    # On the CPU in float32 whatever the target is: the same bits everywhere. The device is said aloud because
+    # On the CPU in float32 whatever the target is: the same bits everywhere. The device is explicit because
     # Lightning builds models inside a default-device context.
     values = torch.empty(target.shape, dtype=torch.float32, device="cpu")
     target.copy_(values.normal_(rule.init_mean, rule.init_std, generator=generator))

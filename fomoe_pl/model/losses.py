@@ -19,11 +19,11 @@ from fomoe_pl.model.router import RoutingStats
 IGNORED = -100
 """Target of a token that does not count."""
 ROWS_STEP = 128
-"""Chunks have a multiple of it where they are as large: tiles of products over them are whole then."""
+"""Chunk sizes are rounded down to this multiple, so that products have whole tiles."""
 
 
 def chunk_rows(width: int, max_bytes: int, itemsize: int, in_kernel: bool) -> int:
-    """Return how many tokens are in a chunk: as many as have their logits in ``max_bytes``; at least one.
+    """Return how many tokens are in a chunk: as many as have their logits in `max_bytes`; at least one.
 
     Args:
         width: Logits of a token, W.
@@ -72,7 +72,7 @@ def _chunk_gradients(
     else:
         losses_C, d_logits_CW = _cross_entropy(d_logits_CW, targets_C, vocab_size)
     counted_C1 = (targets_C != IGNORED)[:, None]
-    # Masked where a row has D numbers, not V.
+    # Masked here, where a row has D elements instead of V.
     _add_product(d_weight_WD, d_logits_CW.t(), hidden_CD.where(counted_C1, 0))
     return losses_C.sum(), (d_logits_CW @ weight_WD).where(counted_C1, 0)
 
@@ -86,7 +86,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the cross entropies of hidden @ weight.T; gradients are made chunk by chunk in the forward pass."""
+    """Sum of the cross entropies of hidden @ weight.T; gradients are computed chunk by chunk in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_bytes: int) -> Tensor:
@@ -118,13 +118,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_bytes: int) -> Tensor:
     """Return the mean cross entropy over the tokens that count, without ever holding all logits.
 
-    The gradients with respect to ``hidden`` and ``weight`` are made in the forward pass, so that no chunk's logits are
-    made twice.
+    The gradients with respect to `hidden` and `weight` are computed in the forward pass, so that no chunk's logits are
+    computed twice.
 
     Args:
         hidden_ND: Final hidden states (N,D).
         weight_VD: Output matrix (V,D).
-        targets_N: Next tokens, int64 (N,); ``-100`` does not count.
+        targets_N: Next tokens, int64 (N,); `-100` does not count.
         max_bytes: Upper bound of a chunk of logits, as in `chunk_rows`.
 
     Returns:
@@ -141,7 +141,7 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
     Args:
         hidden_ND: Final hidden states (N,D).
         weight_VD: Output matrix (V,D).
-        targets_N: Next tokens, int64 (N,); ``-100`` does not count.
+        targets_N: Next tokens, int64 (N,); `-100` does not count.
         max_bytes: Upper bound of a chunk of logits, as in `chunk_rows`.
     """
     dtype = compute_dtype(hidden_ND)
@@ -154,7 +154,7 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, max_by
 
 
 def _chunk_losses(hidden_CD: Tensor, targets_C: Tensor, weight_WD: Tensor, vocab_size: int, in_kernel: bool) -> Tensor:
-    """Return losses, float32 (C,); a chunk's logits are gone before the next one's are made."""
+    """Return losses, float32 (C,); a chunk's logits are freed before the next one's are computed."""
     logits_CW = hidden_CD @ weight_WD.t()
     if in_kernel:
         return row_kernels.cross_entropy(logits_CW, targets_C, vocab_size, with_gradient=False)
@@ -195,7 +195,7 @@ def auxiliary_loss(stats: list[RoutingStats], config: ModelConfig, residency: Re
 
     Args:
         stats: One entry a layer.
-        config: Gives the weights; the balance loss has weight 0 unless ``balance`` is ``aux_loss``.
+        config: Gives the weights; the balance loss has weight 0 unless `balance` is `aux_loss`.
         residency: Gives the number of scored experts of each layer.
     """
     balance = torch.stack([balance_loss(layer, residency.n_scored(i, config)) for i, layer in enumerate(stats)]).mean()

@@ -23,9 +23,9 @@ class MoELayer(nn.Module):
 
     Args:
         config: The architecture.
-        routing: What becomes of experts that are not resident.
+        routing: How picks of absent experts are treated.
         resident: Sorted ids of the resident experts.
-        shadow: How copies are kept; used with ``shadow`` routing.
+        shadow: How copies are kept; used with `shadow` routing.
         device: Where the weights live; None is torch's default.
         dtype: Type of the weights; None is torch's default.
     """
@@ -69,14 +69,14 @@ class MoELayer(nn.Module):
 
     @contextmanager
     def with_all_experts(self, tensors: dict[str, Tensor]) -> Iterator[None]:
-        """Make all E experts live for a while, with the given tensors; for evaluation layer by layer.
+        """Make all E experts live inside the context, with the given tensors; for layer-by-layer evaluation.
 
         Nothing is copied, and nothing given here is trained.
 
         Args:
-            tensors: Full tensors by their name relative to this module, on this module's device: ``experts.w_in``
-                (E,D,I), ``experts.w_out`` (E,F,D), and in partitioned mode ``router.weight`` (E,D) and, if the balance
-                is by bias, ``router.balance_bias`` (E,).
+            tensors: Full tensors by their name relative to this module, on this module's device: `experts.w_in`
+                (E,D,I), `experts.w_out` (E,F,D), and in partitioned mode `router.weight` (E,D) and, if the balance
+                is by bias, `router.balance_bias` (E,).
         """
         ids_E, slots_E = lookup(self.n_experts, tuple(range(self.n_experts)), copied=False)
         device = self.router.weight.device
@@ -93,7 +93,7 @@ class MoELayer(nn.Module):
             self.shadow = shadow
 
     def _swap(self, name: str, tensor: Tensor) -> Tensor:
-        """Put a tensor in the place of a parameter or buffer and return what was there."""
+        """Replace a parameter or buffer by a tensor; return the old one."""
         owner_name, _, attribute = name.rpartition(".")
         owner = self.get_submodule(owner_name)
         old = getattr(owner, attribute)

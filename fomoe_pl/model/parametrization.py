@@ -16,7 +16,7 @@ matrices that read the residual stream. FoMoE scales top-k instead of the expert
 output matrix sums over is top_k·d_expert channels, and that counts as its fan-in. The paper's attention scale 1/C
 and this model's 1/sqrt(C) differ by a constant as long as the head size C stays.
 
-``standard`` is GPT-2's: one std for all matrices, everything else 1.
+`standard` is GPT-2's: one std for all matrices, everything else 1.
 """
 
 import math
@@ -51,7 +51,7 @@ class Rule(NamedTuple):
 
 
 class ParameterGroup(TypedDict):
-    """Parameters that share a rule; ``names`` are those of ``named_parameters()``, in the order of ``params``."""
+    """Parameters that share a rule; `names` are those of `named_parameters()`, in the order of `params`."""
 
     params: list[nn.Parameter]
     names: list[str]
@@ -62,12 +62,12 @@ class ParameterGroup(TypedDict):
 
 
 def branch_multiplier(config: ModelConfig) -> float:
-    """Return the factor on each residual branch: 1/m_L, or 1 in ``standard``."""
+    """Return the factor on each residual branch: 1/m_L, or 1 in `standard`."""
     return config.base_depth / config.n_layers if config.parametrization == "completep" else 1.0
 
 
 def logits_multiplier(config: ModelConfig) -> float:
-    """Return the factor on the logits: 1/m_N, or 1 in ``standard``."""
+    """Return the factor on the logits: 1/m_N, or 1 in `standard`."""
     return config.base_width / config.d_model if config.parametrization == "completep" else 1.0
 
 
@@ -75,7 +75,7 @@ def fan_in(name: str, config: ModelConfig) -> int:
     """Return over how many channels a hidden matrix sums to make one output.
 
     Args:
-        name: Name of the tensor, as in ``named_parameters()``.
+        name: Name of the tensor, as in `named_parameters()`.
         config: The architecture.
     """
     if name.endswith("attention.o.weight"):
@@ -91,7 +91,7 @@ def rule_of(name: str, config: ModelConfig) -> Rule:
     """Return the rule of one tensor.
 
     Args:
-        name: Name of the tensor, as in ``named_parameters()``.
+        name: Name of the tensor, as in `named_parameters()`.
         config: The architecture.
     """
     is_norm = "norm" in name.split(".")[-2]

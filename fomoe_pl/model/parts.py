@@ -1,4 +1,4 @@
-"""Weight-only building blocks. They allocate and do not draw: initial values come from ``model/init.py`` alone."""
+"""Weight-only building blocks. They allocate and do not draw: initial values come from `model/init.py` alone."""
 
 from typing import Any
 

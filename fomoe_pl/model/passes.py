@@ -1,4 +1,4 @@
-"""One forward pass of training: what is minimised, and what is told of it.
+"""One forward pass of training: the loss, and statistics.
 
 Shapes: B batch, S sequence, L layers, E experts, T tokens, N statistics.
 """
@@ -17,7 +17,7 @@ from fomoe_pl.model.transformer import Transformer
 
 
 class TrainingPass(NamedTuple):
-    """What a forward pass gives. ``total`` alone has a gradient.
+    """Result of a forward pass. Only `total` has a gradient.
 
     Attributes:
         total: What is minimised, float32 (): cross entropy and the router's weighted losses.
@@ -28,7 +28,7 @@ class TrainingPass(NamedTuple):
         live_L: Picks of each layer that were executed, int64.
         gate_entropy_L: Mean entropy of the gates over its bound, float32; None if the routers do not measure it.
         picks: All picks of one layer, T·K.
-        sums_NL: Of each statistic that was asked for the sum over tokens, by layer, float64; None without.
+        sums_NL: Sum over tokens of each requested statistic, by layer, float64; None without.
     """
 
     total: Tensor
@@ -51,7 +51,7 @@ def training_pass(
         model: The transformer.
         inputs_BS: Token ids, int64.
         targets_BS: Next tokens, int64; -100 does not count.
-        statistics: What else is summed over the tokens.
+        statistics: Summed over the tokens.
     """
     hidden_BSD, stats = model(inputs_BS)
     loss = model.loss(hidden_BSD, targets_BS)

@@ -1,12 +1,12 @@
 """A forward and backward pass as a CUDA graph: recorded once, then replayed with one call.
 
-A step of a small model, or of one with few resident experts, is over on the GPU before the host has named its thousand
-kernels. A replay names them all at once, in the same order on the same addresses: results are those of the pass that
-was recorded, to the bit. What a graph needs is there already: no shape depends on numbers on the device, and nothing
+A step of a small model, or of one with few resident experts, ends on the GPU before the host has launched its thousand
+kernels. A replay launches them all at once, in the same order on the same addresses: results are those of the pass that
+was recorded, to the bit. The passes fit into a graph: no shape depends on values on the device, and nothing
 waits for it (`backends/kernels.py`).
 
 Memory: the graph's activations and gradients have a pool of their own, as large as the pass's peak. It stays reserved
-between passes: what a round of averaging needs comes on top of it. `release` gives it back for a longer while.
+between passes: what a round of averaging needs comes on top of it. `release` gives it back.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ WARM_UP = 3
 
 
 class RecordedPass:
-    """Forward passes whose gradients are made with them, once they are recorded.
+    """Forward passes; once recorded, they compute gradients too.
 
-    Recorded anew, after passes that are not, when batches get another shape, parameters other memory, or autocast or
+    Recorded again, after some passes that are not, when batches change shape, parameters move in memory, or autocast or
     the caller's `variant` changes.
 
     Args:
@@ -88,7 +88,7 @@ class RecordedPass:
         return self._replayed
 
     def release(self) -> None:
-        """Give the graph's memory back; the next call records anew. Parameters keep the gradients they have."""
+        """Give the graph's memory back; the next call records again. Parameters keep their gradients."""
         recorded, self._graph = self._graph is not None, None
         self._inputs: tuple[Tensor, ...] = ()
         self._gradients: list[tuple[Tensor, Tensor]] = []

@@ -1,4 +1,4 @@
-"""Which experts are here: the only thing the model knows of sites."""
+"""Which experts are resident: all that the model knows of sites."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ ShadowBits = Literal[2, 4, 8, 16, 32]
 
 @dataclass(frozen=True)
 class Shadow:
-    """How copies of absent experts are kept and used (routing ``shadow``).
+    """How copies of absent experts are kept and used (routing `shadow`).
 
     Attributes:
         bits: Of a number in a copy; see `codec.py`. 32 is for tests.
@@ -44,12 +44,12 @@ class Residency:
     """The resident experts of every layer, and what becomes of the others (FoMoE §3.3).
 
     Attributes:
-        routing: ``ghost`` scores all experts and drops picks of those that are not resident; ``partitioned`` scores
-            and picks among the residents alone; ``shadow`` scores all experts and computes picks of those that are not
+        routing: `ghost` scores all experts and drops picks of those that are not resident; `partitioned` scores
+            and picks among the residents alone; `shadow` scores all experts and computes picks of those that are not
             resident with copies, which are not trained.
         experts: For each layer the sorted ids of its resident experts. Row r of that layer's stacked expert tensors
-            is expert ``experts[layer][r]``.
-        shadow: How copies are kept; used with ``shadow`` routing.
+            is expert `experts[layer][r]`.
+        shadow: How copies are kept; used with `shadow` routing.
     """
 
     routing: Routing

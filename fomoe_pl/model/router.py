@@ -23,7 +23,7 @@ LOWEST = -60.0
 
 
 class RoutingStats(NamedTuple):
-    """What one layer's router did with one batch. Only ``importance_E`` and ``z`` carry gradients.
+    """What one layer's router did with one batch. Only `importance_E` and `z` carry gradients.
 
     Attributes:
         load_E: float32 (E,), picks of each expert, ghosts included; zero for experts that were not scored.
@@ -51,12 +51,12 @@ class RoutingStats(NamedTuple):
 class Router(nn.Module):
     """Scores experts and picks top-k, in float32 whatever the precision of the rest.
 
-    The lookup buffers ``resident_ids`` (R,) and ``slot_of_expert`` (E,), see `lookup`, are rebuilt from the residency
-    and not saved. ``balance_bias`` is saved, and stays float32 when the module is cast.
+    The lookup buffers `resident_ids` (R,) and `slot_of_expert` (E,), see `lookup`, are rebuilt from the residency
+    and not saved. `balance_bias` is saved, and stays float32 when the module is cast.
 
     Args:
         config: The architecture.
-        routing: ``partitioned`` holds the residents' rows, the others all E rows.
+        routing: `partitioned` holds the residents' rows, the others all E rows.
         resident: Sorted ids of the resident experts.
         device: Where the weights live; None is torch's default.
         dtype: Type of the weights; None is torch's default.
@@ -110,7 +110,7 @@ class Router(nn.Module):
 
     @contextmanager
     def at_random(self, generator: torch.Generator) -> Iterator[None]:
-        """For a while, give each token's gates to experts drawn evenly without replacement: a measure of comparison.
+        """Inside the context, give each token's gates to experts drawn uniformly without replacement: a baseline.
 
         Args:
             generator: Of the router's device.
@@ -123,7 +123,7 @@ class Router(nn.Module):
 
     @property
     def is_random(self) -> bool:
-        """Whether experts are drawn at random for a while."""
+        """Whether experts are drawn at random now."""
         return self._random is not None
 
     def expert_ids(self, picks_TK: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class Router(nn.Module):
             x_TD: Tokens (T,D).
 
         Returns:
-            ``gates_TK`` float32, ``slots_TK`` int64 (the row of the expert in the stacked tensors, from R on without
+            `gates_TK` float32, `slots_TK` int64 (the row of the expert in the stacked tensors, from R on without
             one, see `lookup`) and the statistics.
         """
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
@@ -154,7 +154,7 @@ class Router(nn.Module):
             chosen_TK, load_N = _choose(choose_TN.detach(), min(self.top_k, n_scored))
             gates_TK = scores_TN.gather(1, chosen_TK)
             if self.normalize_gates:
-                # As a softmax: a bias may have chosen experts whose scores are all 0 in float32, and 0/0 is no gate.
+                # As a softmax: with a bias all chosen scores may be 0 in float32, and 0/0 is not a gate.
                 chosen_logits_TK = logits_TN.gather(1, chosen_TK)
                 log_scores_TK = -F.softplus(-chosen_logits_TK) if self.gate == "sigmoid" else chosen_logits_TK
                 gates_TK = log_scores_TK.softmax(dim=-1)
@@ -187,7 +187,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_balance_bias(self, load_E: Tensor, rate: float) -> None:
-        """Move the bias of each scored expert by ``rate`` towards the mean load (arXiv 2408.15664, algorithm 1).
+        """Move the bias of each scored expert by `rate` towards the mean load (arXiv 2408.15664, algorithm 1).
 
         Args:
             load_E: Picks of each expert (E,) since the last update; over more than one batch, summed.
@@ -200,7 +200,7 @@ class Router(nn.Module):
 
 
 def _sigmoid(logits_TN: Tensor) -> Tensor:
-    """Sigmoid scores of which no token's are all 0: their sum divides them.
+    """Sigmoid scores, never all 0 for a token: they are divided by their sum.
 
     float32 has no sigmoid below a logit of about -103. There it is an exponential, whose shares do not change when all
     of a token's logits are moved up until the largest is `LOWEST`.
@@ -216,7 +216,7 @@ def _choose(scores_TN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         chosen_TK, counts_BN = rows.choose_experts(scores_TN, top_k)
         return chosen_TK, counts_BN.sum(dim=0).float()
     chosen_TK = scores_TN.topk(top_k, dim=-1).indices
-    # float32 is said aloud: in Lightning's bf16-true steps the default type is bfloat16, which counts to 256.
+    # float32 is explicit: in Lightning's bf16-true steps the default type is bfloat16, which counts to 256.
     zeros = partial(torch.zeros, device=scores_TN.device, dtype=torch.float32)
     return chosen_TK, zeros(scores_TN.shape[1]).scatter_add_(0, chosen_TK.flatten(), zeros(chosen_TK.numel()) + 1)
 
@@ -229,7 +229,7 @@ def _entropy(shares_TN: Tensor) -> Tensor:
 
 
 def lookup(n_experts: int, resident: tuple[int, ...], *, copied: bool) -> tuple[Tensor, Tensor]:
-    """Return ``resident_ids`` (R,) and ``slot_of_expert`` (E,) on the CPU, int64.
+    """Return `resident_ids` (R,) and `slot_of_expert` (E,) on the CPU, int64.
 
     The r-th resident has slot r. All others have slot R, or if they are copied, the a-th of them slot R + a.
     """

@@ -1,4 +1,4 @@
-"""Frozen low-bit copies of the experts that are not here: routing mode ``shadow``.
+"""Frozen low-bit copies of the experts that are not here: routing mode `shadow`.
 
 A pick of an absent expert is computed with the site's copy of it. Gates and tokens get gradients through copies, copies
 never: they stay as they are until someone writes new ones. All are bytes, see `codec.py`, in two tensors a layer whose
@@ -18,7 +18,7 @@ from fomoe_pl.model.residency import Shadow, absent_ids
 
 
 class ShadowExperts(nn.Module):
-    """One layer's copies: the buffers ``w_in`` and ``w_out``, uint8 (A, bytes of a matrix), not saved with the weights.
+    """One layer's copies: the buffers `w_in` and `w_out`, uint8 (A, bytes of a matrix), not saved with the weights.
 
     Args:
         config: The architecture.
@@ -52,7 +52,7 @@ class ShadowExperts(nn.Module):
     def set_resident(self, resident: tuple[int, ...]) -> None:
         """Change in place which experts have copies; their number stays.
 
-        Copies of those that stay absent are kept. Those of the others are not there until they are written: what stands
+        Copies of those that stay absent are kept. The others are invalid until they are written: what stands
         in their place decodes to NaN, whatever the bits.
         """
         absent = absent_ids(self.n_experts, resident)

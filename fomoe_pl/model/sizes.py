@@ -58,7 +58,7 @@ def scored_experts(config: ModelConfig, n_resident: int, routing: Routing) -> in
 
 
 def resident_counts(config: ModelConfig, n_resident: int, routing: Routing) -> ParameterCounts:
-    """Return what a site holds that has ``n_resident`` experts of every layer.
+    """Return what a site holds that has `n_resident` experts of every layer.
 
     Args:
         config: The architecture.

@@ -13,8 +13,8 @@ class Statistic(ABC):
     """A number of each token at each layer; its mean over all sites' training tokens of a round is logged.
 
     Attributes:
-        name: a Python identifier; the curves are `statistic/<name>/mean` and `statistic/<name>/layer_<ii>`.
-        unit: of the number, for the chart.
+        name: A Python identifier; the curves are `statistic/<name>/mean` and `statistic/<name>/layer_<ii>`.
+        unit: Of the number, for the chart.
     """
 
     name: ClassVar[str]
@@ -28,7 +28,7 @@ class Statistic(ABC):
         the shapes of what it makes must not depend on them.
 
         Args:
-            picks_TK: expert ids of a token's picks, int64.
-            gates_TK: their gates, float32.
+            picks_TK: Expert ids of a token's picks, int64.
+            gates_TK: Their gates, float32.
             live_TK: bool, whether the expert of a pick is resident on this site.
         """

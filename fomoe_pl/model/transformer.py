@@ -23,15 +23,15 @@ from fomoe_pl.model.router import RoutingStats
 
 
 class Block(nn.Module):
-    """Attention and mixture of experts, each x + m·norm(F(norm(x))) (``peri``) or x + m·F(norm(x)) (``pre``).
+    """Attention and mixture of experts, each x + m·norm(F(norm(x))) (`peri`) or x + m·F(norm(x)) (`pre`).
 
     The multiplier m is CompleteP's for depth, or 1.
 
     Args:
         config: The architecture.
-        routing: What becomes of experts that are not resident.
+        routing: How picks of absent experts are treated.
         resident: Sorted ids of this layer's resident experts.
-        shadow: How copies are kept; used with ``shadow`` routing.
+        shadow: How copies are kept; used with `shadow` routing.
         device: Where the weights live; None is torch's default.
         dtype: Type of the weights; None is torch's default.
     """
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
     Args:
         config: The architecture.
         residency: Which experts are here; None is all of them.
-        seed: Seed of the initial values; see ``model/init.py``. On the meta device nothing is drawn.
+        seed: Seed of the initial values; see `model/init.py`. On the meta device nothing is drawn.
         device: Where the model lives; None is torch's default.
         dtype: Type of the weights; None is torch's default.
     """
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
             tokens_BS: Token ids, int64 (B,S).
 
         Returns:
-            The hidden states (B,S,D) whose products with ``output_weight`` are the logits, and each layer's statistics.
+            The hidden states (B,S,D) whose products with `output_weight` are the logits, and each layer's statistics.
         """
         x_BSD = self.embed(tokens_BS)
         stats = []
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
         """Return the mean cross entropy in nats over targets that are not -100; differentiable, in chunks.
 
         Args:
-            hidden_BSD: From ``forward``.
+            hidden_BSD: From `forward`.
             targets_BS: Next tokens, int64 (B,S).
         """
         return losses.linear_cross_entropy(
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         """Return each token's cross entropy in nats, float32 (B,S), 0 where the target is -100; no gradient.
 
         Args:
-            hidden_BSD: From ``forward``.
+            hidden_BSD: From `forward`.
             targets_BS: Next tokens, int64 (B,S).
         """
         return losses.token_losses(
@@ -180,9 +180,9 @@ class Transformer(nn.Module):
             block.compiled = torch.compile(block.plain)
 
     def expert_tensors(self) -> dict[str, int]:
-        """Return the layer of every tensor whose row r (axis 0) belongs to expert ``residency.experts[layer][r]``.
+        """Return the layer of every tensor whose row r (axis 0) belongs to expert `residency.experts[layer][r]`.
 
-        Names are those of ``named_parameters()`` and ``named_buffers()``. In partitioned mode the router's tensors are
+        Names are those of `named_parameters()` and `named_buffers()`. In partitioned mode the router's tensors are
         among them; otherwise they are dense.
         """
         parts = ["experts.w_in", "experts.w_out"]
@@ -193,10 +193,10 @@ class Transformer(nn.Module):
         return {f"layers.{layer}.moe.{part}": layer for layer in range(self.config.n_layers) for part in parts}
 
     def shadow_tensors(self) -> dict[str, int]:
-        """Return the layer of every tensor of copies; row a (axis 0) belongs to ``residency.absent(layer, config)[a]``.
+        """Return the layer of every tensor of copies; row a (axis 0) belongs to `residency.absent(layer, config)[a]`.
 
-        Names are those of ``named_buffers()``: ``layers.0.moe.shadow.w_in``. A row is what ``residency.shadow.codec``
-        makes of the expert's row of ``layers.0.moe.experts.w_in``, flattened. There are none where all are resident.
+        Names are those of `named_buffers()`: `layers.0.moe.shadow.w_in`. A row is what `residency.shadow.codec`
+        makes of the expert's row of `layers.0.moe.experts.w_in`, flattened. There are none where all are resident.
         """
         return {
             f"layers.{layer}.moe.shadow.{name}": layer
@@ -233,7 +233,7 @@ class Transformer(nn.Module):
         self.residency = residency
 
     def update_balance_bias(self, loads: list[Tensor]) -> None:
-        """Move the balance biases by one step; once an optimizer step, with ``balance: bias`` alone.
+        """Move the balance biases by one step; once an optimizer step, with `balance: bias` alone.
 
         Args:
             loads: Picks (E,) of each layer since the last update.

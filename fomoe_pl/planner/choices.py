@@ -1,4 +1,4 @@
-"""What the planner talks about: settings, plans that fit, and settings that do not."""
+"""What the planner works with: settings, plans that fit, and settings that do not."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def divisions(sequences: int) -> list[tuple[int, int]]:
 
 
 class Saving(NamedTuple):
-    """What is given for memory.
+    """How memory is saved, and at what price.
 
     Attributes:
-        checkpointing: which activations are made again: time of each step.
-        outer_state: where anchors and outer momentum live: on the host they cross its bus twice a round.
+        checkpointing: Which activations are recomputed: costs time in each step.
+        outer_state: Where anchors and outer momentum live: on the host they cross the bus twice a round.
     """
 
     checkpointing: Checkpointing = "none"
@@ -44,8 +44,8 @@ class RunLength:
     """How long a run is, and how often it is validated and saved: at the end, and at the ends of rounds before.
 
     Attributes:
-        steps: optimizer steps.
-        every: steps between validations; the last one is at the end.
+        steps: Optimizer steps.
+        every: Steps between validations; the last one is at the end.
     """
 
     steps: int
@@ -61,9 +61,9 @@ class RunLength:
         """Whole rounds, and equally many between validations: as asked, or a little more.
 
         Args:
-            asked: steps that the tokens take.
+            asked: Steps that the tokens take.
             local_steps: K.
-            validations: about how many are wanted; the number by which the run becomes least longer, half as many more
+            validations: About how many; the number that lengthens the run least is taken, half as many more
                 or fewer at most.
         """
         if asked <= local_steps:
@@ -94,25 +94,25 @@ class Plan:
     """A setting that fits, and what it takes.
 
     Attributes:
-        choice: the setting.
-        batch_size: sequences of a micro-batch of one device.
-        accumulate: micro-batches of a local step.
-        saving: what is given for memory.
-        global_batch: sequences of a step, all sites together: what was asked, or a little more.
-        length: optimizer steps and validations.
-        tokens: of the run.
-        memory: of a device of each place, by part; equal but for sharding.
-        sent_per_round: bytes that leave the busiest place in a round (DDP: in a step), as the ledger's wire column
+        choice: The setting.
+        batch_size: Sequences of a micro-batch of one device.
+        accumulate: Micro-batches of a local step.
+        saving: How memory is saved.
+        global_batch: Sequences of a step, all sites together: what was asked, or a little more.
+        length: Optimizer steps and validations.
+        tokens: Of the run.
+        memory: Of a device of each place, by part; equal but for sharding.
+        sent_per_round: Bytes that leave the busiest place in a round (DDP: in a step), as the ledger's wire column
             counts them: with the ring's factor, without frames.
-        sent_per_validation: the same for a validation of the global model.
-        sent_in_all: the same for the run.
-        checkpoint: bytes on disk, see ``checkpoint_bytes``.
-        step_seconds: of the slowest site.
-        round_seconds: of a round's synchronisation (DDP: a step's).
-        validation_seconds: of a validation of the global model.
-        hours: of the run, validations included.
-        price: of all places for so long; None if a price is missing.
-        quality: a measurement, or None: not measured.
+        sent_per_validation: The same for a validation of the global model.
+        sent_in_all: The same for the run.
+        checkpoint: Bytes on disk, see `checkpoint_bytes`.
+        step_seconds: Of the slowest site.
+        round_seconds: Of a round's synchronisation (DDP: a step's).
+        validation_seconds: Of a validation of the global model.
+        hours: Of the run, validations included.
+        price: Of all places for these hours; None if a price is missing.
+        quality: A measurement, or None: not measured.
     """
 
     choice: Choice
@@ -155,11 +155,11 @@ class Refusal:
     """Settings that do not fit, or make no sense.
 
     Attributes:
-        model: file of the model.
-        layout: how devices are used.
-        methods: of these settings.
-        overlaps: sites that hold each expert.
-        reason: which memory overflows where and what would fit, or what does not divide.
+        model: File of the model.
+        layout: How devices are used.
+        methods: Of these settings.
+        overlaps: Sites that hold each expert.
+        reason: Which memory overflows where and what would fit, or what does not divide.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""`fomoe plan`: what a federation can train, before anything is rented."""
+"""`fomoe plan`: what a federation can train, before any hardware is rented."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_settings(path: str) -> dict[str, Any]:
     """The `model` section of a file of configs/model, or of any file that `fomoe fit` reads.
 
     Raises:
-        ConfigError: if there is none in it, or its optimizer is not the one whose state is counted.
+        ConfigError: If it has none, or another optimizer than AdamW, whose state is counted.
     """
     hint = "name files such as configs/model/fomoe-153m.yaml"
     try:
@@ -56,7 +56,7 @@ def names_of(paths: Sequence[str]) -> dict[str, str]:
 
 
 class Parser(OneMessage, ArgumentParser):
-    """A parser whose errors are one message."""
+    """A parser that reports one short error."""
 
 
 def make_parser() -> Parser:
@@ -93,7 +93,7 @@ def plan_all(request: PlanRequest) -> tuple[list[Plan], list[Refusal]]:
 
 
 def shown(plans: list[Plan], rows: int) -> list[Plan]:
-    """The rows of the table: of each model its fastest plans, see ``one_of_each``."""
+    """The rows of the table: of each model its fastest plans, see `one_of_each`."""
     first: list[Plan] = []
     for _, group in groupby(one_of_each(plans), key=lambda plan: plan.choice.model):
         first += list(group)[:rows]
@@ -104,7 +104,7 @@ def chosen(rows: list[Plan], number: int | None) -> Plan:
     """The plan to write.
 
     Raises:
-        ConfigError: if there is no such row, or `fomoe fit` cannot run it yet.
+        ConfigError: If there is no such row, or `fomoe fit` cannot run it yet.
     """
     able = [i for i, plan in enumerate(rows, 1) if plan.why_not_today is None]
     if number is None and not able:
@@ -118,10 +118,10 @@ def chosen(rows: list[Plan], number: int | None) -> Plan:
 
 
 def check_files(options: Namespace) -> None:
-    """Refuse files that cannot be written, before the work is done that goes into them.
+    """Refuse files that cannot be written, before any work is done.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: Naming the option.
     """
     for key in ("write", "json", "plot"):
         path = getattr(options, key)

@@ -34,9 +34,9 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
     """Settings of `fomoe fit` for a plan that it can run.
 
     Args:
-        plan: what is written.
-        request: what was asked.
-        model: the `model` section of the model's file; what is not planned is taken over.
+        plan: What is written.
+        request: The request.
+        model: The `model` section of the model's file; settings that are not planned are kept.
     """
     c = plan.choice
     devices, nodes = processes(plan, request)
@@ -114,7 +114,7 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
 
 
 def fit_yaml(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> str:
-    """A file for `fomoe fit -c`, with what the plan says of it, and how it is started, in comments."""
+    """A file for `fomoe fit -c`, with the plan's figures and the start command in comments."""
     devices, nodes = processes(plan, request)
     start = "fomoe fit -c THIS_FILE"
     if nodes > 1:
@@ -132,7 +132,7 @@ def fit_yaml(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> str:
     per_site = [site.devices // devices for site in request.sites]
     if plan.choice.layout == "each" and max(per_site) > 1 and nodes > 1:
         nodes_of = ", ".join(f"{site.name} {n}" for site, n in zip(request.sites, per_site, strict=True))
-        lines.append(f"All nodes have {devices} devices: sites start so many nodes each ({nodes_of}), with other "
+        lines.append(f"All nodes have {devices} devices: nodes to start at each site: {nodes_of}, with other "
                      "devices in CUDA_VISIBLE_DEVICES.")  # fmt: skip
     lines.append("The corpus in data.root must have the model's vocabulary.")
     body = yaml.safe_dump(fit_settings(plan, request, model), sort_keys=False)

@@ -1,4 +1,4 @@
-"""What the planner says: tables, notes, JSON."""
+"""The planner's output: tables, notes, JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OF_OTHER_SHAPE = ("choice", "saving", "length", "memory", "quality")
 
 
 def quality_text(plan: Plan) -> str:
-    """The penalty and the model that it was measured on, the reference itself, or that nobody measured it."""
+    """The penalty and the model that it was measured on, or "reference", or "not measured"."""
     found = plan.quality
     if found is None:
         return "not measured"
@@ -28,7 +28,7 @@ def quality_text(plan: Plan) -> str:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other equals or beats in both numbers, smaller being better; by the first."""
+    """Indices of the Pareto front of pairs, smaller being better, ordered by the first number."""
     order = sorted(range(len(points)), key=lambda i: points[i])
     front: list[int] = []
     for i in order:
@@ -38,14 +38,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto(plans: Sequence[Plan]) -> list[Plan]:
-    """Plans than which none is both faster and smaller: hours against the largest device's bytes; fastest first."""
+    """The Pareto front of hours and the largest device's bytes, fastest first."""
     return [plans[i] for i in pareto_front([(plan.hours, max(plan.held_bytes)) for plan in plans])]
 
 
 def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
     """The fastest plan of each model, layout, overlap, method and kind of routing, and the fastest that was measured.
 
-    Copies of absent experts are a kind of their own: sites without them are always faster, and worse.
+    Shadow routing is listed apart: sites without copies are always faster, and worse.
     """
     seen: dict[tuple[Any, ...], Plan] = {}
     for plan in plans:
@@ -93,13 +93,13 @@ def plan_table(plans: Sequence[Plan]) -> Table:
 
 
 def speed_text(site: Site) -> str:
-    """What a site's steps are timed by."""
+    """How a site's step time is estimated."""
     by = f"{site.mfu:.0%} of the peak" if site.step_factor is None else f"measured factor {site.step_factor:g}"
     return f"{site.name} {by}"
 
 
 def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
-    """What a reader of the table must know."""
+    """Notes below the table."""
     layouts = "; ".join(f"{name}, {text}" for name, text in LAYOUTS.items() if name in request.layouts)
     lines = [
         f"hours: steps at {', '.join(speed_text(site) for site in request.sites)}. A share of the peak (mfu) is "
@@ -113,7 +113,7 @@ def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
     ]
     if any(plan.saving.outer_state == "host" for plan in plans):
         lines.append("outer state on the host: anchors and outer momentum, page-locked, for which torch may take up to "
-                     "twice as much; saves make copies there of all that they write (`async_save: false`: none). "
+                     "twice as much; a save takes a snapshot of all that it writes there (`async_save: false`: none). "
                      "Whether the host has that much is not checked.")  # fmt: skip
     if any(plan.choice.routing == "shadow" for plan in plans):
         often = "every round" if request.shadow_refresh == 1 else f"every {request.shadow_refresh} rounds"
@@ -129,7 +129,7 @@ def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers with runs drawn together: `1-4, 6`."""
+    """Ascending numbers with ranges: `1-4, 6`."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:
@@ -152,7 +152,7 @@ def refusal_table(refusals: Sequence[Refusal]) -> Table:
 
 
 def merged(refusals: Sequence[Refusal]) -> list[tuple[list[str], list[str], Refusal]]:
-    """Refusals that differ in the layout alone, and then in the model alone, as one: (models, layouts, one of them)."""
+    """Group refusals that differ only in layout, then only in model: (models, layouts, one of them)."""
     layouts: dict[Refusal, list[str]] = {}
     for refusal in refusals:
         layouts.setdefault(replace(refusal, layout="one"), []).append(refusal.layout)
@@ -163,11 +163,11 @@ def merged(refusals: Sequence[Refusal]) -> list[tuple[list[str], list[str], Refu
 
 
 def answers(models: Sequence[str], rows: Sequence[Plan]) -> list[str]:
-    """For each model in a line whether it can be trained.
+    """One line for each model: whether it can be trained.
 
     Args:
-        models: names of all that were asked for.
-        rows: of the table.
+        models: Names of all that were asked for.
+        rows: Of the table.
     """
     lines = []
     for model in models:

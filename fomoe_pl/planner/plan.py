@@ -35,7 +35,7 @@ PARTS_TOLD = 3
 
 @dataclass(frozen=True)
 class Misfit:
-    """A setting that does not fit, the micro-batch that takes the least, and its memory on a device of each place."""
+    """A setting that does not fit, with its smallest micro-batch and the memory on a device of each place."""
 
     choice: Choice
     batch_size: int
@@ -51,11 +51,11 @@ class Planner:
     """Plans for one model.
 
     Args:
-        name: how tables call the model.
-        config: its architecture.
-        request: what is asked.
-        cuda_graphs: steps are recorded, as the model's file has it.
-        bf16_gradients: gradients of experts may be bfloat16, likewise.
+        name: Of the model in tables.
+        config: Its architecture.
+        request: The request.
+        cuda_graphs: Whether steps are recorded, from the model's file.
+        bf16_gradients: Whether gradients of experts may be bfloat16, from the model's file.
     """
 
     def __init__(
@@ -85,19 +85,19 @@ class Planner:
         m = len(self.request.place_of(layout))
         overlaps = [o for o in self.request.overlaps or range(1, m + 1) if o <= m]
         if not overlaps:
-            told = f"{m} sites: an overlap is 1 to {m}"
-            return [], [Refusal(self.name, layout, methods, tuple(self.request.overlaps or ()), told)]
+            reason = f"{m} sites: an overlap is 1 to {m}"
+            return [], [Refusal(self.name, layout, methods, tuple(self.request.overlaps or ()), reason)]
         valid = [o for o in valid_overlaps(self.config.n_experts, m) if o in overlaps]
         refusals: list[Refusal] = []
         if odd := tuple(o for o in overlaps if o not in valid):
-            told = f"{self.config.n_experts} experts × overlap must be divisible by {m} sites"
-            refusals.append(Refusal(self.name, layout, methods, odd, told))
+            reason = f"{self.config.n_experts} experts × overlap must be divisible by {m} sites"
+            refusals.append(Refusal(self.name, layout, methods, odd, reason))
         asked = self.request.global_batch
         least = m * -(-asked // m)
         if least > asked * (1 + MOST_ROUNDING):
-            told = (f"a step of {asked} sequences cannot be shared equally by {m} sites: {least} at least; "
+            reason = (f"a step of {asked} sequences cannot be shared equally by {m} sites: {least} at least; "
                     f"nearest that can: {' or '.join(str(n) for n in (least - m, least) if n)}")  # fmt: skip
-            return [], [*refusals, Refusal(self.name, layout, methods, tuple(valid), told)]
+            return [], [*refusals, Refusal(self.name, layout, methods, tuple(valid), reason)]
         plans: list[Plan] = []
         misfits: dict[Method, list[Misfit]] = {}
         for method in methods if valid else ():
@@ -115,7 +115,7 @@ class Planner:
 
     @staticmethod
     def _untried(method: Method, layout: Layout, m: int, overlaps: Sequence[int]) -> str | None:
-        """Why nothing of a method is tried."""
+        """Why a method is not tried at all; None if it is."""
         if method == "ddp" and layout == "sharded":
             return "data parallelism between sites that share their model is not modelled"
         if method == "ddp" and m not in overlaps:
@@ -144,7 +144,7 @@ class Planner:
         return self.config.n_experts * choice.overlap // choice.sites
 
     def _savings(self, choice: Choice) -> list[Saving]:
-        """Ways to save memory, those that save less first, so that of equally fast ones they are taken."""
+        """Ways to save memory, least saving first: of equally fast ones the first is taken."""
         asked = self.request.outer_states if choice.method != "ddp" else ["device"]
         places = [place for place in get_args(OuterPlace) if place in asked]
         return [Saving(checkpointing, place) for checkpointing in get_args(Checkpointing) for place in places]
@@ -155,7 +155,7 @@ class Planner:
         method: Literal["rounds", "ddp", "single"] = "rounds"
         if choice.method == "ddp":
             method = "ddp" if choice.sites > 1 else "single"
-        whole_steps = method != "ddp" and accumulate == 1  # one backward pass, by nobody watched
+        whole_steps = method != "ddp" and accumulate == 1  # one backward pass, without hooks of DDP
         load = Load(
             precision=request.precision, batch_size=batch, sequence_length=request.sequence_length,
             method=method, outer_momentum=choice.method == "diloco",
@@ -222,7 +222,7 @@ class Planner:
     # -- what does not fit ----------------------------------------------------------------------------------------
 
     def _refusals(self, layout: Layout, misfits: dict[Method, list[Misfit]]) -> list[Refusal]:
-        """One for all methods that do not fit with the same overlaps; its reason is that of the smallest setting."""
+        """One refusal for all methods with the same overlaps; the reason is that of the smallest setting."""
         groups: dict[tuple[int, ...], list[Method]] = {}
         for method, found in misfits.items():
             groups.setdefault(tuple(misfit.choice.overlap for misfit in found), []).append(method)
@@ -299,7 +299,7 @@ class Planner:
         calls = self._averages(replace(choice, local_steps=1))
         control = [] if choice.method == "ddp" else control_collectives(choice.sites)
         round_seconds, sent = links.round_seconds([*calls, *control]), max(links.sent_by_place(calls))
-        # What lives on the host is fetched and stored, both ways at once, beside the averages of what it is of.
+        # State on the host is fetched and stored, both ways at once, while averages travel.
         bus = max(own.on_host / (site.host_gbps * 1e9) for own, site in zip(memory, request.sites, strict=True))
         if bus:
             round_seconds += max(0.0, bus - links.round_seconds([call for call in calls if call.kind != "moments"]))

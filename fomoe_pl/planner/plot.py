@@ -17,7 +17,7 @@ def axes_of(title: str, x: str, y: str, size: tuple[float, float] = (6.4, 3.6)) 
     """An empty figure and its axes.
 
     Raises:
-        ConfigError: without matplotlib.
+        ConfigError: Without matplotlib.
     """
     try:
         import matplotlib

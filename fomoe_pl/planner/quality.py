@@ -1,4 +1,4 @@
-"""What partial replicas cost in quality: measurements, each with its source. What is not in the table is not known."""
+"""What partial replicas cost in quality: measurements with their sources. Anything else is unknown."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from fomoe_pl.model.residency import Routing
 
 @dataclass(frozen=True)
 class Measurement:
-    """A run beside one with full replicas, all else equal; the latter is in the table too, as its own reference.
+    """A run against one with full replicas, all else equal; the latter is in the table too, as the reference.
 
     Attributes:
-        source: where the numbers are.
-        model: which was trained.
+        source: Where the numbers are.
+        model: Which was trained.
         method: `local_adamw`, `diloco` or `local_sgd`.
-        routing: the routing mode.
-        sites: number of sites M.
-        overlap: sites that hold each expert; all of them for full replicas, for which the routing does not matter.
+        routing: The routing mode.
+        sites: Number of sites M.
+        overlap: Sites that hold each expert; all of them for full replicas, for which the routing does not matter.
         local_steps: K.
         metric: `perplexity` or `bits per byte`, of the global model.
-        value: of this run.
-        full: of the full replicas.
+        value: Of this run.
+        full: Of the full replicas.
     """
 
     source: str
@@ -86,13 +86,13 @@ MEASUREMENTS: tuple[Measurement, ...] = (
 def measured_quality(
     *, method: str, routing: Routing, sites: int, overlap: int, local_steps: int, wire_dtype: str = "float32"
 ) -> Measurement | None:
-    """What was measured with these settings; None if nobody measured it.
+    """The measurement for these settings; None if there is none.
 
     Args:
         method: `local_adamw`, `diloco`, `local_sgd` or `ddp`.
-        routing: the routing mode.
-        sites: number of sites M.
-        overlap: sites that hold each expert.
+        routing: The routing mode.
+        sites: Number of sites M.
+        overlap: Sites that hold each expert.
         local_steps: K.
         wire_dtype: dtype on the wire; all measurements are of float32.
     """

@@ -1,4 +1,4 @@
-"""What the planner is asked, as it stands in a YAML file."""
+"""The planner's request, as in a YAML file."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ RUNS_TODAY = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What is asked of the planner.
+    """A request to the planner.
 
     Attributes:
-        models: files with `model.architecture`, as in configs/model.
-        sites: the places; see ``Site``.
-        tokens: tokens of the whole run, all sites together.
-        global_batch: sequences of a step, all sites together.
-        sequence_length: tokens of a sequence.
-        local_steps: values of K to consider.
-        overlaps: sites that hold each expert; null is all that divide.
-        routings: routing modes to consider; for full replicas, which have no absent experts, the first of them.
-        shadow_bits: bits of a number in a copy of an absent expert, with `shadow` routing: 2, 4, 8 or 16.
-        shadow_refresh: rounds between two refreshes of the copies.
+        models: Files with `model.architecture`, as in configs/model.
+        sites: The places; see `Site`.
+        tokens: Tokens of the whole run, all sites together.
+        global_batch: Sequences of a step, all sites together.
+        sequence_length: Tokens of a sequence.
+        local_steps: Values of K to consider.
+        overlaps: Sites that hold each expert; null is all that divide.
+        routings: Routing modes to consider; for full replicas, which have no absent experts, the first of them.
+        shadow_bits: Bits of a number in a copy of an absent expert, with `shadow` routing: 2, 4, 8 or 16.
+        shadow_refresh: Rounds between two refreshes of the copies.
         methods: `local_adamw` averages parameters and moments, `diloco` has an outer momentum, `local_sgd` averages
             parameters, `ddp` averages gradients in every step.
         wire_dtypes: dtypes of averaged values on the wire.
-        layouts: `one` device of each site; `each` device a site of its own; `sharded`: a site's devices share its
+        layouts: `one` device per site; `each` device a site of its own; `sharded`: a site's devices share its
             model, which `fomoe fit` cannot run yet.
-        outer_states: where anchors and outer momentum may live; on the `host` where memory is short.
-        precision: of the Trainer.
-        headroom: share of a device's memory that stays free for the driver's context, communicators and fragments: an
+        outer_states: Where anchors and outer momentum may live; on the `host` where memory is short.
+        precision: Of the Trainer.
+        headroom: Share of a device's memory that stays free for the driver's context, communicators and fragments: an
             assumption, not a measurement.
-        evaluation_window: validation batches that go through a layer together.
-        val_sequences: most sequences of a validation, over all sites.
-        validations: about how often a run validates the global model and saves it; the last time is at the end.
-        bucket_mib: size of one communication buffer, MiB.
-        mtu: largest packet of the links between sites, bytes.
+        evaluation_window: Validation batches that go through a layer together.
+        val_sequences: Most sequences of a validation, over all sites.
+        validations: About how often a run validates the global model and saves it; the last time is at the end.
+        bucket_mib: Size of one communication buffer, MiB.
+        mtu: Largest packet of the links between sites, bytes.
         copy_seconds_per_byte: measured: what a wire byte costs before and after its collective.
         transport_seconds_per_byte: measured: what the host takes to send a wire byte, if that is slower than the link.
-        round_overhead_seconds: measured: what every round takes beside.
-        data_root: prepared corpus for the written file.
-        accelerator: of the written file: gpu, or cpu to try it out.
+        round_overhead_seconds: measured: overhead of every round.
+        data_root: Prepared corpus for the written file.
+        accelerator: Of the written file: gpu, or cpu to try it out.
     """
 
     models: list[str]
@@ -92,10 +92,10 @@ class PlanRequest:
     accelerator: Literal["gpu", "cpu"] = "gpu"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be planned.
+        """Validate.
 
         Raises:
-            ConfigError: for empty lists, sizes below 1, and an overlap above the number of sites.
+            ConfigError: For empty lists, sizes below 1, and an overlap above the number of sites.
         """
         for name in ("models", "sites", "local_steps", "routings", "methods", "wire_dtypes", "layouts", "outer_states"):
             if not getattr(self, name):
@@ -107,7 +107,7 @@ class PlanRequest:
             check_range(name, getattr(self, name), "give a positive one", above=0)
         check_range("mtu", self.mtu, "1500 is Ethernet's", least=68, most=65535)  # IPv4's least and largest
         for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "round_overhead_seconds"):
-            check_range(name, getattr(self, name), "0 is nothing beside", least=0)
+            check_range(name, getattr(self, name), "0 adds nothing", least=0)
         check_range("headroom", self.headroom, "it is a share of the memory, such as 0.08", least=0, below=1)
         for k in self.local_steps:
             check_range("local_steps", k, "K is in optimizer steps: give 32, say", least=1)

@@ -1,1 +1,1 @@
-"""What training is made of: the contract between module, data, callbacks and strategy, shortcuts, and its pace."""
+"""Training: the contract between module, data, callbacks and strategy; shortcuts; elastic runs."""

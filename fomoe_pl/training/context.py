@@ -26,7 +26,7 @@ class DomainData(Protocol):
     """What validation asks of a datamodule; its batches have `inputs`, `targets`, `domain` and `bytes`.
 
     Attributes:
-        domains: names of the domains; a batch's `domain` (B,) indexes into them.
+        domains: Names of the domains; a batch's `domain` (B,) indexes into them.
     """
 
     domains: Sequence[str]
@@ -45,14 +45,14 @@ class IdentifiedData(Protocol):
     """What `RunReport` asks of a datamodule."""
 
     def identity(self) -> dict[str, Any]:
-        """What makes the numbers of two runs comparable."""
+        """Corpus, tokenizer and validation set: runs are comparable if these are equal."""
 
 
 class RoundModule(MidRound, Protocol):
     """What rounds ask of a LightningModule.
 
     Attributes:
-        max_skipped_steps: optimizer steps that all sites together may skip.
+        max_skipped_steps: Optimizer steps that all sites together may skip.
     """
 
     max_skipped_steps: int
@@ -64,16 +64,16 @@ class RoundModule(MidRound, Protocol):
         """Sum of the finite training losses since the last call, and their number."""
 
     def pop_loads(self) -> Tensor:
-        """`loads`, which begin at zero again."""
+        """Return `loads` and reset them."""
 
 
 class SiteContext(Counts, Protocol):
-    """What a strategy of this project answers, and `Alone` for Lightning's own.
+    """What strategies of this project implement, and `Alone` for Lightning's own.
 
     Attributes:
-        pace: of a run that may have fewer sites than planned; None without.
-        round_stats: means over all sites of the last round; empty before the first.
-        watch_seconds: seconds spent in looking and drawing so far, no part of `sync_seconds`.
+        pace: Of a run that may have fewer sites than planned; None without.
+        round_stats: Means over all sites of the last round; empty before the first.
+        watch_seconds: Seconds spent on observing and drawing so far, not part of `sync_seconds`.
         wire_dtype: dtype of averaged values on the wire.
     """
 
@@ -108,22 +108,22 @@ class SiteContext(Counts, Protocol):
 
     @property
     def placement(self) -> Placement | None:
-        """Who holds what; None if every rank holds all."""
+        """The placement; None if every rank holds all experts."""
 
     def residency(self, config: ModelConfig) -> Residency:
         """The experts that this site holds."""
 
     def texts_of_sites(self, text: str) -> list[str]:
-        """What each site tells the others, in the order of sites; all call it together, once they have met."""
+        """All-gather of a value, in the order of sites; a collective call, after the rendezvous."""
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from."""
 
     def all_experts_of(self, layer: int) -> AbstractContextManager[None]:
-        """Make all E experts of one layer live on this site while the context lasts; all sites enter it together."""
+        """Make all E experts of one layer live on this site inside the context; a collective call."""
 
     def stop_if_asked(self) -> None:
-        """End the run here if it was asked to and may; called after each micro-batch."""
+        """Stop the run here if asked to and possible; called after each micro-batch."""
 
     def hold_stop(self) -> None:
         """Let `trainer.should_stop` be true only where the run may end."""
@@ -144,7 +144,7 @@ class SiteContext(Counts, Protocol):
         """Bytes of anchors and outer momentum on this rank's device."""
 
     def describe(self) -> str:
-        """One line that says which method this is."""
+        """One line that names the method."""
 
 
 class Alone:
@@ -222,7 +222,7 @@ def context(trainer: Any) -> SiteContext:
     """What answers for the sites of a run.
 
     Args:
-        trainer: the Trainer that runs.
+        trainer: The Trainer that runs.
     """
     own: SiteContext | None = getattr(trainer.strategy, "context", None)
     alone: SiteContext = Alone(trainer)

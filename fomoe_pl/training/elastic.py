@@ -14,18 +14,18 @@ KEY = "min_sites"
 
 @dataclass(frozen=True)
 class Pace:
-    """How far a local step brings a run that has another number of sites than planned.
+    """Progress of a local step in a run with another number of sites than planned.
 
     The plan is `planned` steps of all planned sites. A step of fewer sites reads fewer tokens, and is that share of a
     planned step. Learning rates follow the plan, so that a change of sites does not make them jump.
 
     Attributes:
-        planned: steps of the plan, `trainer.max_steps` as given.
-        start: local steps that a site has taken when this number of sites begins.
-        tokens: tokens of all sites until then.
-        site_tokens: tokens of one site's step.
-        planned_sites: sites of the plan.
-        sites: sites that there are.
+        planned: Steps of the plan, `trainer.max_steps` as given.
+        start: Local steps that a site has taken when this number of sites begins.
+        tokens: Tokens of all sites until then.
+        site_tokens: Tokens of one site's step.
+        planned_sites: Sites of the plan.
+        sites: Sites that are present.
     """
 
     planned: int
@@ -51,13 +51,13 @@ def nodes_left(environment: Mapping[str, str], devices: Any, num_nodes: int, min
     """Machines of a run that torchrun has started, where they may be fewer than planned.
 
     Args:
-        environment: of this process; without torchrun's variables the planned number is returned.
+        environment: Of this process; without torchrun's variables the planned number is returned.
         devices: `trainer.devices`.
         num_nodes: `trainer.num_nodes`, as planned.
-        min_sites: the fewest sites that a run may go on with.
+        min_sites: The fewest sites that a run may go on with.
 
     Raises:
-        ConfigError: if the processes that are left are too few.
+        ConfigError: If the processes that are left are too few.
     """
     if "TORCHELASTIC_RUN_ID" not in environment:
         return num_nodes
@@ -71,17 +71,17 @@ def nodes_left(environment: Mapping[str, str], devices: Any, num_nodes: int, min
 
 
 def check_min_sites(min_sites: int, pace: Pace, num_nodes: int, overlap: int | None, n_experts: int) -> None:
-    """Check all numbers of sites that a run may come to, so that it is not refused when a machine is gone.
+    """Check all numbers of sites that a run may shrink to, so that it is not refused after a machine is lost.
 
     Args:
-        min_sites: the fewest sites that the run may go on with.
-        pace: with the sites that are planned and those that there are.
-        num_nodes: machines that there are.
-        overlap: sites that hold each expert, as planned; None is all of them.
-        n_experts: experts of a layer, E.
+        min_sites: The fewest sites that the run may go on with.
+        pace: With planned and present sites.
+        num_nodes: Machines that are present.
+        overlap: Sites that hold each expert, as planned; None is all of them.
+        n_experts: Experts of a layer, E.
 
     Raises:
-        ConfigError: if it is more than are planned, or if the experts cannot be divided over one of the numbers.
+        ConfigError: If it is more than are planned, or if the experts cannot be divided over one of the numbers.
     """
     planned, per_node = pace.planned_sites, pace.sites // num_nodes
     if not 1 <= min_sites <= planned:

@@ -1,4 +1,4 @@
-"""A run's training passes, with the shortcuts that it can take: recorded, with copies of experts' weights."""
+"""A run's training passes, with its shortcuts: CUDA graphs, and bfloat16 copies of experts' weights."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Passes:
         trainer: Of the run, about to start.
         module: What it trains.
         model: The transformer in it, on its device.
-        graphs: Record them, on a GPU, if that can be.
-        bf16_gradients: Experts have copies, if that can be.
-        statistics: What passes sum over their tokens beside.
+        graphs: Record passes, on a GPU, where possible.
+        bf16_gradients: Use copies of experts' weights where possible.
+        statistics: Summed over the tokens of each pass.
 
     Attributes:
         recorded: What records them.
@@ -64,7 +64,7 @@ class Passes:
         return self.recorded is not None and self.recorded.backward()
 
     def release(self) -> None:
-        """Give memory to others for a while."""
+        """Release memory until the next pass."""
         if self.recorded is not None:
             self.recorded.release()
 
@@ -76,7 +76,7 @@ class Passes:
 
 
 class ReportedPass(RecordedPass):
-    """Says once how long after its start a run got there: it compiles kernels and blocks in these steps."""
+    """Reports once how long the first steps took, which compile kernels and blocks."""
 
     def __init__(self, run: Callable[[Tensor, Tensor], TrainingPass], model: Transformer) -> None:
         super().__init__(run, model)
@@ -94,13 +94,13 @@ class ReportedPass(RecordedPass):
 def recorded_pass(
     trainer: Trainer, module: LightningModule, model: Transformer, statistics: Sequence[Statistic] = ()
 ) -> RecordedPass | None:
-    """Return what records a run's passes; None where it cannot be, which a line says.
+    """Return the recorder of a run's passes; None where that is not possible, with a message.
 
     Args:
         trainer: Of the run, about to start.
         module: What it trains.
         model: The transformer in it, on its device.
-        statistics: What passes sum over their tokens beside.
+        statistics: Summed over the tokens of each pass.
     """
     reason = _why_not(trainer, module, model)
     if reason is None:
@@ -110,7 +110,7 @@ def recorded_pass(
 
 
 def expert_copies(trainer: Trainer, module: LightningModule, model: Transformer) -> ExpertCopies | None:
-    """Return copies that a run's experts use from now on; None where their gradients stay float32.
+    """Return bfloat16 copies of the experts' weights; None where their gradients stay float32.
 
     Args:
         trainer: Of the run, about to start.
@@ -133,9 +133,9 @@ def _why_not(trainer: Any, module: LightningModule, model: Transformer) -> str |
     if reason := _more_than_one_backward_pass(trainer, module):
         return reason
     if isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None:
-        return "float16 scales the loss by another factor now and then"
+        return "float16 changes the loss scale during training"
     if torch.is_anomaly_enabled():
-        return "the search for anomalies reads gradients on the host"
+        return "anomaly detection reads gradients on the host"
     backend, _ = _experts_run(trainer, model)
     if backend_of(backend).waits_for_device:
         return f"expert_backend {backend} waits for the device"

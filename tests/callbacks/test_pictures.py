@@ -117,7 +117,7 @@ def test_saturation_ends_at_one_and_grows_with_the_run(events: EventAccumulator)
 def test_pictures_stand_behind_what_they_draw(tmp_path: Path) -> None:
     pictures, stability = RunPictures(), RoutingStability()
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=str(tmp_path), callbacks=[pictures, stability])
-    with pytest.raises(ConfigError, match="Put RunPictures behind RoutingStability"):
+    with pytest.raises(ConfigError, match="Put RunPictures after RoutingStability"):
         pictures._find_stability(trainer)
     with pytest.raises(ConfigError, match="draw_every = 0"):
         RunPictures(draw_every=0)
@@ -202,7 +202,7 @@ def test_a_drawing_that_fails_does_not_end_the_run(root: str, tmp_path: Path, mo
         raise ZeroDivisionError("no room")
 
     monkeypatch.setattr("fomoe_pl.callbacks.figures.timeline", fail)
-    with pytest.warns(UserWarning, match="after step 2, and says so once: ZeroDivisionError: no room") as told:
+    with pytest.warns(UserWarning, match="after step 2, and does not warn again: ZeroDivisionError: no room") as told:
         fit_watched(root, tmp_path)
     assert len([w for w in told if "RunPictures" in str(w.message)]) == 1
     assert (tmp_path / "run" / "report.json").is_file()

@@ -318,7 +318,7 @@ def test_data_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("Couldn't reach 'x' on the Hub")
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager.load", fail)
-    with pytest.raises(ConfigError, match=r"cannot be had .Couldn't reach 'x' on the Hub"):
+    with pytest.raises(ConfigError, match=r"cannot be loaded .Couldn't reach 'x' on the Hub"):
         load_tasks(["sample_bpb"])
 
 

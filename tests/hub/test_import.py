@@ -151,7 +151,7 @@ Q = "model.layers.0.self_attn.k_proj.weight"
     ("change", "told"),
     [
         (lambda t: t.pop(Q), f"lacks tensors: {Q}"),
-        (lambda t: t.update(extra=torch.zeros(2)), "nothing here stands for: extra"),
+        (lambda t: t.update(extra=torch.zeros(2)), "has tensors without a counterpart here: extra"),
         (lambda t: t.update({Q: t[Q].T}), r"k_proj.weight is \[32, 64\], not \[64, 32\], as if transposed"),
         (lambda t: t.update({Q: t[Q][:3]}), r"is \[3, 32\], not \[64, 32\]$|is \[3, 32\], not \[64, 32\]\."),
         (lambda t: t.update({Q: t[Q].to(torch.int8)}), "is I8, not one of F32"),

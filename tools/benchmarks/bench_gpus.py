@@ -30,12 +30,12 @@ from fomoe_pl.optimizer import OptimizerConfig
 
 
 class Together:
-    """Lets ranks wait for each other without a process group, which every run makes and leaves anew.
+    """Lets ranks wait for each other without a process group, which every run creates and destroys.
 
     Args:
-        folder: where ranks leave what they saw.
-        rank: this rank.
-        n: number of ranks.
+        folder: Where ranks leave what they saw.
+        rank: This rank.
+        n: Number of ranks.
     """
 
     def __init__(self, folder: Path, rank: int, n: int) -> None:
@@ -130,7 +130,7 @@ def bench(
         architecture: The model.
         root: Prepared corpus with the model's vocabulary.
         output: Folder for results.
-        accelerator: gpu over NCCL, or cpu over gloo to try it out.
+        accelerator: Gpu over NCCL, or cpu over gloo to try it out.
         batch_size: Sequences of a step of one site B.
         sequence_length: Tokens of a sequence S.
         local_steps: K.

@@ -6,7 +6,7 @@ For each case one contestant is the reference: the whole model in our fastest bu
 one after the other, and blocks of their steps alternate with blocks of the reference's. Memory is each contestant's
 own peak, without what the other keeps meanwhile. See model_contestants.py for what a step is, and model_site.py for
 the case `olmoe`: one site of four with the 7B shape, which a full replica does not fit. `bench_model.md` and
-`bench_model.json` are written anew after each row.
+`bench_model.json` are rewritten after each row.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Rows:
     """All rows so far, written after each.
 
     Args:
-        report: the two files.
+        report: The two files.
     """
 
     def __init__(self, report: Report) -> None:
@@ -90,9 +90,9 @@ def order(variants: list[str], fractions: list[Fraction], config: ModelConfig) -
     """Contestants after the reference, what targets need first.
 
     Args:
-        variants: names in `VARIANTS`; the first is the reference, which is measured whole already.
-        fractions: resident experts over all.
-        config: the architecture; fractions that its experts do not allow are left out.
+        variants: Names in `VARIANTS`; the first is the reference, which is measured whole already.
+        fractions: Resident experts over all.
+        config: The architecture; fractions that its experts do not allow are left out.
     """
     some = [f for f in fractions if f != 1 and (f == 0 or config.n_experts % f.denominator == 0)]
     reference, *others = variants

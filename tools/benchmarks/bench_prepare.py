@@ -1,4 +1,4 @@
-"""What preparing a corpus costs beside `tokenizers` alone, on the same cores and text, in turns; and its peak memory.
+"""Speed of preparing a corpus against `tokenizers` alone, same cores and text, interleaved; and peak memory.
 
 `python tools/benchmarks/bench_prepare.py --source data/sample --mb 64 --output runs/bench_prepare`
 

@@ -6,7 +6,7 @@
 Each process is a site, with a GPU of its own as long as there are enough. For each wire (NCCL between GPUs, gloo
 through page-locked memory of the host) and each place of the outer state (`outer_state` of the strategy) rounds of a
 real `Federation`, the same averages with nothing around them, and copies of as many bytes as the round carries between
-host and device, both ways at once, take turns. `bench_round.json` and `bench_round.md` are written anew after each row.
+host and device, both ways at once, take turns. `bench_round.json` and `bench_round.md` are rewritten after each row.
 """
 
 from __future__ import annotations
@@ -117,12 +117,12 @@ def bus_bytes(
     """Bytes to the device and from it in a round.
 
     Args:
-        elements: numbers that the site keeps.
-        sent: of these, that are averaged with other sites.
-        itemsize: bytes of a number on the wire.
-        momentum: there is outer momentum.
-        on_host: it and the anchors are on the host: they come to the device, and what is new goes back.
-        by_host: the wire's buffers are on the host.
+        elements: Numbers that the site keeps.
+        sent: Of these, that are averaged with other sites.
+        itemsize: Bytes of a number on the wire.
+        momentum: There is outer momentum.
+        on_host: It and the anchors are on the host: they come to the device, and what is new goes back.
+        by_host: The wire's buffers are on the host.
     """
     up = down = itemsize * sent if by_host else 0
     if on_host:
@@ -132,7 +132,7 @@ def bus_bytes(
 
 
 def bus_alone(up: int, down: int, device: torch.device, bucket_bytes: int) -> float:
-    """Seconds of copying so many bytes from and to page-locked memory, both at once."""
+    """Seconds of copying these bytes from and to page-locked memory, both at once."""
     if device.type != "cuda" or not up + down:
         finished(started())  # as the others do
         return 0.0

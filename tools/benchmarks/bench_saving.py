@@ -1,10 +1,10 @@
-"""What saving costs: stall of training, seconds of writing, size on disk, time to resume. Sites of one machine.
+"""Cost of saving: stall of training, seconds of writing, size on disk, time to resume. Sites of one machine.
 
     python tools/benchmarks/bench_saving.py -c configs/model/fomoe-153m.yaml --data runs/data/sample \
       --output runs/bench_saving
 
 Every round ends with a save, written in turns while training goes on and while it waits; what the last save has left to
-write is waited for before, and told apart. Then all processes are started anew and resume. The first save of each kind
+write is waited for first and reported separately. Then all processes restart and resume. The first save of each kind
 is a warm-up. On a GPU all sites share the first one, over gloo. Writes `bench_saving.json` and `bench_saving.md`; the
 corpus gives text alone, its vocabulary may be smaller than the model's.
 """
@@ -47,7 +47,7 @@ class Clock(L.Callback):
     """Saves at the end of every round, in turns in both ways, and notes times.
 
     Args:
-        path: checkpoint; None for no saves.
+        path: Checkpoint; None for no saves.
         local_steps: K.
     """
 
@@ -197,7 +197,7 @@ def bench(
         architecture: The model.
         data: Folder of a prepared corpus.
         output: Folder for results and the checkpoint: the disk that is measured.
-        accelerator: gpu or cpu.
+        accelerator: Gpu or cpu.
         sites: Processes M.
         overlap: Sites that hold each expert.
         outer: Outer rule; `nesterov` has a momentum to save.

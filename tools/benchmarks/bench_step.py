@@ -284,7 +284,7 @@ def bench(
     Args:
         architecture: The model.
         output: Folder for results and curves.
-        accelerator: gpu or cpu.
+        accelerator: Gpu or cpu.
         batch_size: Sequences of a step B.
         sequence_length: Tokens of a sequence S.
         warmup: Steps before the first block.

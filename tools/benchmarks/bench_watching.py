@@ -1,14 +1,15 @@
-"""What watching costs: rounds with all callbacks, and rounds with none, in turns in one process.
+"""Cost of observing: rounds with all callbacks and rounds with none, interleaved in one process.
 
     python tools/benchmarks/bench_watching.py -c configs/model/fomoe-153m.yaml --data runs/data/sample \
       --output runs/bench_watching
 
-Every second round of one site is watched, and of these every second one is looked at. A round's last step, with what
-follows it, is timed apart from the steps before it. So a round of K steps costs (K - 1) times what a step between
-rounds costs more, and once what the end costs more; looks count as often as RoutingStability takes them by default.
-Short rounds give many pairs in little time. Drawing is less frequent than rounds, and gets rarer: it is timed alone,
-with all pictures, and counts as often as RunPictures draws by default in a run of so many rounds, its end included.
-The corpus gives text to train on and the probe; its vocabulary may be smaller than the model's.
+Every second round of one site is observed, and of these every second one is measured in full ("looked" in the
+results). A round's last step, with what follows it, is timed apart from the steps before it: observing a round of K
+steps costs (K - 1) times the difference of a step between rounds, and once that of its end; full measurements count as
+often as RoutingStability takes them by default. Short rounds give many pairs in little time. Drawing is rarer than
+rounds and gets rarer still: it is timed alone, with all pictures, and counts as often as RunPictures draws by default
+in the reported run, its end included. The corpus gives text to train on and the probe; its vocabulary may be smaller
+than the model's.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def seconds_to_draw(pictures: RunPictures, trainer: L.Trainer, module: Any, doma
 
 
 def drawings(rounds: int, draw_every: int) -> int:
-    """How often a run of so many rounds is drawn, the last time when it ends."""
+    """How often a run of this many rounds is drawn, including the drawing at its end."""
     drawn_after, times = 0, 0
     while drawn_after < rounds:
         drawn_after, times = next_drawing(drawn_after, draw_every), times + 1
@@ -182,7 +183,7 @@ def bench(
         architecture: The model.
         data: Folder of a prepared corpus.
         output: Folder for the result and curves.
-        accelerator: gpu or cpu.
+        accelerator: Gpu or cpu.
         batch_size: Sequences of a step B.
         sequence_length: Tokens of a sequence S.
         local_steps: Steps of a round that is timed, at least 2.

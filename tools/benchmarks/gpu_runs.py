@@ -36,7 +36,7 @@ def variants(n_sites: int, local_steps: int) -> dict[str, dict[str, Any]]:
     """Settings of FederatedStrategy by variant; those of `ddp` are empty.
 
     Args:
-        n_sites: sites M, at least 2.
+        n_sites: Sites M, at least 2.
         local_steps: K.
     """
 
@@ -57,8 +57,8 @@ class Clock(L.Callback):
     """Times blocks of local steps and rounds of one rank; the device is waited for at the ends of blocks only.
 
     Args:
-        block: steps of a block.
-        save_to: folder of a checkpoint to write at the end.
+        block: Steps of a block.
+        save_to: Folder of a checkpoint to write at the end.
     """
 
     def __init__(self, block: int, save_to: Path | None = None) -> None:
@@ -93,16 +93,16 @@ class Job:
     """What all variants have in common.
 
     Attributes:
-        architecture: the model.
-        root: prepared corpus with the model's vocabulary.
-        output: folder of results, shared by the ranks.
-        accelerator: gpu, or cpu to try it out.
-        batch_size: sequences of a step of one site B.
-        sequence_length: tokens of a sequence S.
+        architecture: The model.
+        root: Prepared corpus with the model's vocabulary.
+        output: Folder of results, shared by the ranks.
+        accelerator: Gpu, or cpu to try it out.
+        batch_size: Sequences of a step of one site B.
+        sequence_length: Tokens of a sequence S.
         local_steps: K.
-        rounds: rounds of a run.
-        num_workers: processes that read data for each rank.
-        optimizer: inner optimizer; without cool-down longer and shorter runs begin alike.
+        rounds: Rounds of a run.
+        num_workers: Processes that read data for each rank.
+        optimizer: Inner optimizer; without cool-down longer and shorter runs begin alike.
     """
 
     architecture: ModelConfig
@@ -131,7 +131,7 @@ class Job:
         return self.output / f"{label}.ckpt"
 
     def data(self) -> FoMoEData:
-        """The corpus, divided anew for each run."""
+        """The corpus, divided again for each run."""
         return FoMoEData(self.root, sequence_length=self.sequence_length, batch_size=self.batch_size,
                          val_sequences=16 * self.batch_size, num_workers=self.num_workers)  # fmt: skip
 
@@ -145,16 +145,16 @@ class Seen:
     """What one rank saw of a run.
 
     Attributes:
-        local_seconds: of blocks of K / 4 local steps, without rounds.
-        round_seconds: of rounds; the first may make connections.
-        losses: of each step, nats a token, the router's losses included.
-        val_loss: of the global model at the end, nats a token.
-        payload: bytes handed to collectives, by kind.
-        wire: bytes sent, by kind.
-        expected: the cost formula's bytes by kind, payload and wire; None where there is no formula.
-        peak_mib: most device memory in tensors.
-        resident: parameters on this rank.
-        saved_val_loss: val_loss of the checkpoint on one device, if there was one.
+        local_seconds: Of blocks of K / 4 local steps, without rounds.
+        round_seconds: Of rounds; the first may make connections.
+        losses: Of each step, nats a token, the router's losses included.
+        val_loss: Of the global model at the end, nats a token.
+        payload: Bytes handed to collectives, by kind.
+        wire: Bytes sent, by kind.
+        expected: The cost formula's bytes by kind, payload and wire; None where there is no formula.
+        peak_mib: Most device memory in tensors.
+        resident: Parameters on this rank.
+        saved_val_loss: Val_loss of the checkpoint on one device, if there was one.
     """
 
     local_seconds: list[float]

@@ -42,9 +42,9 @@ def read(
     """Read the command line of a benchmark of one model.
 
     Args:
-        description: what it measures, for `--help`.
-        bench: the benchmark; its arguments are options, but for `architecture`, which is `-c` and `--model`.
-        arguments: words of the command line; None is those of the process.
+        description: What it measures, for `--help`.
+        bench: The benchmark; its arguments are options, but for `architecture`, which is `-c` and `--model`.
+        arguments: Words of the command line; None is those of the process.
 
     Returns:
         The parser, for errors of the benchmark's own; the architecture; the other arguments of `bench`.
@@ -62,8 +62,8 @@ def architecture(name: str, **changes: Any) -> ModelConfig:
     """A model of configs/model.
 
     Args:
-        name: the file's, without `.yaml`.
-        **changes: fields that are replaced.
+        name: The file's, without `.yaml`.
+        **changes: Fields that are replaced.
     """
     path = ROOT / "configs" / "model" / f"{name}.yaml"
     found: dict[str, Any] = yaml.safe_load(path.read_text())["model"]["architecture"]
@@ -117,7 +117,7 @@ def environment(device: str | torch.device, commit: str = "") -> dict[str, str]:
 
     Args:
         device: `cuda`, `gpu` or `cpu`, or a torch device.
-        commit: of the code, where there is no git.
+        commit: Of the code, where there is no git.
     """
     on_gpu = torch.device(device if device != "gpu" else "cuda").type == "cuda"
     found = {
@@ -154,11 +154,11 @@ class Report:
     """The results of a benchmark: `NAME.json` and the page `NAME.md`, both with the environment and the settings.
 
     Args:
-        output: their folder; made if it is missing.
-        name: of the files.
-        device: as for `environment`.
-        settings: of the benchmark.
-        commit: as for `environment`.
+        output: Their folder; made if it is missing.
+        name: Of the files.
+        device: As for `environment`.
+        settings: Of the benchmark.
+        commit: As for `environment`.
     """
 
     def __init__(

@@ -45,19 +45,19 @@ class Case:
     """What is measured.
 
     Attributes:
-        model: name of a file in configs/model.
-        architecture: fields of the model that are replaced.
-        overlap: sites that hold each expert; None for all.
-        sites: number of sites M; of a `memory` case each is a process, with a GPU of its own unless `host_wire`.
-        batch_size: sequences of a micro-batch.
-        sequence_length: tokens of a sequence.
-        precision: the Trainer's.
-        outer: rule of the outer step.
-        evaluation_window: validation batches that go through a layer together.
-        host_wire: wire buffers are on the host: all sites share the first GPU, over gloo.
-        outer_state: where anchors and outer momentum are.
-        routing: what happens to picks of absent experts.
-        shadow_bits: of copies, with routing shadow.
+        model: Name of a file in configs/model.
+        architecture: Fields of the model that are replaced.
+        overlap: Sites that hold each expert; None for all.
+        sites: Number of sites M; of a `memory` case each is a process, with a GPU of its own unless `host_wire`.
+        batch_size: Sequences of a micro-batch.
+        sequence_length: Tokens of a sequence.
+        precision: The Trainer's.
+        outer: Rule of the outer step.
+        evaluation_window: Validation batches that go through a layer together.
+        host_wire: Wire buffers are on the host: all sites share the first GPU, over gloo.
+        outer_state: Where anchors and outer momentum are.
+        routing: What happens to picks of absent experts.
+        shadow_bits: Of copies, with routing shadow.
     """
 
     model: str
@@ -208,7 +208,7 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def compared(predicted: RankMemory, peaks: dict[str, int]) -> dict[str, Any]:
-    """Predicted bytes beside measured ones, by the part of a run, and predicted parts."""
+    """Predicted and measured bytes by the part of a run, and predicted parts."""
     moments = predicted.moments_of_peak
     expected = {
         "steps": max(moments["end of the forward pass"], moments["backward pass"]),
@@ -288,9 +288,9 @@ def measured(cases: list[Case], script: Path, limit: float) -> Iterator[dict[str
     """Results of the cases, each as soon as it is known; one that fails or takes too long is a result as well.
 
     Args:
-        cases: what to measure; neighbours of as many sites on the same wire share processes.
+        cases: What to measure; neighbours of as many sites on the same wire share processes.
         script: `check_costs.py`, which starts sites.
-        limit: seconds that a case may take, and the start of processes.
+        limit: Seconds that a case may take, and the start of processes.
     """
     waiting = list(cases)
     while waiting:
@@ -316,7 +316,7 @@ def measured(cases: list[Case], script: Path, limit: float) -> Iterator[dict[str
                 case = own.pop(0)
                 if problem is not None or line is None:
                     yield {"case": asdict(case), "problem": problem}
-                    break  # and start anew with those that are left
+                    break  # and restart with those that are left
                 yield json.loads(line[len(ROW) :])
                 deadline = time.monotonic() + limit
 

@@ -43,12 +43,12 @@ class Ours:
     """A build of our model.
 
     Attributes:
-        backend: its `expert_backend`.
-        compiled: whether its blocks are compiled.
-        recorded: whether its forward and backward pass is replayed as a CUDA graph, where there is a GPU.
-        bf16_gradients: whether its experts have bfloat16 gradients, where products are in bfloat16.
-        checkpointing: its `activation_checkpointing`.
-        shadow_bits: of copies that compute the picks of absent experts; None skips these.
+        backend: Its `expert_backend`.
+        compiled: Whether its blocks are compiled.
+        recorded: Whether its forward and backward pass is replayed as a CUDA graph, where there is a GPU.
+        bf16_gradients: Whether its experts have bfloat16 gradients, where products are in bfloat16.
+        checkpointing: Its `activation_checkpointing`.
+        shadow_bits: Of copies that compute the picks of absent experts; None skips these.
     """
 
     backend: str
@@ -64,10 +64,10 @@ class HuggingFace:
     """A build of Hugging Face's OLMoE.
 
     Attributes:
-        experts: its `experts_implementation`.
+        experts: Its `experts_implementation`.
         compiled: `model` compiles it as one, `layers` each layer, None nothing. As one, transformers hands attention
             a mask instead of the word "causal" (before torch 2.14), which shuts out the fastest kernel.
-        pure: parameters, gradients and moments are bfloat16, without autocast.
+        pure: Parameters, gradients and moments are bfloat16, without autocast.
     """
 
     experts: str = "grouped_mm"
@@ -99,16 +99,16 @@ class Contestant:
     """A model with its optimizer.
 
     Args:
-        model: on its device.
-        optimizer: of all its parameters.
-        run: the forward pass, of inputs and targets (B,S).
-        device: where it trains.
-        autocast: whether matrix products are in bfloat16.
-        resident: experts of each layer that are here.
-        recorded: whether forward and backward pass are replayed as a CUDA graph; of our models on a GPU.
-        copies: of our experts' weights, which get the gradients.
-        copying: whether copies of absent experts compute their picks.
-        note: what a reader of its row must know.
+        model: On its device.
+        optimizer: Of all its parameters.
+        run: The forward pass, of inputs and targets (B,S).
+        device: Where it trains.
+        autocast: Whether matrix products are in bfloat16.
+        resident: Experts of each layer that are here.
+        recorded: Whether forward and backward pass are replayed as a CUDA graph; of our models on a GPU.
+        copies: Of our experts' weights, which get the gradients.
+        copying: Whether copies of absent experts compute their picks.
+        note: What a reader of its row must know.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ def residency_of(config: ModelConfig, fraction: Fraction) -> Residency:
     """What site 0 of 1/fraction sites holds when every expert is on one of them.
 
     Raises:
-        ConfigError: if experts cannot be dealt so.
+        ConfigError: If experts cannot be dealt so.
     """
     sites = 1 / fraction
     if sites.denominator != 1 or config.n_experts % sites:
@@ -205,14 +205,14 @@ def build_ours(
     """Our model with a part of its experts; with a fraction of 0 its blocks are attention alone.
 
     Args:
-        config: the architecture.
-        device: where it trains.
-        build: the backend, and whether blocks are compiled.
-        fraction: resident experts over all, 1/n or 0.
-        autocast: whether matrix products are in bfloat16.
+        config: The architecture.
+        device: Where it trains.
+        build: The backend, and whether blocks are compiled.
+        fraction: Resident experts over all, 1/n or 0.
+        autocast: Whether matrix products are in bfloat16.
 
     Raises:
-        ConfigError: for a fraction that cannot be.
+        ConfigError: For a fraction that cannot be.
     """
     config = replace(config, expert_backend=build.backend, activation_checkpointing=build.checkpointing)
     residency = residency_of(config, fraction or Fraction(1, config.n_experts))
@@ -254,10 +254,10 @@ def build_huggingface(config: ModelConfig, device: torch.device, build: HuggingF
     """Hugging Face's OLMoE with our architecture's shape; its loss has the load-balance loss, and no z-loss.
 
     Args:
-        config: the architecture; `is_olmoe`.
-        device: where it trains.
-        build: implementation of the experts, and what is compiled.
-        autocast: whether matrix products are in bfloat16.
+        config: The architecture; `is_olmoe`.
+        device: Where it trains.
+        build: Implementation of the experts, and what is compiled.
+        autocast: Whether matrix products are in bfloat16.
     """
     transformers = import_module("transformers")
     theirs = transformers.OlmoeConfig(

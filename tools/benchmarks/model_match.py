@@ -28,9 +28,9 @@ class Case:
     """A model and its batch.
 
     Attributes:
-        config: the architecture.
-        batch_size: sequences of a step.
-        sequence_length: tokens of a sequence.
+        config: The architecture.
+        batch_size: Sequences of a step.
+        sequence_length: Tokens of a sequence.
     """
 
     config: ModelConfig
@@ -55,11 +55,11 @@ class Timer:
     """Times blocks of steps of contestants on the batches of a case.
 
     Attributes:
-        batches: on the host, pinned for a GPU.
-        device: where contestants train.
-        steps: of a block, at least.
-        block_seconds: of a block, at least.
-        warmup: steps before the first block.
+        batches: On the host, pinned for a GPU.
+        device: Where contestants train.
+        steps: Of a block, at least.
+        block_seconds: Of a block, at least.
+        warmup: Steps before the first block.
     """
 
     batches: list[Batch]
@@ -128,13 +128,13 @@ class Match:
     """One case: its reference, and one contestant after the other against it.
 
     Args:
-        name: of the case.
-        case: model and batch.
-        timer: with the case's batches.
-        add: takes a row when it is there.
-        peak: matrix peak of the device, FLOP/s.
-        blocks: of each contestant.
-        deadline: after which no contestant is made, on `time.monotonic`.
+        name: Of the case.
+        case: Model and batch.
+        timer: With the case's batches.
+        add: Takes a row when it is there.
+        peak: Matrix peak of the device, FLOP/s.
+        blocks: Of each contestant.
+        deadline: After which no contestant is made, on `time.monotonic`.
     """
 
     def __init__(

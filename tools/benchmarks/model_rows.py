@@ -23,9 +23,9 @@ def model_flops(config: ModelConfig, sequence_length: int, live_picks: float | N
     Nothing is counted twice that is computed twice, and the embedding lookup is not counted.
 
     Args:
-        config: the architecture.
-        sequence_length: positions S of a sequence.
-        live_picks: mean number of routed experts that ran for a token and layer; `top_k` for the nominal count, None
+        config: The architecture.
+        sequence_length: Positions S of a sequence.
+        live_picks: Mean number of routed experts that ran for a token and layer; `top_k` for the nominal count, None
             for a model without router and experts.
     """
     parts = flops_by_part(config, sequence_length, executed_picks=live_picks)
@@ -38,23 +38,23 @@ class Row:
     """What was measured of one contestant.
 
     Attributes:
-        case: the model.
-        variant: the build, a name in `VARIANTS`.
-        fraction: resident experts over all: "1", "1/2", ..., "0".
-        resident: resident experts of a layer.
-        tokens: of a step.
-        seconds: of a step, block by block.
-        ratios: tokens/s over the reference's, block by block: of blocks that ran one after the other.
-        flops: of a token, executed (see `model_flops`).
-        nominal_flops: of a token of the whole model.
+        case: The model.
+        variant: The build, a name in `VARIANTS`.
+        fraction: Resident experts over all: "1", "1/2", ..., "0".
+        resident: Resident experts of a layer.
+        tokens: Of a step.
+        seconds: Of a step, block by block.
+        ratios: Tokens/s over the reference's, block by block: of blocks that ran one after the other.
+        flops: Of a token, executed (see `model_flops`).
+        nominal_flops: Of a token of the whole model.
         peak_flops: FLOP/s of a large matrix product on this device.
-        peak_bytes: most device memory, without the other contestant's; 0 on a CPU.
-        build_seconds: to make the model on its device.
-        warmup_seconds: of the steps before the first block, compilation included.
-        compiled_late: graphs that were compiled while blocks were timed: there should be none.
-        ghost_fraction: measured share of skipped picks; None if there are no experts, or it is not ours.
-        loss: what the last step minimised, nats a token, the router's losses included.
-        note: what else to know, or why there are no figures.
+        peak_bytes: Most device memory, without the other contestant's; 0 on a CPU.
+        build_seconds: To make the model on its device.
+        warmup_seconds: Of the steps before the first block, compilation included.
+        compiled_late: Graphs that were compiled while blocks were timed: there should be none.
+        ghost_fraction: Measured share of skipped picks; None if there are no experts, or it is not ours.
+        loss: What the last step minimised, nats a token, the router's losses included.
+        note: What else to know, or why there are no figures.
     """
 
     case: str
@@ -128,14 +128,14 @@ class SiteRow:
     """How one site of several, or a full replica, fared in training.
 
     Attributes:
-        what: which of them.
-        predicted_bytes: peak memory by the system model.
-        peak_bytes: measured; None if it did not run.
-        tokens_per_second: of local steps, median.
-        round_seconds: of an outer step with its copies, median.
-        losses: of the last steps of the first and the last round.
-        out_of_memory: whether that is why it did not train.
-        note: what stood in for what, or the error.
+        what: Which of them.
+        predicted_bytes: Peak memory by the system model.
+        peak_bytes: Measured; None if it did not run.
+        tokens_per_second: Of local steps, median.
+        round_seconds: Of an outer step with its copies, median.
+        losses: Of the last steps of the first and the last round.
+        out_of_memory: Whether that is why it did not train.
+        note: What stood in for what, or the error.
     """
 
     what: str
@@ -173,11 +173,11 @@ class Target:
     """A target and what was measured.
 
     Attributes:
-        case: the model.
-        what: the target in words.
-        measured: the figure.
-        bound: what it must reach.
-        at_most: whether the figure must stay below the bound instead.
+        case: The model.
+        what: The target in words.
+        measured: The figure.
+        bound: What it must reach.
+        at_most: Whether the figure must stay below the bound instead.
     """
 
     case: str
@@ -210,8 +210,8 @@ def targets(rows: Sequence[Row], *, on_gpu: bool) -> list[Target]:
     """The targets for which there are rows.
 
     Args:
-        rows: of all cases; each case's ratios are over one reference, which is whole.
-        on_gpu: whether they are of a GPU; on a CPU the target is not to be slower than Hugging Face's eager OLMoE.
+        rows: Of all cases; each case's ratios are over one reference, which is whole.
+        on_gpu: Whether they are of a GPU; on a CPU the target is not to be slower than Hugging Face's eager OLMoE.
     """
     found: list[Target] = []
     for case in dict.fromkeys(row.case for row in rows):

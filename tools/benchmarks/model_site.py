@@ -1,6 +1,6 @@
 """Does a model train on one device as one of several sites, which a full replica of it cannot?
 
-The site has its share of the experts, and beside parameters, gradients and moments what FederatedStrategy keeps for
+The site has its share of the experts, and besides parameters, gradients and moments what FederatedStrategy keeps for
 DiLoCo's outer step: anchors and outer momentum, float32, on the device. Its peers are not there: a sum over the sites
 is this site's own values times their number. All else of a round is what a run does.
 """
@@ -59,10 +59,10 @@ class Rank:
     """What one device holds.
 
     Attributes:
-        what: in words, for the table.
-        overlap: sites that hold each expert; `SITES` for a full replica.
-        rounds: whether there are outer steps, and so anchors and momentum.
-        shadow_bits: of copies that compute the picks of absent experts; None skips these.
+        what: In words, for the table.
+        overlap: Sites that hold each expert; `SITES` for a full replica.
+        rounds: Whether there are outer steps, and so anchors and momentum.
+        shadow_bits: Of copies that compute the picks of absent experts; None skips these.
     """
 
     what: str
@@ -83,11 +83,11 @@ def measure(config: ModelConfig, device: torch.device, build: Ours, rank: Rank, 
     """Train for a few rounds; running out of memory is a result.
 
     Args:
-        config: the architecture.
-        device: where to train. More than 80 GiB of a GPU are not used.
-        build: backend, and whether blocks are compiled.
-        rank: what it holds.
-        batches: on the host, all of one shape.
+        config: The architecture.
+        device: Where to train. More than 80 GiB of a GPU are not used.
+        build: Backend, and whether blocks are compiled.
+        rank: What it holds.
+        batches: On the host, all of one shape.
     """
     batch_size, length = batches[0][0].shape
     n_resident = config.n_experts * rank.overlap // SITES

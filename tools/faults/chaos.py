@@ -65,14 +65,14 @@ class Campaign:
     """Runs until enough faults have happened.
 
     Args:
-        output: an empty folder.
-        seed: of everything that is drawn.
-        sites: processes of a run.
-        faults: attempts of a run that a fault ends.
-        parallel: runs at a time.
-        quiet: seconds without a sign of life after which an attempt hangs.
-        root: a prepared corpus of bytes; None makes one.
-        worlds: what runs are like, in turns.
+        output: An empty folder.
+        seed: Of everything that is drawn.
+        sites: Processes of a run.
+        faults: Attempts of a run that a fault ends.
+        parallel: Runs at a time.
+        quiet: Seconds without a sign of life after which an attempt hangs.
+        root: A prepared corpus of bytes; None makes one.
+        worlds: What runs are like, in turns.
     """
 
     def __init__(
@@ -256,18 +256,18 @@ def main(
     """Inject faults until there were enough.
 
     Args:
-        output: folder for runs, `page.md` and `found.json`; must not exist.
-        kills: sites that are killed, at least.
-        others: faults of disks and data, at least.
-        torchrun: runs, the first ones, that torchrun starts and restarts.
-        seed: of everything that is drawn.
-        sites: processes of a run.
-        faults: attempts of a run that a fault ends.
-        parallel: runs at a time.
-        quiet: seconds without a sign of life after which an attempt hangs.
-        minutes: after which no further run is started.
-        root: a prepared corpus of bytes; null makes one of the sample texts.
-        keep: keep the folders of runs.
+        output: Folder for runs, `page.md` and `found.json`; must not exist.
+        kills: Sites that are killed, at least.
+        others: Faults of disks and data, at least.
+        torchrun: Runs, the first ones, that torchrun starts and restarts.
+        seed: Of everything that is drawn.
+        sites: Processes of a run.
+        faults: Attempts of a run that a fault ends.
+        parallel: Runs at a time.
+        quiet: Seconds without a sign of life after which an attempt hangs.
+        minutes: After which no further run is started.
+        root: A prepared corpus of bytes; null makes one of the sample texts.
+        keep: Keep the folders of runs.
     """
     folder, started = Path(output), time.time()
     folder.mkdir(parents=True)

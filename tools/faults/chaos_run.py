@@ -56,8 +56,8 @@ class World:
     """What a run is like, whether or not anything befalls it.
 
     Attributes:
-        strategy: a file of configs/strategy.
-        damage: what happens to one training shard once the run has begun; None for nothing.
+        strategy: A file of configs/strategy.
+        damage: What happens to one training shard once the run has begun; None for nothing.
         poison: (site, step) whose gradients are infinite.
     """
 
@@ -83,11 +83,11 @@ class Found:
     """What a campaign found.
 
     Attributes:
-        faults: of each fault: run, kind, moment, steps lost, what more it shared them with, seconds.
-        runs: of each run: its world, attempts, launcher, whether it ended as planned.
-        problems: everything that must not be, in words.
-        counts: of the problems that have a name.
-        stopped: set when the campaign is to end at once.
+        faults: Of each fault: run, kind, moment, steps lost, what more it shared them with, seconds.
+        runs: Of each run: its world, attempts, launcher, whether it ended as planned.
+        problems: Everything that must not be, in words.
+        counts: Of the problems that have a name.
+        stopped: Set when the campaign is to end at once.
     """
 
     faults: list[dict[str, Any]] = field(default_factory=list)
@@ -165,7 +165,7 @@ def damage_checkpoint(draw: random.Random, folder: Path, how: str) -> Path | Non
 
 
 def looks_complete(folder: Path) -> bool:
-    """Whether a folder looks like a complete checkpoint, without a look at hashes."""
+    """Whether a folder looks like a complete checkpoint; hashes are not checked."""
     try:
         read_manifest(folder)
     except ConfigError:
@@ -197,15 +197,15 @@ class Run:
     """One run of a campaign: a folder, and the attempts that are made in it until it ends.
 
     Args:
-        number: of the run; 0 for one that nothing befalls.
-        world: what it is like.
-        folder: an empty folder of its own.
-        root: the corpus.
-        damaged: the same corpus with the world's damage.
+        number: Of the run; 0 for one that nothing befalls.
+        world: What it is like.
+        folder: An empty folder of its own.
+        root: The corpus.
+        damaged: The same corpus with the world's damage.
         sites: processes.
-        steps: local steps of the whole run.
-        quiet: seconds without a sign of life after which an attempt hangs.
-        found: where all is noted.
+        steps: Local steps of the whole run.
+        quiet: Seconds without a sign of life after which an attempt hangs.
+        found: Where all is noted.
     """
 
     number: int
@@ -248,7 +248,7 @@ class Run:
         config.write_text(yaml.safe_dump(CONFIG))
         strategy = "--trainer.strategy.init_args"
         root = self.damaged if goes_on and self.damaged else self.root
-        # An attempt that begins anew looks at the corpus before it is damaged.
+        # An attempt that starts from scratch reads the corpus before it is damaged.
         return [
             "-c", str(config), "-c", str(ROOT / f"configs/strategy/{self.world.strategy}.yaml"),
             "--trainer.devices", str(self.sites), "--trainer.max_steps", str(self.steps),

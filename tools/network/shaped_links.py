@@ -69,7 +69,7 @@ Readings = list[list[dict[str, float]]]
 
 
 class Work(Protocol):
-    """Runs so many rounds, or what else is asked for, on all sites."""
+    """Runs `n` rounds or probes on all sites."""
 
     def __call__(self, n: int, what: str = "round") -> Readings: ...  # noqa: D102
 
@@ -97,7 +97,7 @@ class TimedTransport(Transport):
 
 
 def work(settings: dict[str, Any]) -> None:
-    """A site: for each line that comes in so many rounds of a real Federation, and a line of readings out."""
+    """A site: runs the rounds of a real Federation that each input line asks for, and prints a line of readings."""
     rank, n_sites, overlap = settings["rank"], settings["n_sites"], settings["overlap"]
     torch.set_num_threads(1)
     with suppress(PermissionError):
@@ -152,7 +152,7 @@ def one_round(federation: Federation, wire: TimedTransport, optimizer: RowAdamW)
 
 @contextmanager
 def sites_at_work(options: Namespace, overlap: int) -> Iterator[Work]:
-    """Start the sites in their namespaces; gives a function that runs so many rounds and returns readings by site."""
+    """Start the sites in their namespaces; gives a function that runs rounds and returns readings by site."""
     environment = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     processes: list[subprocess.Popen[str]] = []
     for rank in range(options.sites):
@@ -193,7 +193,7 @@ def sites_at_work(options: Namespace, overlap: int) -> Iterator[Work]:
 
 
 def summarize(readings: list[list[dict[str, float]]], calls: list[Collective], links: Links) -> dict[str, float]:
-    """Medians over rounds beside what the system model says; bytes are of all sites together."""
+    """Medians over rounds, and the system model's predictions; bytes are of all sites together."""
     rounds = range(len(readings[0]))
     seconds = [max(site[i]["seconds"] for site in readings) for i in rounds]
 

@@ -102,7 +102,7 @@ def insert(page: str, name: str, table: str) -> str:
     """The page with this table between its marks.
 
     Raises:
-        ValueError: if the page has no such marks.
+        ValueError: If the page has no such marks.
     """
     pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(page):
@@ -127,7 +127,7 @@ def write(output: Path, page: Path) -> None:
     parts = [f"## {sites} sites\n{scale_table(rows, sites)}\n" for sites in SITES]
     head = (
         "# The system model at 2 to 32 sites\nWritten by `tools/system_model/cost_report.py`; assumptions and terms: "
-        "[the page on the system model](../system-model.md#what-it-says-of-sizes-that-nobody-here-can-train).\n\n"
+        "[the page on the system model](../system-model.md#predictions-for-sizes-that-were-not-trained-here).\n\n"
     )
     (output / "scale.md").write_text(head + "\n".join(parts))
 

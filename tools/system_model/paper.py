@@ -31,10 +31,10 @@ def paper_model(d_model: int, n_layers: int, n_experts: int | None = None, top_k
     """A model of the paper's family: heads of 64, experts of width 128, together 4 D wide.
 
     Args:
-        d_model: width D.
-        n_layers: layers L.
-        n_experts: experts of a layer; None is 4 D / 128.
-        top_k: experts of a token; None is a quarter of them.
+        d_model: Width D.
+        n_layers: Layers L.
+        n_experts: Experts of a layer; None is 4 D / 128.
+        top_k: Experts of a token; None is a quarter of them.
     """
     experts = 4 * d_model // WIDTH_OF_AN_EXPERT if n_experts is None else n_experts
     return ModelConfig(
@@ -61,14 +61,14 @@ def bytes_per_round(
     """Bytes of a site and round: 2(M-1)/M dense + (R + P) resident experts, R = 2(O-1)/O, P = gamma (1 - O/M).
 
     Args:
-        config: the model; the router counts as an expert's (the paper's first routing mode).
-        n_sites: number of sites M.
-        overlap: sites that hold each expert O.
-        reshuffled: gamma, the share of rounds after which experts are dealt anew.
+        config: The model; the router counts as an expert's (the paper's first routing mode).
+        n_sites: Number of sites M.
+        overlap: Sites that hold each expert O.
+        reshuffled: gamma, the share of rounds after which experts are placed again.
         moments: LocalAdamW's, three times the payload.
 
     Raises:
-        ConfigError: if the sizes cannot be placed, or gamma is no share.
+        ConfigError: If the sizes cannot be placed, or gamma is no share.
     """
     check_placement(config.n_experts, n_sites, overlap)
     if not 0 <= reshuffled <= 1:
@@ -100,8 +100,8 @@ def saving(config: ModelConfig, share: float, local_steps: int = 1) -> float:
     against DDP: the paper's 1.42 and 45.44.
 
     Args:
-        config: the model.
-        share: of the experts that a site sends, O/M.
+        config: The model.
+        share: Of the experts that a site sends, O/M.
         local_steps: K, to compare with averaging every step.
     """
     dense, experts = counted_parameters(config)
@@ -121,12 +121,12 @@ class Budget:
     """Settings of a modelled run.
 
     Attributes:
-        tokens: of the whole run.
-        batch_sequences: sequences of a step of all sites together.
-        sequence_length: tokens of a sequence.
+        tokens: Of the whole run.
+        batch_sequences: Sequences of a step of all sites together.
+        sequence_length: Tokens of a sequence.
         local_steps: K.
-        peak_flops: of one site.
-        mfu: share of it that is reached.
+        peak_flops: Of one site.
+        mfu: Share of it that is reached.
     """
 
     tokens: float
@@ -144,13 +144,13 @@ def run_hours(
     """Hours of computing and of communication of a run: T = N/(M B K) x (K t_comp + t_comm), nothing hidden (Fig. 10).
 
     Args:
-        config: the model.
-        budget: tokens, batch, speed.
-        n_sites: number of sites M.
-        overlap: sites that hold each expert.
-        bandwidth_mbit: of each site, 10^6 bits a second; no frames, no latency, as the paper.
+        config: The model.
+        budget: Tokens, batch, speed.
+        n_sites: Number of sites M.
+        overlap: Sites that hold each expert.
+        bandwidth_mbit: Of each site, 10^6 bits a second; no frames, no latency, as the paper.
         moments: LocalAdamW.
-        links: not the paper's: adds the latency of 2(M-1) messages of these links to each round.
+        links: Not the paper's: adds the latency of 2(M-1) messages of these links to each round.
     """
     if not bandwidth_mbit > 0:
         raise ConfigError("bandwidth_mbit", bandwidth_mbit, "must be above 0", "give a positive number")

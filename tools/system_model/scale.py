@@ -50,14 +50,14 @@ class Assumptions:
     """What the table holds fixed.
 
     Attributes:
-        tokens: of a run.
-        global_batch: sequences of a step, all sites together.
-        sequence_length: tokens of a sequence.
+        tokens: Of a run.
+        global_batch: Sequences of a step, all sites together.
+        sequence_length: Tokens of a sequence.
         local_steps: K.
         devices: H100s of a site; its model is spread over them.
-        mfu: share of their peak that is assumed to be reached.
-        latency_ms: one way between sites.
-        headroom: share of the memory that stays free.
+        mfu: Share of their peak that is assumed to be reached.
+        latency_ms: One way between sites.
+        headroom: Share of the memory that stays free.
     """
 
     tokens: float = 100e9
@@ -79,16 +79,16 @@ class Row:
     """One method at one size, number of sites and bandwidth.
 
     Attributes:
-        model: name of the shape.
-        sites: number of sites M.
+        model: Name of the shape.
+        sites: Number of sites M.
         method: `ddp`, `diloco`, `local_adamw` or `fomoe` (local_adamw with part of the experts).
-        overlap: sites that hold each expert.
-        bandwidth_mbit: of every site.
+        overlap: Sites that hold each expert.
+        bandwidth_mbit: Of every site.
         sent_gib: GiB that a site sends in K steps.
-        states_gib: weights, gradients, moments, anchors and outer momentum of a site, GiB.
-        fits: whether they leave room on the site's devices; activations are not counted.
-        hours: of the run.
-        waiting: share of them in synchronisation.
+        states_gib: Weights, gradients, moments, anchors and outer momentum of a site, GiB.
+        fits: Whether they leave room on the site's devices; activations are not counted.
+        hours: Of the run.
+        waiting: Share of them in synchronisation.
     """
 
     model: str

@@ -1,6 +1,6 @@
-"""Ways to run the picked experts: `loop` is the reference, `grouped` and `triton` are fast, others are a user's own.
+"""Ways to run the picked experts: `loop` is the reference, `grouped` and `triton` are fast, others are custom.
 
-All are named alike: those of this package by a short name, others by the dotted path of their class.
+Those of this package have short names, others the dotted path of their class.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Backend(ABC):
     """Runs experts on the tokens that picked them; a subclass takes no arguments, and keeps nothing between calls.
 
     Attributes:
-        waits_for_device: whether `dispatch` reads values of a GPU on the host: steps are not recorded then.
-        compiles_on: device types (`cuda`, `cpu`) on which compiled blocks take `dispatch` in; elsewhere they call it.
-        computes_copies: whether it computes picks of low-bit copies, as `shadow` routing needs.
-        fused: whether `dispatch` takes bfloat16 copies of the weights and checkpointing as two more arguments, and
+        waits_for_device: Whether `dispatch` reads values of a GPU on the host: steps are not recorded then.
+        compiles_on: Device types (`cuda`, `cpu`) on which compiled blocks take `dispatch` in; elsewhere they call it.
+        computes_copies: Whether it computes picks of low-bit copies, as `shadow` routing needs.
+        fused: Whether `dispatch` takes bfloat16 copies of the weights and checkpointing as two more arguments, and
             keeps what our kernels keep; for this package's own.
     """
 
@@ -49,10 +49,10 @@ class Backend(ABC):
         """Return why it does not work here, or None if it does.
 
         Args:
-            device: where the tokens are.
-            dtype: in which type the products run.
-            d_model: width D.
-            d_expert: width F.
+            device: Where the tokens are.
+            dtype: In which type the products run.
+            d_model: Width D.
+            d_expert: Width F.
         """
         return None
 
@@ -64,14 +64,14 @@ class Backend(ABC):
         """Return the sum over the picks of residents and copies of gate x expert(x); others add nothing.
 
         Args:
-            x_TD: tokens (T, D), in the type of the products.
-            gates_TK: gates, float32 (T, K).
-            slots_TK: row of each pick in the stacked weights, int64 (T, K). Slots from R on are rows of the copies;
+            x_TD: Tokens (T, D), in the type of the products.
+            gates_TK: Gates, float32 (T, K).
+            slots_TK: Row of each pick in the stacked weights, int64 (T, K). Slots from R on are rows of the copies;
                 without these R is a ghost and adds nothing.
-            w_in_RDI: input matrices, in the type of the parameters.
-            w_out_RFD: output matrices.
-            kind: the expert's activation, see `fomoe_pl.model.backends.activation.activate`.
-            frozen: copies of experts that are not resident; None unless `computes_copies`.
+            w_in_RDI: Input matrices, in the type of the parameters.
+            w_out_RFD: Output matrices.
+            kind: The expert's activation, see `fomoe_pl.model.backends.activation.activate`.
+            frozen: Copies of experts that are not resident; None unless `computes_copies`.
 
         Returns:
             (T, D), of the dtype of x, with gradients for x, gates and weights.
@@ -81,12 +81,12 @@ class Backend(ABC):
         """Bytes a token that the experts of a layer keep for the backward pass: what the planner counts.
 
         Args:
-            config: the architecture.
-            itemsize: bytes of a number of the products.
-            picks: of a token, K.
+            config: The architecture.
+            itemsize: Bytes of a number of the products.
+            picks: Of a token, K.
 
         Raises:
-            ConfigError: if a backend does not declare it.
+            ConfigError: If a backend does not declare it.
         """
         rule = "does not declare what it keeps for the backward pass, so that memory cannot be predicted"
         raise ConfigError(KEY, config.expert_backend, rule, f"give {type(self).__name__} the method kept_bytes")
@@ -100,7 +100,7 @@ def backend_of(name: str) -> Backend:
         name: `loop`, `grouped`, `triton`, or `module.Class` of a subclass of `Backend`.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: If there is none.
     """
     if name not in SHIPPED and "." not in name:
         hint = f"use {', '.join((AUTO, *SHIPPED))}, or the class_path of a subclass of fomoe_pl.model.backends.Backend"

@@ -7,7 +7,7 @@ from fomoe_pl.model.config import ExpertKind
 
 
 def activate(h: Tensor, kind: ExpertKind) -> Tensor:
-    """Return silu(h) (...,F), or for ``swiglu`` silu(gate) * up of h = [gate, up] (...,2F) (arXiv 2002.05202)."""
+    """Return silu(h) (...,F), or for `swiglu` silu(gate) * up of h = [gate, up] (...,2F) (arXiv 2002.05202)."""
     if kind == "silu":
         return F.silu(h)
     gate, up = h.chunk(2, dim=-1)

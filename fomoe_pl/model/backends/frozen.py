@@ -1,4 +1,4 @@
-"""Packed copies of absent experts as the backends see them: unpacked a layer or an expert at a time, never kept.
+"""Packed copies of absent experts for the backends: unpacked a layer or an expert at a time, never kept.
 
 Whoever multiplies them unpacks them once in the forward and once more in the backward pass, into memory that is free
 again after the product. So all layers share what one layer needs.

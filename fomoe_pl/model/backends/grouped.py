@@ -1,7 +1,7 @@
-"""Grouped backend: picks sorted by expert, all experts in one grouped matrix product (``torch.nn.functional``).
+"""Grouped backend: picks sorted by expert, all experts in one grouped matrix product (`torch.nn.functional`).
 
-``grouped_mm`` neither reads nor writes the rows behind its last offset, where the ghosts' picks lie: in its output, and
-in the gradient of its input, they hold whatever the memory held. ``0 * NaN`` is NaN, so these rows are never
+`grouped_mm` neither reads nor writes the rows behind its last offset, where the ghosts' picks lie: in its output, and
+in the gradient of its input, they hold whatever the memory held. `0 * NaN` is NaN, so these rows are never
 multiplied away but selected away, at the three places where they would meet anything else: the result on its way back
 to the tokens, the tokens' gradient, and the gates' gradient.
 
@@ -23,7 +23,7 @@ from fomoe_pl.model.config import ExpertKind, ModelConfig
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, d_model: int, d_expert: int) -> str | None:
-    """Return why ``grouped_mm`` does not work here, or None if it does.
+    """Return why `grouped_mm` does not work here, or None if it does.
 
     Args:
         device: Where the tokens are.
@@ -62,7 +62,7 @@ class _ToExperts(torch.autograd.Function):
 
 
 class _ToTokens(torch.autograd.Function):
-    """Sum each token's results. The transpose of ``_ToExperts``."""
+    """Sum each token's results. The transpose of `_ToExperts`."""
 
     @staticmethod
     def forward(ctx: Any, y_LD: Tensor, order_L: Tensor, place_TK: Tensor, live_TK1: Tensor | None) -> Tensor:
@@ -79,7 +79,7 @@ class _ToTokens(torch.autograd.Function):
 class _ProductWithCopies(torch.autograd.Function):
     """Rows times weights of which the last are copies: unpacked again in the backward pass, and without gradients.
 
-    With ``to_copies`` false the rows of copies get no gradients either, and hold whatever the memory held.
+    With `to_copies` false the rows of copies get no gradients either, and hold whatever the memory held.
     """
 
     @staticmethod
@@ -131,7 +131,7 @@ def dispatch(
     x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, kind: ExpertKind,
     frozen: Frozen | None = None,
 ) -> Tensor:  # fmt: skip
-    """Run all resident experts, and the copies, at once; arguments and result as in ``loop.dispatch``.
+    """Run all resident experts, and the copies, at once; arguments and result as in `loop.dispatch`.
 
     The gate multiplies before the output matrix, where a row has F channels instead of D.
     """

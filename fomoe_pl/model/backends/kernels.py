@@ -1,10 +1,10 @@
-"""Triton backend: tokens gathered, activated, weighted and summed inside or beside grouped products of our own.
+"""Triton backend: tokens gathered, activated, weighted and summed inside or next to grouped products of our own.
 
 Six kernels forward and five backward (by descriptor one more in each, with checkpointing one more backward), all of
 static shape: nothing waits for the number of live picks, and so a layer can be compiled. Kept for the backward pass are
 the tokens, what is inside the activation (P,I), the places of the picks, and the weights in the type of the products;
-the activations are made again. With checkpointing the tokens and places alone are kept: one of the forward pass's two
-products is made again, and the other not.
+the activations are recomputed. With checkpointing only tokens and places are kept: one of the forward pass's two
+products is recomputed, the other is not.
 
 Copies of absent experts (`frozen.py`) are a second set of weights, unpacked before each product that needs them. Picks
 are sorted by slot, so the rows of residents come first and those of copies behind them: each product is launched once
@@ -105,7 +105,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 class Copies(NamedTuple):
-    """A layer's weights in the type of the products, which get the gradients; see ``copies.py``.
+    """A layer's weights in the type of the products, which get the gradients; see `copies.py`.
 
     Attributes:
         w_in: (R,D,I).
@@ -119,7 +119,7 @@ class Copies(NamedTuple):
 
 
 class _Set(NamedTuple):
-    """Experts whose weights lie one behind the other, and so do their rows.
+    """A set of experts with stacked weights and consecutive rows.
 
     Attributes:
         offsets: Where the rows of each begin, and where the last's end.
@@ -142,7 +142,7 @@ def _sets(
     dtype: torch.dtype, offsets_N1: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, packed_in: Tensor | None,
     packed_out: Tensor | None, bits: int, input_gradient: bool,
 ) -> list[_Set]:  # fmt: skip
-    """Return the residents, and the copies if there are any, without sets of nobody."""
+    """Return the residents and the copies, without empty sets."""
     n_resident = len(w_in_RDI)
 
     def residents(w: Tensor) -> Callable[[], Tensor]:
@@ -159,7 +159,7 @@ def _sets(
 
 
 class _Launch(NamedTuple):
-    """What all launches of one call share."""
+    """Arguments that all launches of one call share."""
 
     n_tokens: int
     d_model: int
@@ -186,7 +186,7 @@ class _Launch(NamedTuple):
         return ((triton.cdiv(self.n_picks, tiles.rows) + of.n_experts) * triton.cdiv(columns, tiles.columns),)
 
     def constants(self, of: _Set) -> dict[str, Any]:
-        """What kernels are compiled for, beside sizes and tiles."""
+        """Compile-time arguments besides sizes and tiles."""
         return {"PRECISION": self.precision, "RP": up_to_power(of.n_experts, 2)}
 
 
@@ -207,8 +207,8 @@ def index_picks(slots_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tenso
         n_experts: N, at least 1.
 
     Returns:
-        int32: ``order`` (P,), the pick of each row, of which the first L are written; ``place`` (P,), the row of each
-        pick, -1 for a ghost's; ``offsets`` (N+1,), where each expert's rows begin.
+        int32: `order` (P,), the pick of each row, of which the first L are written; `place` (P,), the row of each
+        pick, -1 for a ghost's; `offsets` (N+1,), where each expert's rows begin.
     """
     n_picks, slots_P = slots_TK.numel(), slots_TK.reshape(-1)
     n_blocks, padded = triton.cdiv(n_picks, BLOCK), up_to_power(n_experts, 2)
@@ -241,8 +241,8 @@ def skip_experts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the experts; returns y (T,D), and for the backward pass pre (P,I), order, place and offsets (N+1,).
 
-    ``w_in`` and ``w_out`` have the gradients, ``w_in_RDI`` and ``w_out_RFD`` are what is multiplied: the same weights
-    in the type of the products, or with ``checkpointing``, which leaves ``pre`` empty, in any. The others are those of
+    `w_in` and `w_out` have the gradients, `w_in_RDI` and `w_out_RFD` are what is multiplied: the same weights
+    in the type of the products, or with `checkpointing`, which leaves `pre` empty, in any. The others are those of
     `Frozen`.
     """
     launch = _Launch.of(x_TD, slots_TK, w_in_RDI, w_out_RFD, packed_in)
@@ -275,7 +275,7 @@ def _product(
     launch: _Launch, tiles: Tiles, a_LC: Tensor, of: _Set, w_in_memory: Tensor, y_LN: Tensor, *,
     transposed: bool = False,
 ) -> None:  # fmt: skip
-    """Write rows times their experts' weights (·,C,N), or with ``transposed`` (·,N,C)."""
+    """Write rows times their experts' weights (·,C,N), or with `transposed` (·,N,C)."""
     w_RCN = w_in_memory.transpose(1, 2) if transposed else w_in_memory
     n_channels, n_columns = w_RCN.shape[1:]
     if _by_descriptor(a_LC, tiles, n_channels, n_columns):
@@ -315,7 +315,7 @@ def skip_experts_backward(
     packed_out: Tensor | None, pre_LI: Tensor, order_P: Tensor, place_P: Tensor, offsets_N1: Tensor, bits: int,
     input_gradient: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of tokens, gates and both weights, those of the weights in ``dtype``."""
+    """Return the gradients of tokens, gates and both weights, those of the weights in `dtype`."""
     launch = _Launch.of(x_TD, gates_TK, w_in_RDI, w_out_RFD, packed_in)
     n_picks, d_model, d_expert = launch.n_picks, launch.d_model, launch.d_expert
     tiles = launch.tuning.down_backward
@@ -403,9 +403,9 @@ def dispatch(
     x_TD: Tensor, gates_TK: Tensor, slots_TK: Tensor, w_in_RDI: Tensor, w_out_RFD: Tensor, kind: ExpertKind,
     frozen: Frozen | None = None, copies: Copies | None = None, checkpointing: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Run all resident experts and frozen copies; arguments and result as in ``loop.dispatch``.
+    """Run all resident experts and frozen copies; arguments and result as in `loop.dispatch`.
 
-    ``copies`` of the residents, if there are any, get the gradients in the weights' place, and those with values are
+    `copies` of the residents, if there are any, get the gradients in the weights' place, and those with values are
     multiplied in it; with checkpointing less is kept for the backward pass, and weights are cast inside the operation,
     in both passes.
     """

@@ -236,9 +236,9 @@ def down_backward(
     K: tl.constexpr, SWIGLU: tl.constexpr, WITH_H: tl.constexpr, WITH_DPRE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """From the tokens' gradients back to inside the activation: dpre; and h anew, and the gates' gradients.
+    """From the tokens' gradients back to inside the activation: dpre; h recomputed, and the gates' gradients.
 
-    dh = dy[token] @ w_out[expert]ᵀ meets the activation's input while it is still in registers. h is made again
+    dh = dy[token] @ w_out[expert]ᵀ meets the activation's input while it is still in registers. h is recomputed
     rather than kept from the forward pass: one multiplication here against F·L numbers in memory for the whole step.
     Each column of programs writes its part of Σ_f dh·h to a row of its own.
     """

@@ -17,7 +17,7 @@ class Tiles(NamedTuple):
     depth: int
     warps: int
     stages: int
-    registers: int | None = None  # the most of a thread, so that another program fits beside it
+    registers: int | None = None  # the most of a thread, so that another program fits next to it
 
 
 class Tuning(NamedTuple):
