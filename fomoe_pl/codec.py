@@ -142,6 +142,31 @@ class Groups:
         return values[..., :numel].to(dtype)
 
 
+@dataclass(frozen=True)
+class Root:
+    """The square roots of numbers, none of them negative, in another codec.
+
+    Second moments range over many orders of magnitude within a group: their roots range over half as many.
+
+    Attributes:
+        codec: Of the roots.
+    """
+
+    codec: Codec
+
+    def nbytes(self, numel: int) -> int:
+        """As of `Codec`."""
+        return self.codec.nbytes(numel)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """As of `Codec`."""
+        return self.codec.encode(values.float().sqrt())
+
+    def decode(self, data: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As of `Codec`."""
+        return self.codec.decode(data, numel).square().to(dtype)
+
+
 def codec_of(bits: int) -> Codec:
     """Return the codec that keeps a number in so many bits: 32 (float32), 16 (bfloat16), or groups of 8, 4 or 2.
 

@@ -198,7 +198,7 @@ def test_a_wire_codec_sends_what_it_says(folder: Path, root: str, monkeypatch: p
         expected = predict_bytes(config, federation, n_sites=SITES, site=site, steps=STEPS)
         for kind in ("dense", "expert", "moments"):
             assert counted.payload(kind) == expected.payload(kind)
-        assert 0 < counted.payload("dense") < 3 * 2 * 7000 // 8
+        assert 0 < counted.sent["dense"] < 3 * 2 * 7000 // 8
 
 
 def test_the_planner_asks_an_expert_backend_what_it_keeps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ import torch
 from fomoe_pl.codec import Codec
 from fomoe_pl.costs.rounds import (
     ITEMSIZE,
-    Collective,
     SynchronizedSizes,
     collectives,
     copy_bytes,
@@ -22,15 +21,15 @@ from fomoe_pl.costs.rounds import (
     held_by,
 )
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.federation import averaged
+from fomoe_pl.federation.federation import Due, averaged
 from fomoe_pl.federation.flight import buckets
 from fomoe_pl.federation.layout import ParameterLayout
-from fomoe_pl.federation.ledger import Ledger, ring_all_reduce_bytes
+from fomoe_pl.federation.ledger import Kind, Ledger, ring_all_reduce_bytes
 from fomoe_pl.federation.packing import digits
 from fomoe_pl.federation.placement import Placement, gather_layer, migration
 from fomoe_pl.federation.settings import FederationConfig, WireDtype
 from fomoe_pl.federation.shadow import refresh_layer
-from fomoe_pl.federation.transport import bucket_numel, slice_numel
+from fomoe_pl.federation.transport import bucket_numel, coded_bytes
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
 
@@ -77,29 +76,34 @@ def predict_bytes(
     def placed(draw: int) -> Placement:
         return federation.place(architecture.n_layers, architecture.n_experts, n_sites, draw)
 
-    def calls_of(placement: Placement) -> list[Collective]:
+    def averages(placement: Placement, due: Due) -> Ledger:
+        """What a round of this placement sends."""
+        found = Ledger()
+        if federation.codec is not None or federation.codec_of_moments is not None:
+            _coded(found, architecture, federation, placement, site, due)
+            return found
         calls = collectives(
             held_by(placement), sizes, n_sites=n_sites, wire_dtype=federation.wire_dtype,
-            inner_moments=federation.inner_moments,
+            moments=sum(due) if federation.inner_moments == "average" else 0,
         )  # fmt: skip
-        if federation.wire_codec is None:
-            return calls
-        return [call for call in calls if call.kind == "moments"]  # the others are codes
+        count(found, calls, site)
+        return found
 
     current, rounds, draws, n_layers = placed(0), 0, 0, architecture.n_layers
-    averages = calls_of(current)
+    by_due: dict[Due, Ledger] = {}
     for step in range(steps + 1):
         if step and federation.schedule.is_round_end(step, steps):
             rounds += 1
-            count(ledger, averages, site)
-            if federation.wire_codec is not None:
-                _coded(ledger, architecture, federation, federation.wire_codec, current, site)
+            due = federation.moments_due(rounds)
+            if due not in by_due:
+                by_due[due] = averages(current, due)
+            ledger.add(by_due[due])
             moved = federation.moves_after(rounds) and step < steps
             if moved:
                 draws += 1
                 new = placed(draws)
                 _migration(ledger, current, new, site, sizes, n_slots=len(federation.rule.slots))
-                current, averages = new, calls_of(new)
+                current, by_due = new, {}
             if federation.refreshes_after(rounds, moved=moved):
                 given = sum(t.giver == site for layer in range(n_layers) for t in refresh_layer(current, layer))
                 ledger.send("shadow", given * copy_bytes(architecture, federation.shadow))
@@ -192,20 +196,31 @@ def replica_round_bytes(architecture: ModelConfig, n_sites: int, wire_dtype: Wir
 
 
 def _coded(
-    ledger: Ledger, architecture: ModelConfig, federation: FederationConfig, codec: Codec, placement: Placement,
-    site: int,
-) -> None:  # fmt: skip
-    """Codes of a round, bucket by bucket: a slice to each other site, then the mean of the own slice to each."""
+    ledger: Ledger, architecture: ModelConfig, federation: FederationConfig, placement: Placement, site: int, due: Due
+) -> None:
+    """A round with a codec, bucket by bucket: what each site sends of them depends on where they are cut."""
     with torch.device("meta"):
         model = Transformer(architecture, federation.residency(placement.residents(site)), device=torch.device("meta"))
     layout = ParameterLayout.of(model, model.expert_tensors())
     limit = bucket_numel(federation.bucket_mib * 2**20, federation.wire_dtype)
-    for kind, sites, pieces in averaged(layout, placement, site, limit):
-        numels = [piece.of(layout.tensors[piece.name]).numel() for piece in pieces]
-        for indices in buckets(numels, limit) if len(sites) > 1 else ():
-            of_slice = codec.nbytes(slice_numel(sum(numels[i] for i in indices), len(sites)))
-            for _ in range(2):
-                ledger.send(kind, (len(sites) - 1) * of_slice)
+
+    def send(kind: Kind, sites: tuple[int, ...], numels: list[int], codec: Codec | None) -> None:
+        if codec is None:
+            ledger.all_reduce(kind, sum(numels) * ITEMSIZE[federation.wire_dtype], len(sites))
+            return
+        for indices in buckets(numels, limit):
+            ledger.send(kind, coded_bytes(codec, sum(numels[i] for i in indices), len(sites)))
+
+    for kind, sites, pieces, codec in averaged(layout, placement, site, limit, federation.codec):
+        if len(sites) > 1:
+            send(kind, sites, [piece.of(layout.tensors[piece.name]).numel() for piece in pieces], codec)
+    if federation.inner_moments != "average":
+        return
+    for _, sites, pieces, codec in averaged(layout, placement, site, limit, federation.codec_of_moments):
+        numels = [piece.of(layout.tensors[piece.name]).numel() for piece in pieces if piece.name in layout.trained]
+        if len(sites) > 1:
+            for _ in range(sum(due)):
+                send("moments", sites, numels, codec)
 
 
 def _migration(

@@ -89,7 +89,7 @@ def collectives(
     *,
     n_sites: int,
     wire_dtype: WireDtype = "float32",
-    inner_moments: InnerMoments = "keep",
+    moments: int = 0,
 ) -> list[Collective]:
     """The averages of a round in the order in which sites call them; groups of one site send nothing and are left out.
 
@@ -98,7 +98,7 @@ def collectives(
         sizes: What is synchronised.
         n_sites: Number of sites M.
         wire_dtype: dtype of averaged values on the wire.
-        inner_moments: `average` sends both of AdamW's moments of everything trained as well.
+        moments: How many of AdamW's moments of everything trained are averaged too, 0 to 2.
     """
     itemsize = ITEMSIZE[wire_dtype]
     groups: list[tuple[Kind, tuple[int, ...], int, int]] = [
@@ -107,8 +107,8 @@ def collectives(
     groups += [("expert", sites, n * sizes.expert, n * sizes.expert_buffers) for sites, n in held.items()]
     groups = [group for group in groups if len(group[1]) > 1]
     found = [Collective(kind, sites, (trained + buffers) * itemsize) for kind, sites, trained, buffers in groups]
-    if inner_moments == "average":
-        found += [Collective("moments", sites, ADAMW_MOMENTS * n * itemsize) for _, sites, n, _ in groups]
+    if moments:
+        found += [Collective("moments", sites, moments * n * itemsize) for _, sites, n, _ in groups]
     return found
 
 
@@ -131,7 +131,8 @@ def round_collectives(
     """The averages of a round with fixed placement (a random one sends as much, on average over sites)."""
     held = held_when_fixed(architecture, n_sites, overlap)
     sizes = SynchronizedSizes.of(architecture, routing)
-    return collectives(held, sizes, n_sites=n_sites, wire_dtype=wire_dtype, inner_moments=inner_moments)
+    return collectives(held, sizes, n_sites=n_sites, wire_dtype=wire_dtype,
+                       moments=ADAMW_MOMENTS if inner_moments == "average" else 0)  # fmt: skip
 
 
 def ddp_collectives(architecture: ModelConfig, n_sites: int, itemsize: int = 4) -> list[Collective]:

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import groupby, product
 from operator import itemgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from fomoe_pl.codec import Codec, Root
 from fomoe_pl.federation.agreement import disagreements
 from fomoe_pl.federation.flight import Bucket, Flight, buckets
-from fomoe_pl.federation.inner import RowAdamW, moments
+from fomoe_pl.federation.inner import SECOND_MOMENT, RowAdamW, moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
@@ -26,8 +27,27 @@ from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
 from fomoe_pl.federation.settings import InnerMoments
 from fomoe_pl.federation.shadow import Copies, owned_rows, refresh_layer
-from fomoe_pl.federation.state import ANCHOR, Piece, State, cut, joined
+from fomoe_pl.federation.state import ANCHOR, RESIDUAL, Piece, State, cut, joined
 from fomoe_pl.federation.transport import Transport
+
+Due = tuple[bool, bool]
+"""Whether a round averages first moments, and second ones."""
+
+
+class Group(NamedTuple):
+    """What is averaged over the same sites in the same code.
+
+    Attributes:
+        kind: ledger kind.
+        sites: the holder set.
+        pieces: in the order of averaging.
+        codec: None for a cast.
+    """
+
+    kind: Kind
+    sites: tuple[int, ...]
+    pieces: list[Piece]
+    codec: Codec | None
 
 
 class Federation:
@@ -39,12 +59,15 @@ class Federation:
         transport: counted collectives.
         outer: outer rule.
         inner_moments: what a round does to the inner optimizer's moments.
+        codec: of the changes that may be coded; None casts them.
+        moments_codec: of the moments of what may be coded; None casts them.
+        error_feedback: what coding has lost of a change is added to the next one.
         state_on_host: anchors and the outer rule's state live in memory of the host, page-locked where there is a GPU,
             and come to the device piece by piece.
         copies: of the experts that this site does not hold, if there are any.
 
     Attributes:
-        state: anchors and the outer rule's slots.
+        state: anchors, the outer rule's slots, and what coding has lost.
         movement: filled by each round, if somebody wants to know.
     """
 
@@ -56,6 +79,9 @@ class Federation:
         *,
         outer: OuterRule,
         inner_moments: InnerMoments = "keep",
+        codec: Codec | None = None,
+        moments_codec: Codec | None = None,
+        error_feedback: bool = False,
         state_on_host: bool = False,
         copies: Copies | None = None,
     ) -> None:
@@ -64,8 +90,9 @@ class Federation:
         self.transport = transport
         self.outer = outer
         self.inner_moments = inner_moments
+        self.codec, self.moments_codec = codec, moments_codec
         self.site = transport.topology.site
-        self.state = State(layout, slots=outer.slots, on_host=state_on_host)
+        self.state = State(layout, slots=outer.slots, feedback=error_feedback, on_host=state_on_host)
         self.copies = copies
         self._stash: dict[str, Tensor] | None = None
         self.movement: Movement | None = None
@@ -77,14 +104,17 @@ class Federation:
 
     # -- the round ------------------------------------------------------------------------------------------------
 
-    def synchronize(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int] = frozenset()) -> None:
+    def synchronize(
+        self, optimizer: torch.optim.Optimizer, left_out: frozenset[int] = frozenset(), *, due: Due = (True, True)
+    ) -> None:
         """A whole round at once: `begin` and `finish`."""
-        self.finish(self.begin(optimizer, left_out))
+        self.finish(self.begin(optimizer, left_out, due=due))
 
     @torch.no_grad()
     def begin(
-        self, optimizer: torch.optim.Optimizer, left_out: frozenset[int] = frozenset(), *, ahead: int | None = 1
-    ) -> Flight:
+        self, optimizer: torch.optim.Optimizer, left_out: frozenset[int] = frozenset(), *, ahead: int | None = 1,
+        due: Due = (True, True),
+    ) -> Flight:  # fmt: skip
         """Start to average this site's changes, and its moments if they are averaged.
 
         Args:
@@ -93,6 +123,7 @@ class Federation:
                 moments are the others' average, or start fresh. What all holders lack stays as it was.
             ahead: buckets that travel while another is read or written; None starts all of them now, from today's
                 values, each with a buffer of its own.
+            due: which of the moments are averaged in this round, if they are averaged.
 
         Returns:
             What is on its way, for `finish`.
@@ -103,9 +134,10 @@ class Federation:
             with self.movement.watched():
                 self._note_movement()
         planned = self._changes(left_out, measured)
-        if self.inner_moments == "average":
-            planned += self._moments(optimizer, left_out)
-        forgets = self.inner_moments == "reset" or (self.inner_moments == "keep" and self.site in left_out)
+        averages = self.inner_moments == "average" and any(due)
+        if averages:
+            planned += self._moments(optimizer, left_out, due)
+        forgets = self.inner_moments == "reset" or (not averages and self.site in left_out)
         return Flight(planned, self.transport, left_out, ahead, forgotten=optimizer if forgets else None)
 
     @torch.no_grad()
@@ -118,44 +150,50 @@ class Federation:
 
     # -- what is averaged with whom, and what becomes of it ---------------------------------------------------------
 
-    def _groups(self) -> list[tuple[Kind, tuple[int, ...], list[Piece]]]:
-        """(kind, sites, pieces) of every average that this site takes part in, in the global order."""
-        return averaged(self.layout, self.placement, self.site, self.transport.bucket_numel)
+    def _groups(self, codec: Codec | None) -> list[Group]:
+        """Every average that this site takes part in, in the global order."""
+        return averaged(self.layout, self.placement, self.site, self.transport.bucket_numel, codec)
 
     def _changes(self, left_out: frozenset[int], measured: bool) -> list[Bucket]:
         """A bucket after another of pseudo-gradients; its mean takes the outer step."""
         planned = []
-        for kind, sites, pieces in self._groups():
+        for kind, sites, pieces, codec in self._groups(self.codec):
             for indices in buckets([self._numel(piece) for piece in pieces], self.transport.bucket_numel):
                 taken = joined(pieces[i] for i in indices)
+                feeds = codec is not None and RESIDUAL in self.state.own
                 if left_out.issuperset(sites):
                     planned.append(Bucket.of_nobody(partial(self._restore, taken)))
                     continue
                 numel = sum(map(self._numel, taken))
                 read, write = partial(self._pseudo_gradients, taken), partial(self._outer_step, kind, taken, measured)
-                planned.append(Bucket(kind, sites, numel, read, write))
+                planned.append(
+                    Bucket(kind, sites, numel, read, write, codec, partial(self._note_lost, taken) if feeds else None)
+                )
         return planned
 
-    def _moments(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int]) -> list[Bucket]:
+    def _moments(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int], due: Due) -> list[Bucket]:
         """The same of the inner optimizer's moments, which are replaced by their mean."""
         if left_out and isinstance(optimizer, RowAdamW):
             for name in sorted(self.layout.trained):
                 optimizer.start_state(self.layout.tensors[name])  # a site that took no step yet has no moments
         planned = []
-        for _, sites, pieces in self._groups():
-            views = [
-                piece.of(moment)
+        for _, sites, pieces, codec in self._groups(self.moments_codec):
+            found = [
+                (second, piece.of(moment))
                 for piece in pieces
                 if piece.name in self.layout.trained
-                for moment in moments(optimizer, self.layout.tensors[piece.name])
+                for name, moment in moments(optimizer, self.layout.tensors[piece.name]).items()
+                if due[second := name == SECOND_MOMENT]
             ]
-            for indices in buckets([view.numel() for view in views], self.transport.bucket_numel):
-                taken = [views[i] for i in indices]
-                if left_out.issuperset(sites):
-                    planned.append(Bucket.of_nobody(partial(_zero, taken)))
-                    continue
-                numel = sum(view.numel() for view in taken)
-                planned.append(Bucket("moments", sites, numel, partial(_as_float32, taken), partial(_spread, taken)))
+            for coding, views in coded_apart(found, codec):
+                for indices in buckets([view.numel() for view in views], self.transport.bucket_numel):
+                    taken = [views[i] for i in indices]
+                    if left_out.issuperset(sites):
+                        planned.append(Bucket.of_nobody(partial(_zero, taken)))
+                        continue
+                    numel = sum(view.numel() for view in taken)
+                    read, write = partial(_as_float32, taken), partial(_spread, taken)
+                    planned.append(Bucket("moments", sites, numel, read, write, coding))
         return planned
 
     def _numel(self, piece: Piece) -> int:
@@ -164,12 +202,25 @@ class Federation:
     def _locals(self, pieces: Sequence[Piece]) -> list[Tensor]:
         return [piece.of(self.layout.tensors[piece.name]) for piece in pieces]
 
+    def _note_lost(self, pieces: Sequence[Piece], lost: Tensor) -> None:
+        _spread(self.state.fetch(pieces)[RESIDUAL], lost)
+
     def _restore(self, pieces: Sequence[Piece]) -> None:
+        """The round is without these: what they were, and nothing lost."""
+        for values in self.state.own.values():
+            for piece in pieces:
+                if piece.name in values:
+                    piece.of(values[piece.name]).zero_()
         for piece, local in zip(pieces, self._locals(pieces), strict=True):
             local.copy_(piece.of(self.anchors[piece.name]))
 
     def _pseudo_gradients(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        return _changes(self._locals(pieces), self.state.fetch(pieces)[ANCHOR])
+        """Anchor less local value, and what coding has lost of those before."""
+        state = self.state.fetch(pieces)
+        changes = _changes(self._locals(pieces), state[ANCHOR])
+        if residuals := state.get(RESIDUAL):
+            torch._foreach_add_(changes, residuals)
+        return changes
 
     def _outer_step(self, kind: Kind, pieces: Sequence[Piece], measured: bool, mean: Tensor) -> None:
         """Anchors move by the mean of the sites' changes, and the local values are the anchors again."""
@@ -186,7 +237,7 @@ class Federation:
                     movement.add(MEAN, layer, experts[slice(*pieces[i].rows or (0, 0))], changes[i])
         if trained:
             step_ = self.outer.step_rows_ if kind == "expert" else self.outer.step_
-            slots = {slot: values for slot, values in state.items() if slot != ANCHOR}
+            slots = {slot: state[slot] for slot in self.outer.slots}
             step_([anchors[i] for i in trained], [changes[i] for i in trained], slots)
         for i in range(len(pieces)):
             if pieces[i].name not in self.layout.trained:
@@ -273,6 +324,11 @@ class Federation:
                         for r, expert in enumerate(after[layer]):
                             kept = plan[r]
                             source[name][r].copy_(old[kept] if kept is not None else arrived[expert][i, name])
+                for own in self.state.own.values():
+                    if name in own:  # of what another site had lost this one has nothing to make up for
+                        old = own[name].clone()
+                        for r, kept in enumerate(plan):
+                            own[name][r].copy_(old[kept]) if kept is not None else own[name][r].zero_()
                 self.layout.tensors[name].copy_(self.anchors[name])
                 if name in self.layout.trained and isinstance(optimizer, RowAdamW):
                     optimizer.replace_rows(self.layout.tensors[name], plan)
@@ -371,12 +427,16 @@ class Federation:
         """What this site needs, beside the global model, to go on from here."""
         # A checkpoint may be written while a mid-round validation has the agreed values in the model.
         source = self.layout.tensors if self._stash is None else self._stash
-        return {"local": {name: tensor.detach() for name, tensor in source.items()}}
+        return {"local": {name: tensor.detach() for name, tensor in source.items()}, **self.state.own}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`; anchors must have been set by `load_global` before."""
         self.layout.fill(state["local"])
+        for slot, values in self.state.own.items():
+            for name, value in values.items():
+                # Also of a run without error feedback: then nothing has been lost.
+                value.copy_(state[slot][name]) if slot in state else value.zero_()
 
     @torch.no_grad()
     def load_global(self, weights: dict[str, Tensor]) -> None:
@@ -386,19 +446,33 @@ class Federation:
         self.layout.fill(self.anchors)
 
 
+def coded_apart(found: Sequence[tuple[bool, Tensor]], codec: Codec | None) -> list[tuple[Codec | None, list[Tensor]]]:
+    """Moments of a group by their codec: without one all together, else the second as their roots.
+
+    Args:
+        found: whether it is a second moment, and its values.
+        codec: of the group.
+    """
+    if codec is None:
+        return [(None, [values for _, values in found])]
+    codecs = (codec, Root(codec))
+    return [(codecs[order], [values for second, values in found if second == order]) for order in (False, True)]
+
+
 def averaged(
-    layout: ParameterLayout, placement: Placement, site: int, bucket_numel: int
-) -> list[tuple[Kind, tuple[int, ...], list[Piece]]]:
-    """(kind, sites, pieces) of every average that a site takes part in, in the global order.
+    layout: ParameterLayout, placement: Placement, site: int, bucket_numel: int, codec: Codec | None = None
+) -> list[Group]:
+    """Every average that a site takes part in, in the global order.
 
     Args:
         layout: the site's tensors.
         placement: who holds what.
         site: 0..M-1.
         bucket_numel: most elements of a bucket, into which large dense tensors are cut.
+        codec: of what may be coded, which then makes groups of its own; None casts everything.
     """
     dense = [piece for name in layout.dense for piece in cut(name, layout.tensors[name], bucket_numel)]
-    groups: list[tuple[Kind, tuple[int, ...], list[Piece]]] = [("dense", tuple(range(placement.n_sites)), dense)]
+    groups = [Group("dense", tuple(range(placement.n_sites)), dense, None)]
     rows = [{expert: row for row, expert in enumerate(layer)} for layer in placement.residents(site)]
     for sites in placement.holder_sets():
         if site in sites:
@@ -408,8 +482,15 @@ def averaged(
                 for layer, experts in groupby(placement.experts_of(sites), key=itemgetter(0))
                 for name, (_, expert) in product(layout.sparse(layer), experts)
             ]
-            groups.append(("expert", sites, pieces))
-    return groups
+            groups.append(Group("expert", sites, pieces, None))
+    if codec is None:
+        return groups
+    parts = []
+    for kind, sites, pieces, _ in groups:
+        for coded in (False, True):
+            some = [piece for piece in pieces if layout.may_be_coded(piece.name) == coded]
+            parts.append(Group(kind, sites, some, codec if coded else None))
+    return parts
 
 
 def _changes(local: list[Tensor], anchors: list[Tensor]) -> list[Tensor]:

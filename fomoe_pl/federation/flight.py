@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fomoe_pl.codec import Codec
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.transport import Pending, Transport
 
@@ -23,6 +24,8 @@ class Bucket:
         numel: elements of all values together.
         read: gives this site's values, float32, when the collective is started.
         write: takes their mean, one flat float32 tensor.
+        codec: of the values on the wire; None is a cast to the transport's dtype.
+        lost: takes, before `write`, what coding has lost of this site's values, one flat float32 tensor.
     """
 
     kind: Kind
@@ -30,6 +33,8 @@ class Bucket:
     numel: int
     read: Callable[[], Sequence[Tensor]]
     write: Callable[[Tensor], None]
+    codec: Codec | None = None
+    lost: Callable[[Tensor], None] | None = None
 
     @classmethod
     def of_nobody(cls, instead: Callable[[], None]) -> Bucket:
@@ -75,8 +80,9 @@ class Flight:
             self._planned.popleft()
             pending = None
             if bucket.sites:
-                start = self._transport.average
-                pending = start(bucket.kind, bucket.sites, bucket.numel, bucket.read, self._left_out)
+                pending = self._transport.average(
+                    bucket.kind, bucket.sites, bucket.numel, bucket.read, self._left_out, bucket.codec, bucket.lost
+                )
             self._started.append((bucket, pending))
 
 

@@ -19,6 +19,7 @@ from torch.optim.adamw import adamw
 from fomoe_pl.federation import adamw as adamw_kernel
 
 ROW_COUNTERS = ("step", "warmup")
+SECOND_MOMENT = "exp_avg_sq"
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -203,7 +204,8 @@ def rearranged(state: Mapping[str, Tensor], sources: Sequence[int | None], warmu
     return after
 
 
-def moments(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
+def moments(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
     """The moment buffers of a parameter: its state but the counters, in a fixed order (empty before a step)."""
     state = optimizer.state.get(param, {})
-    return [value for name, value in sorted(state.items()) if isinstance(value, Tensor) and name not in ROW_COUNTERS]
+    return {name: value for name, value in sorted(state.items())
+            if isinstance(value, Tensor) and name not in ROW_COUNTERS}  # fmt: skip

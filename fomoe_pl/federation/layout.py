@@ -32,6 +32,14 @@ class ParameterLayout:
         tensors |= {name: buffer for name, buffer in module.named_buffers() if name in persistent}
         return cls(tensors, dict(expert_layer), trained)
 
+    def may_be_coded(self, name: str) -> bool:
+        """Whether a codec may round a tensor's values on the wire: trained matrices, the router's excepted.
+
+        Norms, biases and routers are few numbers, of which each matters.
+        """
+        stacked = name in self.expert_layer
+        return name in self.trained and self.tensors[name].dim() >= 2 + stacked and "router" not in name.split(".")
+
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Set every tensor to the value of its name, in the tensor's own dtype and on its own device."""

@@ -42,6 +42,12 @@ class Ledger:
         self.sent[kind] += payload
         self.calls[kind] += 1
 
+    def add(self, other: Ledger) -> None:
+        """Count what another ledger has counted."""
+        self.reduced += other.reduced
+        self.sent += other.sent
+        self.calls += other.calls
+
     def payload(self, kind: Kind) -> int:
         """Payload bytes of one kind."""
         return self.sent[kind] + sum(n for (k, _), n in self.reduced.items() if k == kind)

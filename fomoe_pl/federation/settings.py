@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
-from fomoe_pl.codec import Codec
+from fomoe_pl.codec import Codec, Groups
 from fomoe_pl.errors import ConfigError, check_choice, check_range, check_seed
 from fomoe_pl.federation.outer import Average, OuterRule
 from fomoe_pl.federation.placement import (
@@ -24,6 +24,9 @@ from fomoe_pl.model.residency import Residency, Routing, Shadow, ShadowBits
 InnerMoments = Literal["keep", "reset", "average"]
 OuterPlace = Literal["device", "host"]
 WireDtype = Literal["float32", "bfloat16", "float16"]
+WireFormat = Literal["int8", "int4"]
+FORMATS: dict[str, Codec] = {"int8": Groups(8), "int4": Groups(4)}
+"""Integers in groups of 64 that share a scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,12 @@ class FederationConfig:
         outer: outer rule, one of `fomoe_pl.federation.outer` or your own subclass of its `OuterRule`; None is
             `Average`.
         inner_moments: what a round does to the inner optimizer's moments: keep, reset or average them.
-        wire_dtype: dtype of averaged values on the wire; anchors and outer state are always float32.
-        wire_codec: a `fomoe_pl.codec.Codec` of the sites' changes on the wire, such as `fomoe_pl.codec.Groups`; None
-            is a cast to `wire_dtype`, which moments always are.
+        moments_every: rounds between two averages of the moments, or of the first and of the second ones.
+        wire_dtype: dtype on the wire of averaged values that are not coded; anchors and outer state are always float32.
+        wire_codec: of the sites' changes on the wire: `int8` or `int4`, groups of 64 that share a scale, or your own
+            `fomoe_pl.codec.Codec`; None is a cast to `wire_dtype`, which routers, norms and biases always are.
+        error_feedback: add what coding has lost of a change to the site's next one.
+        moments_codec: the same of averaged moments: `int8`, the second as their square roots.
         bucket_mib: size of a communication buffer, MiB; one travels while another is read or written.
         outer_state: where anchors and the outer rule's state live between rounds: on the `device`, or on the `host`,
             which saves a GPU 4 to 8 bytes a parameter, and takes twice as many over its bus in a round.
@@ -72,8 +78,11 @@ class FederationConfig:
     local_steps: int | dict[int, int] = 32
     outer: OuterRule | None = None
     inner_moments: InnerMoments = "keep"
+    moments_every: int | tuple[int, int] = 1
     wire_dtype: WireDtype = "float32"
-    wire_codec: Codec | None = None
+    wire_codec: Codec | WireFormat | None = None
+    error_feedback: bool = False
+    moments_codec: WireFormat | None = None
     bucket_mib: int = 64
     outer_state: OuterPlace = "device"
     check_agreement: bool = False
@@ -103,7 +112,49 @@ class FederationConfig:
         if self.wire_dtype == "float16" and self.inner_moments == "average":
             rule = "AdamW's second moments are mostly below float16's smallest number, and without them steps explode"
             raise ConfigError("wire_dtype", self.wire_dtype, rule, "type bfloat16 or float32, or inner_moments keep")
+        self._check_formats()
         self.schedule, self.policy  # noqa: B018  both check themselves
+
+    def _check_formats(self) -> None:
+        if isinstance(self.wire_codec, str):
+            check_choice("wire_codec", self.wire_codec, WireFormat)
+        if self.error_feedback and self.wire_codec is None:
+            rule = "has no effect without wire_codec: a cast loses too little to be made up for"
+            raise ConfigError("error_feedback", True, rule, "leave it out, or type wire_codec int4")
+        if self.moments_codec == "int4":
+            rule = "averages of moments in 4 bits make runs diverge"
+            raise ConfigError("moments_codec", self.moments_codec, rule, "type int8")
+        if self.moments_codec is not None:
+            check_choice("moments_codec", self.moments_codec, WireFormat)
+        for period in self.periods:
+            check_range("moments_every", period, "it is in rounds: type 1 or more", least=1)
+        for name, value, default in (
+            ("moments_codec", self.moments_codec, None), ("moments_every", self.periods, (1, 1))
+        ):  # fmt: skip
+            if value != default and self.inner_moments != "average":
+                rule = f"has no effect with inner_moments {self.inner_moments}"
+                raise ConfigError(name, getattr(self, name), rule, "leave it out, or set inner_moments to average")
+
+    @property
+    def codec(self) -> Codec | None:
+        """Of the sites' changes."""
+        return FORMATS[self.wire_codec] if isinstance(self.wire_codec, str) else self.wire_codec
+
+    @property
+    def codec_of_moments(self) -> Codec | None:
+        """Of averaged moments; second ones are coded as their roots."""
+        return None if self.moments_codec is None else FORMATS[self.moments_codec]
+
+    @property
+    def periods(self) -> tuple[int, int]:
+        """Rounds between two averages of the first and of the second moments."""
+        every = self.moments_every
+        return (every, every) if isinstance(every, int) else (every[0], every[1])
+
+    def moments_due(self, rounds: int) -> tuple[bool, bool]:
+        """Whether the round that is number `rounds`, counting from 1, averages first and second moments."""
+        first, second = self.periods
+        return rounds % first == 0, rounds % second == 0
 
     @cached_property
     def schedule(self) -> RoundSchedule:
@@ -188,5 +239,17 @@ class FederationConfig:
         routing = f"{self.routing} ({self.shadow_bits} bits)" if self.routing == "shadow" else self.routing
         return (
             f"{n_sites} sites, each expert on {self.overlap_of(n_sites)} ({self.policy}), {routing} routing, "
-            f"rounds of {self.schedule} local steps, outer rule {self.rule}, moments: {self.inner_moments}"
+            f"rounds of {self.schedule} local steps, outer rule {self.rule}, moments: {self._moments_told()}"
+            f"{self._formats_told()}"
         )
+
+    def _moments_told(self) -> str:
+        every = self.moments_every
+        told = "" if self.periods == (1, 1) else f" every {every if isinstance(every, int) else list(every)} rounds"
+        return f"{self.inner_moments}{told}{'' if self.moments_codec is None else f' in {self.moments_codec}'}"
+
+    def _formats_told(self) -> str:
+        if self.wire_codec is None:
+            return ""
+        name = self.wire_codec if isinstance(self.wire_codec, str) else type(self.wire_codec).__name__
+        return f", changes in {name}{' with error feedback' if self.error_feedback else ''}"

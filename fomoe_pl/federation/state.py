@@ -13,6 +13,8 @@ from fomoe_pl.federation.layout import ParameterLayout
 
 ANCHOR = "anchor"
 """The slot of agreed values; others are the outer rule's."""
+RESIDUAL = "residual"
+"""A slot of the site's own: what coding has lost of its changes, to be added to the next ones (error feedback)."""
 
 Fetched = dict[str, list[Tensor]]
 """Slot -> the values of some pieces, on the device of the layout's tensors."""
@@ -56,13 +58,18 @@ class State:
     Args:
         layout: this site's tensors, whose values the anchors start with.
         slots: further slots, of what is trained, which start at zero.
+        feedback: keep the slot `RESIDUAL`, of what may be coded.
         on_host: keep everything in memory of the host, page-locked where the tensors are on a GPU.
 
     Attributes:
         slots: slot -> name -> values of the tensor's shape; `ANCHOR` has all names, others those that are trained.
+            Equal on all sites that hold them.
+        own: the same of slots that are the site's own.
     """
 
-    def __init__(self, layout: ParameterLayout, *, slots: Sequence[str] = (), on_host: bool = False) -> None:
+    def __init__(
+        self, layout: ParameterLayout, *, slots: Sequence[str] = (), feedback: bool = False, on_host: bool = False
+    ) -> None:
         new = _on_host if on_host else partial(torch.empty_like, dtype=torch.float32)
         self.layout = layout
         self.slots: dict[str, dict[str, Tensor]] = {
@@ -72,6 +79,10 @@ class State:
             self.slots[slot] = {
                 name: new(t.detach()).zero_() for name, t in layout.tensors.items() if name in layout.trained
             }
+        self.own: dict[str, dict[str, Tensor]] = {}
+        if feedback:
+            coded = (name for name in layout.tensors if layout.may_be_coded(name))
+            self.own[RESIDUAL] = {name: new(layout.tensors[name].detach()).zero_() for name in coded}
         self._elsewhere = on_host
         self._on_their_way: dict[Piece, Fetched] = {}
         on_gpu = on_host and any(t.is_cuda for t in layout.tensors.values())
@@ -136,7 +147,7 @@ class State:
     def _of(self, pieces: Sequence[Piece]) -> Fetched:
         return {
             slot: [piece.of(values[piece.name]) for piece in pieces if piece.name in values]
-            for slot, values in self.slots.items()
+            for slot, values in (self.slots | self.own).items()
         }
 
 

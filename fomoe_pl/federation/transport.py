@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fomoe_pl.codec import Codec
+from fomoe_pl.codec import GROUP, Codec
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.liveness import PATIENCE, sites_watched, wait_watching
@@ -24,8 +24,18 @@ def bucket_numel(bucket_bytes: int, dtype: WireDtype) -> int:
 
 
 def slice_numel(numel: int, n_sites: int) -> int:
-    """Elements of a slice of coded values, of which each site of a holder set averages one; the last is padded."""
-    return -(-numel // n_sites)
+    """Elements of a slice of coded values, of which each site of a holder set averages one: whole groups, padded."""
+    return -(-numel // (n_sites * GROUP)) * GROUP
+
+
+def coded_bytes(codec: Codec, numel: int, n_sites: int) -> int:
+    """Bytes that a site sends in an average of coded values over a holder set of several sites.
+
+    Two sites give each other all values. More give each other site its slice, and the mean of their own one.
+    """
+    if n_sites == 2:
+        return codec.nbytes(numel)
+    return 2 * (n_sites - 1) * codec.nbytes(slice_numel(numel, n_sites))
 
 
 class Pending:
@@ -59,7 +69,6 @@ class Transport:
         dtype: dtype of averaged values on the wire; sums are decoded to float32.
         bucket_bytes: upper bound of one buffer (a single larger piece gets a buffer of its own).
         timeout: after which a collective raises.
-        codec: of what is averaged in the kinds dense and expert; None is a cast to `dtype`.
         home: where the values live that are averaged; None is the wire's device. Host buffers for values of a GPU are
             page-locked.
     """
@@ -75,14 +84,12 @@ class Transport:
         bucket_bytes: int = 64 * 2**20,
         timeout: timedelta | None = None,
         home: torch.device | None = None,
-        codec: Codec | None = None,
     ) -> None:
         self.topology = topology
         self.home = device if home is None else home
         self.pinned = self.home.type == "cuda" and device.type == "cpu"
         self.ledger = ledger
         self.device = device
-        self.codec = codec
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.bucket_numel = bucket_numel(bucket_bytes, dtype)
         self.patience = PATIENCE if timeout is None else min(PATIENCE, timeout.total_seconds())
@@ -99,7 +106,8 @@ class Transport:
 
     def average(
         self, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
-        left_out: frozenset[int] = frozenset(),
+        left_out: frozenset[int] = frozenset(), codec: Codec | None = None,
+        lost: Callable[[Tensor], None] | None = None,
     ) -> Pending:  # fmt: skip
         """Start to average values over the sites of a holder set; every site of it calls this in the same order.
 
@@ -110,40 +118,84 @@ class Transport:
             read: gives the values, float32, on the tensors' own device; not called where this site is left out.
             left_out: sites whose weight is zero, the same on all sites, but not all of the holder set: the mean is
                 over the others.
+            codec: of the values on the wire; None is a cast to the transport's dtype.
+            lost: takes, before the mean is there, what coding has lost of this site's values, flat float32. The mean
+                over the sites of values less what was lost is the mean that all get; a site that is left out has
+                lost nothing, nor is anybody told what coding the mean of its slice has lost.
 
         Returns:
             What waits for the mean: one flat float32 tensor, on the tensors' own device.
         """
-        n_taken = len([site for site in sites if site not in left_out])
         if len(sites) == 1:  # nothing crosses, so nothing is rounded to the wire's dtype either
             alone = torch.cat([value.reshape(-1) for value in read()])
+            if lost is not None:
+                lost(torch.zeros_like(alone))
             return Pending(lambda: alone)
-        if self.codec is not None and kind != "moments":
-            return self._average_coded(self.codec, kind, sites, numel, read, left_out)
+        if codec is not None:
+            average = self._average_of_two if len(sites) == 2 else self._average_coded
+            return average(codec, kind, sites, numel, read, left_out, lost)
         buffer = self._filled(numel, None if self.topology.site in left_out else read)
         wait = self._start_all_reduce(kind, buffer, sites)
 
         def mean() -> Tensor:
             wait()
             total = buffer.to(self.home, non_blocking=True).float()
-            # A tensor: by a number a GPU multiplies with its inverse, and a site on a CPU would get other bits.
-            total /= torch.full((), n_taken, dtype=torch.float32, device=self.home)
+            total /= self._number_taken(sites, left_out)
             return total
+
+        return Pending(mean)
+
+    def _number_taken(self, sites: tuple[int, ...], left_out: frozenset[int]) -> Tensor:
+        """Sites that a mean is over: a tensor, by which all devices divide alike.
+
+        By a number a GPU multiplies with its inverse, and a site on a CPU would get other bits.
+        """
+        taken = len([site for site in sites if site not in left_out])
+        return torch.full((), taken, dtype=torch.float32, device=self.home)
+
+    def _values(self, numel: int, padded: int, read: Callable[[], Sequence[Tensor]] | None) -> Tensor:
+        """Values to be coded, flat, with zeros behind them; all zeros where there is nothing to read."""
+        values = torch.zeros(padded, dtype=torch.float32, device=self.home)
+        if read is not None:
+            flat = [value.reshape(-1) for value in read()]
+            torch._foreach_copy_(list(values[:numel].split([len(value) for value in flat])), flat)
+        return values
+
+    def _average_of_two(
+        self, codec: Codec, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
+        left_out: frozenset[int], lost: Callable[[Tensor], None] | None,
+    ) -> Pending:  # fmt: skip
+        """As `average`, of codes: both give each other theirs, and add in the order of the sites."""
+        out = self.topology.site in left_out
+        values = self._values(numel, numel, None if out else read)
+        outgoing = self._coded(codec, values[None])[0]
+        if lost is not None:
+            kept = torch.zeros_like(values) if out else values - codec.decode(outgoing.to(self.home), numel)
+        incoming = torch.empty(2, len(outgoing), dtype=torch.uint8, device=self.device)
+        self.ledger.send(kind, len(outgoing))
+        with sites_watched(self.topology, self.patience):
+            work = dist.all_gather(list(incoming.unbind()), outgoing, group=self._groups[sites], async_op=True)
+
+        def mean() -> Tensor:
+            with sites_watched(self.topology, self.patience):
+                wait_watching(work, self.topology)
+            if lost is not None:
+                lost(kept)
+            return self._mean_of(codec.decode(incoming.to(self.home), numel), sites, left_out)
 
         return Pending(mean)
 
     def _average_coded(
         self, codec: Codec, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
-        left_out: frozenset[int],
+        left_out: frozenset[int], lost: Callable[[Tensor], None] | None,
     ) -> Pending:  # fmt: skip
         """As `average`, of codes, which cannot be added: each site averages an equal slice, and gives it to all."""
-        n, n_taken = len(sites), len([site for site in sites if site not in left_out])
-        n_slice = slice_numel(numel, n)
-        values = torch.zeros(n * n_slice, dtype=torch.float32, device=self.home)
-        if self.topology.site not in left_out:
-            flat = [value.reshape(-1) for value in read()]
-            torch._foreach_copy_(values[:numel].split([len(value) for value in flat]), flat)
-        outgoing = self._coded(codec, values.view(n, n_slice))
+        n, site = len(sites), self.topology.site
+        n_slice, own, out = slice_numel(numel, n), sites.index(site), site in left_out
+        values = self._values(numel, n * n_slice, None if out else read).view(n, n_slice)
+        outgoing = self._coded(codec, values)
+        if lost is not None:
+            kept = torch.zeros_like(values) if out else values - codec.decode(outgoing.to(self.home), n_slice)
         incoming = torch.empty_like(outgoing)
         group, sent = self._groups[sites], (n - 1) * outgoing.shape[1]
         self.ledger.send(kind, sent)
@@ -153,20 +205,30 @@ class Transport:
         def mean() -> Tensor:
             with sites_watched(self.topology, self.patience):
                 wait_watching(shared, self.topology)
-            total = torch.zeros(n_slice, dtype=torch.float32, device=self.home)
-            for site, decoded in zip(sites, codec.decode(incoming.to(self.home), n_slice), strict=True):
-                if site not in left_out:  # codes of zeros need not be zeros
-                    total += decoded
-            total /= torch.full((), n_taken, dtype=torch.float32, device=self.home)  # a tensor, as above
+            total = self._mean_of(codec.decode(incoming.to(self.home), n_slice), sites, left_out)
             self.ledger.send(kind, sent)
             with sites_watched(self.topology, self.patience):
                 agreed = self._coded(codec, total[None])[0]
                 work = dist.all_gather(list(incoming.unbind()), agreed, group=group, async_op=True)
                 wait_watching(work, self.topology)
             # All decode the same codes, the slice's owner too: the same bits everywhere.
-            return codec.decode(incoming.to(self.home), n_slice).reshape(-1)[:numel]
+            decoded = codec.decode(incoming.to(self.home), n_slice)
+            if lost is not None:
+                if not out:  # of the mean of its slice, which is of all of them: the owner makes up for it
+                    kept[own] += (total - decoded[own]) * self._number_taken(sites, left_out)
+                lost(kept.view(-1)[:numel])
+            return decoded.reshape(-1)[:numel]
 
         return Pending(mean)
+
+    def _mean_of(self, decoded: Tensor, sites: tuple[int, ...], left_out: frozenset[int]) -> Tensor:
+        """The mean of the sites' rows, added in the order of the sites; codes of zeros need not be zeros."""
+        total = torch.zeros_like(decoded[0])
+        for site, row in zip(sites, decoded, strict=True):
+            if site not in left_out:
+                total += row
+        total /= self._number_taken(sites, left_out)
+        return total
 
     def _coded(self, codec: Codec, rows: Tensor) -> Tensor:
         """Rows as bytes on the wire's device.

@@ -305,8 +305,8 @@ class SiteStrategy(Strategy):
         return None if self.federation is None else self.federation.placement
 
     def agreed_bytes(self) -> int:
-        """Bytes of anchors and of the outer rule's state on this rank's device."""
-        kept = {} if self.federation is None else self.federation.state.slots
+        """Bytes of anchors, of the outer rule's state and of what coding has lost on this rank's device."""
+        kept = {} if self.federation is None else self.federation.state.slots | self.federation.state.own
         return sum(t.nbytes for tensors in kept.values() for t in tensors.values() if t.device == self.root_device)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:

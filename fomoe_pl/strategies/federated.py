@@ -160,11 +160,11 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             bucket_bytes=settings.bucket_mib * 2**20,
             timeout=self.timeout,
             home=self.root_device,
-            codec=settings.wire_codec,
         )
         self.federation = Federation(
             self.content.layout(), self.placed(config), transport, outer=settings.rule,
-            inner_moments=settings.inner_moments, state_on_host=settings.outer_state == "host",
+            inner_moments=settings.inner_moments, codec=settings.codec, moments_codec=settings.codec_of_moments,
+            error_feedback=settings.error_feedback, state_on_host=settings.outer_state == "host",
             copies=copies_of(self.transformer),
         )  # fmt: skip
         rank_zero_info(self.describe())

@@ -62,7 +62,7 @@ class Rounds:
         assert federation is not None
         site.ask_observers(lambda observer: observer.before_synchronization())
         left_out = self._report()
-        federation.synchronize(optimizer, left_out)
+        federation.synchronize(optimizer, left_out, due=settings.moments_due(site.rounds_done + 1))
         site.rounds_done += 1
         site.ask_observers(lambda observer: observer.after_synchronization())
         site.share_observations()

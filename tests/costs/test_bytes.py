@@ -63,6 +63,12 @@ CASES: list[tuple[ModelConfig, dict[str, Any]]] = [
     (SWIGLU, {"overlap": 2, "outer": AVERAGE, "routing": "shadow", "placement": "random", "reshuffle_rounds": 3,
               "shadow_bits": 8, "shadow_refresh": 2, "local_steps": 2}),
     (ARCHITECTURE, {"overlap": 3, "outer": AVERAGE, "routing": "shadow"}),
+    (SWIGLU, {"overlap": 2, "outer": NESTEROV, "wire_codec": "int4", "error_feedback": True, "moments_codec": "int8",
+              "inner_moments": "average", "moments_every": (1, 2), "placement": "random"}),
+    (SWIGLU, {"overlap": 3, "outer": AVERAGE, "wire_codec": "int8", "inner_moments": "average", "moments_every": 2}),
+    # The embedding is cut.
+    (replace(ARCHITECTURE, vocab_size=40_037), {"overlap": 1, "outer": AVERAGE, "moments_codec": "int8",
+                                                "inner_moments": "average", "bucket_mib": 1}),
 ]  # fmt: skip
 IDS = [f"{i}-overlap{case['overlap']}" for i, (_, case) in enumerate(CASES)]
 
@@ -88,12 +94,18 @@ def _count(
     layout = ParameterLayout.of(model, model.expert_tensors())
     arcs = all_arcs(architecture.n_experts, architecture.n_layers, M, settings.overlap_of(M))
     transport = Transport(
-        Topology(M, 1, rank), arcs, Ledger(), device=torch.device("cpu"), dtype=settings.wire_dtype, bucket_bytes=2000
+        Topology(M, 1, rank),
+        arcs,
+        Ledger(),
+        device=torch.device("cpu"),
+        dtype=settings.wire_dtype,
+        bucket_bytes=settings.bucket_mib * 2**20 if settings.codec or settings.codec_of_moments else 2000,
     )
     buffers = dict(model.named_buffers())
     packed = {name.replace(".shadow.", ".experts."): buffers[name] for name in model.shadow_tensors()}
     federation = Federation(
         layout, placement, transport, outer=settings.rule, inner_moments=settings.inner_moments,
+        codec=settings.codec, moments_codec=settings.codec_of_moments, error_feedback=settings.error_feedback,
         copies=Copies(packed, settings.shadow.codec, lambda: nullcontext(packed)) if packed else None,
     )  # fmt: skip
     optimizer = RowAdamW(model.parameters(), lr=0.01)
@@ -105,7 +117,7 @@ def _count(
             optimizer.step()
         if step and settings.schedule.is_round_end(step, steps):
             rounds += 1
-            federation.synchronize(optimizer)
+            federation.synchronize(optimizer, due=settings.moments_due(rounds))
             moved = settings.moves_after(rounds) and step != steps
             if moved:
                 draws += 1

@@ -242,10 +242,14 @@ def _left_out(rank: int, inner_moments: str, everyone: bool) -> tuple[dict[Any, 
                 tensor.fill_(float("nan"))
     own = rows(federation, dict(federation.layout.tensors))
     trained = {name: federation.layout.tensors[name] for name in federation.layout.trained}
-    own_m = rows(federation, {n: moments(optimizer, p)[0] for n, p in trained.items() if moments(optimizer, p)})
+    own_m = rows(
+        federation, {n: next(iter(moments(optimizer, p).values())) for n, p in trained.items() if moments(optimizer, p)}
+    )
     federation.synchronize(optimizer, out)
     federation.check_agreement()
-    m = rows(federation, {n: moments(optimizer, p)[0] for n, p in trained.items() if moments(optimizer, p)})
+    m = rows(
+        federation, {n: next(iter(moments(optimizer, p).values())) for n, p in trained.items() if moments(optimizer, p)}
+    )
     return before, own, rows(federation, dict(federation.layout.tensors)), own_m, m
 
 

@@ -48,8 +48,10 @@ def toy_layout(placement: Placement, site: int) -> ParameterLayout:
     return ParameterLayout(tensors, expert_layer, frozenset(name for name in tensors if not is_buffer(name)))
 
 
-def make(case: Case, rank: int, **wire_options: Any) -> tuple[Federation, RowAdamW]:
-    """The federation of one rank and its inner optimizer."""
+def make(
+    case: Case, rank: int, options: dict[str, Any] | None = None, **wire_options: Any
+) -> tuple[Federation, RowAdamW]:
+    """The federation of one rank, with further options, and its inner optimizer."""
     placement = case.place(0)
     layout = toy_layout(placement, rank)
     arcs = all_arcs(EXPERTS, LAYERS, case.n_sites, case.overlap)
@@ -57,7 +59,7 @@ def make(case: Case, rank: int, **wire_options: Any) -> tuple[Federation, RowAda
     federation = Federation(
         layout, placement, wire,
         outer=Average(case.lr) if case.rule == "average" else Nesterov(case.lr, case.momentum),
-        inner_moments=case.inner_moments, state_on_host=case.on_host,
+        inner_moments=case.inner_moments, state_on_host=case.on_host, **(options or {}),
     )  # fmt: skip
     trained = [layout.tensors[name] for name in sorted(layout.trained)]
     return federation, RowAdamW(trained, row_warmup_steps=case.warmup, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
@@ -116,8 +118,8 @@ def run_case(case: Case, rank: int, **wire_options: Any) -> tuple[list[dict[str,
             "anchor": rows(federation, federation.anchors),
             "momentum": rows(federation, federation.state.slots.get("momentum", {})),
             "local": rows(federation, dict(federation.layout.tensors)),
-            "m": rows(federation, {name: pair[0] for name, pair in pairs.items() if pair}),
-            "v": rows(federation, {name: pair[1] for name, pair in pairs.items() if pair}),
+            "m": rows(federation, {name: pair["exp_avg"] for name, pair in pairs.items() if pair}),
+            "v": rows(federation, {name: pair["exp_avg_sq"] for name, pair in pairs.items() if pair}),
             "digest": digest(federation),
         })  # fmt: skip
         federation.check_agreement()
