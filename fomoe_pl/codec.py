@@ -9,6 +9,7 @@ a device might take them for zero.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 GROUP = 64
 """Numbers that share a scale."""
 SCALE_BYTES = 2
+_GROUPS_CPU = 4096  # 1 MiB of float32
 SMALLEST = 2.0**-100
 """A group in which nothing is as large decodes to zeros."""
 
@@ -109,37 +111,77 @@ class Groups:
 
     def encode(self, values: Tensor) -> Tensor:
         """As of `Codec`."""
-        numel = values.shape[-1]
-        x_GN = F.pad(values.float(), (0, -numel % GROUP)).unflatten(-1, (-1, GROUP))
-        largest_G1 = x_GN.abs().amax(dim=-1, keepdim=True)
+        missing = -values.shape[-1] % GROUP
+        flat = F.pad(values.float(), (0, missing)) if missing else values.float()
+        x_GN = flat.unflatten(-1, (flat.shape[-1] // GROUP, GROUP))
+        largest_G1 = torch.empty(*x_GN.shape[:-1], 1, dtype=torch.float32, device=values.device)
+        for x, largest in _parts(x_GN, largest_G1):
+            torch.amax(x.abs(), dim=-1, keepdim=True, out=largest)
         usable_G1 = (largest_G1 >= SMALLEST) & (largest_G1 < math.inf)  # neither holds of what is not a number
-        scale_G1 = (largest_G1 * (1 / self.highest)).to(torch.bfloat16)
-        scale_G1 = torch.where(usable_G1, scale_G1, torch.where(largest_G1 < SMALLEST, 0.0, math.inf))
-        levels_GN = torch.where(usable_G1, x_GN / scale_G1.float(), 0.0)
-        levels_GN = levels_GN.floor().clamp(-2, 1) if self.bits == 2 else levels_GN.round()
-        if self.bits > 2:  # a scale may have been rounded down
-            levels_GN = levels_GN.clamp(-self.highest, self.highest)
-        levels_GN = levels_GN.to(torch.int8).view(torch.uint8)
-        if self.bits < 8:
-            parts = (levels_GN & (1 << self.bits) - 1).unflatten(-1, (-1, 8 // self.bits)).unbind(-1)
-            levels_GN = parts[0]
-            for i, part in enumerate(parts[1:], start=1):
-                levels_GN = levels_GN | (part << i * self.bits)
-        scales = scale_G1.to(torch.bfloat16).squeeze(-1).contiguous().view(torch.uint8)
-        return torch.cat((levels_GN.flatten(-2), scales), dim=-1)
+        scale_G1 = (largest_G1 * (1 / self.highest)).to(torch.bfloat16).float()
+        told_G1 = torch.where(usable_G1, scale_G1, torch.where(largest_G1 < SMALLEST, 0.0, math.inf))
+        over_G1 = torch.where(usable_G1, scale_G1, math.inf)
+        careful = values.device.type != "cpu" or not usable_G1.all()
+        n_levels = x_GN.shape[-2] * GROUP * self.bits // 8
+        coded = torch.empty(*values.shape[:-1], n_levels + SCALE_BYTES * x_GN.shape[-2], dtype=torch.uint8,
+                            device=values.device)  # fmt: skip
+        coded[..., n_levels:] = told_G1.to(torch.bfloat16).view(torch.uint8).flatten(-2)
+        levels = coded[..., :n_levels].unflatten(-1, (x_GN.shape[-2], GROUP * self.bits // 8))
+        for x, over, level in _parts(x_GN, over_G1, levels):
+            self._encode_levels(x, over, level, careful)
+        return coded
+
+    def _encode_levels(self, x_GN: Tensor, over_G1: Tensor, levels_GB: Tensor, careful: bool) -> None:
+        levels_GN = x_GN / over_G1
+        if careful:
+            levels_GN.nan_to_num_(0.0)  # infinities over infinity
+        if self.bits == 2:
+            levels_GN.floor_().clamp_(-2, 1)
+        else:
+            levels_GN.round_().clamp_(-self.highest, self.highest)  # a scale may have been rounded down
+        codes = levels_GN.to(torch.int8)
+        # Neighbours are packed in a register, little-endian: as one number, they are shifted onto each other.
+        if self.bits == 4:
+            pair = codes.view(torch.int16)
+            pair &= 0x0F0F
+            pair |= pair >> 4
+            codes = pair.view(torch.uint8)[..., ::2]
+        elif self.bits == 2:
+            four = codes.view(torch.int32)
+            four &= 0x03030303
+            four |= four >> 6
+            four |= four >> 12
+            codes = four.view(torch.uint8)[..., ::4]
+        levels_GB.copy_(codes.view(torch.uint8))
 
     def decode(self, data: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """As of `Codec`."""
         n_groups = math.ceil(numel / GROUP)
         split = n_groups * GROUP * self.bits // 8
-        codes, half = data[..., :split], 1 << self.bits - 1
-        scale_G1 = _as_type(data[..., split : self.nbytes(numel)], torch.bfloat16).float().unsqueeze(-1)
+        codes = data[..., :split].unflatten(-1, (n_groups, GROUP * self.bits // 8))
+        scales = _as_type(data[..., split : self.nbytes(numel)], torch.bfloat16).unsqueeze(-1)
+        values = torch.empty(*codes.shape[:-1], GROUP, dtype=torch.float32, device=data.device)
+        for code, scale, value in _parts(codes, scales, values):
+            self._decode_groups(code, scale, value)
+        return values.flatten(-2)[..., :numel].to(dtype)
+
+    def _decode_groups(self, codes_GB: Tensor, scales_G1: Tensor, values_GN: Tensor) -> None:
+        codes = codes_GB
+        if self.bits == 4:
+            pair = codes.to(torch.int16)
+            codes = ((pair | pair << 4) & 0x0F0F).view(torch.uint8)
+        elif self.bits == 2:
+            four = codes.to(torch.int32)
+            four |= four << 12
+            codes = ((four | four << 6) & 0x03030303).view(torch.uint8)
+        levels = codes.view(torch.int8)
         if self.bits < 8:
-            parts = [codes >> shift & (1 << self.bits) - 1 for shift in range(0, 8, self.bits)]
-            codes = torch.stack(parts, dim=-1).flatten(-2)
-        levels = (codes ^ half).float() - (half - 0.5 if self.bits == 2 else half)
-        values = levels.unflatten(-1, (n_groups, GROUP)).mul_(scale_G1).flatten(-2)
-        return values[..., :numel].to(dtype)
+            half = 1 << self.bits - 1
+            levels = (levels ^ half) - half  # the sign's bit in all higher ones
+        values_GN.copy_(levels)
+        if self.bits == 2:
+            values_GN += 0.5
+        values_GN *= scales_G1.float()
 
 
 @dataclass(frozen=True)
@@ -177,6 +219,16 @@ def codec_of(bits: int) -> Codec:
         32: Cast(torch.float32), 16: Cast(torch.bfloat16), 8: Groups(8), 4: Groups(4), 2: Groups(2)
     }  # fmt: skip
     return codecs[bits]
+
+
+def _parts(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
+    """Cut tensors that have the same groups into parts, on a CPU so small that they stay in its cache."""
+    if tensors[0].device.type != "cpu" or tensors[0].numel() <= 2 * GROUP * _GROUPS_CPU:
+        yield tensors
+        return
+    for rows in zip(*(tensor.flatten(0, -3).unbind() if tensor.dim() > 2 else (tensor,) for tensor in tensors),
+                    strict=True):  # fmt: skip
+        yield from zip(*(row.split(_GROUPS_CPU) for row in rows), strict=True)
 
 
 def _as_type(data: Tensor, dtype: torch.dtype) -> Tensor:
