@@ -1,4 +1,4 @@
-"""Settings of copies that cannot work are refused in one message, before any process starts."""
+"""Settings of copies and of formats that cannot work are refused in one message, before any process starts."""
 
 import subprocess
 import sys
@@ -22,13 +22,33 @@ ROOT = Path(__file__).parents[2]
         ({"routing": "partitioned", "shadow_refresh": 2}, "shadow_refresh", "has no effect with routing partitioned"),
         ({"shadow_input_gradient": False}, "shadow_input_gradient", "set routing to shadow"),
         ({"routing": "shadows"}, "routing", "shadow"),
+        ({"wire_codec": "int2"}, "wire_codec", "int4"),
+        ({"error_feedback": True}, "error_feedback", "type wire_codec int4"),
+        ({"moments_codec": "int4", "inner_moments": "average"}, "moments_codec", "Type int8"),
+        ({"moments_codec": "int8"}, "moments_codec", "set inner_moments to average"),
+        ({"moments_every": 2}, "moments_every", "set inner_moments to average"),
+        ({"moments_every": (1, 0), "inner_moments": "average"}, "moments_every", "type 1 or more"),
     ],
 )
-def test_settings_of_copies_that_cannot_work_are_refused(settings: dict[str, Any], key: str, told: str) -> None:
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], key: str, told: str) -> None:
     with pytest.raises(ConfigError) as error:
         FederationConfig(**settings)
     assert error.value.key == key
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(("every", "due"), [(1, 4 * [(True, True)]), (2, 2 * [(False, False), (True, True)]),
+                                             ((1, 4), [*3 * [(True, False)], (True, True)])])  # fmt: skip
+def test_moments_are_due_every_so_many_rounds(every: Any, due: list[tuple[bool, bool]]) -> None:
+    settings = FederationConfig(inner_moments="average", moments_every=every)
+    assert [settings.moments_due(rounds) for rounds in range(1, 5)] == due
+
+
+def test_the_description_names_formats_and_periods() -> None:
+    told = FederationConfig(
+        inner_moments="average", moments_every=(1, 4), moments_codec="int8", wire_codec="int4", error_feedback=True
+    ).describe(4)
+    assert "moments: average every [1, 4] rounds in int8, changes in int4 with error feedback" in told
 
 
 @pytest.mark.parametrize("routing", ["ghost", "partitioned", "shadow"])

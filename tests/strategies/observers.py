@@ -139,6 +139,7 @@ def snapshot(trainer: L.Trainer) -> dict[str, Any]:
         "anchors": {name: tensor.clone() for name, tensor in federation.anchors.items()},
         "copies": {} if federation.copies is None else {n: t.clone() for n, t in federation.copies.tensors.items()},
         "momenta": {name: t.clone() for name, t in federation.state.slots.get("momentum", {}).items()},
+        "residuals": {name: t.clone() for name, t in federation.state.own.get("residual", {}).items()},
         "optimizer": optimizer_state,
         "lr": torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64),
         "schedule": trainer.lr_scheduler_configs[0].scheduler.last_epoch,
