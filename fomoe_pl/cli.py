@@ -203,14 +203,15 @@ class FoMoECLI(PlainCLI):
         if not isinstance(strategy, SiteStrategy):
             raise _unknown_strategy(f"{type(strategy).__module__}.{type(strategy).__qualname__}")
         path = self.config[self.subcommand].ckpt_path
-        if path is not None and self.subcommand == "fit":
+        own_disks = isinstance(strategy, FederatedStrategy) and strategy.checkpoint_root is not None
+        if path is not None and self.subcommand == "fit" and not own_disks:
             path = _newest(trainer) if path == "auto" else path
             self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
         if isinstance(strategy, FederatedStrategy) and strategy.settings.min_sites is not None:
             self._keep_pace(strategy, trainer.num_nodes * trainer.num_devices, path)
         data.goes_on = path is not None
         strategy.check_run(trainer, module, data, fitting=self.subcommand == "fit")
-        if path is not None:
+        if path is not None and not own_disks:  # which of them a site lacks shows when all have met
             check_weights(path, module.config)
 
     def _keep_pace(self, strategy: FederatedStrategy, n_sites: int, path: str | None) -> None:

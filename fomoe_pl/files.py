@@ -58,6 +58,31 @@ def check_local(key: str, path: object) -> None:
                           "name a folder of a mounted file system, and copy it from there")  # fmt: skip
 
 
+SITE = "{site}"
+"""What stands for a site's number in the name of a folder."""
+OfSites = str | dict[int, str]
+"""A folder, with `SITE` in its name one for each site; or a mapping from sites to folders."""
+
+
+def of_site(key: str, folders: OfSites, site: int, example: str) -> str:
+    """The folder of a site.
+
+    Args:
+        key: the setting.
+        folders: its value.
+        site: 0..M-1.
+        example: of a folder, for the message.
+
+    Raises:
+        ConfigError: if a mapping does not name the site.
+    """
+    if isinstance(folders, str):
+        return folders.replace(SITE, str(site))
+    if site not in folders:
+        raise ConfigError(key, folders, f"names no folder for site {site}", f"add a line: {site}: {example}")
+    return folders[site]
+
+
 def prepare(key: str, path: Path) -> None:
     """Make a file's folder, before the work is done that goes into it.
 

@@ -22,6 +22,7 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, reset_seed
+from lightning.pytorch import __version__ as lightning_version
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -67,6 +68,20 @@ def may_stop_early(trainer: Any) -> bool:
 def given_version(logger: Logger) -> int | str | None:
     """A logger's version, if it was given: `version` itself makes one up, and some loggers ask a server for it."""
     return logger._version if isinstance(logger, (TensorBoardLogger, CSVLogger)) else None
+
+
+class NoCheckpoint(dict[str, Any]):
+    """What a strategy gives Lightning for a path behind which there turns out to be nothing: the run starts anew.
+
+    Lightning wants a version in what it loads, and asks whether there is anything in it before it uses more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({"pytorch-lightning_version": lightning_version})
+
+    def __bool__(self) -> bool:
+        """Nothing."""
+        return False
 
 
 # -- signals ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.observer import RoundObserver
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.federation.settings import FederationConfig
+from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.lightning_internals import random_states, set_random_states
 from fomoe_pl.model.config import ModelConfig
@@ -127,6 +128,9 @@ class Site(Counts, Protocol):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """An object from one rank to all."""
 
+    def texts_of_sites(self, text: str) -> list[str]:
+        """What each site tells the others, in the order of sites; all call it together."""
+
 
 class FederatedSite(Site, Protocol):
     """What is asked of a strategy with rounds beside."""
@@ -147,10 +151,12 @@ class Content:
     Attributes:
         average: a moving average of the global model, this site's rows; empty without.
         every_site_writes: whether every site writes a part, or rank 0 everything.
+        own_disks: whether each site has a folder of its own, in which it stores its part.
         restored_after_setup: whether tensors are there only after the strategy's `setup`.
     """
 
     every_site_writes = False
+    own_disks = False
     restored_after_setup = False
 
     def __init__(self, site: Site) -> None:
@@ -189,15 +195,28 @@ class Content:
         """What this rank needs beside the global model to resume."""
         return {"ledger": self.site.ledger.state_dict(), "sync_seconds": self.site.sync_seconds}
 
+    def load_ledger(self, state: dict[str, Any]) -> None:
+        """Go on from the counts of a checkpoint."""
+        self.site.ledger.load_state_dict(state)
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore `state`."""
-        self.site.ledger.load_state_dict(state["ledger"])
+        self.load_ledger(state["ledger"])
         self.site.sync_seconds = state["sync_seconds"]
 
     def check(self) -> None:
         """Raise where what would be saved is not what all sites have; every rank calls it."""
 
     # -- what is written ------------------------------------------------------------------------------------------
+
+    def place(self, path: str | Path) -> Path:
+        """Where this site writes the checkpoint that Lightning calls by this path."""
+        return Path(path)
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether a disk of this site's own has checkpoints already."""
+        return False
 
     @property
     def n_writers(self) -> int:
@@ -209,6 +228,33 @@ class Content:
         """Whether this rank writes experts and its own state."""
         return self.every_site_writes or self.site.is_global_zero
 
+    @property
+    def writes_common(self) -> bool:
+        """Whether this rank writes dense tensors and Lightning's state."""
+        return self.own_disks or self.site.is_global_zero
+
+    def expert_files(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """File name -> its tensors by `<name>#<expert>`, of the files of experts that this rank writes.
+
+        Args:
+            prefix: of the names of the files.
+            tensors: values by name, this site's rows; not all names need be there.
+        """
+        return {files.experts_name(self.site.topology.site, prefix): self.rows(tensors, self.owned())}
+
+    def rows(self, tensors: Mapping[str, Tensor], experts: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
+        """Tensors by `<name>#<expert>`.
+
+        Args:
+            tensors: values by name, this site's rows.
+            experts: (layer, expert, row) of those that are wanted.
+        """
+        layout = self.layout()
+        names = {layer: layout.sparse(layer) for layer in set(layout.expert_layer.values())}
+        return {
+            f"{name}#{e}": tensors[name][row] for layer, e, row in experts for name in names[layer] if name in tensors
+        }
+
     def files(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """File name -> content, of all files that this rank writes.
 
@@ -216,18 +262,12 @@ class Content:
             checkpoint: Lightning's state.
         """
         layout, site, module = self.layout(), self.site.topology.site, self.site.mid_round
-        names = {layer: layout.sparse(layer) for layer in set(layout.expert_layer.values())}
         contents: dict[str, Any] = {}
         slots = {files.of_slot(slot): tensors for slot, tensors in self.slots().items()}
         for prefix, tensors in {"": self.tensors(), **slots, files.AVERAGE: self.average}.items():
             if tensors and self.writes:
-                contents[files.experts_name(site, prefix)] = {
-                    f"{name}#{e}": tensors[name][row]
-                    for layer, e, row in self.owned()
-                    for name in names[layer]
-                    if name in tensors
-                }
-            if tensors and self.site.is_global_zero:
+                contents |= self.expert_files(prefix, tensors)
+            if tensors and self.writes_common:
                 contents[files.dense_name(prefix)] = {n: tensors[n] for n in layout.dense if n in tensors}
         if self.writes:
             contents[files.site_name(site)] = {
@@ -245,9 +285,10 @@ class Content:
             kept = {key: state for key, state in checkpoint.get("callbacks", {}).items() if key in watchers}
             if kept:
                 contents[files.observers_name(site)] = kept
-        if self.site.is_global_zero:
+        if self.writes_common:
             skipped = ("state_dict", "optimizer_states")
-            contents["trainer.pt"] = {key: value for key, value in checkpoint.items() if key not in skipped}
+            trainer = files.trainer_name(site if self.own_disks else 0)
+            contents[trainer] = {key: value for key, value in checkpoint.items() if key not in skipped}
         return contents
 
     def manifest(self) -> dict[str, Any]:
@@ -271,10 +312,24 @@ class Content:
 
     # -- what is taken back ---------------------------------------------------------------------------------------
 
+    def trainer_file(self, folder: Path, manifest: Mapping[str, Any]) -> str:
+        """The file of Lightning's state that this site goes on from."""
+        return files.trainer_name()
+
+    def own_state(self, folder: Path, manifest: Mapping[str, Any], site: int) -> dict[str, Any] | None:
+        """What a site needs beside the global model; None where that is lost.
+
+        Args:
+            folder: the checkpoint.
+            manifest: its manifest.
+            site: whose state it is.
+        """
+        return files.read_state(folder, files.site_name(site), manifest)
+
     def load_trainer(self, folder: Path) -> dict[str, Any]:
         """Lightning's state, with what this site's own callbacks know."""
         manifest, observers = files.read_manifest(folder), files.observers_name(self.site.topology.site)
-        state = files.read_state(folder, "trainer.pt", manifest)
+        state = files.read_state(folder, self.trainer_file(folder, manifest), manifest)
         if observers in manifest["files"]:
             own = files.read_state(folder, observers, manifest)
             state["callbacks"] = {**state.get("callbacks", {}), **own}
@@ -326,7 +381,9 @@ class Content:
         # goes on from another's.
         own_files = [name for name in manifest["files"] if name.startswith("site-")]
         of = site.topology.site % len(own_files) if self.writes else 0
-        own = files.read_state(folder, files.site_name(of), manifest)
+        own = self.own_state(folder, manifest, of)
+        if own is None:
+            return steps
         changed = differences(manifest["identity"], self.identity())
         if not changed:
             if own["residents"] != model.residency.experts:
@@ -338,7 +395,7 @@ class Content:
             site.mid_round.set_round_steps(own.get("steps", (0, 0)))  # older ones have none
             return steps
         if of == site.topology.site:
-            site.ledger.load_state_dict(own["strategy"]["ledger"])
+            self.load_ledger(own["strategy"]["ledger"])
         layout = self.layout()
         [optimizer] = site.optimizers
         fresh = carry_over(
@@ -366,25 +423,26 @@ class FederatedContent(Content):
     site: FederatedSite
 
     @property
-    def _federation(self) -> Federation:
+    def federation(self) -> Federation:
+        """The strategy's, which `setup` makes."""
         assert self.site.federation is not None, "the strategy has not been set up"
         return self.site.federation
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The anchors: agreed values, float32, also in mid-round."""
-        return self._federation.anchors
+        return self.federation.anchors
 
     def set_tensors(self, values: dict[str, Tensor]) -> None:
         """Anchors and local values."""
-        self._federation.load_global(values)
+        self.federation.load_global(values)
 
     def slots(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The outer rule's state, float32."""
-        return self._federation.state.of_rule
+        return self.federation.state.of_rule
 
     def owned(self) -> list[tuple[int, int, int]]:
         """The experts of which this site is the owner."""
-        site, placement = self.site.topology.site, self._federation.placement
+        site, placement = self.site.topology.site, self.federation.placement
         return [(i, e, r) for i, e, r in super().owned() if placement.owner(i, e) == site]
 
     def identity(self) -> dict[str, Any]:
@@ -393,12 +451,12 @@ class FederatedContent(Content):
 
     def check(self) -> None:
         """Compare what all sites must have alike."""
-        self._federation.check_agreement()
+        self.federation.check_agreement()
 
     def state(self) -> dict[str, Any]:
         """Local values, which differ from the anchors in mid-round, and the ledger."""
-        state = {**super().state(), "federation": self._federation.state_dict()}
-        copies = self._federation.copies
+        state = {**super().state(), "federation": self.federation.state_dict()}
+        copies = self.federation.copies
         if copies is not None and self.site.settings.shadow_refresh > 1:  # else they are what the anchors are
             state["copies"] = dict(copies.tensors)
         if self.site.settings.policy.sees_loads:
@@ -408,8 +466,8 @@ class FederatedContent(Content):
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore `state`."""
         super().load_state(state)
-        self._federation.load_state_dict(state["federation"])
-        copies = self._federation.copies
+        self.federation.load_state_dict(state["federation"])
+        copies = self.federation.copies
         if copies is not None and "copies" in state:
             for name, packed in copies.tensors.items():
                 packed.copy_(state["copies"][name])
@@ -421,7 +479,7 @@ class FederatedContent(Content):
         state, manifest = super().load_trainer(folder), files.read_manifest(folder)
         self.site.redraws, self.site.loads_at_draw = manifest["redraws"], manifest.get("loads_at_draw")
         placement = self.site.placed(self.site.transformer.config)
-        self._federation.placement = placement
+        self.federation.placement = placement
         residents = placement.residents(self.site.topology.site)
         self.site.transformer.set_residency(self.site.settings.residency(residents))
         return state
@@ -429,11 +487,14 @@ class FederatedContent(Content):
     def load_weights(self, folder: Path) -> None:
         """This site's weights, and those of the experts that it keeps copies of, packed a layer at a time."""
         super().load_weights(folder)
-        copies, config = self._federation.copies, self.site.transformer.config
-        if copies is None:
-            return
+        if self.federation.copies is not None:
+            self.load_copies(folder, self.federation.copies)
+
+    def load_copies(self, folder: Path, copies: Copies) -> None:
+        """Pack what a checkpoint has of the experts that are not here."""
+        config = self.site.transformer.config
         layers = self.layout().expert_layer
-        absent = self._federation.placement.complement().residents(self.site.topology.site)
+        absent = self.federation.placement.complement().residents(self.site.topology.site)
         with copies.refreshing() as fresh:
             for layer in range(config.n_layers):
                 names = [name for name in fresh if layers[name] == layer]

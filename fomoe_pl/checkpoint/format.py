@@ -12,6 +12,12 @@ Layout of the folder:
 Files are written into `<folder>.partial`, where each site leaves a seal when it is done; with all seals there it is
 renamed. A folder that it replaces is kept as `<folder>.old` until then, so that at each moment one of the three is
 complete.
+
+Where each site has a disk of its own (`parts.py`), its folder has a part of the files and the manifest of all of them:
+    dense.safetensors             on every site, the same bytes
+    experts-00003-00002.safetensors   the experts that site 3 owns of those whose holders begin at site 2 of the ring,
+                                  on as many sites as there are copies, the same bytes
+    trainer-00003.pt              `trainer.pt` as site 3 has it; site 0's is still called `trainer.pt`
 """
 
 from __future__ import annotations
@@ -39,6 +45,10 @@ FORMAT = 4
 MANIFEST = "manifest.json"
 AVERAGE = "average-"  # before the names of the files of a moving average of the global model
 _SEALS = "sealed-*.json"
+_KINDS: dict[str, Any] = {
+    "architecture": dict, "identity": dict, "n_sites": int, "rounds": int, "redraws": int, "optimizer_steps": int,
+    "copies": int, "placement": list, "loads_at_draw": list,
+}  # fmt: skip
 # States of NumPy's random numbers are arrays.
 _NUMPY: list[Any] = [np.array(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
@@ -78,19 +88,24 @@ def dense_name(prefix: str = "") -> str:
     return f"{prefix}dense.safetensors"
 
 
-def experts_name(site: int, prefix: str = "") -> str:
-    """The file of the experts that a site owns."""
-    return f"{prefix}experts-{site:05d}.safetensors"
+def experts_name(site: int, prefix: str = "", first: int | None = None) -> str:
+    """The file of the experts that a site owns; with `first` of those whose holders begin at that site of the ring."""
+    return f"{prefix}experts-{site:05d}{'' if first is None else f'-{first:05d}'}.safetensors"
 
 
 def has_tensors(name: str, prefix: str = "") -> bool:
     """Whether a file has tensors of this prefix: a slot may be called `dense` or `experts_v` too."""
-    return re.fullmatch(rf"{re.escape(prefix)}(dense|experts-\d+)\.safetensors", name) is not None
+    return re.fullmatch(rf"{re.escape(prefix)}(dense|experts-\d+(-\d+)?)\.safetensors", name) is not None
 
 
 def site_name(site: int) -> str:
     """The file of what a site needs beside the global model."""
     return f"site-{site:05d}.pt"
+
+
+def trainer_name(site: int = 0) -> str:
+    """The file of Lightning's state; of a site that writes its own."""
+    return f"trainer-{site:05d}.pt" if site else "trainer.pt"
 
 
 def observers_name(site: int) -> str:
@@ -166,20 +181,34 @@ def n_sealed(folder: Path) -> int:
     return len(list(partial(folder).glob(_SEALS)))
 
 
+def sealed(folder: Path) -> dict[str, Any]:
+    """Sizes and hashes of the files that have been sealed."""
+    files: dict[str, Any] = {}
+    for path in sorted(partial(folder).glob(_SEALS)):
+        files |= json.loads(path.read_text())
+    return files
+
+
 def finish(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and give the folder its final name (site 0, after all have written)."""
-    seals = sorted(partial(folder).glob(_SEALS))
-    files: dict[str, Any] = {}
-    for path in seals:
-        files |= json.loads(path.read_text())
-    path = partial(folder) / MANIFEST
+    write_manifest(partial(folder), {**manifest, "files": sealed(folder)})
+    put_in_place(folder)
+
+
+def write_manifest(unfinished: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest into a folder whose other files are on the disk, and clear seals away."""
+    path = unfinished / MANIFEST
     with path.with_suffix(".tmp").open("w") as file:
-        json.dump(_signed({"format": FORMAT, **manifest, "files": files}), file, indent=1, sort_keys=True)
+        json.dump(signed({"format": FORMAT, **manifest}), file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-    for seal_path in seals:
+    for seal_path in unfinished.glob(_SEALS):
         seal_path.unlink()
     path.with_suffix(".tmp").rename(path)
+
+
+def put_in_place(folder: Path) -> None:
+    """Give a partial folder with a manifest its final name."""
     if replaced(folder).exists():
         shutil.rmtree(replaced(folder))
     if folder.exists():
@@ -188,7 +217,7 @@ def finish(folder: Path, manifest: dict[str, Any]) -> None:
     shutil.rmtree(replaced(folder), ignore_errors=True)  # what stays goes with the next checkpoint
 
 
-def _signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest with its own SHA-256: no file's hash is to be trusted in one that was changed."""
     plain = {key: value for key, value in manifest.items() if key != "sha256"}
     return {**plain, "sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
@@ -213,22 +242,71 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         hint = f"saving was interrupted; {left[0]} is complete"
     if not path.is_file():
         raise ConfigError("ckpt_path", str(folder), f"is no complete checkpoint: it has no {MANIFEST}", hint)
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError("ckpt_path", str(folder), f"is damaged: {path} is no manifest", hint) from None
-    if version != FORMAT:
-        rule = f"has format {version}, this version reads {FORMAT}"
-        raise ConfigError("ckpt_path", str(folder), rule, "use the version that wrote it")
-    if manifest != _signed(manifest):
-        raise ConfigError("ckpt_path", str(folder), f"is damaged: {path} does not have its own hash", hint)
+    manifest = parse_manifest(_read_text(path), folder, hint)
+    if is_part(manifest):
+        return manifest
     for name, about in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         if size != about["bytes"]:
             what = "is missing" if size is None else f"has {size} bytes, not {about['bytes']}"
             raise ConfigError("ckpt_path", str(folder), f"is damaged: {name} {what}", "use another checkpoint")
     return manifest
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError:
+        return ""  # which is no manifest either
+
+
+def is_part(manifest: Mapping[str, Any]) -> bool:
+    """Whether the files of a manifest are on disks of several sites, and a folder has a part of them."""
+    return "copies" in manifest
+
+
+def parse_manifest(text: str, folder: Path, hint: str = "use another checkpoint") -> dict[str, Any]:
+    """Read a manifest, which may come from a damaged disk or from another site.
+
+    Args:
+        text: what is in the file.
+        folder: where it lies, for messages.
+        hint: what to do about a damaged one.
+
+    Raises:
+        ConfigError: if it is none of a known format, or not as it was written.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(text)
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ConfigError("ckpt_path", str(folder), f"is damaged: {path} is no manifest", hint) from None
+    if version != FORMAT:
+        rule = f"has format {version!r}, this version reads {FORMAT}"
+        raise ConfigError("ckpt_path", str(folder), rule, "use the version that wrote it")
+    if manifest != signed(manifest):
+        raise ConfigError("ckpt_path", str(folder), f"is damaged: {path} does not have its own hash", hint)
+    if wrong := _wrong_in(manifest):
+        raise ConfigError("ckpt_path", str(folder), f"is damaged: {wrong} in {path} is not what it should be", hint)
+    return dict(manifest)
+
+
+def _wrong_in(manifest: Mapping[str, Any]) -> str | None:
+    """Which field has no sense; a hash of its own keeps nobody from writing one."""
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return "files"
+    for name, about in files.items():
+        plain = bool(name) and Path(name).name == name and "\0" not in name and name != MANIFEST
+        known = isinstance(about, dict) and isinstance(about.get("bytes"), int) and isinstance(about.get("sha256"), str)
+        if not (plain and known):
+            return repr(name)
+    for key, kind in _KINDS.items():
+        value = manifest.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            return key
+    return None
 
 
 def is_complete(folder: Path, optimizer_steps: int) -> bool:
@@ -365,7 +443,7 @@ class WeightFiles:
         self._files = TensorFiles()
         self._verified: dict[str, Path] = {}
         for name in self.manifest["files"]:
-            if has_tensors(name, prefix):
+            if has_tensors(name, prefix) and (folder / name).is_file():
                 with safe_open(folder / name, framework="pt") as file:
                     self._where |= dict.fromkeys(file.keys(), name)
 
@@ -379,7 +457,10 @@ class WeightFiles:
             ConfigError: if there is none, or its file is damaged.
         """
         if key not in self._where:
-            raise ConfigError("ckpt_path", str(self.folder), f"has no tensor {key!r}", "give a complete checkpoint")
+            hint = "give a complete checkpoint"
+            if is_part(self.manifest):
+                hint = "it is one site's part: `fomoe export` makes one model of the folders of all sites"
+            raise ConfigError("ckpt_path", str(self.folder), f"has no tensor {key!r}", hint)
         name = self._where[key]
         if name not in self._verified:
             self._verified[name] = verify(self.folder, name, self.manifest)

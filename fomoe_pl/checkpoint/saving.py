@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fomoe_pl.checkpoint import format as files
 from fomoe_pl.checkpoint.content import Content
+from fomoe_pl.checkpoint.parts import merged
 from fomoe_pl.checkpoint.writing import CANNOT_WRITE, HostCopies, Writing
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.lightning_internals import save_as_newest
@@ -84,15 +86,19 @@ class Checkpointer:
         start = time.perf_counter()
         self.content.check()
         self.settle()
-        begun = self._begin(Path(path)) if self._site.is_global_zero else True
+        own_disks = self.content.own_disks
+        begun = self._begin(Path(path)) if self._site.is_global_zero and not own_disks else True
         # A file name may have a metric in it, of which every site has its own.
         name, begun = self._site.broadcast((str(path), begun))
+        folder = self.content.place(name)
+        if own_disks:
+            begun = not self._on_any_site(not self._begin(folder))
         if begun:
-            self._saving = self._start_writing(Path(name), checkpoint)
+            self._saving = self._start_writing(folder, checkpoint)
             if not self._in_background:
                 self.settle()
         else:
-            self._note_failure(Path(name), self._site.optimizer_steps)
+            self._note_failure(folder, self._site.optimizer_steps)
         self.save_seconds += time.perf_counter() - start
 
     def _refused(self, path: str) -> bool:
@@ -157,8 +163,10 @@ class Checkpointer:
 
     def _start_writing(self, folder: Path, checkpoint: Mapping[str, Any]) -> Writing:
         site, contents = self._site, self.content.files(checkpoint)
-        manifest = self.content.manifest() if site.is_global_zero else None
-        writing = Writing(folder, site.optimizer_steps, site.topology.site, manifest, self.content.n_writers)
+        own_disks = self.content.own_disks
+        manifest = self.content.manifest() if site.is_global_zero or own_disks else None
+        n_writers = 0 if own_disks else self.content.n_writers
+        writing = Writing(folder, site.optimizer_steps, site.topology.site, manifest, n_writers)
         if self._in_background:
             writing.start(contents, self._host_copies)
         else:
@@ -168,29 +176,47 @@ class Checkpointer:
     # -- how it ends ----------------------------------------------------------------------------------------------
 
     def flags(self) -> tuple[bool, bool]:
-        """Of the save that is being written: whether this rank knows that it failed, and that it is complete."""
-        if self._saving is None:
-            return False, False
-        self._saving.raise_unexpected()
-        return self._saving.failed, self._saving.complete
+        """Of the save that is being written: whether this rank knows that it failed, and that it is complete.
 
-    def conclude(self, *, failed: bool, complete: bool) -> None:
-        """Take note of how a save has ended, once all sites know it.
+        With disks of their own: that this rank's part is written.
+        """
+        saving = self._saving
+        if saving is None:
+            return False, False
+        saving.raise_unexpected()
+        return saving.failed, saving.written if self.content.own_disks else saving.complete
+
+    def conclude(self, *, failed: bool, complete: int) -> None:
+        """Take note of how a save has ended, once all sites know it; all call it together.
 
         Args:
             failed: whether some site's flag says so.
-            complete: whether site 0's says so.
+            complete: how many sites' flags say so.
         """
-        saving = self._saving
-        if saving is None or saving.concluded or not (failed or complete):
+        saving, enough = self._saving, self.content.n_writers if self.content.own_disks else 1
+        if saving is None or saving.concluded or not (failed or complete >= enough):
             return
         saving.concluded = True
+        if self.content.own_disks and not failed:
+            failed = not self._completed_on_all_disks(saving)
         if failed:
             saving.give_up()
             self._note_failure(saving.folder, saving.steps)
         else:
             self.last_saved, self.saved_at, self._keep_old = saving.folder, saving.steps, False
             self.write_seconds = saving.seconds
+
+    def _completed_on_all_disks(self, saving: Writing) -> bool:
+        """Write the manifest of all parts on every disk, and complete the checkpoint there once all have it."""
+        of_all, differing = merged(self._site.texts_of_sites(json.dumps(saving.sealed)))
+        if differing and self._site.is_global_zero:
+            print(f"fomoe: copies of {', '.join(differing)} are not the same", file=sys.stderr, flush=True)
+        if not differing:
+            saving.write_manifest(of_all)
+        if self._on_any_site(bool(differing) or saving.failed):
+            return False
+        saving.complete_now()
+        return True
 
     def _note_failure(self, folder: Path, steps: int) -> None:
         self.saves_failed += 1
@@ -209,10 +235,10 @@ class Checkpointer:
             return
         self._saving.wait_written()
         failed = self._on_any_site(self.flags()[0])
-        if not failed:
+        if not failed and not self.content.own_disks:
             self._saving.wait_complete()
             failed = self._on_any_site(self.flags()[0])
-        self.conclude(failed=failed, complete=not failed)
+        self.conclude(failed=failed, complete=0 if failed else self.content.n_writers)
         self._saving = None
 
     def _on_any_site(self, flag: bool) -> bool:
@@ -221,12 +247,22 @@ class Checkpointer:
     def leave(self) -> None:
         """As `settle`, without messages: where a run ends by an error, other sites may be gone."""
         saving = self._saving
-        if saving is not None and not saving.concluded and saving.wait_alone(PATIENCE_SECONDS):
+        if saving is None or saving.concluded or self.content.own_disks:  # which nobody completes alone
+            return
+        if saving.wait_alone(PATIENCE_SECONDS):
             self.last_saved, self.saved_at = saving.folder, saving.steps
 
     def start_training(self) -> None:
-        """From now on there is something that can go on while a checkpoint is written."""
+        """From now on there is something that can go on while a checkpoint is written; all sites call it together.
+
+        Raises:
+            ConfigError: for a run that starts anew where sites' own disks have checkpoints of another one.
+        """
         self._training = True
+        if self.content.own_disks and self.last_saved is None and self._on_any_site(self.content.has_checkpoints):
+            rule = "has checkpoints of another run, on this site or another"
+            raise ConfigError("checkpoint_root", str(self.content.place("")), rule,
+                              "go on from them with --ckpt_path auto, or name new folders")  # fmt: skip
 
     def end_training(self) -> None:
         """A run ends when a checkpoint of its last step is complete, where it saves checkpoints at all."""
@@ -242,12 +278,12 @@ class Checkpointer:
         elif self._postponed:
             self._outdated.append(path)
             return
-        if not self._site.is_global_zero:
+        if not self._site.is_global_zero and not self.content.own_disks:
             return
 
         def remove() -> None:
             with suppress(OSError):
-                self._site.checkpoint_io.remove_checkpoint(path)
+                self._site.checkpoint_io.remove_checkpoint(str(self.content.place(path)))
 
         if self._saving is not None:
             self._saving.after(remove)

@@ -1,7 +1,8 @@
 """Writing a checkpoint while training goes on: copies in host memory, and a thread that brings them to the disk.
 
 The thread sends nothing. Each site's leaves a seal in the folder when the site's files are there, and site 0's
-completes the checkpoint once it finds the seals of all: sites have one file system, or they could not resume.
+completes the checkpoint once it finds the seals of all. Where sites have disks of their own, each has its own seal
+alone, and the `Checkpointer` completes the checkpoint on all of them once all have told that theirs is there.
 """
 
 from __future__ import annotations
@@ -88,12 +89,13 @@ class Writing:
         folder: its final name; `begin` has made the folder that is written.
         steps: optimizer steps in it.
         site: this site.
-        manifest: on site 0, what the manifest says beside the files.
-        n_writers: sites that write.
+        manifest: on a site that completes a folder, site 0 or with disks of their own each, what the manifest says
+            beside the files.
+        n_writers: sites that write into this folder, or 0 if the folder is not completed by itself.
 
     Attributes:
         failed: whether it cannot be completed, as far as this rank knows.
-        complete: whether this rank, site 0, has completed it.
+        complete: whether this rank has completed it: site 0, or with disks of their own each.
         concluded: whether all sites have agreed on how it ended.
         seconds: from the start to the complete checkpoint, on site 0.
     """
@@ -161,7 +163,7 @@ class Writing:
         files.seal(self.folder, self._site, contents)
 
     def _complete(self) -> None:
-        if self._manifest is not None and not self.failed:
+        if self._manifest is not None and self._n_writers and not self.failed:
             self._attempt(self._finish)
 
     def _finish(self) -> None:
@@ -173,11 +175,39 @@ class Writing:
                 return
         assert self._manifest is not None
         files.finish(self.folder, self._manifest)
+        self._completed()
+
+    def _completed(self) -> None:
         self.seconds = time.perf_counter() - self._start
         with self._lock:
             self.complete = True
         for action in self._afterwards:
             action()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files are on its disk."""
+        return self._written.is_set() and not self.failed
+
+    @property
+    def sealed(self) -> dict[str, Any]:
+        """Sizes and hashes of this rank's files, once they are written."""
+        return files.sealed(self.folder)
+
+    def write_manifest(self, of_all: Mapping[str, Any]) -> None:
+        """Write the manifest beside this rank's files; the folder keeps its unfinished name.
+
+        Args:
+            of_all: the files of all sites.
+        """
+        assert self._manifest is not None
+        manifest = {**self._manifest, "files": of_all}
+        self._attempt(lambda: files.write_manifest(files.partial(self.folder), manifest))
+
+    def complete_now(self) -> None:
+        """Give the folder its name, where all sites have the manifest; under the other name it would be found too."""
+        self._attempt(lambda: files.put_in_place(self.folder))
+        self._completed()
 
     def after(self, action: Callable[[], None]) -> None:
         """Do something once the checkpoint is complete, and never if it cannot be completed (site 0)."""
@@ -229,4 +259,6 @@ class Writing:
         self.failed = True
         if self._manifest is not None:
             with suppress(OSError):
+                if not self._n_writers:  # a manifest on one disk alone is worth nothing
+                    (files.partial(self.folder) / files.MANIFEST).unlink(missing_ok=True)
                 files.give_up(self.folder)

@@ -14,15 +14,15 @@ from fomoe_pl.data.manifest import Manifest
 from fomoe_pl.data.partition import DomainSize, StreamPlan, draw_mixtures, partition
 from fomoe_pl.data.validation import sequence_counts
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.files import SITE, OfSites, of_site
 
-Root = str | dict[int, str]
-_SITE = "{site}"
+Root = OfSites
 _HASH = 12  # hex digits of a shard's hash that travel: enough to find equal ones
 
 
 def has_own(root: Root) -> bool:
     """Whether each site has a corpus of its own."""
-    return not isinstance(root, str) or _SITE in root
+    return not isinstance(root, str) or SITE in root
 
 
 def folder_of(root: Root, site: int) -> str:
@@ -35,12 +35,7 @@ def folder_of(root: Root, site: int) -> str:
     Raises:
         ConfigError: The mapping does not name the site.
     """
-    if isinstance(root, str):
-        return root.replace(_SITE, str(site))
-    if site not in root:
-        rule = f"names no folder for site {site}"
-        raise ConfigError("data.root", root, rule, f"add a line: {site}: runs/data/its_corpus")
-    return root[site]
+    return of_site("data.root", root, site, "runs/data/its_corpus")
 
 
 @dataclass(frozen=True)

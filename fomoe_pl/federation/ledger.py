@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Kind = Literal["dense", "expert", "moments", "migration", "shadow", "evaluation", "control"]
+Kind = Literal["dense", "expert", "moments", "migration", "shadow", "evaluation", "checkpoint", "control"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

@@ -28,7 +28,7 @@ class SiteReport(NamedTuple):
 
     `left_out`: it took no step at all, or has values that are not finite. `stop`: it was sent a signal. `ends`: one of
     its callbacks wants the run to end. `save_failed`, `saved`: whether it knows that the checkpoint that is being
-    written cannot be completed, and that it is complete (site 0).
+    written cannot be completed, and that it is complete (site 0), or with disks of their own that its part is written.
     """
 
     skipped: int
@@ -42,7 +42,10 @@ class SiteReport(NamedTuple):
 
 
 class SharedReport(NamedTuple):
-    """The same of all sites, equal on each of them; `train_loss` is the mean of the finite losses."""
+    """The same of all sites, equal on each of them; `train_loss` is the mean of the finite losses.
+
+    `saved`: how many sites said so.
+    """
 
     skipped: list[int]
     left_out: frozenset[int]
@@ -50,7 +53,7 @@ class SharedReport(NamedTuple):
     stop: bool
     ends: bool
     save_failed: bool
-    saved: bool
+    saved: int
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -88,7 +91,7 @@ def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor],
         stop > n_sites,
         stop > 0,
         save_failed > 0,
-        saved > 0,
+        int(saved),
     )
 
 

@@ -63,6 +63,8 @@ class FederationConfig:
         shadow_input_gradient: whether tokens get gradients through copies; false saves those products of the backward
             pass. Gates get theirs either way.
         min_sites: fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
+        copies: where each site has a disk of its own for checkpoints, on how many sites' disks each expert is stored,
+            1..M; None is one file system for all sites.
 
     Raises:
         ConfigError: for settings that cannot work, naming the field, the rule and what would be valid.
@@ -90,6 +92,7 @@ class FederationConfig:
     shadow_refresh: int = 1
     shadow_input_gradient: bool = True
     min_sites: int | None = None
+    copies: int | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model or processes."""
@@ -102,7 +105,7 @@ class FederationConfig:
         if self.ranks_per_site != 1:
             rule = "several ranks in a site are not supported yet"
             raise ConfigError("ranks_per_site", self.ranks_per_site, rule, "set it to 1 and let every rank be a site")
-        for name in ("sites", "overlap", "min_sites", "reshuffle_rounds", "bucket_mib", "shadow_refresh"):
+        for name in ("sites", "overlap", "min_sites", "copies", "reshuffle_rounds", "bucket_mib", "shadow_refresh"):
             check_range(name, getattr(self, name), "type 1 or more", least=1)
         check_seed("placement_seed", self.placement_seed)
         for field in fields(self) if self.routing != "shadow" else ():
@@ -184,6 +187,7 @@ class FederationConfig:
             ConfigError: naming the overlaps that would work.
         """
         check_placement(n_experts, n_sites, self.overlap_of(n_sites))
+        check_range("copies", self.copies, f"there are {n_sites} sites", most=n_sites)
 
     def place(
         self, n_layers: int, n_experts: int, n_sites: int, draw: int = 0, loads: Sequence[Sequence[float]] | None = None

@@ -11,11 +11,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fomoe_pl.checkpoint.content import FederatedContent
+from fomoe_pl.checkpoint.own_disks import PartsContent
 from fomoe_pl.errors import ConfigError, check_choice, check_names, check_range
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Kind
@@ -25,6 +27,7 @@ from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
+from fomoe_pl.files import OfSites
 from fomoe_pl.lightning_internals import SiteProcesses, end_children, move_optimizers, replace_signal_handling
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
@@ -47,6 +50,9 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         async_save: write checkpoints while training goes on, from a copy in host memory.
         timeout_seconds: after which a collective that does not complete raises.
         stop_at: where a signal ends the run: after its `round`, or after the next local `step` of all sites.
+        checkpoint_root: where sites have no file system in common, the folder in which each stores its part of
+            checkpoints: a template with ``{site}``, or a mapping from sites to folders. A name without ``{site}`` is
+            for machines that have the same path each. None: all write into one folder.
         process_group_backend: of torch.distributed; None is `nccl` on GPUs and `gloo` on CPUs.
         parallel_devices: this machine's devices, one for each rank; None is the Trainer's.
         **settings: as for `fomoe_pl.federation.settings.FederationConfig`.
@@ -69,13 +75,18 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         async_save: bool = True,
         timeout_seconds: float = 1800.0,
         stop_at: StopAt = "round",
+        checkpoint_root: OfSites | None = None,
         process_group_backend: str | None = None,
         parallel_devices: list[torch.device] | None = None,
         **settings: Any,
     ) -> None:
         check_arguments(settings, DDP_ARGUMENTS)
         check_names(settings, [field.name for field in fields(FederationConfig)])
+        if checkpoint_root is not None and settings.get("copies") is None:
+            settings["copies"] = 1
         self.settings = FederationConfig(**settings)
+        self.checkpoint_root = checkpoint_root
+        self._check_disks()
         check_choice("stop_at", stop_at, StopAt)
         # 20 days: in milliseconds a timeout has to fit 32 bits.
         check_range("timeout_seconds", timeout_seconds, "1800 is the default", above=0, most=20 * 24 * 3600)
@@ -86,10 +97,34 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             parallel_devices = [torch.device("cuda:0")] * self.settings.sites
         super().__init__(parallel_devices, process_group_backend, timedelta(seconds=timeout_seconds))
         stops = StopsTogether(self, stop_at, lambda: end_children(self.launcher))
-        self.init_site(async_save, FederatedContent, stops)
+        self.init_site(async_save, FederatedContent if checkpoint_root is None else PartsContent, stops)
+        if isinstance(self.content, PartsContent) and checkpoint_root is not None:
+            self.content.root = checkpoint_root
         self.rounds = Rounds(self, self.settings, stops, self.placed)
         self.sees_loads, self.moves_experts = self.settings.policy.sees_loads, self.settings.policy.moves
         self.share_device, self.wire_dtype = share_device, self.settings.wire_dtype
+
+    def _check_disks(self) -> None:
+        copies = self.settings.copies
+        if self.checkpoint_root is None and copies is not None:
+            rule = "is on how many sites' own disks each expert is stored, and the sites have none"
+            raise ConfigError("copies", copies, rule, "give checkpoint_root too, or leave it out")
+        if self.checkpoint_root is not None and self.settings.min_sites is not None:
+            rule = "with checkpoints on disks of their own the number of sites cannot change by itself"
+            raise ConfigError("min_sites", self.settings.min_sites, rule, "leave it out, or leave out checkpoint_root "
+                              "where all sites have one file system")  # fmt: skip
+
+    def check_run(self, trainer: Any, module: Any, data: Any, *, fitting: bool) -> None:
+        """As for all strategies; on a disk of its own a site tells checkpoints apart by their names alone."""
+        super().check_run(trainer, module, data, fitting=fitting)
+        if self.checkpoint_root is None:
+            return
+        saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        places = {str(callback.dirpath) for callback in saving}
+        if len(places) > 1 or any("/" in (callback.filename or "") for callback in saving):
+            rule = "checkpoints of several folders would lie in one of a site's own, under their names alone"
+            raise ConfigError("checkpoint_root", str(self.checkpoint_root), rule, "give all ModelCheckpoints one "
+                              "dirpath, and no / in a filename")  # fmt: skip
 
     # -- who holds what -------------------------------------------------------------------------------------------
 

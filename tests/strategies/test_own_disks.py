@@ -1,0 +1,181 @@
+"""Sites without a common file system: each stores a part, and goes on from its own and others' disks."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+import torch.distributed as dist
+
+from fomoe_pl.checkpoint import format as files
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.outer import Nesterov
+from fomoe_pl.model.sizes import expert_parameters
+from tests.distributed import run_distributed
+from tests.federation.toy import digest
+from tests.strategies.test_checkpoint import differences
+from tests.strategies.test_resume import state
+from tests.training import Run, fit, launched_as
+
+pytestmark = pytest.mark.timeout(300)
+SITES, STEPS = 2, 6
+SAVED_AT = (4, 5)  # a round's end, and the middle of one
+RULES: dict[str, Any] = {"outer": Nesterov(lr=0.7), "inner_moments": "average"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "one": {"overlap": 1},
+    "shared": {"overlap": 2, **RULES},
+    "two": {"overlap": 1, "copies": 2, "placement": "random", "routing": "shadow", **RULES},
+}
+
+
+class Saving(L.Callback):
+    """Saves after some steps; with disks of their own the path is no folder of any site, but for the name."""
+
+    def __init__(self, folder: str, *steps: int) -> None:
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(f"{self.folder}/step-{trainer.global_step}.ckpt")
+
+
+def make_run(root: str, folder: str, name: str, **more: Any) -> Run:
+    settings = {"checkpoint_root": f"{folder}/{name}/{{site}}", **SETTINGS[name], "local_steps": 2, **more}
+    return Run(root=root, folder=folder, settings=settings, architecture={"n_experts": 4},
+               trainer={"max_steps": STEPS})  # fmt: skip
+
+
+def _end(run: Run, rank: int, path: str | None = None, *saved: int) -> tuple[dict[str, Any], int]:
+    """All that there is at the end, and the bytes that were sent for checkpoints."""
+    torch.manual_seed(5 if saved or path is None else 3)
+    trainer = fit(run, rank, SITES, [Saving(f"{run.folder}/common", *saved)], path)
+    found = copy.deepcopy(state(trainer))
+    for kinds in (found["sent"], found["reduced"]):
+        for key in [key for key in kinds if "checkpoint" in (key, key[0])]:
+            del kinds[key]
+    return found, trainer.strategy.ledger.wire("checkpoint")  # type: ignore[attr-defined]
+
+
+def _refused(run: Run, rank: int, path: str | None) -> str:
+    with pytest.raises(ConfigError) as error:
+        fit(run, rank, SITES, [], path)
+    return str(error.value)
+
+
+def _between_runs(rank: int, name: str, change: Callable[[], Any]) -> None:
+    """Change the disks, in one process while no other does anything."""
+    dist.init_process_group("gloo", init_method=f"file://{name}-store", rank=rank, world_size=SITES)
+    if rank == 0:
+        change()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def _runs(rank: int, root: str, folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with launched_as(rank, SITES, folder):
+        found["common"] = _end(make_run(root, folder, "one", checkpoint_root=None), rank, None, 5)
+        runs = {name: make_run(root, folder, name) for name in SETTINGS}
+        for name, run in runs.items():
+            found[name] = _end(run, rank, "auto" if name == "one" else None, *SAVED_AT)
+        for name, step in (("one", 5), ("shared", 5), ("two", 4), ("two", 5)):
+            found[f"{name} from {step}"] = _end(runs[name], rank, f"step-{step}.ckpt")
+        found["used"] = _refused(runs["one"], rank, None)
+        found["unknown"] = _refused(runs["one"], rank, "step-3.ckpt")
+        newest = Path(folder, "two", "1", "step-5.ckpt")
+
+        def break_off() -> None:
+            """Site 1 was killed before it wrote the manifest and gave its part its name, and a byte has changed."""
+            (newest / files.MANIFEST).unlink()
+            _flip(newest / files.dense_name())
+            newest.rename(files.partial(newest))
+
+        _between_runs(rank, f"{folder}/broken", break_off)
+        found["broken off"] = _end(runs["two"], rank, "auto")
+        _between_runs(rank, f"{folder}/lost", lambda: shutil.rmtree(Path(folder, "two", "1")))
+        torch.manual_seed(3)
+        trainer = fit(runs["two"], rank, SITES, [], "step-4.ckpt")
+        found["lost"] = trainer.strategy.optimizer_steps, digest(trainer.strategy.federation)  # type: ignore[attr-defined]
+        _between_runs(rank, f"{folder}/gone", lambda: Path(folder, "one", "1").rename(Path(folder, "gone")))
+        found["gone"] = _refused(runs["one"], rank, "auto")
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("disks")
+
+
+@pytest.fixture(scope="module")
+def found(root: str, folder: Path) -> list[dict[str, Any]]:
+    return run_distributed(_runs, SITES, root, str(folder))
+
+
+@pytest.mark.parametrize("name", ["one from 5", "shared from 5", "two from 4", "two from 5"])
+def test_interrupted_and_resumed_is_uninterrupted(found: list[Any], name: str) -> None:
+    for site in found:
+        whole, resumed = site[name.split()[0]], site[name]
+        assert differences(whole[0], resumed[0]) == []
+
+
+def test_training_is_the_same_wherever_checkpoints_are(found: list[Any]) -> None:
+    for site in found:
+        assert differences(site["common"][0], site["one"][0]) == []
+
+
+def test_only_what_a_site_lacks_travels(found: list[Any]) -> None:
+    for site in found:
+        assert (
+            site["one"][1] == site["one from 5"][1] == site["shared"][1] == 0
+        )  # copies up to the overlap cost nothing
+        assert site["shared from 5"][1] > 0  # what a site holds and another one stores
+        packed = site["two from 5"][1] - site["two"][1]  # of experts that a site lacks
+        assert 0 < packed < site["two"][1] / 4
+    # Anchors and momentum of the experts of a site, twice: so often was saved.
+    config = make_run("", "", "two").config
+    numbers = config.n_layers * 2 * (expert_parameters(config))
+    assert found[0]["two"][1] == len(SAVED_AT) * 2 * 4 * numbers
+
+
+def test_the_newest_that_all_can_have_goes_on(found: list[Any]) -> None:
+    for site in found:
+        assert differences(site["two"][0], site["broken off"][0]) == []
+    assert found[0]["broken off"][1] > found[0]["two from 5"][1]  # the file with the flipped byte came from site 0
+    assert found[1]["broken off"][1] == found[1]["two from 5"][1]
+
+
+def test_a_site_that_lost_its_disk_goes_on_with_what_others_have(found: list[Any], folder: Path) -> None:
+    assert found[0]["lost"] == found[1]["lost"]
+    assert found[0]["lost"][0] == STEPS
+    fetched = Path(folder, "two", "1", "step-4.ckpt")
+    manifest = files.read_manifest(fetched)
+    there = {path.name for path in fetched.iterdir()} - {files.MANIFEST}
+    assert files.site_name(1) not in there
+    assert files.dense_name() in there
+    for name in there:
+        files.verify(fetched, name, manifest)
+
+
+def test_what_is_lost_with_a_disk_is_named(found: list[Any]) -> None:
+    for site in found:
+        assert "experts 1, 3 of layer 0; experts 0, 2 of layer 1 (experts-00001-00001.safetensors" in site["gone"]
+        assert "was on site 1" in site["gone"]
+        assert "step 4 is not whole" in site["gone"]
+        assert "step 5 is not whole" in site["gone"]
+        assert "experts 0" not in site["gone"].split("layer 1")[-1]
+
+
+def test_other_runs_checkpoints_stay_and_there_is_no_other_name(found: list[Any]) -> None:
+    for site in found:
+        assert "has checkpoints of another run" in site["used"]
+        assert "no site has a checkpoint of this name" in site["unknown"]
