@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -31,5 +32,11 @@ def main(command: str, arguments: list[str]) -> None:
     description = (run.__doc__ or "").splitlines()[0]
     parser: Any = Parser(prog=f"fomoe {command}", description=description)
     parser.add_function_arguments(run, as_positional=True)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_as_one(arguments) if command == "export" else arguments)
     run(**options.as_dict())
+
+
+def _as_one(words: list[str]) -> list[str]:
+    """Of `FOLDER... OUTPUT` all folders as one argument."""
+    n = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return words if n < 3 else [json.dumps(words[: n - 1]), *words[n - 1 :]]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fomoe_pl.checkpoint.format import WeightFiles
+from fomoe_pl.data.remote import is_url
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.files import prepare_folder
 from fomoe_pl.hub.card import card
@@ -31,6 +32,7 @@ from fomoe_pl.hub.families import (
     targets,
     training_settings,
 )
+from fomoe_pl.hub.joined import joined
 from fomoe_pl.hub.pieces import target_parts
 from fomoe_pl.hub.shards import Output, write_shards
 from fomoe_pl.hub.source import Source, read_source
@@ -41,7 +43,7 @@ PLAIN = "plain"
 
 
 def export(
-    checkpoint: str,
+    checkpoint: str | list[str],
     output: str,
     format: Literal[FamilyName, "plain"] = "fomoe",
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -53,7 +55,8 @@ def export(
     """Write the global model of a checkpoint into a new folder.
 
     Args:
-        checkpoint: Folder that `fomoe fit` has written.
+        checkpoint: Folder that `fomoe fit` has written, or its URL; where sites have disks of their own, the folders
+            of one step of all sites.
         output: New folder.
         format: `fomoe` is always exact, and loads with `trust_remote_code=True`; `olmoe`, `qwen3_moe`, `mixtral`,
             `dots1`, `glm4_moe` and `minimax_m2` are transformers' own classes, for architectures that they compute
@@ -72,14 +75,23 @@ def export(
         raise ConfigError("max_shard_gb", max_shard_gb, "must be positive", "5 is the default")
     folder, unfinished = Path(output), Path(f"{output.rstrip('/')}.partial")
     prepare_folder("output", folder)
-    source = read_source(checkpoint, data, average=average)
+    folders = [checkpoint] if isinstance(checkpoint, str) else checkpoint
+    with joined(folders, folder) as whole:
+        local = next((place for place in folders if not is_url(place)), None)
+        source = read_source(whole, data, average=average, lies_in=None if local is None else Path(local))
+        _write(source, folder, unfinished, format, dtype, license, max_shard_gb)
+
+
+def _write(
+    source: Source, folder: Path, unfinished: Path, format: str, dtype: str, license: str | None, max_shard_gb: float
+) -> None:
     if format == PLAIN:
         outputs = _plain(source, DTYPES[dtype])
     else:
         check_exact(format, source.config)
         if source.tokenizer is None:
             rule = "has no tokenizer: the corpus that it was trained on is not found"
-            raise ConfigError("checkpoint", checkpoint, rule, "name the corpus: --data runs/data/sample")
+            raise ConfigError("checkpoint", str(source.files.folder), rule, "name the corpus: --data runs/data/sample")
         outputs = [_output(source.files, target, DTYPES[dtype]) for target in targets(format, source.config)]
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()

@@ -67,13 +67,16 @@ class Source:
         return kept | {"tokens": self.report.get("tokens", {}).get("global")}
 
 
-def read_source(checkpoint: str | Path, data: str | None = None, *, average: bool = False) -> Source:
+def read_source(
+    checkpoint: str | Path, data: str | None = None, *, average: bool = False, lies_in: Path | None = None
+) -> Source:
     """Read a checkpoint's description, and the files next to it.
 
     Args:
         checkpoint: Folder that `fomoe fit` has written.
         data: Folder of the corpus; None is the one that the run's settings name, if it is there.
         average: Read the moving average that `GlobalEMA` has kept, not the model itself.
+        lies_in: Where the checkpoint lies in its run's folder, if this is a folder of links to it.
 
     Raises:
         ConfigError: If it is no complete checkpoint, has no average, or the corpus has a larger vocabulary
@@ -85,7 +88,7 @@ def read_source(checkpoint: str | Path, data: str | None = None, *, average: boo
         raise ConfigError("average", str(checkpoint), rule, "leave it out, or train with fomoe_pl.callbacks.GlobalEMA")
     config = ModelConfig(**files.manifest["architecture"])
     imported = files.manifest["identity"].get("strategy") == IMPORTED  # wherever it was put
-    run = None if imported else _run_of(Path(checkpoint))
+    run = None if imported else _run_of(Path(checkpoint) if lies_in is None else lies_in)
     settings = yaml.safe_load((run / CONFIG_NAME).read_text()) if run is not None else {}
     report = json.loads((run / REPORT_NAME).read_text()) if run is not None and (run / REPORT_NAME).is_file() else {}
     trained_with = report.get("data", {}).get("tokenizer")

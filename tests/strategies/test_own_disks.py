@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fomoe_pl.checkpoint import format as files
+from fomoe_pl.cli import main
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.model.sizes import expert_parameters
@@ -179,3 +180,25 @@ def test_other_runs_checkpoints_stay_and_there_is_no_other_name(found: list[Any]
     for site in found:
         assert "has checkpoints of another run" in site["used"]
         assert "no site has a checkpoint of this name" in site["unknown"]
+
+
+def _export(folders: Sequence[Path | str], output: Path) -> bytes:
+    main(["export", *map(str, folders), str(output), "--format", "plain"])
+    return (output / "model.safetensors").read_bytes()
+
+
+def test_an_export_from_several_folders_is_that_from_a_common_one(
+    found: list[Any], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [folder / "one" / "0" / "step-5.ckpt", folder / "gone" / "step-5.ckpt"]
+    whole = _export([folder / "common" / "step-5.ckpt"], tmp_path / "whole")
+    assert _export(own, tmp_path / "joined") == whole
+    assert _export([f"file://{own[0]}", own[1]], tmp_path / "url") == whole
+    assert [path.name for path in tmp_path.glob("*.parts")] == []
+    for folders, told in ((own[:1], "has no tensor 'layers.0.moe.experts.w_in#1'"),
+                          ([own[0], folder / "gone" / "step-4.ckpt"], "is another checkpoint"),
+                          ([own[0], own[0]], "experts 1, 3 of layer 0")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            _export(folders, tmp_path / "refused")
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
