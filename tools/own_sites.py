@@ -33,7 +33,7 @@ from namespaces import INTERFACE, namespace, network
 from fomoe_pl.checkpoint.format import MANIFEST
 from fomoe_pl.cli import FoMoECLI
 from fomoe_pl.cli import main as fomoe
-from fomoe_pl.costs.network import framed
+from fomoe_pl.costs.network import FRAME_HEADER, PACKET_HEADERS
 from fomoe_pl.federation.ledger import KINDS, Ledger
 from fomoe_pl.files import write_whole
 
@@ -99,9 +99,13 @@ def work(arguments: list[str], output: Path) -> None:
 
 
 def counters() -> dict[str, int]:
-    """Bytes that this namespace's interface has sent and received."""
+    """Bytes and packets that this namespace's interface has sent, and segments that TCP has sent again."""
     folder = Path("/sys/class/net") / INTERFACE / "statistics"
-    return {name: int((folder / name).read_text()) for name in ("tx_bytes", "rx_bytes")}
+    names, values = (
+        line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Tcp:")
+    )
+    again = int(dict(zip(names, values, strict=True))["RetransSegs"])
+    return {name: int((folder / name).read_text()) for name in ("tx_bytes", "tx_packets")} | {"sent_again": again}
 
 
 def as_user(site: int, words: Sequence[str]) -> list[str]:
@@ -171,7 +175,9 @@ def run(base: Path, phase: str, max_steps: int, ckpt_path: str | None) -> list[i
 
 
 def found(base: Path, phase: str) -> list[dict[str, Any]]:
-    """What the sites' processes have noted, with the part of the interface's bytes that is counted.
+    """What the sites' processes have noted, with the part that is counted of what their interfaces sent in packets.
+
+    Packets that TCP has sent again are taken for full ones.
 
     Raises:
         RuntimeError: with the last lines of a site that did not get to its end.
@@ -183,8 +189,9 @@ def found(base: Path, phase: str) -> list[dict[str, Any]]:
             raise RuntimeError(f"{phase}, site {site}: {said(base, phase, site)[-2000:]}")
         result = json.loads(path.read_text())
         wire, interface = sum(result["wire"].values()), result["interface"]
-        result["framed"] = framed(wire, received=wire, mtu=MTU)
-        result["counted"] = result["framed"] / interface["tx_bytes"]
+        payload = interface["tx_bytes"] - interface["tx_packets"] * (FRAME_HEADER + PACKET_HEADERS)
+        again = interface["sent_again"] * (MTU - PACKET_HEADERS)
+        result["payload"], result["counted"] = payload - again, wire / (payload - again)
         results.append(result)
     return results
 

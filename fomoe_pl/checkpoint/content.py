@@ -342,7 +342,10 @@ class Content:
             ConfigError: if they are those of another model.
         """
         check_weights(folder, self.site.transformer.config)
-        self.set_tensors(self._read(folder, list(self.layout().tensors)))
+        tensors = self.layout().tensors
+        weights = self._read(folder, list(tensors))
+        files.check_shapes(folder, weights, tensors)
+        self.set_tensors(weights)
 
     def _read(self, folder: Path, names: list[str], prefix: str = "") -> dict[str, Tensor]:
         model = self.site.transformer

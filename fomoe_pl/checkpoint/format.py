@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -34,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -157,7 +156,9 @@ def read_state(folder: Path, name: str, manifest: Mapping[str, Any] | None = Non
     try:
         with torch.serialization.safe_globals(_NUMPY):
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch finds on its way through a file that is none
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         what = next((line for line in said if "GLOBAL" in line or "Unsupported" in line), (said or [""])[0])
         rule = f"{name} holds something else than plain values and tensors, and is not read: {what}"
@@ -297,6 +298,8 @@ def _wrong_in(manifest: Mapping[str, Any]) -> str | None:
     files = manifest.get("files")
     if not isinstance(files, dict):
         return "files"
+    if not isinstance(manifest.get("optimizer_steps"), int):
+        return "optimizer_steps"
     for name, about in files.items():
         plain = bool(name) and Path(name).name == name and "\0" not in name and name != MANIFEST
         known = isinstance(about, dict) and isinstance(about.get("bytes"), int) and isinstance(about.get("sha256"), str)
@@ -331,6 +334,8 @@ def verify(folder: Path, name: str, manifest: Mapping[str, Any] | None = None) -
     about = (manifest or read_manifest(folder))["files"].get(name)
     if about is None:
         raise ConfigError("ckpt_path", str(folder), f"has no {name}", "use another checkpoint")
+    if not (folder / name).is_file():
+        raise ConfigError("ckpt_path", str(folder), f"is damaged: {name} is missing", "use another checkpoint")
     with (folder / name).open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
             raise ConfigError("ckpt_path", str(folder), f"is damaged: the hash of {name} differs from the manifest's",
@@ -444,8 +449,11 @@ class WeightFiles:
         self._verified: dict[str, Path] = {}
         for name in self.manifest["files"]:
             if has_tensors(name, prefix) and (folder / name).is_file():
-                with safe_open(folder / name, framework="pt") as file:
-                    self._where |= dict.fromkeys(file.keys(), name)
+                try:
+                    with safe_open(folder / name, framework="pt") as file:
+                        self._where |= dict.fromkeys(file.keys(), name)
+                except SafetensorError as error:
+                    raise _no_tensors(folder, name, error) from None
 
     def __contains__(self, key: str) -> bool:
         return key in self._where
@@ -464,7 +472,27 @@ class WeightFiles:
         name = self._where[key]
         if name not in self._verified:
             self._verified[name] = verify(self.folder, name, self.manifest)
-        return self._files.read(self._verified[name], key)
+        try:
+            return self._files.read(self._verified[name], key)
+        except SafetensorError as error:
+            raise _no_tensors(self.folder, name, error) from None
+
+
+def _no_tensors(folder: Path, name: str, error: Exception) -> ConfigError:
+    return ConfigError("ckpt_path", str(folder), f"is damaged: {name} cannot be read ({error})",
+                       "use another checkpoint")  # fmt: skip
+
+
+def check_shapes(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of other shapes than the model has: some would be taken, and spread.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            rule = f"has {name} of shape {tuple(tensor.shape)}, and the model of shape {tuple(wanted[name].shape)}"
+            raise ConfigError("ckpt_path", str(folder), rule, "use another checkpoint")
 
 
 def read_weights(

@@ -96,11 +96,18 @@ def merged(of_sites: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
     Returns:
         File name -> size, hash, and the sites that have it; names of files whose copies are not the same.
+
+    Raises:
+        ConfigError: if a site tells something else.
     """
     found: dict[str, Any] = {}
     differing = []
     for site, text in enumerate(of_sites):
-        for name, about in json.loads(text).items():
+        try:
+            pairs = [(name, {**about}) for name, about in json.loads(text).items()]
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise _no_sense(site, "the files that it has written") from None
+        for name, about in pairs:
             first = found.setdefault(name, {**about, "sites": []})
             first["sites"].append(site)
             if {**about, "sites": first["sites"]} != first:
@@ -146,7 +153,7 @@ def on_disk(root: Path, name: str | None) -> tuple[list[Found], list[str]]:
         except (ConfigError, OSError) as error:
             wrong.append(str(error))
             continue
-        if files.is_part(manifest) and "optimizer_steps" in manifest:
+        if files.is_part(manifest):
             found[base, manifest["sha256"]] = Found(base, manifest)
     newest = sorted(found.values(), key=lambda one: one.age, reverse=True)
     return newest[:MOST_MANIFESTS], wrong
@@ -185,7 +192,7 @@ def understand(of_sites: Sequence[str]) -> tuple[list[Found], bool]:
             raise _no_sense(site, "what it has on its disk") from None
         for name, written in pairs:
             manifest = files.parse_manifest(written, Path(name))
-            if Path(name).name != name or not files.is_part(manifest) or "optimizer_steps" not in manifest:
+            if Path(name).name != name or not files.is_part(manifest):
                 raise _no_sense(site, "a checkpoint's name or manifest")
             every[name, manifest["sha256"]] = Found(name, manifest)
     return sorted(every.values(), key=lambda one: one.age, reverse=True), whole

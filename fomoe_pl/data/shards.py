@@ -128,12 +128,27 @@ def _read(manifest: Manifest, shard: ShardInfo) -> Iterator[tuple[Tokens, Tokens
         documents = tokens = 0
         members = wds.tariterators.tar_file_expander([{"url": str(path), "stream": file}])
         for sample in wds.tariterators.group_by_keys(members):
-            document = np.load(io.BytesIO(sample["npy"]))
+            document = _array(sample["npy"])
             documents += 1
             tokens += len(document)
-            yield document, np.load(io.BytesIO(sample["bytes.npy"])) if "bytes.npy" in sample else None
+            yield document, _array(sample["bytes.npy"]) if "bytes.npy" in sample else None
     if (documents, tokens) != (shard.documents, shard.tokens):
         raise ValueError(
             f"{path} is damaged: it has {documents} documents and {tokens} tokens, "
             f"its manifest says {shard.documents} and {shard.tokens}"
         )
+
+
+def _array(content: bytes) -> Tokens:
+    """An array of ids.
+
+    Raises:
+        ValueError: The bytes are none.
+    """
+    try:
+        found = np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # NumPy reads the header as Python would, and raises what Python's reader does
+        raise ValueError(f"an array cannot be read ({type(error).__name__}: {error})") from None
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind != "u":
+        raise ValueError("an array has no ids")
+    return found

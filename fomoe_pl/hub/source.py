@@ -11,6 +11,7 @@ import yaml
 
 from fomoe_pl.callbacks.report import REPORT_NAME
 from fomoe_pl.checkpoint.format import AVERAGE, WeightFiles, dense_name
+from fomoe_pl.checkpoint.loading import architecture
 from fomoe_pl.data.corpora import folder_of
 from fomoe_pl.data.manifest import Manifest, read_manifest
 from fomoe_pl.data.remote import is_url
@@ -86,7 +87,7 @@ def read_source(
     if average and dense_name(AVERAGE) not in files.manifest["files"]:
         rule = "has no average of the global model"
         raise ConfigError("average", str(checkpoint), rule, "leave it out, or train with fomoe_pl.callbacks.GlobalEMA")
-    config = ModelConfig(**files.manifest["architecture"])
+    config = architecture(files.folder, files.manifest)
     imported = files.manifest["identity"].get("strategy") == IMPORTED  # wherever it was put
     run = None if imported else _run_of(Path(checkpoint) if lies_in is None else lies_in)
     settings = yaml.safe_load((run / CONFIG_NAME).read_text()) if run is not None else {}

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from fomoe_pl.errors import SiteLostError
 from fomoe_pl.federation.liveness import wait_until_set
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.strategies.presence import Plain, RunKey, check_equal, digest, parse
+from fomoe_pl.strategies.presence import Plain, RunKey, check_equal, digest, parse, read_settings
 
 _HERE, _MISSING, _SEEN = "fomoe/here/", "fomoe/missing", "fomoe/seen/"
 _SETTINGS = "fomoe/settings/"
@@ -130,11 +130,11 @@ def _compare(store: dist.Store, topology: Topology) -> None:
     ranks = range(topology.world_size)
     if len({store.get(f"{_HERE}{rank}") for rank in ranks}) == 1:
         return
-    settings = [json.loads(store.get(f"{_SETTINGS}{rank}")) for rank in ranks[:: topology.ranks_per_site]]
+    settings = [store.get(f"{_SETTINGS}{rank}") for rank in ranks[:: topology.ranks_per_site]]
     store.set(f"{_SEEN}{topology.rank}", "1")
     if topology.rank == 0:  # the store goes with its keeper
         wait_until_set(store, [f"{_SEEN}{rank}" for rank in ranks])
-    check_equal(settings)
+    check_equal(read_settings(settings))
 
 
 def _wait_for(store: dist.Store, rank: int, size: int, timeout: timedelta, tell: Callable[[], None]) -> list[int]:

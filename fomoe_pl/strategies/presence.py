@@ -122,6 +122,29 @@ def _sites(sites: Sequence[int]) -> str:
     return f"site {sites[0]}" if len(sites) == 1 else f"sites {', '.join(map(str, sites))}"
 
 
+def read_settings(texts: Sequence[str | bytes]) -> list[dict[str, Plain]]:
+    """What the sites say that their settings are.
+
+    Args:
+        texts: of each site, 0..M-1, JSON of `shared_settings`.
+
+    Raises:
+        MeetingError: if a site says something else.
+    """
+    found = []
+    for site, text in enumerate(texts):
+        try:
+            told = json.loads(text)
+        except (ValueError, RecursionError):
+            told = None
+        plain = (str, int, float, bool, type(None))
+        if not isinstance(told, dict) or not all(isinstance(value, plain) for value in told.values()):
+            rule = f"what site {site} tells of its settings has no sense"
+            raise MeetingError("configuration", rule, "give every site the same version of fomoe-pl")
+        found.append(told)
+    return found
+
+
 def check_equal(settings: Sequence[Mapping[str, Plain]]) -> None:
     """Refuse sites that would train something else than the others.
 
