@@ -1,7 +1,11 @@
 """Writing files of which a reader never meets half, and to streams that may be on a full disk."""
 
 import errno
+import fcntl
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -113,6 +117,38 @@ def _make_parent(key: str, path: Path) -> None:
     except OSError as error:
         rule = f"its folder cannot be made: {error.strerror}"
         raise ConfigError(key, str(path), rule, "name another place") from None
+
+
+@contextmanager
+def alone(key: str, folder: Path) -> Iterator[None]:
+    """Keep other processes of this kind from writing to a folder as long as the context lasts, however this one ends.
+
+    Args:
+        key: the setting that names the folder.
+        folder: it need not be there, but the one around it.
+
+    Raises:
+        ConfigError: if another process is within the context for the same folder.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                rule = "is being written by another process"
+                raise ConfigError(key, str(folder), rule, "wait until it has ended, or name another folder") from None
+            try:
+                same = path.stat().st_ino == os.fstat(file.fileno()).st_ino
+            except FileNotFoundError:
+                same = False
+            if not same:  # its last owner has removed it since
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fomoe_pl.data.compression import missing_library, open_plain
+from fomoe_pl.data.long_text import Collected, Text
 from fomoe_pl.data.remote import AnyPath, RemotePath
 from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.data.token_files import TokensDtype, read_token_file
@@ -65,7 +66,7 @@ class ReadOptions:
 Ids = NDArray[np.uint32]
 
 
-def read_documents(source: Source, options: ReadOptions) -> Iterator[str | Ids]:
+def read_documents(source: Source, options: ReadOptions) -> Iterator[Text | Ids]:
     """Read every document of a domain that is not empty, in a fixed order; as :func:`documents_of`."""
     for path in source.files:
         yield from documents_of(source, path, options)
@@ -73,7 +74,7 @@ def read_documents(source: Source, options: ReadOptions) -> Iterator[str | Ids]:
 
 def documents_of(
     source: Source, path: AnyPath, options: ReadOptions, left_out: Counter[str] | None = None
-) -> Iterator[str | Ids]:
+) -> Iterator[Text | Ids]:
     """Read a file of a domain: texts, as :func:`read_file`, or ids, as :func:`read_token_file`."""
     if not source.tokens:
         yield from read_file(path, options, left_out)
@@ -84,7 +85,7 @@ def documents_of(
         raise _unreadable(path, error) from error
 
 
-def read_file(path: AnyPath, options: ReadOptions, left_out: Counter[str] | None = None) -> Iterator[str]:
+def read_file(path: AnyPath, options: ReadOptions, left_out: Counter[str] | None = None) -> Iterator[Text]:
     """Read every document of a file that is not empty, in a fixed order.
 
     Args:
@@ -149,26 +150,31 @@ def separator_bytes(separator: str) -> bytes:
     return found
 
 
-def _text_documents(file: IO[bytes], path: AnyPath, separator: str | None) -> Iterator[str]:
-    if separator is None:
-        yield _decode(file.read(), path)
-        return
-    boundary = separator_bytes(separator)
-    buffer = bytearray()
-    searched = 0
-    while chunk := file.read(_CHUNK):
-        buffer += chunk
-        while (end := buffer.find(boundary, searched)) >= 0:
-            yield _decode(buffer[:end], path)
-            del buffer[: end + len(boundary)]
-            searched = 0
-        searched = max(0, len(buffer) - len(boundary) + 1)
-    yield _decode(buffer, path)
-
-
-def _decode(raw: bytes | bytearray, path: AnyPath) -> str:
+def _text_documents(file: IO[bytes], path: AnyPath, separator: str | None) -> Iterator[Text]:
+    collected = Collected()
     try:
-        return raw.decode("utf-8")
+        if separator is None:
+            while chunk := file.read(_CHUNK):
+                collected.append(chunk)
+            yield collected.text()
+            return
+        boundary = separator_bytes(separator)
+        buffer = bytearray()
+        searched = 0
+        while chunk := file.read(_CHUNK):
+            buffer += chunk
+            while (end := buffer.find(boundary, searched)) >= 0:
+                collected.append(buffer[:end])
+                yield collected.text()
+                del buffer[: end + len(boundary)]
+                searched = 0
+            searched = max(0, len(buffer) - len(boundary) + 1)
+            if searched > _CHUNK:  # of a long document there is no more here than may be a separator's beginning
+                collected.append(buffer[:searched])
+                del buffer[:searched]
+                searched = 0
+        collected.append(buffer)
+        yield collected.text()
     except UnicodeDecodeError as error:
         raise ConfigError(
             "source", str(path), f"is not UTF-8 ({error.reason})", "Convert it, e.g. with iconv"

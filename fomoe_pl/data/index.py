@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fomoe_pl.data.documents import Ids, ReadOptions, documents_of, read_documents
+from fomoe_pl.data.long_text import LongText, Text
 from fomoe_pl.data.manifest import Split
 from fomoe_pl.data.remote import AnyPath
 from fomoe_pl.data.sources import FileKind, Source, kind_of
@@ -59,7 +60,7 @@ class DomainIndex:
     left_out: Counter[str]
     keys: NDArray[np.uint64]
 
-    def documents(self) -> Iterator[str | Ids]:
+    def documents(self) -> Iterator[Text | Ids]:
         """Read the documents again."""
         return read_documents(self.source, self.options)
 
@@ -205,8 +206,8 @@ def training_share(index: DomainIndex, n_bytes: int) -> Iterator[str]:
     before = np.cumsum(index.sizes[in_order]) - index.sizes[in_order]
     wanted = {int(document): n_bytes - int(b) for document, b in zip(in_order, before, strict=True) if b < n_bytes}
     for document, text in enumerate(index.documents()):
-        if document in wanted and isinstance(text, str):
-            yield text.encode()[: wanted[document]].decode("utf-8", "ignore")
+        if document in wanted and isinstance(text, str | LongText):
+            yield text[: wanted[document]].encode()[: wanted[document]].decode("utf-8", "ignore")
 
 
 def training_bytes(index: DomainIndex) -> int:

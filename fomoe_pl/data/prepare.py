@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fomoe_pl.data import long_text
 from fomoe_pl.data.documents import ReadOptions, separator_bytes
 from fomoe_pl.data.index import DomainIndex, Progress, index_domain, training_bytes, training_share, unseen
+from fomoe_pl.data.long_text import LongText
 from fomoe_pl.data.manifest import (
     MANIFEST_FILE,
     VERSION,
@@ -49,8 +51,8 @@ from fomoe_pl.data.tokenizer import (
 )
 from fomoe_pl.data.workers import Workers, n_cores
 from fomoe_pl.errors import ConfigError, check_range
+from fomoe_pl.files import alone, write_whole
 from fomoe_pl.files import prepare as prepare_file
-from fomoe_pl.files import write_whole
 
 _log = logging.getLogger(__name__)
 _MB = 1e6
@@ -174,22 +176,23 @@ def prepare(
         settings["validation_sha256"] = {index.source.domain: index.documents_sha256 for index in held_out}
     if counts is not None:
         settings["tokenizer_mb"], settings["statistics_sha256"] = None, statistics_sha256(counts)
-    if (target / MANIFEST_FILE).is_file() and not overwrite:
-        return _existing(target, settings)
-    partial = target.with_name(f".{target.name}.partial")
-    _take_up(partial, settings)
-    if isinstance(choice, int):
-        kept = partial / _WORK / "tokenizer.json"
-        if not kept.is_file():
-            write_whole(kept, _trained(indices, choice, tokenizer_mb * _MB, counts).serialized)
-        choice = trained_before(kept)
-    encoder: TextTokenizer = choice
-    _write([*indices, *held_out], encoder, partial, settings, progress)
-    shutil.rmtree(partial / _WORK)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-    return read_manifest(target)
+    with alone("output", target):  # sources may lie beside it, and have been found
+        if (target / MANIFEST_FILE).is_file() and not overwrite:
+            return _existing(target, settings)
+        partial = target.with_name(f".{target.name}.partial")
+        _take_up(partial, settings)
+        if isinstance(choice, int):
+            kept = partial / _WORK / "tokenizer.json"
+            if not kept.is_file():
+                write_whole(kept, _trained(indices, choice, tokenizer_mb * _MB, counts).serialized)
+            choice = trained_before(kept)
+        encoder: TextTokenizer = choice
+        _write([*indices, *held_out], encoder, partial, settings, progress)
+        shutil.rmtree(partial / _WORK)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        return read_manifest(target)
 
 
 def _take_up(partial: Path, settings: dict[str, Any]) -> None:
@@ -421,11 +424,26 @@ def _encode(
         lengths = np.array([len(tokens) for tokens in documents], np.int64)
         return Encoded(np.concatenate(documents), lengths, np.concatenate(sizes))
 
+    def in_parts(number: int, text: LongText) -> Iterator[Encoded]:
+        length, nothing, unknown = 0, np.zeros(0, np.uint32), np.zeros(0, np.int64)
+        for ids, of_ids in encoder.in_parts(text):
+            length += len(ids)
+            yield Encoded(ids, unknown, of_ids.astype(np.uint32) if in_val[number] else nothing)
+        yield Encoded(nothing.astype(token_dtype(encoder.vocab_size)), np.array([length], np.int64), nothing)
+
+    def parts() -> Iterator[Encoded]:
+        batches = _batches(index, writer.documents, size)
+        if not has_long(index):
+            workers = Workers(encoded, n_workers, lambda batch: sum(map(len, batch[1])), _MOST_WAITING)
+            yield from workers.map(batches)
+            return
+        for number, texts in batches:  # a long text is a file of this process
+            yield from in_parts(number, texts[0]) if isinstance(texts[0], LongText) else [encoded((number, texts))]
+
     def shown() -> Iterator[Encoded]:
         done, number = int(index.sizes[: writer.documents].sum()), writer.documents
         total = int(index.sizes.sum())
-        workers = Workers(encoded, n_workers, lambda batch: sum(map(len, batch[1])), _MOST_WAITING)
-        for part in workers.map(_batches(index, writer.documents, size)):
+        for part in parts():
             yield part
             done += int(index.sizes[number : number + len(part.lengths)].sum())
             number += len(part.lengths)
@@ -433,6 +451,11 @@ def _encode(
 
     if writer.documents < len(in_val):
         writer.write(shown())
+
+
+def has_long(index: DomainIndex) -> bool:
+    """Whether there is a text that is not held in memory as a whole."""
+    return not index.source.tokens and bool((index.sizes > long_text.LONGEST).any())
 
 
 def _shard(index: DomainIndex, segments: Segments, shard: int, documents: NDArray[np.int64], folder: Path) -> ShardInfo:
@@ -486,6 +509,10 @@ def _batches(index: DomainIndex, skipped: int, size: int) -> Iterator[tuple[int,
     number = skipped
     documents = index.documents()
     for text in islice(documents, skipped, n):
+        if isinstance(text, LongText):
+            if batch:
+                yield number, batch
+            number, batch, length = number + len(batch), [], size
         batch.append(text)
         length += len(text)
         if length >= size:

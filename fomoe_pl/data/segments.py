@@ -7,7 +7,7 @@ or not at all.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,6 +20,8 @@ from fomoe_pl.files import write_whole
 Unsigned = NDArray[np.unsignedinteger]
 SEGMENT_BYTES = 64_000_000  # of tokens in a segment: what an interruption costs at most
 _MOST_OPEN = 64  # files
+LONG_BYTES = 128_000_000  # of a document's tokens that are not held in memory as a whole
+_PART_BYTES = 1 << 22
 _PARTS = ("tokens", "lengths", "bytes")
 
 
@@ -28,13 +30,46 @@ class Encoded(NamedTuple):
 
     Attributes:
         tokens: Of all of them, one after the other.
-        lengths: Number of tokens of each, int64.
+        lengths: Number of tokens of each, int64; without any it is a part of a document of which more comes.
         bytes: Bytes of text of each token of those that are in the validation split, uint32.
     """
 
     tokens: Unsigned
     lengths: NDArray[np.int64]
     bytes: Unsigned
+
+
+class LongArray:
+    """Numbers on disk that are read part by part.
+
+    Args:
+        read: Gives a part of them, from their first and last + 1.
+        length: How many there are.
+        dtype: Their type.
+    """
+
+    def __init__(self, read: Callable[[int, int], Unsigned], length: int, dtype: Any) -> None:
+        self._read, self._length = read, length
+        self.dtype = np.dtype(dtype)
+        self.nbytes = length * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        """Number of numbers."""
+        return self._length
+
+    def parts(self) -> Iterator[Unsigned]:
+        """All of them, in order."""
+        step = _PART_BYTES // self.dtype.itemsize
+        for start in range(0, self._length, step):
+            yield self._read(start, min(start + step, self._length)).astype(self.dtype, copy=False)
+
+    def max(self) -> Any:
+        """The largest one."""
+        return max(part.max() for part in self.parts())
+
+    def astype(self, dtype: Any) -> "LongArray":
+        """The same in another type."""
+        return LongArray(self._read, self._length, dtype)
 
 
 class SegmentWriter:
@@ -62,7 +97,7 @@ class SegmentWriter:
                 for file, values in zip(files, part, strict=True):
                     values.tofile(file)
                 documents += len(part.lengths)
-                if files[0].tell() >= SEGMENT_BYTES:
+                if len(part.lengths) and files[0].tell() >= SEGMENT_BYTES:
                     self._close(files, documents)
                     files, documents = [], 0
             if files:
@@ -127,31 +162,37 @@ class Segments:
         """Number of documents."""
         return len(self.lengths)
 
-    def tokens(self, document: int) -> Unsigned:
+    def tokens(self, document: int) -> Unsigned | LongArray:
         """A document's tokens."""
         return self._part("tokens", self._dtype, self._start, document)
 
-    def bytes(self, document: int) -> Unsigned:
+    def bytes(self, document: int) -> Unsigned | LongArray:
         """Bytes of text of each token of a document of the validation split."""
         return self._part("bytes", np.uint32, self._start_of_bytes, document)
 
-    def _part(self, name: str, dtype: type[np.unsignedinteger], starts: NDArray[np.int64], document: int) -> Unsigned:
+    def _part(
+        self, name: str, dtype: type[np.unsignedinteger], starts: NDArray[np.int64], document: int
+    ) -> Unsigned | LongArray:
         number = int(np.searchsorted(self._first, document, side="right")) - 1
+        length, offset = int(self.lengths[document]), int(starts[document])
+
+        def read(start: int, stop: int) -> Unsigned:
+            return self._read(number, name, np.dtype(dtype), offset + start, stop - start)
+
+        if length * np.dtype(dtype).itemsize > LONG_BYTES:
+            return LongArray(read, length, dtype)
+        return read(0, length)
+
+    def _read(self, number: int, name: str, dtype: np.dtype[Any], start: int, length: int) -> Unsigned:
         if (number, name) not in self._open:
             if len(self._open) == _MOST_OPEN:
                 self.close()
             self._open[number, name] = os.open(_path(self._folder, number, name), os.O_RDONLY)
-        size = np.dtype(dtype).itemsize
-        n_bytes, start = int(self.lengths[document]) * size, int(starts[document]) * size
-        # Read, not mapped: mapped pages would count as memory of the process. One read gives at most 2 GB.
-        read = bytearray()
-        while len(read) < n_bytes:
-            part = os.pread(self._open[number, name], n_bytes - len(read), start + len(read))
-            if not part:
-                raise OSError(f"{_path(self._folder, number, name)} is cut")
-            if len(part) == n_bytes:
-                return np.frombuffer(part, dtype)
-            read += part
+        # Read, not mapped: mapped pages would count as memory of the process.
+        n_bytes = length * dtype.itemsize
+        read = os.pread(self._open[number, name], n_bytes, start * dtype.itemsize)
+        if len(read) != n_bytes:
+            raise OSError(f"{_path(self._folder, number, name)} is cut")
         return np.frombuffer(read, dtype)
 
     def close(self) -> None:

@@ -9,8 +9,9 @@ import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset as wds
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 
 from fomoe_pl.data.manifest import Manifest, ShardInfo
 from fomoe_pl.data.remote import RemotePath
+from fomoe_pl.data.segments import LongArray
 
 Tokens = NDArray[np.unsignedinteger]
 
 
-def write_shard(path: Path, documents: Iterable[Tokens], sizes: Iterable[Tokens] | None = None) -> str:
+def write_shard(
+    path: Path, documents: Iterable[Tokens | LongArray], sizes: Iterable[Tokens | LongArray] | None = None
+) -> str:
     """Write a webdataset tar, the same bytes for the same documents, and return its SHA-256.
 
     The bytes are those of webdataset's TarWriter, which takes some ten times as long for short documents.
@@ -35,14 +39,17 @@ def write_shard(path: Path, documents: Iterable[Tokens], sizes: Iterable[Tokens]
     digest, length = hashlib.sha256(), 0
     with path.open("wb") as file:
         for number, (tokens, size) in enumerate(zip(documents, repeat(None) if sizes is None else sizes)):  # noqa: B905
-            members = [("npy", tokens)]
+            members: list[tuple[str, Tokens | LongArray]] = [("npy", tokens)]
             if size is not None:
                 members.insert(0, ("bytes.npy", size.astype(np.min_scalar_type(size.max()))))
             for ending, array in members:
                 header = _npy_header(array.dtype.str, len(array))
                 content = len(header) + array.nbytes
                 filling = bytes(-content % tarfile.BLOCKSIZE)
-                for part in (_tar_header(ending, content, number), header, np.ascontiguousarray(array).data, filling):
+                values = array.parts() if isinstance(array, LongArray) else [array]
+                arrays = (np.ascontiguousarray(part).data for part in values)
+                pieces: Iterable[Any] = chain((_tar_header(ending, content, number), header), arrays, (filling,))
+                for part in pieces:
                     digest.update(part)
                     file.write(part)
                 length += tarfile.BLOCKSIZE + content + len(filling)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fomoe_pl.data import windows
+from fomoe_pl.data.long_text import Text
 from fomoe_pl.errors import ConfigError
 
 Unsigned = NDArray[np.unsignedinteger]
@@ -50,6 +51,10 @@ class TextTokenizer(Protocol):
         """
         ...
 
+    def in_parts(self, text: Text) -> Iterator[tuple[Unsigned, Unsigned]]:
+        """The same of one text of any length, part by part."""
+        ...
+
     def token_bytes(self) -> NDArray[np.int64]:
         """Bytes of text that each id stands for."""
         ...
@@ -75,6 +80,13 @@ class ByteTokenizer:
     def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[Unsigned, Unsigned]]:
         """Ids of each text, and one byte for every id but the end of document."""
         return [(ids, (ids != self.eod_id).astype(np.uint8)) for ids in self.encode(texts)]
+
+    def in_parts(self, text: Text) -> Iterator[tuple[Unsigned, Unsigned]]:
+        """Ids and bytes of a text, and those of the end of document."""
+        for start in range(0, len(text), windows.WINDOW):
+            ids = np.frombuffer(text[start : start + windows.WINDOW].encode(), np.uint8).astype(np.uint16)
+            yield ids, np.ones(len(ids), np.uint8)
+        yield np.array([self.eod_id], np.uint16), np.zeros(1, np.uint8)
 
     def token_bytes(self) -> NDArray[np.int64]:
         """One, and none for the end of document."""
@@ -133,14 +145,18 @@ class SubwordTokenizer:
         return [self._with_bytes(text) for text in texts]
 
     def _with_bytes(self, text: str) -> tuple[Unsigned, Unsigned]:
-        ids, sizes, end = [], [], 0
-        for part, ends in windows.in_windows(text, self._spans):
-            ids.append(part)
-            sizes.append(_bytes_between(text, end, ends))
-            end = int(ends[-1]) if len(ends) else end
-        sizes.append(np.array([len(text[end:].encode())]))
+        ids, sizes = zip(*self.in_parts(text), strict=True)
         joined = np.concatenate(sizes)
-        return self._ended(np.concatenate(ids)), joined.astype(np.min_scalar_type(joined.max()))
+        return np.concatenate(ids), joined.astype(np.min_scalar_type(joined.max()))
+
+    def in_parts(self, text: Text) -> Iterator[tuple[Unsigned, Unsigned]]:
+        """Ids and bytes of a text, window by window, and those of the end of document."""
+        end = 0
+        for part, ends in windows.in_windows(text, self._spans):
+            yield part.astype(self._dtype), _bytes_between(text, end, ends).astype(np.uint32)
+            end = int(ends[-1]) if len(ends) else end
+        behind = sum(len(text[at : at + windows.WINDOW].encode()) for at in range(end, len(text), windows.WINDOW))
+        yield np.array([self.eod_id], self._dtype), np.array([behind], np.uint32)
 
     def _spans(self, text: str) -> tuple[windows.Ints, windows.Ints, windows.Ints]:
         """Ids, and the characters where each token starts and ends."""
@@ -191,7 +207,7 @@ def _one_message() -> Iterator[None]:
         ) from None  # fmt: skip
 
 
-def _bytes_between(text: str, start: int, ends: windows.Ints) -> windows.Ints:
+def _bytes_between(text: Text, start: int, ends: windows.Ints) -> windows.Ints:
     """Bytes from each end to the next, the first from ``start`` on."""
     stop = int(ends[-1]) if len(ends) else start
     character_N = np.frombuffer(text[start:stop].encode("utf-32-le"), np.uint32)

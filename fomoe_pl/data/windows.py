@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from fomoe_pl.data.long_text import Text
+
 Ints = NDArray[np.int64]
 # What an encoder gives: ids, and the characters of the text where each token starts and ends.
 Encode = Callable[[str], tuple[Ints, Ints, Ints]]
@@ -13,7 +15,7 @@ WINDOW = 1 << 18  # characters of a window; `tokenizers` takes some 200 bytes fo
 OVERLAP = 1 << 14  # characters that consecutive windows share
 
 
-def in_windows(text: str, encode: Encode) -> Iterator[tuple[Ints, Ints]]:
+def in_windows(text: Text, encode: Encode) -> Iterator[tuple[Ints, Ints]]:
     """Encode a text window by window, where possible to the tokens that it has as a whole.
 
     A window starts where a token of the window before it ends, an overlap before that window's end. The text is cut in
@@ -56,7 +58,7 @@ def in_windows(text: str, encode: Encode) -> Iterator[tuple[Ints, Ints]]:
     yield _between(ids, ends, kept, len(text))
 
 
-def _encoded(text: str, start: int, length: int, encode: Encode) -> tuple[Ints, Ints, Ints]:
+def _encoded(text: Text, start: int, length: int, encode: Encode) -> tuple[Ints, Ints, Ints]:
     """Tokens of a window at their places in the whole text."""
     ids, starts, ends = encode(text[start : start + length])
     # A token of several for one character, or of none, ends where the one before it does.

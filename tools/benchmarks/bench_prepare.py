@@ -75,7 +75,7 @@ def plain_documents(source: str) -> Iterator[str]:
     """The sources' documents."""
     for part in find_sources([source])[0]:
         for path in part.files:
-            yield from read_file(path, ReadOptions())
+            yield from (text[:] for text in read_file(path, ReadOptions()))
 
 
 def documents(source: str, mb: float, document_kb: float | None) -> Iterator[str]:
