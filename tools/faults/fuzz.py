@@ -1,6 +1,6 @@
 """Damaged and hostile files and messages: a clear error or a right result, no hang, and nothing of theirs is run.
 
-`python tools/fuzz.py --cases 10000 --seed 0`
+`python tools/faults/fuzz.py --cases 10000 --seed 0`
 
 Manifests, parts of checkpoints (whole and of disks of the sites' own), shards, corpus manifests and what sites tell
 each other at the meeting are changed at random: bytes, cuts, values of JSON, pickles that would run a command. Half of

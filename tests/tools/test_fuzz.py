@@ -1,4 +1,4 @@
-"""Some of the cases of `tools/fuzz.py`, and that it would find what it looks for."""
+"""Some of the cases of `tools/faults/fuzz.py`, and that it would find what it looks for."""
 
 import hashlib
 import json

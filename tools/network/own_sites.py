@@ -1,6 +1,6 @@
 """Sites that share nothing: own corpora, own disks, own users, joined by a network of namespaces alone.
 
-`sudo python tools/own_sites.py --output runs/own_sites.json`
+`sudo python tools/network/own_sites.py --output runs/own_sites.json`
 
 Needs root, `ip` and `setpriv`. Four sites, each a `fomoe fit` of a user of its own in a network namespace of its own,
 in a folder that no other user may enter, prepare corpora of their own, train, validate, are killed, go on from their
@@ -38,7 +38,7 @@ from fomoe_pl.federation.ledger import KINDS, Ledger
 from fomoe_pl.files import write_whole
 
 SITES, FIRST_USER, PORT, MTU = 4, 31000, 29579, 9000
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 K, STEPS, MORE = 4, 16, 24
 PHASE_SECONDS = 240.0
 DOCUMENTS = 120
