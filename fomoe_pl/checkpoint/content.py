@@ -330,7 +330,7 @@ class Content:
         """Lightning's state, with what this site's own callbacks know."""
         manifest, observers = files.read_manifest(folder), files.observers_name(self.site.topology.site)
         state = files.read_state(folder, self.trainer_file(folder, manifest), manifest)
-        if observers in manifest["files"]:
+        if observers in manifest["files"] and (folder / observers).is_file():  # a disk of its own may be lost
             own = files.read_state(folder, observers, manifest)
             state["callbacks"] = {**state.get("callbacks", {}), **own}
         return {**state, "state_dict": {}, "optimizer_states": [], "folder": str(folder)}

@@ -125,6 +125,11 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             rule = "checkpoints of several folders would lie in one of a site's own, under their names alone"
             raise ConfigError("checkpoint_root", str(self.checkpoint_root), rule, "give all ModelCheckpoints one "
                               "dirpath, and no / in a filename")  # fmt: skip
+        if any(callback.save_last == "link" for callback in saving):
+            rule = "is a link in the ModelCheckpoint's folder, and checkpoints are on disks of the sites' own"
+            raise ConfigError(
+                "save_last", "link", rule, "type true, or leave it out: --ckpt_path auto finds the newest"
+            )
 
     # -- who holds what -------------------------------------------------------------------------------------------
 

@@ -10,12 +10,15 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from fomoe_pl.callbacks import RoutingStability
 from fomoe_pl.checkpoint import format as files
 from fomoe_pl.cli import main
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.model.sizes import expert_parameters
+from fomoe_pl.strategies import FederatedStrategy
 from tests.distributed import run_distributed
 from tests.federation.toy import digest
 from tests.strategies.test_checkpoint import differences
@@ -50,10 +53,15 @@ def make_run(root: str, folder: str, name: str, **more: Any) -> Run:
                trainer={"max_steps": STEPS})  # fmt: skip
 
 
+def _observers(run: Run) -> list[L.Callback]:
+    """What has a file of its own in each site's part."""
+    return [RoutingStability()] if run.settings["overlap"] == 1 and run.settings.get("copies") else []
+
+
 def _end(run: Run, rank: int, path: str | None = None, *saved: int) -> tuple[dict[str, Any], int]:
     """All that there is at the end, and the bytes that were sent for checkpoints."""
     torch.manual_seed(5 if saved or path is None else 3)
-    trainer = fit(run, rank, SITES, [Saving(f"{run.folder}/common", *saved)], path)
+    trainer = fit(run, rank, SITES, [Saving(f"{run.folder}/common", *saved), *_observers(run)], path)
     found = copy.deepcopy(state(trainer))
     for kinds in (found["sent"], found["reduced"]):
         for key in [key for key in kinds if "checkpoint" in (key, key[0])]:
@@ -61,9 +69,9 @@ def _end(run: Run, rank: int, path: str | None = None, *saved: int) -> tuple[dic
     return found, trainer.strategy.ledger.wire("checkpoint")  # type: ignore[attr-defined]
 
 
-def _refused(run: Run, rank: int, path: str | None) -> str:
+def _refused(run: Run, rank: int, path: str | None, *callbacks: L.Callback) -> str:
     with pytest.raises(ConfigError) as error:
-        fit(run, rank, SITES, [], path)
+        fit(run, rank, SITES, callbacks, path)
     return str(error.value)
 
 
@@ -105,7 +113,7 @@ def _runs(rank: int, root: str, folder: str) -> dict[str, Any]:
         found["broken off"] = _end(runs["two"], rank, "auto")
         _between_runs(rank, f"{folder}/lost", lambda: shutil.rmtree(Path(folder, "two", "1")))
         torch.manual_seed(3)
-        trainer = fit(runs["two"], rank, SITES, [], "step-4.ckpt")
+        trainer = fit(runs["two"], rank, SITES, _observers(runs["two"]), "step-4.ckpt")
         found["lost"] = trainer.strategy.optimizer_steps, digest(trainer.strategy.federation)  # type: ignore[attr-defined]
         _between_runs(rank, f"{folder}/gone", lambda: Path(folder, "one", "1").rename(Path(folder, "gone")))
         found["gone"] = _refused(runs["one"], rank, "auto")
@@ -161,7 +169,8 @@ def test_a_site_that_lost_its_disk_goes_on_with_what_others_have(found: list[Any
     fetched = Path(folder, "two", "1", "step-4.ckpt")
     manifest = files.read_manifest(fetched)
     there = {path.name for path in fetched.iterdir()} - {files.MANIFEST}
-    assert files.site_name(1) not in there
+    assert not {files.site_name(1), files.observers_name(1)} & there
+    assert files.observers_name(1) in manifest["files"]
     assert files.dense_name() in there
     for name in there:
         files.verify(fetched, name, manifest)
@@ -180,6 +189,39 @@ def test_other_runs_checkpoints_stay_and_there_is_no_other_name(found: list[Any]
     for site in found:
         assert "has checkpoints of another run" in site["used"]
         assert "no site has a checkpoint of this name" in site["unknown"]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "told"),
+    [
+        ([{"save_last": "link"}], "save_last = 'link'"),
+        ([{"dirpath": "a"}, {"dirpath": "b", "monitor": "x"}], "one dirpath"),
+        ([{"filename": "a/{step}"}], "no / in a filename"),
+    ],
+)
+def test_names_alone_tell_checkpoints_apart(root: str, tmp_path: Path, callbacks: list[Any], told: str) -> None:
+    run = make_run(root, str(tmp_path), "one")
+    strategy = FederatedStrategy(**run.settings)
+    trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=SITES, logger=False, max_steps=2,
+                        max_epochs=-1, callbacks=[ModelCheckpoint(**arguments) for arguments in callbacks],
+                        val_check_interval=2, check_val_every_n_epoch=None)  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        strategy.check_run(trainer, run.module(), None, fitting=True)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"copies": 2}, "Give checkpoint_root too"),
+        ({"copies": 0, "checkpoint_root": "a"}, "at least 1"),
+        ({"checkpoint_root": "a", "min_sites": 1}, "min_sites = 1"),
+    ],
+)
+def test_settings_of_disks_that_cannot_work_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        FederatedStrategy(**settings)
+    assert told in str(error.value)
 
 
 def _export(folders: Sequence[Path | str], output: Path) -> bytes:
