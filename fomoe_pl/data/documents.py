@@ -11,13 +11,15 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fomoe_pl.data.compression import missing_library, open_plain
-from fomoe_pl.data.long_text import Collected, Text
+from fomoe_pl.data.long_records import is_cut, read_line, read_long
+from fomoe_pl.data.long_text import Collected, LongText, Text
 from fomoe_pl.data.remote import AnyPath, RemotePath
 from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.data.token_files import TokensDtype, read_token_file
@@ -184,9 +186,11 @@ def _text_documents(file: IO[bytes], path: AnyPath, separator: str | None) -> It
 # -- records ----------------------------------------------------------------------------------------------------------
 
 
-def _text(record: Any, options: ReadOptions, place: str, path: AnyPath) -> str | None:
+def _text(record: Any, options: ReadOptions, place: str, path: AnyPath) -> Text | None:
     """A record's text; None if it has none and that is allowed."""
     value = _field(record, options.text_field)
+    if isinstance(value, LongText):
+        return value
     if isinstance(value, str):
         # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
         return value.encode("utf-8", "replace").decode("utf-8")
@@ -228,9 +232,14 @@ def _json_records(file: IO[bytes], path: AnyPath, text_field: str) -> Iterator[R
     if cast(Any, file).peek(_CHUNK).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
         yield from _array(file, path)
         return
-    for number, line in enumerate(file, 1):
+    for number in count(1):
+        if not (line := read_line(file)):
+            return
         try:
-            yield f"line {number}", json.loads(line) if line.strip() else None
+            if is_cut(line):
+                yield f"line {number}", read_long(line, file)
+            else:
+                yield f"line {number}", json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
             raise _not_json(path, f"line {number}", error) from None
 

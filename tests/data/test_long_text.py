@@ -1,11 +1,13 @@
 """Texts that are too long for memory give the corpus that they give in memory, and two preparations do not meet."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fomoe_pl.data import long_text, prepare, segments, windows
+from fomoe_pl.data import long_records, long_text, prepare, segments, windows
+from fomoe_pl.data.documents import ReadOptions, read_file
 from fomoe_pl.data.long_text import Collected, LongText
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.files import alone
@@ -35,6 +37,33 @@ def test_short_texts_stay_strings(monkeypatch: pytest.MonkeyPatch) -> None:
         text = collected.text()
         assert isinstance(text, kind)
         assert text[:] == part.decode()
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["utf-8", "escapes"])
+@pytest.mark.parametrize("size", [7, 64, 4096])
+def test_long_lines_of_json_are_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: bool, size: int
+) -> None:
+    texts = [TEXT[: 800 * i] + 'quote " back \\ \\u0041 \n end' + "\\" * (i % 3) for i in range(8)]
+    texts.append("漢字" * 800)
+    records = [{"id": i, "meta": {"text": text, "n": [1, "x" * 50]}, "text": "short"} for i, text in enumerate(texts)]
+    lines = [json.dumps(record, ensure_ascii=not plain) for record in records]
+    lines[3] = lines[3].replace("quote", "\\ud83d half \\udc00")  # halves that make no character
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*lines[:4], "", *lines[4:]]), encoding="utf-8")
+    options = ReadOptions("meta.text", skip_empty=True)
+    whole = [text[:] for text in read_file(path, options)]
+    assert whole[5] == texts[5]
+    assert whole[3] == texts[3].replace("quote", "? half ?")
+    monkeypatch.setattr(long_text, "LONGEST", 100)
+    monkeypatch.setattr(long_records, "_PIECE", size)
+    found = list(read_file(path, options))
+    assert [text[:] for text in found] == whole
+    assert all(isinstance(text, LongText) for text in found[4:])
+    for broken in ('{"text": "' + "a" * 300, '{"text": "' + "a" * 300 + '\\x"}', '{"text": "' + "a" * 300 + '"]'):
+        path.write_text(broken)
+        with pytest.raises(ConfigError, match="line 1 is not JSON"):
+            list(read_file(path, ReadOptions()))
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])

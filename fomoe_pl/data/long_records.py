@@ -1,0 +1,124 @@
+"""Lines of JSON that are too long for memory: their long strings become texts of their own."""
+
+import json
+import re
+import uuid
+from typing import IO, Any
+
+from fomoe_pl.data import long_text
+from fomoe_pl.data.long_text import Collected, Text
+
+_PIECE = 1 << 20
+_HIGH = rb"\\u[dD][89abAB][0-9a-fA-F]{2}"  # half of a character that two escapes spell
+_CHARACTERS = re.compile(rb"%b\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[^u]|[^\\]+" % _HIGH)
+_END_OR_ESCAPE = re.compile(rb'["\\]')
+
+
+def read_line(file: IO[bytes]) -> bytes:
+    """A line, or the beginning of one that is too long to be held as a whole; empty at the end."""
+    return file.readline(long_text.LONGEST)
+
+
+def is_cut(line: bytes) -> bool:
+    """Whether there is more of a line than `read_line` gave."""
+    return len(line) == long_text.LONGEST and not line.endswith(b"\n")
+
+
+def read_long(start: bytes, file: IO[bytes]) -> Any:
+    """The JSON value of a long line; its long strings are texts on disk.
+
+    Args:
+        start: What `read_line` gave.
+        file: Where the rest of the line is read from.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
+    value = _Value()
+    value.append(start)
+    while piece := file.readline(_PIECE):
+        value.append(piece)
+        if piece.endswith(b"\n"):
+            break
+    return value.read()
+
+
+class _Value:
+    """JSON of which long strings are put aside, so that the rest is short."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+        self._texts: dict[str, Text] = {}
+        self._string: bytearray | None = None  # where one has begun and not ended
+        self._long: Collected | None = None
+        self._escaped = False
+
+    def append(self, piece: bytes) -> None:
+        at = 0
+        while at < len(piece):
+            if self._string is None:
+                quote = piece.find(b'"', at)
+                end = len(piece) if quote < 0 else quote + 1
+                self._rest += piece[at:end]
+                self._string = None if quote < 0 else bytearray()
+                at = end
+                continue
+            if self._escaped:
+                self._string += piece[at : at + 1]
+                self._escaped, at = False, at + 1
+                continue
+            found = _END_OR_ESCAPE.search(piece, at)
+            end = len(piece) if found is None else found.start()
+            self._string += piece[at:end]
+            at = end + 1
+            if found is not None and found[0] == b"\\":
+                self._string += b"\\"
+                self._escaped = True
+            elif found is not None:
+                self._close()
+        if self._string is not None and len(self._string) > _PIECE:
+            self._put_aside(whole=False)
+
+    def _put_aside(self, whole: bool) -> None:
+        assert self._string is not None
+        self._long = self._long or Collected()
+        cut = len(self._string)
+        if not whole:  # not within a character
+            cut, last = 0, b""
+            for found in _CHARACTERS.finditer(self._string):
+                if found.start() != cut:  # an escape of which the rest is to come
+                    break
+                cut, last = found.end(), found[0]
+            if re.fullmatch(_HIGH, last):  # its other half may be to come
+                cut -= len(last)
+            while cut and self._string[cut - 1] & 0xC0 == 0x80:  # nor within its bytes
+                cut -= 1
+            if cut and self._string[cut - 1] >= 0xC0:
+                cut -= 1
+        text = json.loads(b'"' + self._string[:cut] + b'"')
+        self._long.append(text.encode("utf-8", "replace"))
+        del self._string[:cut]
+
+    def _close(self) -> None:
+        assert self._string is not None
+        if self._long is None:
+            self._rest += self._string
+        else:
+            self._put_aside(whole=True)
+            name = uuid.uuid4().hex
+            self._texts[name] = self._long.text()
+            self._rest += name.encode()
+        self._rest += b'"'
+        self._string = self._long = None
+
+    def read(self) -> Any:
+        if self._string is not None:
+            raise ValueError("a string does not end")
+        return self._restored(json.loads(self._rest))
+
+    def _restored(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._texts.get(value, value)
+        if isinstance(value, dict):
+            return {key: self._restored(inner) for key, inner in value.items()}
+        return [self._restored(inner) for inner in value] if isinstance(value, list) else value
