@@ -11,7 +11,9 @@ from fomoe_pl.data.long_text import Collected, Text
 _PIECE = 1 << 20
 _HIGH = rb"\\u[dD][89abAB][0-9a-fA-F]{2}"  # half of a character that two escapes spell
 _CHARACTERS = re.compile(rb"%b\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[^u]|[^\\]+" % _HIGH)
-_END_OR_ESCAPE = re.compile(rb'["\\]')
+_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # as far as it goes
+_LONGEST_ESCAPES = 12  # bytes in which a character is spelled
+_NEAR = 4096
 
 
 def read_line(file: IO[bytes]) -> bytes:
@@ -67,14 +69,14 @@ class _Value:
                 self._string += piece[at : at + 1]
                 self._escaped, at = False, at + 1
                 continue
-            found = _END_OR_ESCAPE.search(piece, at)
-            end = len(piece) if found is None else found.start()
-            self._string += piece[at:end]
-            at = end + 1
-            if found is not None and found[0] == b"\\":
+            found = _STRING.match(piece, at)
+            assert found is not None
+            self._string += found[0]
+            at = found.end() + 1
+            if found.end() < len(piece) and piece[found.end()] == ord("\\"):  # the piece's last byte
                 self._string += b"\\"
                 self._escaped = True
-            elif found is not None:
+            elif found.end() < len(piece):
                 self._close()
         if self._string is not None and len(self._string) > _PIECE:
             self._put_aside(whole=False)
@@ -84,20 +86,28 @@ class _Value:
         self._long = self._long or Collected()
         cut = len(self._string)
         if not whole:  # not within a character
-            cut, last = 0, b""
-            for found in _CHARACTERS.finditer(self._string):
-                if found.start() != cut:  # an escape of which the rest is to come
-                    break
-                cut, last = found.end(), found[0]
-            if re.fullmatch(_HIGH, last):  # its other half may be to come
-                cut -= len(last)
-            while cut and self._string[cut - 1] & 0xC0 == 0x80:  # nor within its bytes
-                cut -= 1
-            if cut and self._string[cut - 1] >= 0xC0:
-                cut -= 1
+            cut = self._safe_cut()
         text = json.loads(b'"' + self._string[:cut] + b'"')
         self._long.append(text.encode("utf-8", "replace"))
         del self._string[:cut]
+
+    def _safe_cut(self) -> int:
+        """A place in the string, near its end, that is between two characters."""
+        assert self._string is not None
+        n = len(self._string)
+        for cut in range(n, max(_LONGEST_ESCAPES, n - _NEAR), -1):
+            if self._string[cut - 1] < 0x80 and b"\\" not in self._string[cut - _LONGEST_ESCAPES : cut]:
+                return cut
+        cut, last = 0, b""
+        for found in _CHARACTERS.finditer(self._string):
+            if found.start() != cut:  # an escape of which the rest is to come
+                break
+            cut, last = found.end(), found[0]
+        if re.fullmatch(_HIGH, last):  # its other half may be to come
+            cut -= len(last)
+        while cut and self._string[cut - 1] & 0xC0 == 0x80:
+            cut -= 1
+        return cut - 1 if cut and self._string[cut - 1] >= 0xC0 else cut
 
     def _close(self) -> None:
         assert self._string is not None
