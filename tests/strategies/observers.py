@@ -161,7 +161,7 @@ def sizes(trainer: L.Trainer) -> dict[str, list[int]]:
     return {
         "parameters": [t.numel() for t in tensors],
         "gradients": [0 if t.grad is None else t.grad.numel() for t in tensors],
-        "moments": [m.numel() for t in tensors for m in moments(optimizer, t)],
+        "moments": [m.numel() for t in tensors for m in moments(optimizer, t).values()],
         "anchors": [federation.anchors[name].numel() for name in names],
     }
 

@@ -151,7 +151,7 @@ def expert_moments(trainer: L.Trainer) -> dict[tuple[str, int], list[torch.Tenso
     strategy: Any = trainer.strategy
     layout = strategy.content.layout()
     return {
-        (name, expert): [m[row].clone() for m in moments(trainer.optimizers[0], layout.tensors[name])]
+        (name, expert): [m[row].clone() for m in moments(trainer.optimizers[0], layout.tensors[name]).values()]
         for name, layer in layout.expert_layer.items()
         if name in layout.trained and "router" not in name
         for row, expert in enumerate(strategy.transformer.residency.experts[layer])
