@@ -9,10 +9,13 @@ Letters: T tokens of a batch, D width, K picks of a token, I input width of an e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
+from fomoe_pl.codec import GROUP
 from fomoe_pl.costs.activations import (
     Precision,
     Types,
@@ -22,8 +25,9 @@ from fomoe_pl.costs.activations import (
     layer_activation_bytes,
     loss_bytes,
 )
-from fomoe_pl.costs.rounds import ADAMW_MOMENTS, ITEMSIZE, copy_bytes
+from fomoe_pl.costs.rounds import ADAMW_MOMENTS, ITEMSIZE, copy_bytes, matrices
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.settings import FORMATS, WireFormat
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing, Shadow
 from fomoe_pl.model.sizes import expert_parameters, resident_counts, scored_experts
@@ -34,6 +38,8 @@ LIBRARY_BYTES = 64 * MIB
 """Workspaces of the matrix library, from torch's allocator (cuBLAS on Hopper: two of 32 MiB)."""
 ENCODING = 4
 """Float32 tensors that an encoding holds at once: values, groups, groups over their scale, rounded values."""
+GROUP_BYTES = 17
+"""Of a group's magnitude and scale while it is encoded."""
 DDP_COPIES = 2
 """Copies of the gradients that DDP adds: its buckets, and as much again at the peak (measured on an H100)."""
 
@@ -49,7 +55,11 @@ class Load:
         method: `rounds` keeps float32 anchors, `ddp` gradients' copies, `single` neither.
         outer_momentum: The outer rule keeps a momentum besides the anchor.
         wire_on_device: Wire buffers are on the device (NCCL), not on the host (gloo).
-        wire_dtype: dtype of averaged values on the wire.
+        wire_dtype: dtype of averaged values on the wire that are not coded.
+        wire_codec: Of the changes of matrices; None casts them.
+        error_feedback: What coding loses of them is kept.
+        moments_codec: Of averaged moments of matrices.
+        holders: Sizes of the sets of sites that average codes.
         bucket_bytes: Size of a wire buffer; there are two.
         state_on_host: Anchors and outer momentum are not on the device.
         val_batch_size: Sequences of a validation batch; 0 for no validation.
@@ -68,6 +78,10 @@ class Load:
     outer_momentum: bool = False
     wire_on_device: bool = True
     wire_dtype: str = "float32"
+    wire_codec: WireFormat | None = None
+    error_feedback: bool = False
+    moments_codec: WireFormat | None = None
+    holders: tuple[int, ...] = (2,)
     bucket_bytes: int = 64 * MIB
     state_on_host: bool = False
     val_batch_size: int = 0
@@ -95,7 +109,7 @@ class Load:
         return self.batch_size * self.sequence_length
 
 
-LASTING = ("weights", "copies", "moments", "anchors", "outer_momentum", "library")
+LASTING = ("weights", "copies", "moments", "anchors", "outer_momentum", "residual", "library")
 OF_MOMENT = {
     "end of the forward pass": ("gradients_kept", "activations", "logits"),
     "backward pass": ("backward",),
@@ -108,7 +122,7 @@ OF_MOMENT = {
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank. The parts down to `outer_momentum` last as long as the run, the others are of one moment.
+    """Bytes of one rank. The parts down to `residual` last as long as the run, the others are of one moment.
 
     Attributes:
         weights: Parameters, and copies of experts' that last.
@@ -119,6 +133,7 @@ class RankMemory:
         moments: AdamW's two moments.
         anchors: The last agreed values, float32.
         outer_momentum: Of the outer rule, float32.
+        residual: What coding has lost of the changes of matrices, float32.
         activations: What the forward pass keeps for the backward pass, the logits' part excluded.
         logits: The loss's buffers: a chunk of logits and the output matrix's gradient.
         wire: Buffers and temporary values of a round's averaging.
@@ -128,7 +143,8 @@ class RankMemory:
             one layer's unpacked ones, which the forward pass has before that.
         refresh: New copies of absent experts besides the old ones, and a layer's in flight.
         recorded: What stays reserved of a step's passes while sites average.
-        on_host: Anchors and outer momentum in the host's memory, which is no part of any moment of the device.
+        on_host: Anchors, outer momentum and residual in the host's memory, which is no part of any moment of the
+            device.
     """
 
     weights: int
@@ -139,6 +155,7 @@ class RankMemory:
     moments: int
     anchors: int
     outer_momentum: int
+    residual: int
     activations: int
     logits: int
     wire: int
@@ -151,7 +168,7 @@ class RankMemory:
 
     @property
     def lasting(self) -> int:
-        """Bytes that are always there: weights, copies, moments, anchors, outer momentum and the library's."""
+        """Bytes that are always there: weights, copies, moments, anchors, outer momentum, residual, the library's."""
         return self._sum(LASTING)
 
     @property
@@ -174,19 +191,61 @@ class RankMemory:
         return moment, dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
-def _wire_bytes(config: ModelConfig, load: Load, resident_elements: int, shards: int) -> int:
+def _wire_bytes(config: ModelConfig, load: Load, resident_elements: int, coded_elements: int, shards: int) -> int:
+    """Of the largest bucket of casts or of codes, with the state that was fetched for it."""
     itemsize = ITEMSIZE[load.wire_dtype]
     largest_row = -(-config.d_model * config.expert_in_width // shards)  # tensors are cut between rows: an expert's
     elements = max(load.bucket_bytes // itemsize, largest_row)
     one, two, three = (min(n * elements, resident_elements) for n in (1, 2, 3))
     # Of the bucket that is read, of the one that is written, and of the one before, on its way back to the host.
-    state = 4 * three * (2 if load.outer_momentum else 1) if load.state_on_host else 0
+    slots = 1 + load.outer_momentum + load.error_feedback
+    state = 4 * three * slots if load.state_on_host else 0
     steps = 4 * one if load.outer_momentum else 0
+    mean = 4 * one if itemsize < 4 else 0  # of one buffer, while the next one travels
+    casts = two * itemsize + max(4 * one, mean + steps)
     if not load.wire_on_device:
         # Changes and the buffer to be sent; later means, of the wire's type and as float32, and steps.
-        return state + 4 * one + max(itemsize * one, (itemsize * one if itemsize < 4 else 0) + steps)
-    mean = 4 * one if itemsize < 4 else 0  # of one buffer, while the next one travels
-    return state + two * itemsize + max(4 * one, mean + steps)
+        casts = 4 * one + max(itemsize * one, (itemsize * one if itemsize < 4 else 0) + steps)
+    ends = [min(n * elements, coded_elements) for n in (0, 1, 2, 3)]
+    sizes = [end - start for start, end in pairwise(ends)]
+    return state + max([casts, *(_coded_bytes(load, sizes, g) for g in load.holders if g > 1)])
+
+
+def _coded_bytes(load: Load, sizes: Sequence[int], g: int) -> int:
+    """Most of what averages of coded buckets over g sites hold, read off `Transport.average` and `Flight.drain`.
+
+    Args:
+        load: Its formats.
+        sizes: Elements of a bucket, of the one after it, and of a third: two are on their way, and what one has lost
+            is held until the next but one has started.
+        g: Number of sites.
+    """
+    one, second, third = sizes
+    rows = 2 if g == 2 else 1  # of a pair both are decoded, else slices that are as many numbers together
+    peak = 0
+    for form, kept, root in ((load.wire_codec, load.error_feedback, False), (load.moments_codec, False, True)):
+        if form is None:
+            continue
+        codec, levels = FORMATS[form], 1 if form == "int4" else 0
+        code = codec.nbytes(one)
+        # Encoding: magnitudes, later levels as float32 and as bytes, shifted onto each other; groups' scales.
+        encoding = 4 * (2 + root) + 1 + levels + GROUP_BYTES / GROUP
+        start = max(encoding, 12 if kept else 0) * one + code  # values, those decoded, and their difference
+        # Decoding: numbers, and of 4 bits four bytes of each on their way there; roots, and their squares.
+        decoding = 4 + 4 * max(levels, root)
+        mean = rows * decoding if g == 2 else decoding + 4 / g
+        wait = max(mean, 4 * rows + 4 / (1 if g == 2 else g)) * one
+        if kept:
+            start, wait = start + 4 * (second + third), wait + 4 * (one + second)
+        if load.wire_on_device:
+            # What is sent, what arrives, and the buffer in which all sites' codes of a gather arrive.
+            flying = codec.nbytes(second) * (1 + 2 * 2 if g == 2 else 2)
+            start += flying + rows * codec.nbytes(third)
+            wait += flying + code * (2 if g == 2 else 2 + 1 / g)
+        else:
+            wait += rows * code
+        peak = max(peak, math.ceil(start), math.ceil(wait))
+    return peak
 
 
 def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident: int, routing: Routing) -> int:
@@ -274,11 +333,12 @@ def rank_memory(
     types = Types.of(load.precision, load.kernels)
     n_scored = scored_experts(config, n_resident, routing)
     counts = resident_counts(config, n_resident, routing)
-    parameters, experts = (-(-n // shards) for n in (counts.total, counts.experts))
+    parameters, experts, coded = (-(-n // shards) for n in (counts.total, counts.experts, matrices(counts)))
     output = config.vocab_size * config.d_model
     federated = load.method == "rounds"
     agreed = 4 * parameters if federated else 0
     momentum = agreed if load.outer_momentum else 0
+    lost = 4 * coded if federated and load.error_feedback else 0
     small = load.bf16_gradients and types.parameter != types.compute and types.experts_in_kernels(config)
     of_gradient = types.compute if small else types.parameter  # of experts
     gradients = types.parameter * (parameters - experts) + of_gradient * experts
@@ -310,13 +370,14 @@ def rank_memory(
         moments=ADAMW_MOMENTS * types.parameter * parameters,
         anchors=0 if load.state_on_host else agreed,
         outer_momentum=0 if load.state_on_host else momentum,
+        residual=0 if load.state_on_host else lost,
         activations=activations,
         logits=logits,
-        wire=_wire_bytes(config, load, parameters, shards) if federated else 0,
+        wire=_wire_bytes(config, load, parameters, coded, shards) if federated else 0,
         validation=_validation_bytes(config, load, types, n_resident, routing),
         library=LIBRARY_BYTES,
         backward=backward,
         refresh=_refresh_bytes(config, n_resident, shadow) if copied and federated else 0,
         recorded=max(activations + logits, backward) if load.recorded else 0,
-        on_host=agreed + momentum if load.state_on_host else 0,
+        on_host=agreed + momentum + lost if load.state_on_host else 0,
     )

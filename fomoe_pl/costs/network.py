@@ -89,17 +89,19 @@ class Links:
 
         Each of g sites sends 2(g-1)/g of the payload. The ring goes through the sites in order, so that it leaves each
         place once; the slowest link is the ring's. Buffers are pipelined: each is copied while another one
-        travels, so the slower of the two counts, plus the copy of the first and of the last.
+        travels, so the slower of the two counts, plus the copy of the first and of the last. Codes are timed as a ring
+        of as many bytes, and are copied as the values that they stand for; coding itself is left out.
         """
         g = len(call.sites)
         if g < 2:
             return 0.0
-        whole, rest = divmod(call.payload, self.bucket_bytes)
+        bucket = max(1, round(self.bucket_bytes * call.share))
+        whole, rest = divmod(call.payload, bucket)
         places = [self.places[i] for i in sorted({self.place_of[site] for site in call.sites})]
-        copied = 2 * (g - 1) / g * self.copy_seconds_per_byte
-        ring = whole * self._ring_seconds(self.bucket_bytes, g, places)
+        copied = 2 * (g - 1) / g * self.copy_seconds_per_byte / call.share
+        ring = whole * self._ring_seconds(bucket, g, places)
         ring += self._ring_seconds(rest, g, places) if rest else 0.0
-        alone = min(call.payload, self.bucket_bytes) * copied
+        alone = min(call.payload, bucket) * copied
         return alone + max(ring, call.payload * copied - alone)
 
     def _ring_seconds(self, payload: int, g: int, places: Sequence[Site]) -> float:

@@ -6,13 +6,21 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fomoe_pl.codec import Codec
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.placement import Placement, check_placement, side_by_side
 from fomoe_pl.federation.report import report_numbers
 from fomoe_pl.federation.settings import InnerMoments, WireDtype
+from fomoe_pl.federation.transport import coded_bytes
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing, Shadow
-from fomoe_pl.model.sizes import dense_parameters, expert_parameters, parameter_counts, resident_counts
+from fomoe_pl.model.sizes import (
+    ParameterCounts,
+    dense_parameters,
+    expert_parameters,
+    parameter_counts,
+    resident_counts,
+)
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 ADAMW_MOMENTS = 2
@@ -27,12 +35,16 @@ class SynchronizedSizes:
         dense_buffers: Elements of buffers that every site holds (balance biases in ghost mode).
         expert: Trained parameters of one expert of one layer, in partitioned mode with its router row.
         expert_buffers: Buffer elements of one expert of one layer (its balance bias in partitioned mode).
+        dense_matrices: Of `dense`, what a codec may round.
+        expert_matrices: The same of `expert`.
     """
 
     dense: int
     dense_buffers: int
     expert: int
     expert_buffers: int
+    dense_matrices: int
+    expert_matrices: int
 
     @classmethod
     def of(cls, architecture: ModelConfig, routing: Routing) -> SynchronizedSizes:
@@ -44,6 +56,8 @@ class SynchronizedSizes:
             dense_buffers=architecture.n_layers * architecture.n_experts if biased and not partitioned else 0,
             expert=expert_parameters(architecture) + (architecture.d_model if partitioned else 0),
             expert_buffers=1 if biased and partitioned else 0,
+            dense_matrices=matrices(resident_counts(architecture, 0, routing)),
+            expert_matrices=expert_parameters(architecture),
         )
 
 
@@ -53,12 +67,20 @@ class Collective(NamedTuple):
     Attributes:
         kind: The ledger's.
         sites: Who takes part, sorted.
-        payload: Bytes of its elements on the wire.
+        payload: Bytes of its elements on the wire. Of codes, which are not added on their way, as many as a ring
+            all-reduce has of which a site sends the same.
+        share: Bytes on the wire of each byte that its buckets hold: below 1 for codes.
     """
 
     kind: Kind
     sites: tuple[int, ...]
     payload: int
+    share: float = 1.0
+
+
+def matrices(counts: ParameterCounts) -> int:
+    """Parameters that a codec may round on the wire: all but norms and routers."""
+    return counts.total - counts.norms - counts.router
 
 
 def held_by(placement: Placement) -> dict[tuple[int, ...], int]:
@@ -90,6 +112,8 @@ def collectives(
     n_sites: int,
     wire_dtype: WireDtype = "float32",
     moments: int = 0,
+    codec: Codec | None = None,
+    moments_codec: Codec | None = None,
 ) -> list[Collective]:
     """The averages of a round in the order in which sites call them; groups of one site send nothing and are left out.
 
@@ -99,16 +123,35 @@ def collectives(
         n_sites: Number of sites M.
         wire_dtype: dtype of averaged values on the wire.
         moments: How many of AdamW's moments of everything trained are averaged too, 0 to 2.
+        codec: Of the changes of matrices; each group's codes are a collective of their own. Buckets, each of which
+            fills up its last groups, are not told apart.
+        moments_codec: The same of moments.
     """
     itemsize = ITEMSIZE[wire_dtype]
-    groups: list[tuple[Kind, tuple[int, ...], int, int]] = [
-        ("dense", tuple(range(n_sites)), sizes.dense, sizes.dense_buffers)
+    groups: list[tuple[Kind, tuple[int, ...], int, int, int]] = [
+        ("dense", tuple(range(n_sites)), sizes.dense, sizes.dense_buffers, sizes.dense_matrices)
     ]
-    groups += [("expert", sites, n * sizes.expert, n * sizes.expert_buffers) for sites, n in held.items()]
+    groups += [
+        ("expert", sites, n * sizes.expert, n * sizes.expert_buffers, n * sizes.expert_matrices)
+        for sites, n in held.items()
+    ]
+    found: list[Collective] = []
+
+    def average(kind: Kind, sites: tuple[int, ...], numel: int, coded: int, of: Codec | None, times: int) -> None:
+        if of is None:
+            found.append(Collective(kind, sites, times * numel * itemsize))
+            return
+        if numel > coded:
+            found.append(Collective(kind, sites, times * (numel - coded) * itemsize))
+        g = len(sites)
+        payload = coded_bytes(of, coded, g) * g // (2 * (g - 1))
+        found.append(Collective(kind, sites, times * payload, payload / (coded * itemsize)))
+
     groups = [group for group in groups if len(group[1]) > 1]
-    found = [Collective(kind, sites, (trained + buffers) * itemsize) for kind, sites, trained, buffers in groups]
-    if moments:
-        found += [Collective("moments", sites, moments * n * itemsize) for _, sites, n, _ in groups]
+    for kind, sites, trained, buffers, coded in groups:
+        average(kind, sites, trained + buffers, coded, codec, 1)
+    for _, sites, trained, _, coded in groups if moments else ():
+        average("moments", sites, trained, coded, moments_codec, moments)
     return found
 
 
@@ -127,12 +170,16 @@ def round_collectives(
     routing: Routing = "ghost",
     wire_dtype: WireDtype = "float32",
     inner_moments: InnerMoments = "keep",
+    codec: Codec | None = None,
+    moments_codec: Codec | None = None,
 ) -> list[Collective]:
     """The averages of a round with fixed placement (a random one sends as much, on average over sites)."""
     held = held_when_fixed(architecture, n_sites, overlap)
     sizes = SynchronizedSizes.of(architecture, routing)
-    return collectives(held, sizes, n_sites=n_sites, wire_dtype=wire_dtype,
-                       moments=ADAMW_MOMENTS if inner_moments == "average" else 0)  # fmt: skip
+    return collectives(
+        held, sizes, n_sites=n_sites, wire_dtype=wire_dtype, codec=codec, moments_codec=moments_codec,
+        moments=ADAMW_MOMENTS if inner_moments == "average" else 0,
+    )  # fmt: skip
 
 
 def ddp_collectives(architecture: ModelConfig, n_sites: int, itemsize: int = 4) -> list[Collective]:
@@ -195,6 +242,7 @@ def checkpoint_bytes(
     param_dtype: WireDtype = "float32",
     momentum: bool = False,
     rounds: bool = True,
+    error_feedback: bool = False,
 ) -> dict[str, int]:
     """Bytes of the tensors of a checkpoint on disk; nothing of it crosses sites.
 
@@ -208,22 +256,24 @@ def checkpoint_bytes(
         param_dtype: dtype of parameters and inner moments.
         momentum: Whether there is outer momentum.
         rounds: Whether there are rounds; else ranks are alike, and the first alone writes.
+        error_feedback: Whether sites keep what coding has lost of their changes.
 
     Returns:
         `model`: the global model, once: dense tensors and each expert, float32 where there are anchors.
-        `momentum`: outer momentum, once, float32. `site`: the file of one site: inner moments, and where there are
-        rounds local values. `files`: number of such files. `total`: all of them.
+        `momentum`: outer momentum, once, float32. `site`: the file of one site: inner moments, where there are
+        rounds local values, and what coding has lost, float32. `files`: number of such files. `total`: all of them.
     """
     check_placement(architecture.n_experts, n_sites, overlap)
     itemsize, sizes = ITEMSIZE[param_dtype], SynchronizedSizes.of(architecture, routing)
     total = parameter_counts(architecture).total
-    resident = resident_counts(architecture, architecture.n_experts * overlap // n_sites, routing).total
+    counts = resident_counts(architecture, architecture.n_experts * overlap // n_sites, routing)
+    resident, lost = counts.total, ITEMSIZE["float32"] * matrices(counts) if error_feedback else 0
     slots = architecture.n_layers * architecture.n_experts
     # Balance biases are float32 whatever the parameters are.
     biases = ITEMSIZE["float32"] * (sizes.dense_buffers + slots * sizes.expert_buffers)
     own_biases = ITEMSIZE["float32"] * (sizes.dense_buffers + slots * overlap // n_sites * sizes.expert_buffers)
     model = (ITEMSIZE["float32"] if rounds else itemsize) * total + biases
     outer = ITEMSIZE["float32"] * total if momentum else 0
-    site = itemsize * resident * ADAMW_MOMENTS + (itemsize * resident + own_biases if rounds else 0)
+    site = itemsize * resident * ADAMW_MOMENTS + (itemsize * resident + own_biases + lost if rounds else 0)
     files = n_sites if rounds else 1
     return {"model": model, "momentum": outer, "site": site, "files": files, "total": model + outer + files * site}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from fomoe_pl.costs.memory import RankMemory
-from fomoe_pl.federation.settings import OuterPlace
+from fomoe_pl.federation.settings import FORMATS, OuterPlace, WireFormat
 from fomoe_pl.model.config import Checkpointing
 from fomoe_pl.model.residency import Routing
 from fomoe_pl.planner.quality import Measurement
-from fomoe_pl.planner.request import RUNS_TODAY, Layout, Method
+from fomoe_pl.planner.request import RUNS_TODAY, Layout, Method, Wire
 
 MORE_FOR_LARGER_BATCHES = 0.02
 """Share of a step that may be spent on larger micro-batches."""
@@ -85,8 +85,29 @@ class Choice:
     overlap: int
     method: Method
     routing: Routing
-    wire_dtype: Literal["float32", "bfloat16"]
+    wire_dtype: Wire
     local_steps: int
+    moments_every: int = 1
+
+    @property
+    def wire_codec(self) -> WireFormat | None:
+        """Of the changes of matrices, with error feedback; None casts them."""
+        return cast(WireFormat, self.wire_dtype) if self.wire_dtype in FORMATS else None
+
+    @property
+    def moments_codec(self) -> WireFormat | None:
+        """Of averaged moments of matrices."""
+        return "int8" if self.wire_codec and self.averages_moments else None
+
+    @property
+    def cast_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of what is not coded."""
+        return "bfloat16" if self.wire_dtype == "bfloat16" else "float32"
+
+    @property
+    def averages_moments(self) -> bool:
+        """Whether rounds average the inner moments."""
+        return self.method == "local_adamw"
 
 
 @dataclass(frozen=True)
@@ -102,13 +123,13 @@ class Plan:
         length: Optimizer steps and validations.
         tokens: Of the run.
         memory: Of a device of each place, by part; equal but for sharding.
-        sent_per_round: Bytes that leave the busiest place in a round (DDP: in a step), as the ledger's wire column
-            counts them: with the ring's factor, without frames.
+        sent_per_round: Bytes that leave the busiest place in a round (DDP: in a step), the mean over rounds with and
+            without moments, as the ledger's wire column counts them: with the ring's factor, without frames.
         sent_per_validation: The same for a validation of the global model.
         sent_in_all: The same for the run.
         checkpoint: Bytes on disk, see `checkpoint_bytes`.
         step_seconds: Of the slowest site.
-        round_seconds: Of a round's synchronisation (DDP: a step's).
+        round_seconds: Of a round's synchronisation (DDP: a step's), the same mean.
         validation_seconds: Of a validation of the global model.
         hours: Of the run, validations included.
         price: Of all places for these hours; None if a price is missing.

@@ -44,6 +44,8 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
     if c.method != "ddp":
         nesterov = c.method == "diloco"
         copies = {"shadow_bits": request.shadow_bits, "shadow_refresh": request.shadow_refresh}
+        codes = {"wire_codec": c.wire_codec, "error_feedback": True}
+        moments = {"moments_codec": c.moments_codec, "moments_every": c.moments_every}
         strategy = {
             "class_path": "fomoe_pl.strategies.FederatedStrategy",
             "init_args": {
@@ -53,8 +55,10 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
                 "placement": "fixed",
                 "local_steps": c.local_steps,
                 "outer": _NESTEROV if nesterov else None,
-                "inner_moments": "average" if c.method == "local_adamw" else "keep",
-                "wire_dtype": c.wire_dtype,
+                "inner_moments": "average" if c.averages_moments else "keep",
+                **(moments if c.averages_moments else {}),
+                "wire_dtype": c.cast_dtype,
+                **(codes if c.wire_codec else {}),
                 "bucket_mib": request.bucket_mib,
                 "outer_state": plan.saving.outer_state,
             },

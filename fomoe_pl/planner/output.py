@@ -57,12 +57,13 @@ def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
 def setting_text(plan: Plan) -> str:
     """A plan's choice in words."""
     c = plan.choice
+    wire = c.wire_dtype if c.moments_every == 1 else f"{c.wire_dtype}, moments every {c.moments_every} rounds"
     saved = "" if plan.saving.checkpointing == "none" else f", {plan.saving.checkpointing} checkpointed"
     if plan.saving.outer_state == "host":
         saved += f", outer state on the host ({plan.on_host / GIB:.1f} GiB a device)"
     return (
         f"{c.sites} sites ({c.layout}), overlap {c.overlap}, {c.method}, K {c.local_steps}, {c.routing}, "
-        f"{c.wire_dtype}, batch {plan.batch_size}×{plan.accumulate} of {plan.global_batch}{saved}"
+        f"{wire}, batch {plan.batch_size}×{plan.accumulate} of {plan.global_batch}{saved}"
     )
 
 
@@ -112,19 +113,23 @@ def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
         f"are recomputed. sites: {layouts}. Traffic inside a sharded site is not modelled.",
     ]
     if any(plan.saving.outer_state == "host" for plan in plans):
-        lines.append("outer state on the host: anchors and outer momentum, page-locked, for which torch may take up to "
-                     "twice as much; a save takes a snapshot of all that it writes there (`async_save: false`: none). "
-                     "Whether the host has that much is not checked.")  # fmt: skip
+        lines.append("outer state on the host: anchors, outer momentum and what coding has lost, page-locked, for "
+                     "which torch may take up to twice as much; a save takes a snapshot of all that it writes there "
+                     "(`async_save: false`: none). Whether the host has that much is not checked.")  # fmt: skip
     if any(plan.choice.routing == "shadow" for plan in plans):
         often = "every round" if request.shadow_refresh == 1 else f"every {request.shadow_refresh} rounds"
         lines.append(f"shadow: picks of absent experts are computed with copies of {request.shadow_bits} bits, "
                      f"refreshed {often}; ghost: they are skipped.")  # fmt: skip
+    if any(plan.choice.wire_codec for plan in plans):
+        lines.append("int8, int4: changes in that code with error feedback, averaged moments in int8; norms, routers "
+                     "and biases in float32. Codes are timed by their bytes, coding itself is not.")  # fmt: skip
     for layout in sorted({plan.choice.layout for plan in plans if plan.why_not_today}):
         lines.append(f"fit today: {layout} {RUNS_TODAY[layout]}.")
     measured = {(p.quality.model, p.quality.source) for p in plans if p.quality is not None}
     lines += [f"quality of {model}: {source}" for model, source in sorted(measured)]
     if any(plan.quality is None for plan in plans):
-        lines.append("quality: not measured with the same method, routing, sites, overlap, K and a float32 wire.")
+        lines.append("quality: not measured with the same method, routing, sites, overlap and K, a float32 wire and "
+                     "moments averaged every round.")  # fmt: skip
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Literal, get_args
@@ -22,7 +22,7 @@ from fomoe_pl.costs.rounds import (
 )
 from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work
 from fomoe_pl.federation.placement import valid_overlaps
-from fomoe_pl.federation.settings import OuterPlace
+from fomoe_pl.federation.settings import FORMATS, OuterPlace
 from fomoe_pl.model.config import Checkpointing, ModelConfig
 from fomoe_pl.planner.choices import Choice, Plan, Refusal, RunLength, Saving, divisions
 from fomoe_pl.planner.quality import measured_quality
@@ -130,14 +130,17 @@ class Planner:
         for wire_dtype in self.request.wire_dtypes:
             for routing in self.request.routings if overlap < m else self.request.routings[:1]:
                 for k in self.request.local_steps:
-                    yield Choice(self.name, layout, m, overlap, method, routing, wire_dtype, k)
+                    choice = Choice(self.name, layout, m, overlap, method, routing, wire_dtype, k)
+                    for rounds in self.request.moments_every if choice.averages_moments else (1,):
+                        yield replace(choice, moments_every=rounds)
 
     def _averages_of(self, choice: Choice) -> list[Collective]:
         if choice.method == "ddp":
             return ddp_collectives(self.config, choice.sites, ITEMSIZE[self.param_dtype])
         return round_collectives(
             self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
-            wire_dtype=choice.wire_dtype, inner_moments="average" if choice.method == "local_adamw" else "keep",
+            wire_dtype=choice.cast_dtype, inner_moments="average" if choice.averages_moments else "keep",
+            codec=FORMATS.get(choice.wire_codec or ""), moments_codec=FORMATS.get(choice.moments_codec or ""),
         )  # fmt: skip
 
     def _resident(self, choice: Choice) -> int:
@@ -159,7 +162,9 @@ class Planner:
         load = Load(
             precision=request.precision, batch_size=batch, sequence_length=request.sequence_length,
             method=method, outer_momentum=choice.method == "diloco",
-            wire_dtype=choice.wire_dtype, bucket_bytes=request.bucket_mib * 2**20, val_batch_size=batch,
+            wire_dtype=choice.cast_dtype, wire_codec=choice.wire_codec, moments_codec=choice.moments_codec,
+            error_feedback=choice.wire_codec is not None, holders=(choice.overlap, choice.sites),
+            bucket_bytes=request.bucket_mib * 2**20, val_batch_size=batch,
             evaluation_window=min(request.evaluation_window, self._validation_batches(choice, batch)),
             accumulate=accumulate, recorded=whole_steps and self.cuda_graphs,
             bf16_gradients=whole_steps and self.bf16_gradients,
@@ -296,13 +301,22 @@ class Planner:
         asked = math.ceil(request.tokens / (global_batch * request.sequence_length))
         length = RunLength.of(asked, k, request.validations)
         links = request.links(choice.layout)
-        calls = self._averages(replace(choice, local_steps=1))
+        calls = self._averages(replace(choice, local_steps=1, moments_every=1))
+        changes = [call for call in calls if call.kind != "moments"]
+        rounds = -(-length.steps // k)
+        due = rounds // choice.moments_every / rounds  # share of rounds that average moments, if any do
         control = [] if choice.method == "ddp" else control_collectives(choice.sites)
-        round_seconds, sent = links.round_seconds([*calls, *control]), max(links.sent_by_place(calls))
+
+        def mean(of: Callable[[Sequence[Collective]], float]) -> float:
+            """Over the run's rounds."""
+            return of(calls) if due == 1 else due * of(calls) + (1 - due) * of(changes)
+
+        round_seconds = mean(lambda some: links.round_seconds([*some, *control]))
+        sent = mean(lambda some: max(links.sent_by_place(some)))
         # State on the host is fetched and stored, both ways at once, while averages travel.
         bus = max(own.on_host / (site.host_gbps * 1e9) for own, site in zip(memory, request.sites, strict=True))
         if bus:
-            round_seconds += max(0.0, bus - links.round_seconds([call for call in calls if call.kind != "moments"]))
+            round_seconds += max(0.0, bus - links.round_seconds(changes))
         if choice.routing == "shadow":
             copies = refresh_bytes(self.config, request.shadow, n_sites=choice.sites, overlap=choice.overlap)
             seconds_of_copies = links.exchange_seconds(copies, messages=self.config.n_layers)
@@ -326,15 +340,17 @@ class Planner:
             global_batch=global_batch, length=length, tokens=length.steps * global_batch * request.sequence_length,
             memory=memory, sent_per_round=sent,
             sent_per_validation=sent_validating,
-            sent_in_all=-(-length.steps // k) * sent + length.validations * sent_validating,
+            sent_in_all=rounds * sent + length.validations * sent_validating,
             checkpoint=checkpoint_bytes(
                 self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
                 param_dtype=self.param_dtype, momentum=choice.method == "diloco", rounds=choice.method != "ddp",
+                error_feedback=choice.wire_codec is not None,
             ),
             step_seconds=seconds, round_seconds=round_seconds, validation_seconds=validation, hours=hours,
             price=None if None in prices else hours * sum(p for p in prices if p is not None),
             quality=measured_quality(
                 method=choice.method, routing=choice.routing, sites=choice.sites, overlap=choice.overlap,
-                local_steps=k, wire_dtype=choice.wire_dtype,
+                local_steps=k, wire_dtype=choice.wire_dtype, moments_every=choice.moments_every,
+                shadow_bits=request.shadow_bits, shadow_refresh=request.shadow_refresh,
             ),
         )  # fmt: skip

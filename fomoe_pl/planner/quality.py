@@ -9,7 +9,7 @@ from fomoe_pl.model.residency import Routing
 
 @dataclass(frozen=True)
 class Measurement:
-    """A run against one with full replicas, all else equal; the latter is in the table too, as the reference.
+    """A run against one with full replicas, all else equal: copies refreshed and moments averaged every round.
 
     Attributes:
         source: Where the numbers are.
@@ -21,7 +21,8 @@ class Measurement:
         local_steps: K.
         metric: `perplexity` or `bits per byte`, of the global model.
         value: Of this run.
-        full: Of the full replicas.
+        penalty: How much worse that is than full replicas', as a share of theirs: 0 for those, the reference.
+        shadow_bits: Of a number in a copy, with shadow routing.
     """
 
     source: str
@@ -33,12 +34,8 @@ class Measurement:
     local_steps: int
     metric: str
     value: float
-    full: float
-
-    @property
-    def penalty(self) -> float:
-        """How much worse the metric is, as a share of the full replicas'."""
-        return self.value / self.full - 1
+    penalty: float
+    shadow_bits: int | None = None
 
 
 PAPER = "arXiv 2606.19025, table 6"
@@ -68,24 +65,38 @@ _OWN: list[tuple[str, Routing, int, float, float]] = [
     ("local_adamw", "partitioned", 2, 2.823, 2.669),
     ("diloco", "ghost", 2, 3.615, 3.434),
 ]
+STUDIES = "docs/quality.md"
+# Its four sites with equal data (iid), K = 32: (study, routing, overlap, bits per byte, penalty over seeds, bits).
+_STUDIES: list[tuple[str, Routing, int, float, float, int | None]] = [
+    ("16m_long", "shadow", 2, 1.2092, 0.023, 4),
+    ("16m_long", "shadow", 1, 1.2536, 0.060, 4),
+    ("16m_long", "ghost", 2, 1.2509, 0.058, None),
+    ("16m", "ghost", 1, 1.5152, 0.133, None),
+    ("16m", "shadow", 2, 1.4000, 0.047, 2),
+]
 
 MEASUREMENTS: tuple[Measurement, ...] = (
     *(
-        Measurement(PAPER, "54M", method, "partitioned", m, overlap, k, "perplexity", value, row[m])
+        Measurement(PAPER, "54M", method, "partitioned", m, overlap, k, "perplexity", value, value / row[m] - 1)
         for method, table in (("local_adamw", _TABLE_6), ("diloco", _TABLE_6_DILOCO))
         for (k, m), row in table.items()
         for overlap, value in row.items()
     ),
     *(
-        Measurement(OWN, "0.8M", method, routing, 4, overlap, 8, "bits per byte", value, full)
+        Measurement(OWN, "0.8M", method, routing, 4, overlap, 8, "bits per byte", value, value / full - 1)
         for method, routing, overlap, value, full in _OWN
+    ),
+    *(
+        Measurement(STUDIES, study, "local_adamw", routing, 4, overlap, 32, "bits per byte", value, penalty, bits)
+        for study, routing, overlap, value, penalty, bits in _STUDIES
     ),
 )
 
 
 def measured_quality(
-    *, method: str, routing: Routing, sites: int, overlap: int, local_steps: int, wire_dtype: str = "float32"
-) -> Measurement | None:
+    *, method: str, routing: Routing, sites: int, overlap: int, local_steps: int, wire_dtype: str = "float32",
+    moments_every: int = 1, shadow_bits: int = 4, shadow_refresh: int = 1,
+) -> Measurement | None:  # fmt: skip
     """The measurement for these settings; None if there is none.
 
     Args:
@@ -94,12 +105,18 @@ def measured_quality(
         sites: Number of sites M.
         overlap: Sites that hold each expert.
         local_steps: K.
-        wire_dtype: dtype on the wire; all measurements are of float32.
+        wire_dtype: Format on the wire; all measurements are of float32.
+        moments_every: Rounds between two averages of the moments; all measurements are of every round.
+        shadow_bits: Bits of a number in a copy, with shadow routing.
+        shadow_refresh: Rounds between two refreshes of the copies; all measurements are of every round.
     """
-    if wire_dtype != "float32":
+    copied = routing == "shadow" and overlap < sites
+    if wire_dtype != "float32" or moments_every != 1 or (copied and shadow_refresh != 1):
         return None
+    bits = shadow_bits if copied else None
     wanted = (method, sites, overlap, local_steps)
     for m in MEASUREMENTS:
-        if (m.method, m.sites, m.overlap, m.local_steps) == wanted and (m.routing == routing or overlap == sites):
+        alike = (m.routing, m.shadow_bits) == (routing, bits) or overlap == sites
+        if (m.method, m.sites, m.overlap, m.local_steps) == wanted and alike:
             return m
     return None

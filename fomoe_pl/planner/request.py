@@ -15,6 +15,7 @@ from fomoe_pl.model.residency import Routing, Shadow, ShadowBits
 
 Method = Literal["local_adamw", "diloco", "local_sgd", "ddp"]
 Layout = Literal["one", "each", "sharded"]
+Wire = Literal["float32", "bfloat16", "int8", "int4"]
 LAYOUTS = {
     "one": "one device of each site",
     "each": "every device a site of its own",
@@ -45,7 +46,9 @@ class PlanRequest:
         shadow_refresh: Rounds between two refreshes of the copies.
         methods: `local_adamw` averages parameters and moments, `diloco` has an outer momentum, `local_sgd` averages
             parameters, `ddp` averages gradients in every step.
-        wire_dtypes: dtypes of averaged values on the wire.
+        wire_dtypes: Of averaged values on the wire: `float32`, `bfloat16`, or `int8` and `int4`, in which sites'
+            changes are coded with error feedback, and averaged moments in int8 (norms, routers and biases in float32).
+        moments_every: Rounds between two averages of the moments, with `local_adamw`.
         layouts: `one` device per site; `each` device a site of its own; `sharded`: a site's devices share its
             model, which `fomoe fit` cannot run yet.
         outer_states: Where anchors and outer momentum may live; on the `host` where memory is short.
@@ -75,7 +78,8 @@ class PlanRequest:
     shadow_bits: ShadowBits = 4
     shadow_refresh: int = 1
     methods: list[Method] = field(default_factory=lambda: ["local_adamw", "diloco", "ddp"])
-    wire_dtypes: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
+    wire_dtypes: list[Wire] = field(default_factory=lambda: ["float32", "bfloat16"])
+    moments_every: list[int] = field(default_factory=lambda: [1])
     layouts: list[Layout] = field(default_factory=lambda: ["one", "each", "sharded"])
     outer_states: list[OuterPlace] = field(default_factory=lambda: ["device", "host"])
     precision: Precision = "bf16-mixed"
@@ -97,7 +101,8 @@ class PlanRequest:
         Raises:
             ConfigError: For empty lists, sizes below 1, and an overlap above the number of sites.
         """
-        for name in ("models", "sites", "local_steps", "routings", "methods", "wire_dtypes", "layouts", "outer_states"):
+        for name in ("models", "sites", "local_steps", "routings", "methods", "wire_dtypes", "moments_every", "layouts",
+                     "outer_states"):  # fmt: skip
             if not getattr(self, name):
                 raise ConfigError(name, getattr(self, name), "must not be empty", "give at least one")
         if self.overlaps is not None and not self.overlaps:
@@ -111,6 +116,10 @@ class PlanRequest:
         check_range("headroom", self.headroom, "it is a share of the memory, such as 0.08", least=0, below=1)
         for k in self.local_steps:
             check_range("local_steps", k, "K is in optimizer steps: give 32, say", least=1)
+        for rounds in self.moments_every:
+            check_range("moments_every", rounds, "it is in rounds: give 4, say", least=1)
+        for wire in self.wire_dtypes:
+            check_choice("wire_dtypes", wire, Wire)
         check_choice("shadow_bits", self.shadow_bits, ShadowBits)
         most = max(sum(s.devices for s in self.sites) if "each" in self.layouts else 0, len(self.sites))
         if any(not 1 <= o <= most for o in self.overlaps or ()):

@@ -185,6 +185,9 @@ def test_synchronized_sizes_are_those_of_the_built_model(architecture: ModelConf
         return sum(layout.tensors[n].numel() for n in names if (n in layout.trained) == trained)
 
     assert (sizes.dense, sizes.dense_buffers) == tuple(elements(layout.dense, trained=t) for t in (True, False))
+    assert sizes.dense_matrices == sum(layout.tensors[n].numel() for n in layout.dense if layout.may_be_coded(n))
+    coded = (layout.tensors[n].numel() for n in layout.sparse(1) if layout.may_be_coded(n))
+    assert sizes.expert_matrices * len(ids) == sum(coded)
     per_layer = tuple(elements(layout.sparse(1), trained=t) for t in (True, False))
     assert (sizes.expert * len(ids), sizes.expert_buffers * len(ids)) == per_layer
 

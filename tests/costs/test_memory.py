@@ -1,18 +1,31 @@
 """Memory by part: against what a model built here holds and keeps, and against the round's own buffers."""
 
 import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from fomoe_pl.codec import Root
 from fomoe_pl.costs.activations import Types, activation_bytes, chunk_bytes, loss_bytes
 from fomoe_pl.costs.memory import Load, rank_memory
+from fomoe_pl.costs.rounds import checkpoint_bytes
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.flight import Bucket, Flight
+from fomoe_pl.federation.layout import ParameterLayout
+from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.settings import FORMATS
+from fomoe_pl.federation.state import State
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.federation.transport import Transport
 from fomoe_pl.model.attention import rotary_tables
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss, token_losses
@@ -247,6 +260,65 @@ def test_outer_state_on_the_host_comes_bucket_by_bucket(momentum: bool) -> None:
     assert SMALL.d_model * SMALL.d_expert > 1000  # so an expert's weight is a bucket
     assert host.wire - device.wire == 4 * 3 * SMALL.d_model * SMALL.d_expert * (2 if momentum else 1)
     assert device.lasting - host.lasting == device.anchors + device.outer_momentum
+
+
+@pytest.fixture(params=[2, 3])
+def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
+    """Of several sites in one process: nothing travels."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
+    yield Transport(Topology(request.param, 1, 0), [], Ledger(), device=torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("codec", "feedback"), [("int4", True), ("int4", False), ("int8", True), ("int8", False), ("moments", False)]
+)
+def test_what_averages_of_codes_hold_is_what_lives_in_them(transport: Transport, codec: str, feedback: bool) -> None:
+    """Between a device that has no codes in flight, and one that has, with what collectives hold themselves."""
+    numel, sites = 2 * SMALL.d_model * SMALL.expert_in_width, transport.everyone
+    coding = Root(FORMATS["int8"]) if codec == "moments" else FORMATS[codec]
+    with LiveBytes() as bytes_:
+        values, kept, lost = (torch.ones(4, numel) for _ in range(3))
+
+        def bucket(i: int) -> Bucket:
+            def read() -> list[torch.Tensor]:
+                return [values[i] if codec == "moments" else values[i] - kept[i]]
+
+            def write(into: torch.Tensor, mean: torch.Tensor) -> None:
+                into[i].copy_(mean)
+
+            losing = partial(write, lost) if feedback else None
+            return Bucket("dense", sites, numel, read, partial(write, kept), coding, losing)
+
+        before = bytes_.peak = bytes_.live
+        Flight([bucket(i) for i in range(4)], transport, frozenset(), ahead=1).drain()
+        measured = bytes_.peak - before
+    formats: Any = {"moments_codec": "int8"} if codec == "moments" else {"wire_codec": codec}
+    load = Load(bucket_bytes=4 * numel, error_feedback=feedback, holders=(len(sites),), **formats)
+    host, device = (
+        rank_memory(SMALL, replace(load, wire_on_device=on), n_resident=8).wire for on in (False, True)
+    )  # fmt: skip
+    assert host <= measured <= device < 1.2 * measured
+
+
+@pytest.mark.parametrize("routing", ["ghost", "partitioned"])
+def test_what_coding_has_lost_is_kept_for_each_trained_matrix(routing: Any) -> None:
+    ids = (0, 3, 5, 6)
+    model = Transformer(SMALL, Residency(routing, (ids,) * SMALL.n_layers))
+    layout = ParameterLayout.of(model, model.expert_tensors())
+    lost = sum(t.nbytes for t in State(layout, feedback=True).own["residual"].values())
+    load = Load(wire_codec="int8", bucket_bytes=4)
+    plain, kept = (rank_memory(SMALL, replace(load, error_feedback=on), n_resident=4, routing=routing)
+                   for on in (False, True))  # fmt: skip
+    assert kept.residual == kept.lasting - plain.lasting == lost
+    assert plain.residual == 0
+    host = rank_memory(SMALL, replace(load, error_feedback=True, state_on_host=True), n_resident=4, routing=routing)
+    assert (host.residual, host.on_host) == (0, kept.anchors + lost)
+    assert host.wire - kept.wire == 4 * 3 * SMALL.d_model * SMALL.d_expert * 2  # of a bucket, an expert's matrix
+    files = [checkpoint_bytes(SMALL, n_sites=2, overlap=1, routing=routing, error_feedback=on)["site"]
+             for on in (False, True)]  # fmt: skip
+    assert files[1] - files[0] == lost
+    assert rank_memory(SMALL, replace(load, error_feedback=True, method="ddp"), n_resident=8).residual == 0
 
 
 def test_the_peak_grows_with_what_a_site_holds() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fomoe_pl.codec import Groups
 from fomoe_pl.costs.bytes import predict_bytes
 from fomoe_pl.costs.flops import executed_picks, token_flops
 from fomoe_pl.costs.memory import Load
@@ -142,6 +143,32 @@ def test_a_buffer_is_copied_while_another_one_travels() -> None:
     assert light.seconds(call) == pytest.approx(alone + 0.1 * alone / 10)
     heavy = replace(links, copy_seconds_per_byte=3 * alone / 10_000_000)
     assert heavy.seconds(call) == pytest.approx(3 * alone)
+
+
+def test_codes_are_a_ring_of_their_own_bytes_in_buckets_of_as_many_values() -> None:
+    links = Links.between([site(latency_ms=5)] * 3, bucket_bytes=1_000_000)
+    coded = Collective("dense", (0, 1, 2), 250_000, share=0.125)
+    alike = Collective("dense", (0, 1, 2), 250_000)
+    assert links.seconds(coded) == pytest.approx(replace(links, bucket_bytes=125_000).seconds(alike))
+    copying = replace(links, copy_seconds_per_byte=1.0)
+    whole = copying.seconds(Collective("dense", (0, 1, 2), 2_000_000))
+    assert copying.seconds(coded) == pytest.approx(whole, rel=1e-6)  # values are copied, whatever they become
+
+
+def test_collectives_of_codes_by_hand() -> None:
+    """Three sites give each other thirds in whole groups, a pair all; what no codec may round is apart."""
+    pair, all_three = (round_collectives(SMALL, n_sites=m, overlap=m, codec=Groups(4), moments_codec=Groups(8),
+                                         inner_moments="average") for m in (2, 3))  # fmt: skip
+    counts = parameter_counts(SMALL)
+    small = counts.norms + counts.router
+    dense = counts.total - counts.experts - small
+    for calls, slices in ((pair, 1), (all_three, 3)):
+        assert [call.kind for call in calls] == ["dense", "dense", "expert", *["moments"] * 3]
+        padded = -(-dense // (slices * 64)) * slices * 64
+        assert [call.payload for call in calls[:2]] == [4 * small, padded // 64 * 34]
+        assert calls[2].payload == -(-counts.experts // (slices * 64)) * slices * 34
+        assert [call.payload for call in calls[3:5]] == [2 * 4 * small, 2 * padded // 64 * 66]
+        assert calls[1].share == pytest.approx(34 / 256, rel=0.01)
 
 
 def test_disjoint_groups_run_side_by_side_and_neighbours_wait() -> None:
