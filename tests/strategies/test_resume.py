@@ -17,7 +17,7 @@ from tests.strategies.observers import snapshot
 from tests.strategies.test_checkpoint import differences
 from tests.training import STRATEGIES, Run, fit, from_yaml, launched_as, parameters
 
-pytestmark = pytest.mark.timeout(300)  # a fixture starts dozens of runs
+pytestmark = pytest.mark.timeout(900)  # a fixture starts dozens of runs
 SITES = 2
 K, SAVED_AT, STEPS = 2, (4,), 6
 # Name of a strategy file -> further settings of the run: every file, and what else has a position of its own.

@@ -136,9 +136,11 @@ def test_a_run_without_limit_explains_itself() -> None:
     calls = [Collective("dense", (0, 1), 8_000_000), Collective("expert", (0, 1), 2_000_000)]
     links = Links.between([shaped.link_of(shaped.NOT_A_LIMIT)] * 2, mtu=9000)
     measured = {"seconds": 0.5, "outside_collectives": 0.1}
-    found = shaped.calibrated(measured, calls, links)
+    found = shaped.calibrated(measured, calls, links, 0.0)
     assert found.round_seconds(calls) == pytest.approx(0.5)
     assert found.copy_seconds_per_byte == pytest.approx(0.1 / 10_000_000)
+    found = shaped.calibrated(measured, calls, links, 2_000_000.0)  # of copies
+    assert found.copy_seconds_per_byte == pytest.approx(0.1 / 12_000_000)
 
 
 def test_a_limit_and_its_calibration_take_turns() -> None:
@@ -163,7 +165,7 @@ def test_readings_are_summed_over_sites_and_medians_over_rounds() -> None:
         [{**reading, "seconds": s, "tx_bytes": b} for s, b in ((4.0, 1100.0), (2.0, 1300.0), (2.5, 1200.0))],
     ]
     links = Links.between([shaped.link_of(8.0)] * 2)
-    found: dict[str, Any] = shaped.summarize(readings, calls, links)
+    found: dict[str, Any] = shaped.summarize(readings, calls, links, 0.0)
     assert (found["seconds"], found["fastest"], found["slowest"]) == (3.0, 2.5, 4.0)
     assert (found["sent_bytes"], found["ledger_bytes"], found["predicted_bytes"]) == (2400.0, 2000.0, 2000)
     assert found["framed_bytes"] == pytest.approx((2000 / 1448) * (1514 + 33))

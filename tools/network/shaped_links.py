@@ -32,20 +32,21 @@ import torch.distributed as dist
 from namespaces import INTERFACE, NO_LIMIT, call, finish_checksums, latency, limit_commands, namespace, network
 
 from fomoe_pl.costs.network import Links, framed
-from fomoe_pl.costs.rounds import Collective, count, round_collectives
+from fomoe_pl.costs.rounds import Collective, count, refresh_bytes, round_collectives
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.outer import Average
-from fomoe_pl.federation.placement import all_arcs, place
+from fomoe_pl.federation.placement import all_arcs
+from fomoe_pl.federation.settings import FederationConfig, InnerMoments
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
 from fomoe_pl.files import write_whole
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Residency
+from fomoe_pl.model.residency import Routing
 from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.strategies.federated import copies_of
 
 PORT = 29577
 NOT_A_LIMIT = 1e9  # Mbit/s, where a number is needed
@@ -106,19 +107,23 @@ def work(settings: dict[str, Any]) -> None:
     if not settings["slow_start"]:
         Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").write_text("0")  # of this namespace
     dist.init_process_group("gloo", init_method=f"tcp://10.77.0.1:{PORT}", rank=rank, world_size=n_sites)
-    placement = place("fixed", n_layers=ARCHITECTURE.n_layers, n_experts=ARCHITECTURE.n_experts, n_sites=n_sites,
-                      overlap=overlap)  # fmt: skip
-    model = Transformer(ARCHITECTURE, Residency("ghost", placement.residents(rank)))
+    method = method_of(settings["routing"], settings["format"], settings["moments"], overlap)
+    placement = method.place(ARCHITECTURE.n_layers, ARCHITECTURE.n_experts, n_sites)
+    model = Transformer(ARCHITECTURE, method.residency(placement.residents(rank)))
     layout = ParameterLayout.of(model, model.expert_tensors())
     arcs = all_arcs(ARCHITECTURE.n_experts, ARCHITECTURE.n_layers, n_sites, overlap)
     wire = TimedTransport(Topology(n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"),
                      bucket_bytes=settings["bucket_bytes"])  # fmt: skip
-    federation = Federation(layout, placement, wire, outer=Average(), inner_moments=settings["moments"])
+    federation = Federation(
+        layout, placement, wire, outer=method.rule, inner_moments=method.inner_moments, codec=method.codec,
+        moments_codec=method.codec_of_moments, error_feedback=method.error_feedback, copies=copies_of(model),
+    )  # fmt: skip
     optimizer = RowAdamW(model.parameters(), lr=1e-3)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     federation.synchronize(optimizer)  # opens connections
+    federation.refresh_copies()
     print("ready", flush=True)
     for line in sys.stdin:
         what, n = line.split()
@@ -143,6 +148,7 @@ def one_round(federation: Federation, wire: TimedTransport, optimizer: RowAdamW)
     dist.barrier()
     before, sent, start, inside = counters(), wire.ledger.total_wire, time.perf_counter(), wire.seconds
     federation.synchronize(optimizer)
+    federation.refresh_copies()
     seconds = time.perf_counter() - start
     own = seconds - (wire.seconds - inside)
     dist.barrier()  # the slowest site's seconds count; counters are read when all are done
@@ -157,7 +163,8 @@ def sites_at_work(options: Namespace, overlap: int) -> Iterator[Work]:
     processes: list[subprocess.Popen[str]] = []
     for rank in range(options.sites):
         settings = {"rank": rank, "n_sites": options.sites, "overlap": overlap, "moments": options.moments,
-                    "slow_start": options.slow_start, "bucket_bytes": options.bucket_mib * 2**20}  # fmt: skip
+                    "routing": options.routing, "format": options.format, "slow_start": options.slow_start,
+                    "bucket_bytes": options.bucket_mib * 2**20}  # fmt: skip
         command = ["ip", "netns", "exec", namespace(rank), sys.executable, __file__, "--worker", json.dumps(settings)]
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True))
@@ -192,7 +199,29 @@ def sites_at_work(options: Namespace, overlap: int) -> Iterator[Work]:
                 process.wait()
 
 
-def summarize(readings: list[list[dict[str, float]]], calls: list[Collective], links: Links) -> dict[str, float]:
+def method_of(routing: Routing, wire_format: str, moments: InnerMoments, overlap: int) -> FederationConfig:
+    """What sites do in a round."""
+    coded: dict[str, Any] = {}
+    if wire_format != "float32":
+        coded = {"wire_codec": wire_format, "error_feedback": True}
+        coded |= {"moments_codec": "int8"} if moments == "average" else {}
+    return FederationConfig(overlap=overlap, routing=routing, inner_moments=moments, **coded)
+
+
+def seconds_of(links: Links, calls: list[Collective], refreshed: float) -> float:
+    """Of a round's averages, and of the refresh of copies, an exchange for each layer.
+
+    Args:
+        links: joins the sites.
+        calls: the averages.
+        refreshed: bytes that a site sends of copies.
+    """
+    return links.round_seconds(calls) + links.exchange_seconds(refreshed, ARCHITECTURE.n_layers if refreshed else 0)
+
+
+def summarize(
+    readings: list[list[dict[str, float]]], calls: list[Collective], links: Links, refreshed: float
+) -> dict[str, float]:
     """Medians over rounds, and the system model's predictions; bytes are of all sites together."""
     rounds = range(len(readings[0]))
     seconds = [max(site[i]["seconds"] for site in readings) for i in rounds]
@@ -203,13 +232,13 @@ def summarize(readings: list[list[dict[str, float]]], calls: list[Collective], l
     ledgers = [Ledger() for _ in readings]
     for site, ledger in enumerate(ledgers):
         count(ledger, calls, site)
-    wire = sum(ledger.total_wire for ledger in ledgers)
+    wire = sum(ledger.total_wire for ledger in ledgers) + len(readings) * refreshed
     return {
         "seconds": median(seconds),
         "fastest": min(seconds),
         "slowest": max(seconds),
         "outside_collectives": median(max(site[i]["outside_collectives"] for site in readings) for i in rounds),
-        "predicted_seconds": links.round_seconds(calls),
+        "predicted_seconds": seconds_of(links, calls, refreshed),
         "ledger_bytes": total("ledger"),
         "predicted_bytes": wire,
         "sent_bytes": total("tx_bytes"),
@@ -218,9 +247,10 @@ def summarize(readings: list[list[dict[str, float]]], calls: list[Collective], l
     }
 
 
-def calibrated(measured: dict[str, float], calls: list[Collective], links: Links) -> Links:
+def calibrated(measured: dict[str, float], calls: list[Collective], links: Links, refreshed: float) -> Links:
     """Links whose constants explain a round without limit: both are the seconds of a byte on the longest way."""
-    longest = replace(links, copy_seconds_per_byte=1.0, transport_seconds_per_byte=0.0).round_seconds(calls)
+    copied = replace(links, copy_seconds_per_byte=1.0, transport_seconds_per_byte=0.0)
+    longest = seconds_of(copied, calls, refreshed)
     outside = measured["outside_collectives"]
     return replace(
         links,
@@ -253,7 +283,14 @@ def measure(options: Namespace) -> Iterator[dict[str, Any]]:
     settings = [(rate, 0.0) for rate in options.rates] + [(options.latency_rate, ms) for ms in options.latencies]
     with network(n_sites, mtu):
         for overlap in options.overlap:
-            calls = round_collectives(ARCHITECTURE, n_sites=n_sites, overlap=overlap, inner_moments=moments)
+            method = method_of(options.routing, options.format, moments, overlap)
+            calls = round_collectives(
+                ARCHITECTURE, n_sites=n_sites, overlap=overlap, routing=options.routing, inner_moments=moments,
+                codec=method.codec, moments_codec=method.codec_of_moments,
+            )  # fmt: skip
+            refreshed = 0.0
+            if options.routing == "shadow":
+                refreshed = refresh_bytes(ARCHITECTURE, method.shadow, n_sites=n_sites, overlap=overlap)
             with sites_at_work(options, overlap) as run:
                 for rate, ms in settings:
 
@@ -264,7 +301,8 @@ def measure(options: Namespace) -> Iterator[dict[str, Any]]:
                     free = Links.between([link_of(NOT_A_LIMIT)] * n_sites, **of_links)
                     shaped = (link_of(rate, ms),) * n_sites
                     common = {"rate_mbit": rate, "latency_ms": ms, "sites": n_sites, "overlap": overlap,
-                              "moments": moments, **of_links, "slow_start": options.slow_start}  # fmt: skip
+                              "moments": moments, "routing": options.routing, "format": options.format, **of_links,
+                              "slow_start": options.slow_start}  # fmt: skip
                     if ms:
                         # Frames go through the program without latency too: its own time is no link's.
                         set_limit(True)
@@ -280,12 +318,12 @@ def measure(options: Namespace) -> Iterator[dict[str, Any]]:
                         common["predicted_latencies"] = 4 * (n_sites - 1)
                     else:
                         before, readings = in_turns(run, options.rounds, set_limit)
-                    calibration = summarize(before, calls, free)
-                    links = replace(calibrated(calibration, calls, free), places=shaped)
+                    calibration = summarize(before, calls, free, refreshed)
+                    links = replace(calibrated(calibration, calls, free, refreshed), places=shaped)
                     yield {**common, "copy_seconds_per_byte": links.copy_seconds_per_byte,
                            "transport_seconds_per_byte": links.transport_seconds_per_byte, "free": calibration,
-                           "link_seconds": Links.between(shaped, **of_links).round_seconds(calls),
-                           **summarize(readings, calls, links), "readings": readings}  # fmt: skip
+                           "link_seconds": seconds_of(Links.between(shaped, **of_links), calls, refreshed),
+                           **summarize(readings, calls, links, refreshed), "readings": readings}  # fmt: skip
 
 
 def row(r: dict[str, Any]) -> str:
@@ -318,6 +356,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sites", type=int, default=4, help="number of sites")
     parser.add_argument("--overlap", type=int, nargs="+", default=[2, 4], help="sites that hold each expert")
     parser.add_argument("--moments", choices=["keep", "average"], default="average", help="what a round averages")
+    parser.add_argument("--routing", choices=["ghost", "shadow"], default="ghost", help="shadow refreshes copies too")
+    parser.add_argument("--format", choices=["float32", "int8", "int4"], default="float32", help="of changes")
     parser.add_argument("--rounds", type=int, default=6, help="measured rounds of each")
     parser.add_argument("--bucket_mib", type=int, default=64, help="size of a buffer; one is copied while one travels")
     parser.add_argument("--mtu", type=int, default=9000, help="largest packet, bytes; 1500 costs six times the work")
