@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from fomoe_pl.codec import GROUP
+from fomoe_pl.codec import GROUP, Codec, Groups
 from fomoe_pl.costs.activations import (
     Precision,
     Types,
@@ -36,8 +36,6 @@ MIB, GIB = 2**20, 2**30
 
 LIBRARY_BYTES = 64 * MIB
 """Workspaces of the matrix library, from torch's allocator (cuBLAS on Hopper: two of 32 MiB)."""
-ENCODING = 4
-"""Float32 tensors that an encoding holds at once: values, groups, groups over their scale, rounded values."""
 GROUP_BYTES = 17
 """Of a group's magnitude and scale while it is encoded."""
 DDP_COPIES = 2
@@ -59,7 +57,7 @@ class Load:
         wire_codec: Of the changes of matrices; None casts them.
         error_feedback: What coding loses of them is kept.
         moments_codec: Of averaged moments of matrices.
-        holders: Sizes of the sets of sites that average codes.
+        holders: Sizes of the sets of sites that average codes; a pair takes most.
         bucket_bytes: Size of a wire buffer; there are two.
         state_on_host: Anchors and outer momentum are not on the device.
         val_batch_size: Sequences of a validation batch; 0 for no validation.
@@ -192,7 +190,7 @@ class RankMemory:
 
 
 def _wire_bytes(config: ModelConfig, load: Load, resident_elements: int, coded_elements: int, shards: int) -> int:
-    """Of the largest bucket of casts or of codes, with the state that was fetched for it."""
+    """Of the largest buckets, casts or codes, with the state that was fetched for them."""
     itemsize = ITEMSIZE[load.wire_dtype]
     largest_row = -(-config.d_model * config.expert_in_width // shards)  # tensors are cut between rows: an expert's
     elements = max(load.bucket_bytes // itemsize, largest_row)
@@ -228,8 +226,7 @@ def _coded_bytes(load: Load, sizes: Sequence[int], g: int) -> int:
             continue
         codec, levels = FORMATS[form], 1 if form == "int4" else 0
         code = codec.nbytes(one)
-        # Encoding: magnitudes, later levels as float32 and as bytes, shifted onto each other; groups' scales.
-        encoding = 4 * (2 + root) + 1 + levels + GROUP_BYTES / GROUP
+        encoding = _bytes_encoding(codec) + 4 * root
         start = max(encoding, 12 if kept else 0) * one + code  # values, those decoded, and their difference
         # Decoding: numbers, and of 4 bits four bytes of each on their way there; roots, and their squares.
         decoding = 4 + 4 * max(levels, root)
@@ -246,6 +243,14 @@ def _coded_bytes(load: Load, sizes: Sequence[int], g: int) -> int:
             wait += rows * code
         peak = max(peak, math.ceil(start), math.ceil(wait))
     return peak
+
+
+def _bytes_encoding(codec: Codec) -> float:
+    """Bytes of a float32 number while it is encoded, its code left out.
+
+    In groups its magnitude, later its level as float32 and as a byte, shifted onto others' below 8 bits; their scales.
+    """
+    return 8 + 1 + (codec.bits < 8) + GROUP_BYTES / GROUP if isinstance(codec, Groups) else 4
 
 
 def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident: int, routing: Routing) -> int:
@@ -303,7 +308,7 @@ def _refresh_bytes(config: ModelConfig, n_resident: int, shadow: Shadow) -> int:
     Upper bound: as if this site owned all its residents.
     """
     one, absent = copy_bytes(config, shadow), config.n_experts - n_resident
-    encoding = ENCODING * 4 * n_resident * config.d_model * config.expert_in_width
+    encoding = math.ceil(_bytes_encoding(shadow.codec) * n_resident * config.d_model * config.expert_in_width)
     return config.n_layers * absent * one + config.n_experts * one + encoding
 
 
