@@ -55,6 +55,7 @@ class Call:
     nbytes: int
     batch: int
     steps: int
+    dtype: torch.dtype | None
 
 
 @dataclass
@@ -93,9 +94,15 @@ class Traffic(L.Callback):
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
             sent = tensors[1] if name == "all_to_all_single" else tensors[0] if tensors else None
             nbytes = 0 if sent is None else sent.nbytes
+            others = dist.get_world_size(kwargs.get("group")) - 1
+            if name == "all_to_all_single" and len(args) == 2:  # equal parts, of which one is the site's own
+                nbytes = nbytes * others // (others + 1)
+            if name == "all_gather":
+                nbytes *= others
             if name == "broadcast_object_list" and strategy.is_global_zero:
                 nbytes = len(pickle.dumps(args[0][0]))
-            self.record.calls.append(Call(name, nbytes, self._batch, strategy.optimizer_steps))
+            dtype = None if sent is None else sent.dtype
+            self.record.calls.append(Call(name, nbytes, self._batch, strategy.optimizer_steps, dtype))
             return original(*args, **kwargs)
 
         return call
