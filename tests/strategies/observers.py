@@ -55,7 +55,6 @@ class Call:
     nbytes: int
     batch: int
     steps: int
-    dtype: torch.dtype | None
 
 
 @dataclass
@@ -101,8 +100,7 @@ class Traffic(L.Callback):
                 nbytes *= others
             if name == "broadcast_object_list" and strategy.is_global_zero:
                 nbytes = len(pickle.dumps(args[0][0]))
-            dtype = None if sent is None else sent.dtype
-            self.record.calls.append(Call(name, nbytes, self._batch, strategy.optimizer_steps, dtype))
+            self.record.calls.append(Call(name, nbytes, self._batch, strategy.optimizer_steps))
             return original(*args, **kwargs)
 
         return call
