@@ -233,6 +233,25 @@ def evaluation_bytes(
     return windows * lacking * one / n_sites
 
 
+def stored_elsewhere_bytes(
+    architecture: ModelConfig, *, n_sites: int, overlap: int, copies: int, routing: Routing = "ghost", slots: int = 0
+) -> float:
+    """Mean bytes that a site sends in a save where sites have disks of their own: copies beyond the holders'.
+
+    Args:
+        architecture: The model.
+        n_sites: Number of sites M.
+        overlap: Sites that hold each expert, which store it without being sent it.
+        copies: Sites that store each expert, 1..M.
+        routing: The routing mode.
+        slots: State tensors of the outer rule.
+    """
+    check_placement(architecture.n_experts, n_sites, overlap)
+    sizes = SynchronizedSizes.of(architecture, routing)
+    one = ITEMSIZE["float32"] * ((1 + slots) * sizes.expert + sizes.expert_buffers)
+    return max(0, copies - overlap) * architecture.n_layers * architecture.n_experts * one / n_sites
+
+
 def checkpoint_bytes(
     architecture: ModelConfig,
     *,

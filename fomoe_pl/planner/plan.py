@@ -19,6 +19,7 @@ from fomoe_pl.costs.rounds import (
     evaluation_bytes,
     refresh_bytes,
     round_collectives,
+    stored_elsewhere_bytes,
 )
 from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work
 from fomoe_pl.federation.placement import valid_overlaps
@@ -331,7 +332,14 @@ class Planner:
             step_seconds(validation_work(config, load, sequences=-(-self._own_validation(choice) // n)), site)
             for site, n in zip(request.sites, shards, strict=True)
         ) + links.exchange_seconds(gathered, messages=windows * self.config.n_layers)
-        sent_validating = max(links.leaving(gathered), default=0.0)
+        stored = 0.0
+        if request.checkpoint_copies is not None and choice.method != "ddp":
+            stored = stored_elsewhere_bytes(
+                self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
+                copies=min(request.checkpoint_copies, choice.sites), slots=choice.method == "diloco",
+            )  # fmt: skip
+            validation += links.exchange_seconds(stored, messages=1)
+        sent_validating = max(links.leaving(gathered), default=0.0) + max(links.leaving(stored), default=0.0)
         run = run_seconds(steps=length.steps, local_steps=k, seconds_per_step=seconds, seconds_per_round=round_seconds)
         hours = (run + length.validations * validation) / 3600
         prices = [site.price_per_hour for site in request.sites]

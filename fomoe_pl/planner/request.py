@@ -58,6 +58,8 @@ class PlanRequest:
         evaluation_window: Validation batches that go through a layer together.
         val_sequences: Most sequences of a validation, over all sites.
         validations: About how often a run validates the global model and saves it; the last time is at the end.
+        checkpoint_copies: Sites that store each expert, where sites have disks of their own: what the holders send
+            others in each save counts. null: a folder that all have.
         bucket_mib: Size of one communication buffer, MiB.
         mtu: Largest packet of the links between sites, bytes.
         copy_seconds_per_byte: measured: what a wire byte costs before and after its collective.
@@ -87,6 +89,7 @@ class PlanRequest:
     evaluation_window: int = 4
     val_sequences: int = 512
     validations: int = 10
+    checkpoint_copies: int | None = None
     bucket_mib: int = 64
     mtu: int = 1500
     copy_seconds_per_byte: float = 0.0
@@ -108,7 +111,7 @@ class PlanRequest:
         if self.overlaps is not None and not self.overlaps:
             raise ConfigError("overlaps", self.overlaps, "must not be empty", "give at least one, or null for all")
         for name in ("tokens", "global_batch", "sequence_length", "evaluation_window", "val_sequences", "validations",
-                     "bucket_mib", "shadow_refresh"):  # fmt: skip
+                     "bucket_mib", "shadow_refresh", "checkpoint_copies"):  # fmt: skip
             check_range(name, getattr(self, name), "give a positive one", above=0)
         check_range("mtu", self.mtu, "1500 is Ethernet's", least=68, most=65535)  # IPv4's least and largest
         for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "round_overhead_seconds"):

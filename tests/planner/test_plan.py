@@ -22,6 +22,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Shadow
+from fomoe_pl.model.sizes import expert_parameters
 from fomoe_pl.planner import command as plan_command
 from fomoe_pl.planner.choices import Plan, RunLength, divisions
 from fomoe_pl.planner.fit_yaml import fit_settings, fit_yaml, processes
@@ -615,6 +616,22 @@ def test_a_run_ends_with_a_validation_after_whole_rounds(asked: int, k: int) -> 
     assert asked <= length.steps < asked + k + 0.05 * asked
     assert 1 <= length.validations <= 15
     assert length.validations > 5 or length.steps <= 10 * k
+
+
+def test_copies_on_disks_of_the_sites_own_are_sent_in_each_save() -> None:
+    settings: dict[str, Any] = {
+        "methods": ["diloco"],
+        "overlaps": [2],
+        "wire_dtypes": ["float32"],
+        "routings": ["ghost"],
+    }
+    shared, holders, three = (planned(checkpoint_copies=copies, **settings)[0][0] for copies in (None, 2, 3))
+    assert holders.sent_in_all == shared.sent_in_all  # who holds an expert stores it
+    config = read_model(TINY)
+    experts = config.n_layers * config.n_experts * expert_parameters(config)
+    more = 2 * 4 * experts / 4  # anchors and momentum, float32, one more copy, over four sites
+    assert three.sent_per_validation - shared.sent_per_validation == pytest.approx(more)
+    assert three.hours > shared.hours
 
 
 def test_hours_and_bytes_include_validations() -> None:
