@@ -17,7 +17,7 @@ class ConfigError(ValueError):
     """A setting that cannot work, as one message: what it is, which rule it breaks, what to do.
 
     Args:
-        key: Dotted name of the setting as the user writes it, e.g. ``model.architecture.n_experts``.
+        key: Dotted name of the setting as the user writes it, e.g. `model.architecture.n_experts`.
         value: The value that was given.
         rule: The rule that the value breaks, without a final full stop.
         hint: What would be valid, preferably the list of valid values.
@@ -32,7 +32,7 @@ class ConfigError(ValueError):
         self.hint = hint
 
     def __str__(self) -> str:
-        """Return ``KEY = VALUE: RULE. HINT`` on one line."""
+        """Return `KEY = VALUE: RULE. HINT` on one line."""
         return f"{self.key} = {self.value!r}: {self.rule}. {self.hint[:1].upper()}{self.hint[1:]}"
 
 
@@ -45,7 +45,7 @@ def check_choice(key: str, value: object, choices: Any) -> None:
         choices: The Literal.
 
     Raises:
-        ConfigError: naming the choices.
+        ConfigError: Naming the choices.
     """
     valid = get_args(choices)
     if value not in valid:
@@ -56,11 +56,11 @@ def check_names(given: Iterable[str], valid: Sequence[str]) -> None:
     """Refuse a setting that there is not, naming the nearest one.
 
     Args:
-        given: names of settings that were given.
-        valid: those that there are.
+        given: Names of settings that were given.
+        valid: Those that there are.
 
     Raises:
-        ConfigError: for the first unknown one.
+        ConfigError: For the first unknown one.
     """
     for name in given:
         if name not in valid:
@@ -95,7 +95,7 @@ def check_range(
         most: The largest value.
 
     Raises:
-        ConfigError: stating the range.
+        ConfigError: Stating the range.
     """
     bounds = {"at least": least, "above": above, "below": below, "at most": most}
     given = {words: bound for words, bound in bounds.items() if bound is not None}
@@ -116,7 +116,7 @@ def check_seed(key: str, value: int | None) -> None:
     """Refuse a seed that not every generator takes.
 
     Raises:
-        ConfigError: stating the range.
+        ConfigError: Stating the range.
     """
     check_range(key, value, "42 is as good as any", least=0, most=MOST_SEED)
 
@@ -151,10 +151,10 @@ class MeetingError(ConfigError):
     """An error in the settings of other sites, which have terminals of their own.
 
     Args:
-        key: what it is about.
-        rule: as of `ConfigError`.
-        hint: as of `ConfigError`.
-        mine: whether only this process prints it, not the first one of each machine.
+        key: What it is about.
+        rule: As of `ConfigError`.
+        hint: As of `ConfigError`.
+        mine: Whether only this process prints it, not the first one of each machine.
     """
 
     def __init__(self, key: str, rule: str, hint: str, mine: bool = False) -> None:
@@ -163,7 +163,7 @@ class MeetingError(ConfigError):
         self.mine = mine
 
     def __str__(self) -> str:
-        """Return ``KEY: RULE. HINT`` on one line."""
+        """Return `KEY: RULE. HINT` on one line."""
         return f"{self.key}: {self.rule}. {self.hint[:1].upper()}{self.hint[1:]}"
 
     @property
@@ -211,7 +211,7 @@ def fail(message: str, show: bool | None = None) -> NoReturn:
     """End with one message.
 
     Args:
-        message: what is wrong.
+        message: What is wrong.
         show: Whether this process prints it; None is the first rank alone.
     """
     if speaks() if show is None else show:

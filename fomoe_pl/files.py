@@ -72,13 +72,13 @@ def of_site(key: str, folders: OfSites, site: int, example: str) -> str:
     """The folder of a site.
 
     Args:
-        key: the setting.
-        folders: its value.
+        key: The setting.
+        folders: Its value.
         site: 0..M-1.
-        example: of a folder, for the message.
+        example: Of a folder, for the message.
 
     Raises:
-        ConfigError: if a mapping does not name the site.
+        ConfigError: If a mapping does not name the site.
     """
     if isinstance(folders, str):
         return folders.replace(SITE, str(site))
@@ -124,11 +124,11 @@ def alone(key: str, folder: Path) -> Iterator[None]:
     """Keep other processes of this kind from writing to a folder as long as the context lasts, however this one ends.
 
     Args:
-        key: the setting that names the folder.
-        folder: it need not be there, but the one around it.
+        key: The setting that names the folder.
+        folder: It need not be there, but the one around it.
 
     Raises:
-        ConfigError: if another process is within the context for the same folder.
+        ConfigError: If another process is within the context for the same folder.
     """
     path = folder.with_name(f".{folder.name}.lock")
     while True:

@@ -31,12 +31,12 @@ def carry_over(
     a learning-rate warm-up of their own. Learning rates and other settings stay the optimizer's.
 
     Args:
-        own: a site's file: `optimizer_states`, `optimizer_names`, `residents`, `expert_layer`.
-        optimizer: the inner optimizer, which has not stepped.
-        names: names of its parameters, in order.
-        expert_layer: name -> layer of the stacked expert tensors here.
-        residents: per layer the experts that are held here.
-        n_experts: experts of a layer, E.
+        own: A site's file: `optimizer_states`, `optimizer_names`, `residents`, `expert_layer`.
+        optimizer: The inner optimizer, which has not stepped.
+        names: Names of its parameters, in order.
+        expert_layer: Name -> layer of the stacked expert tensors here.
+        residents: Per layer the experts that are held here.
+        n_experts: Experts of a layer, E.
 
     Returns:
         What starts fresh, `3 of 8 experts`, or `everything`.

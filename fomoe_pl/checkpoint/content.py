@@ -55,10 +55,10 @@ class Counts(Protocol):
     """What checkpoints and whoever watches both ask of a strategy.
 
     Attributes:
-        ledger: bytes that this rank sent so far.
-        observers: who looks at the ends of rounds.
-        rounds_done: rounds that have ended; stays 0 in synchronous training.
-        sync_seconds: seconds spent in synchronisation so far.
+        ledger: Bytes that this rank sent so far.
+        observers: Who looks at the ends of rounds.
+        rounds_done: Rounds that have ended; stays 0 in synchronous training.
+        sync_seconds: Seconds spent in synchronisation so far.
     """
 
     ledger: Ledger
@@ -82,8 +82,8 @@ class Site(Counts, Protocol):
     """What is asked of the strategy whose checkpoints these are.
 
     Attributes:
-        redraws: how often experts have been placed again.
-        loads_at_draw: of each layer and expert, what a policy that sees loads saw last.
+        redraws: How often experts have been placed again.
+        loads_at_draw: Of each layer and expert, what a policy that sees loads saw last.
     """
 
     redraws: int
@@ -146,13 +146,13 @@ class Content:
     """Of a strategy whose ranks hold the whole model each: rank 0 writes everything.
 
     Args:
-        site: the strategy.
+        site: The strategy.
 
     Attributes:
-        average: a moving average of the global model, this site's rows; empty without.
-        every_site_writes: whether every site writes a part, or rank 0 everything.
-        own_disks: whether each site has a folder of its own, in which it stores its part.
-        restored_after_setup: whether tensors are there only after the strategy's `setup`.
+        average: A moving average of the global model, this site's rows; empty without.
+        every_site_writes: Whether every site writes a part, or rank 0 everything.
+        own_disks: Whether each site has a folder of its own, in which it stores its part.
+        restored_after_setup: Whether tensors are there only after the strategy's `setup`.
     """
 
     every_site_writes = False
@@ -237,8 +237,8 @@ class Content:
         """File name -> its tensors by `<name>#<expert>`, of the files of experts that this rank writes.
 
         Args:
-            prefix: of the names of the files.
-            tensors: values by name, this site's rows; not all names need be there.
+            prefix: Of the names of the files.
+            tensors: Values by name, this site's rows; not all names need be there.
         """
         return {files.experts_name(self.site.topology.site, prefix): self.rows(tensors, self.owned())}
 
@@ -246,7 +246,7 @@ class Content:
         """Tensors by `<name>#<expert>`.
 
         Args:
-            tensors: values by name, this site's rows.
+            tensors: Values by name, this site's rows.
             experts: (layer, expert, row) of those that are wanted.
         """
         layout = self.layout()
@@ -320,9 +320,9 @@ class Content:
         """What a site needs beside the global model; None where that is lost.
 
         Args:
-            folder: the checkpoint.
-            manifest: its manifest.
-            site: whose state it is.
+            folder: The checkpoint.
+            manifest: Its manifest.
+            site: Whose state it is.
         """
         return files.read_state(folder, files.site_name(site), manifest)
 
@@ -339,7 +339,7 @@ class Content:
         """This site's weights, and only those.
 
         Raises:
-            ConfigError: if they are those of another model.
+            ConfigError: If they are those of another model.
         """
         check_weights(folder, self.site.transformer.config)
         tensors = self.layout().tensors
@@ -364,7 +364,7 @@ class Content:
         """Restore inner optimizer, outer state and counters of this site, as far as they fit.
 
         Args:
-            folder: the checkpoint.
+            folder: The checkpoint.
             load_optimizers: Lightning's way to load `{"optimizer_states": ...}`.
 
         Returns:

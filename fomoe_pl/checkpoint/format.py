@@ -116,9 +116,9 @@ def write(folder: Path, name: str, content: Any) -> None:
     """Write one file of an unfinished checkpoint.
 
     Args:
-        folder: the checkpoint's final name.
-        name: of the file; `.safetensors` holds tensors by name, anything else is a torch file.
-        content: what is in it.
+        folder: The checkpoint's final name.
+        name: Of the file; `.safetensors` holds tensors by name, anything else is a torch file.
+        content: What is in it.
     """
     if name.endswith(".safetensors"):
         save_file({key: t.detach().cpu().contiguous() for key, t in content.items()}, partial(folder) / name)
@@ -131,7 +131,7 @@ def check_plain(path: Path) -> None:
     """Refuse a torch file in which there is more than plain values and tensors: `read_state` would not read it.
 
     Raises:
-        ConfigError: naming the classes.
+        ConfigError: Naming the classes.
     """
     with torch.serialization.safe_globals(_NUMPY):
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -145,12 +145,12 @@ def read_state(folder: Path, name: str, manifest: Mapping[str, Any] | None = Non
     """What is in a checkpoint's torch file, whose hash is compared first; nothing that it may name is run.
 
     Args:
-        folder: checkpoint folder.
-        name: of the file.
-        manifest: the folder's own, where it has been read already.
+        folder: Checkpoint folder.
+        name: Of the file.
+        manifest: The folder's own, where it has been read already.
 
     Raises:
-        ConfigError: if the file is not the one that was written, or holds more than plain values and tensors.
+        ConfigError: If the file is not the one that was written, or holds more than plain values and tensors.
     """
     path = verify(folder, name, manifest)
     try:
@@ -234,7 +234,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest, and look whether all files are there in full size.
 
     Raises:
-        ConfigError: if the folder is no complete checkpoint of a known format.
+        ConfigError: If the folder is no complete checkpoint of a known format.
     """
     path = folder / MANIFEST
     left = complete_siblings(folder)
@@ -270,12 +270,12 @@ def parse_manifest(text: str, folder: Path, hint: str = "use another checkpoint"
     """Read a manifest, which may come from a damaged disk or from another site.
 
     Args:
-        text: what is in the file.
-        folder: where it lies, for messages.
-        hint: what to do about a damaged one.
+        text: What is in the file.
+        folder: Where it lies, for messages.
+        hint: What to do about a damaged one.
 
     Raises:
-        ConfigError: if it is none of a known format, or not as it was written.
+        ConfigError: If it is none of a known format, or not as it was written.
     """
     path = folder / MANIFEST
     try:
@@ -324,12 +324,12 @@ def verify(folder: Path, name: str, manifest: Mapping[str, Any] | None = None) -
     """The path of one of the folder's files, once its hash has been compared with the manifest's.
 
     Args:
-        folder: checkpoint folder.
-        name: of the file.
-        manifest: the folder's own, where it has been read already.
+        folder: Checkpoint folder.
+        name: Of the file.
+        manifest: The folder's own, where it has been read already.
 
     Raises:
-        ConfigError: if the file is not the one that was written.
+        ConfigError: If the file is not the one that was written.
     """
     about = (manifest or read_manifest(folder))["files"].get(name)
     if about is None:
@@ -347,8 +347,8 @@ def newest(folder: Path, hashes: bool = False) -> tuple[Path | None, list[str]]:
     """The checkpoint in a folder that is furthest in training, and what is wrong with those that cannot be used.
 
     Args:
-        folder: where checkpoints lie; it need not exist.
-        hashes: compare the hashes of all its files too, and take an older one where they differ.
+        folder: Where checkpoints lie; it need not exist.
+        hashes: Compare the hashes of all its files too, and take an older one where they differ.
 
     Returns:
         Path of the newest complete checkpoint (None without one), messages about incomplete ones.
@@ -379,13 +379,13 @@ def check_architecture(
     """Refuse a checkpoint of another architecture.
 
     Args:
-        folder: checkpoint folder.
-        saved: the settings in its manifest.
-        architecture: the model's settings, plain values.
-        ignored: settings that do not change the weights.
+        folder: Checkpoint folder.
+        saved: The settings in its manifest.
+        architecture: The model's settings, plain values.
+        ignored: Settings that do not change the weights.
 
     Raises:
-        ConfigError: listing every setting that differs.
+        ConfigError: Listing every setting that differs.
     """
     keys = [k for k in architecture if k not in ignored and saved.get(k) != architecture[k]]
     if keys:
@@ -434,11 +434,11 @@ class WeightFiles:
     """The tensors of a checkpoint by name, read one by one; a file's hash is compared when it is first read.
 
     Args:
-        folder: checkpoint folder.
-        prefix: of the files that are read, from `of_slot`, or `AVERAGE`; empty for the weights.
+        folder: Checkpoint folder.
+        prefix: Of the files that are read, from `of_slot`, or `AVERAGE`; empty for the weights.
 
     Raises:
-        ConfigError: if the folder is no complete checkpoint.
+        ConfigError: If the folder is no complete checkpoint.
     """
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
@@ -462,7 +462,7 @@ class WeightFiles:
         """One tensor, or `<name>#<expert>` one expert's row.
 
         Raises:
-            ConfigError: if there is none, or its file is damaged.
+            ConfigError: If there is none, or its file is damaged.
         """
         if key not in self._where:
             hint = "give a complete checkpoint"
@@ -487,7 +487,7 @@ def check_shapes(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str,
     """Refuse tensors of other shapes than the model has: some would be taken, and spread.
 
     Raises:
-        ConfigError: naming the first one.
+        ConfigError: Naming the first one.
     """
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
@@ -509,15 +509,15 @@ def read_weights(
     mode); rows are then cut or stacked.
 
     Args:
-        folder: checkpoint folder.
-        names: tensors wanted.
-        expert_layer: name -> layer of the stacked expert tensors among them.
-        residents: per layer the expert ids that are wanted.
-        n_experts: experts of a layer, E.
-        prefix: of the files that are read, from `of_slot`, or `AVERAGE`; empty for the weights.
+        folder: Checkpoint folder.
+        names: Tensors wanted.
+        expert_layer: Name -> layer of the stacked expert tensors among them.
+        residents: Per layer the expert ids that are wanted.
+        n_experts: Experts of a layer, E.
+        prefix: Of the files that are read, from `of_slot`, or `AVERAGE`; empty for the weights.
 
     Raises:
-        ConfigError: if a tensor is missing, or a file that has one of them is damaged.
+        ConfigError: If a tensor is missing, or a file that has one of them is damaged.
     """
     files = WeightFiles(folder, prefix)
     weights = {}

@@ -21,10 +21,10 @@ def hyper_parameters(checkpoint: str | Path) -> dict[str, Any]:
     """What a checkpoint's run gave its module: architecture, optimizer and seed, as plain values.
 
     Args:
-        checkpoint: folder that a run has saved.
+        checkpoint: Folder that a run has saved.
 
     Raises:
-        ConfigError: if it is no complete checkpoint.
+        ConfigError: If it is no complete checkpoint.
     """
     return dict(read_state(Path(checkpoint), "trainer.pt")["hyper_parameters"])
 
@@ -33,11 +33,11 @@ def architecture(folder: Path, manifest: Mapping[str, Any]) -> ModelConfig:
     """The architecture that a manifest names.
 
     Args:
-        folder: the checkpoint, for messages.
-        manifest: its manifest.
+        folder: The checkpoint, for messages.
+        manifest: Its manifest.
 
     Raises:
-        ConfigError: if it names none that there can be.
+        ConfigError: If it names none that there can be.
     """
     try:
         given = manifest["architecture"]
@@ -61,10 +61,10 @@ def load_global_model(checkpoint: str | Path) -> Transformer:
     """The global model of a checkpoint, whole, in float32 on the CPU.
 
     Args:
-        checkpoint: folder that `fomoe fit` has written.
+        checkpoint: Folder that `fomoe fit` has written.
 
     Raises:
-        ConfigError: if it is no complete checkpoint.
+        ConfigError: If it is no complete checkpoint.
     """
     folder = Path(checkpoint)
     config = architecture(folder, read_manifest(folder))

@@ -32,7 +32,7 @@ class PartsContent(FederatedContent):
     """Of a strategy with rounds whose sites have no file system in common.
 
     Attributes:
-        root: the folder of each site's checkpoints, see `fomoe_pl.files.of_site`.
+        root: The folder of each site's checkpoints, see `fomoe_pl.files.of_site`.
     """
 
     own_disks = True
@@ -113,7 +113,7 @@ class PartsContent(FederatedContent):
         """Agree on a checkpoint, and let every site have what it needs of it; `auto` is the newest that all can have.
 
         Raises:
-            ConfigError: on all sites, if there is no such checkpoint, or something of it is on no site's disk.
+            ConfigError: On all sites, if there is no such checkpoint, or something of it is on no site's disk.
         """
         auto = str(folder) == "auto"
         found, wrong = parts.on_disk(self.disk, None if auto else folder.name)
@@ -250,10 +250,10 @@ def fetch(
     A file is written under a temporary name, and renamed when its hash is right.
 
     Args:
-        transport: counted collectives; bytes count as `checkpoint`.
-        moves: who sends which file to whom.
-        about: file name -> `bytes` and `sha256`, of the manifest.
-        place: this site's folder, from which it reads and into which it writes; None where it can do neither.
+        transport: Counted collectives; bytes count as `checkpoint`.
+        moves: Who sends which file to whom.
+        about: File name -> `bytes` and `sha256`, of the manifest.
+        place: This site's folder, from which it reads and into which it writes; None where it can do neither.
 
     Returns:
         What is wrong; empty if nothing is. All sites get to the end in either case.

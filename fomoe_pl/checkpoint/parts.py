@@ -26,9 +26,9 @@ class ExpertPart(NamedTuple):
     """Experts that lie in one file: those of one owner with the same holders.
 
     Attributes:
-        experts: their (layer, expert).
-        holders: sites that train them.
-        stores: sites that have the file, the owner first; beyond the holders they are sent it.
+        experts: Their (layer, expert).
+        holders: Sites that train them.
+        stores: Sites that have the file, the owner first; beyond the holders they are sent it.
     """
 
     experts: tuple[tuple[int, int], ...]
@@ -48,8 +48,8 @@ def expert_parts(placement: Placement, copies: int) -> dict[str, ExpertPart]:
     of its experts or none, so a run that goes on with its placement fetches nothing that it has no use for.
 
     Args:
-        placement: who holds what.
-        copies: sites that store each expert, 1..M.
+        placement: Who holds what.
+        copies: Sites that store each expert, 1..M.
     """
     n_sites = placement.n_sites
     found: dict[str, list[tuple[int, int]]] = {}
@@ -71,7 +71,7 @@ def placement_of(manifest: Mapping[str, Any]) -> Placement:
     """Who held what when a checkpoint of parts was saved.
 
     Raises:
-        ConfigError: if the manifest does not say so.
+        ConfigError: If the manifest does not say so.
     """
     try:
         n_sites, architecture = manifest["n_sites"], manifest["architecture"]
@@ -98,7 +98,7 @@ def merged(of_sites: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         File name -> size, hash, and the sites that have it; names of files whose copies are not the same.
 
     Raises:
-        ConfigError: if a site tells something else.
+        ConfigError: If a site tells something else.
     """
     found: dict[str, Any] = {}
     differing = []
@@ -135,8 +135,8 @@ def on_disk(root: Path, name: str | None) -> tuple[list[Found], list[str]]:
     """Checkpoints of parts whose manifest is on this disk, the newest first.
 
     Args:
-        root: where they lie; it need not be there.
-        name: of the one that is wanted; None for the newest ones.
+        root: Where they lie; it need not be there.
+        name: Of the one that is wanted; None for the newest ones.
 
     Returns:
         Them, and what is wrong with others.
@@ -163,8 +163,8 @@ def tell(found: Iterable[Found], whole: bool) -> str:
     """What a site tells the others of its disk.
 
     Args:
-        found: what `on_disk` has found.
-        whole: whether the path that was given is a checkpoint of all files here, as of a common file system.
+        found: What `on_disk` has found.
+        whole: Whether the path that was given is a checkpoint of all files here, as of a common file system.
     """
     return json.dumps({"whole": whole, "found": [[one.name, json.dumps(one.manifest)] for one in found]})
 
@@ -179,7 +179,7 @@ def understand(of_sites: Sequence[str]) -> tuple[list[Found], bool]:
         All checkpoints, the newest first, and whether all sites have the given path whole.
 
     Raises:
-        ConfigError: if a site tells something else.
+        ConfigError: If a site tells something else.
     """
     every: dict[tuple[str, str], Found] = {}
     whole = True
@@ -214,8 +214,8 @@ def held(folder: Path, manifest: Mapping[str, Any]) -> Held:
     """Look for a checkpoint's files, also where its manifest could not be written any more; hashes are compared.
 
     Args:
-        folder: the checkpoint's own name on this disk.
-        manifest: its manifest, perhaps from another site.
+        folder: The checkpoint's own name on this disk.
+        manifest: Its manifest, perhaps from another site.
     """
     places = [path for path in _places(folder) if _sha(path) == manifest["sha256"]]
     # All sites had written when the first one wrote a manifest: a partial folder without one may be whole.
@@ -247,11 +247,11 @@ def who_has(manifest: Mapping[str, Any], of_sites: Sequence[str]) -> dict[str, l
     """File name -> the sites that have it now.
 
     Args:
-        manifest: of the checkpoint.
+        manifest: Of the checkpoint.
         of_sites: JSON of the names that each site has.
 
     Raises:
-        ConfigError: if a site tells something else.
+        ConfigError: If a site tells something else.
     """
     found: dict[str, list[int]] = {name: [] for name in manifest["files"]}
     for site, text in enumerate(of_sites):
@@ -268,11 +268,11 @@ def lost(manifest: Mapping[str, Any], has: Mapping[str, Sequence[int]]) -> list[
     """What of the global model and of the trainer's state no site has any more, as messages; empty if all is there.
 
     Args:
-        manifest: of the checkpoint.
-        has: from `who_has`.
+        manifest: Of the checkpoint.
+        has: From `who_has`.
 
     Raises:
-        ConfigError: if the manifest does not say who holds what.
+        ConfigError: If the manifest does not say who holds what.
     """
     messages = []
     parts = expert_parts(placement_of(manifest), manifest["copies"])
@@ -303,10 +303,10 @@ def needed(
     """Files that a site needs to go on, of those that some site has.
 
     Args:
-        manifest: of the checkpoint.
-        has: from `who_has`.
-        site: its number now.
-        residents: per layer the experts that it holds now.
+        manifest: Of the checkpoint.
+        has: From `who_has`.
+        site: Its number now.
+        residents: Per layer the experts that it holds now.
     """
     wanted = {(layer, expert) for layer, experts in enumerate(residents) for expert in experts}
     parts = expert_parts(placement_of(manifest), manifest["copies"])
@@ -332,8 +332,8 @@ def moves(needs: Sequence[Sequence[str]], has: Mapping[str, Sequence[int]]) -> l
     """Who sends which file to whom; those that have it give it in turns.
 
     Args:
-        needs: of each site, from `needed`.
-        has: from `who_has`.
+        needs: Of each site, from `needed`.
+        has: From `who_has`.
     """
     return [
         Move(has[name][receiver % len(has[name])], receiver, name)

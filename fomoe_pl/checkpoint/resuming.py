@@ -30,7 +30,7 @@ def check_weights(path: str | Path, config: ModelConfig) -> None:
     """Refuse a checkpoint of another model.
 
     Raises:
-        ConfigError: listing every setting that differs.
+        ConfigError: Listing every setting that differs.
     """
     saved = files.read_manifest(Path(path))["architecture"]
     files.check_architecture(Path(path), saved, asdict(config), irrelevant_to_weights(saved, config))
@@ -40,7 +40,7 @@ def tokens_in(checkpoint: Path) -> tuple[int, int]:
     """Local steps and tokens of all sites in a checkpoint.
 
     Raises:
-        ConfigError: if it is no complete checkpoint.
+        ConfigError: If it is no complete checkpoint.
     """
     steps: int = files.read_manifest(checkpoint)["optimizer_steps"]
     return steps, int(files.read_state(checkpoint, "trainer.pt")["tokens_of_all_sites"])
@@ -50,12 +50,12 @@ def resolve(folders: list[Path], path: str, others: Path | None = None) -> str |
     """What `--ckpt_path` means: `auto` is the newest undamaged checkpoint of a run, or None for a start from scratch.
 
     Args:
-        folders: where the run's checkpoints lie; in folders below, too, where a file name has a slash in it.
-        path: as given.
-        others: where other runs of this name would have theirs.
+        folders: Where the run's checkpoints lie; in folders below, too, where a file name has a slash in it.
+        path: As given.
+        others: Where other runs of this name would have theirs.
 
     Raises:
-        ConfigError: for `auto`, if there are checkpoints but none is complete and undamaged.
+        ConfigError: For `auto`, if there are checkpoints but none is complete and undamaged.
     """
     if path != "auto":
         return path

@@ -40,16 +40,16 @@ class Checkpointer:
     """Writes a strategy's checkpoint folders, and reads them and those of other strategies and sites.
 
     Args:
-        content: what they hold of the strategy.
-        async_save: whether checkpoints are written while training goes on.
+        content: What they hold of the strategy.
+        async_save: Whether checkpoints are written while training goes on.
 
     Attributes:
-        last_saved: the newest complete checkpoint that this run has written or was resumed from, as far as all sites
+        last_saved: The newest complete checkpoint that this run has written or was resumed from, as far as all sites
             know.
-        saved_at: optimizer steps in `last_saved`; -1 without one.
-        saves_failed: how often a checkpoint could not be written.
-        save_seconds: seconds for which training stood still for saving so far.
-        write_seconds: from the start of writing to the complete checkpoint, of the newest one (site 0).
+        saved_at: Optimizer steps in `last_saved`; -1 without one.
+        saves_failed: How often a checkpoint could not be written.
+        save_seconds: Seconds for which training stood still for saving so far.
+        write_seconds: From the start of writing to the complete checkpoint, of the newest one (site 0).
     """
 
     def __init__(self, content: Content, *, async_save: bool) -> None:
@@ -76,10 +76,10 @@ class Checkpointer:
 
         Args:
             checkpoint: Lightning's state.
-            path: the checkpoint's folder.
+            path: The checkpoint's folder.
 
         Raises:
-            ConfigError: after `fit` of several sites, which have parted then.
+            ConfigError: After `fit` of several sites, which have parted then.
         """
         if self._refused(str(path)):
             return
@@ -134,7 +134,7 @@ class Checkpointer:
         """Save what the run ends with, unless that has been done; every rank must call it.
 
         Args:
-            name: of the file, without its ending, where no ModelCheckpoint has a name for what is simply the newest.
+            name: Of the file, without its ending, where no ModelCheckpoint has a name for what is simply the newest.
         """
         self.settle()
         if self.saved_at == self._site.optimizer_steps:
@@ -190,8 +190,8 @@ class Checkpointer:
         """Take note of how a save has ended, once all sites know it; all call it together.
 
         Args:
-            failed: whether some site's flag says so.
-            complete: how many sites' flags say so.
+            failed: Whether some site's flag says so.
+            complete: How many sites' flags say so.
         """
         saving, enough = self._saving, self.content.n_writers if self.content.own_disks else 1
         if saving is None or saving.concluded or not (failed or complete >= enough):
@@ -256,7 +256,7 @@ class Checkpointer:
         """From now on there is something that can go on while a checkpoint is written; all sites call it together.
 
         Raises:
-            ConfigError: for a run that starts anew where sites' own disks have checkpoints of another one.
+            ConfigError: For a run that starts anew where sites' own disks have checkpoints of another one.
         """
         self._training = True
         if self.content.own_disks and self.last_saved is None and self._on_any_site(self.content.has_checkpoints):

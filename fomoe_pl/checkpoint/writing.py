@@ -47,7 +47,7 @@ class HostCopies:
         Waits until the device has copied all, so that the originals may change on return.
 
         Args:
-            content: tensors and plain values in dicts, lists and tuples.
+            content: Tensors and plain values in dicts, lists and tuples.
 
         Returns:
             The same with every tensor on the CPU, in memory of its own.
@@ -86,18 +86,18 @@ class Writing:
     """A checkpoint on its way to the disk, as seen from one rank.
 
     Args:
-        folder: its final name; `begin` has made the folder that is written.
-        steps: optimizer steps in it.
-        site: this site.
-        manifest: on a site that completes a folder, site 0 or with disks of their own each, what the manifest says
+        folder: Its final name; `begin` has made the folder that is written.
+        steps: Optimizer steps in it.
+        site: This site.
+        manifest: On a site that completes a folder, site 0 or with disks of their own each, what the manifest says
             beside the files.
-        n_writers: sites that write into this folder, or 0 if the folder is not completed by itself.
+        n_writers: Sites that write into this folder, or 0 if the folder is not completed by itself.
 
     Attributes:
-        failed: whether it cannot be completed, as far as this rank knows.
-        complete: whether this rank has completed it: site 0, or with disks of their own each.
-        concluded: whether all sites have agreed on how it ended.
-        seconds: from the start to the complete checkpoint, on site 0.
+        failed: Whether it cannot be completed, as far as this rank knows.
+        complete: Whether this rank has completed it: site 0, or with disks of their own each.
+        concluded: Whether all sites have agreed on how it ended.
+        seconds: From the start to the complete checkpoint, on site 0.
     """
 
     def __init__(self, folder: Path, steps: int, site: int, manifest: dict[str, Any] | None, n_writers: int) -> None:
@@ -117,7 +117,7 @@ class Writing:
         """Write this rank's files now.
 
         Args:
-            contents: file name -> content; empty on a rank that writes none.
+            contents: File name -> content; empty on a rank that writes none.
         """
         try:
             if contents:
@@ -198,7 +198,7 @@ class Writing:
         """Write the manifest beside this rank's files; the folder keeps its unfinished name.
 
         Args:
-            of_all: the files of all sites.
+            of_all: The files of all sites.
         """
         assert self._manifest is not None
         manifest = {**self._manifest, "files": of_all}
@@ -238,7 +238,7 @@ class Writing:
         """Wait without the other sites, some of which may be gone.
 
         Args:
-            patience: seconds in which the others are waited for once this rank has written.
+            patience: Seconds in which the others are waited for once this rank has written.
 
         Returns:
             Whether the checkpoint is complete.

@@ -29,7 +29,7 @@ def folder_of(root: Root, site: int) -> str:
     """The corpus folder of a site.
 
     Args:
-        root: A folder for all sites, a template with ``{site}``, or a mapping from sites to folders.
+        root: A folder for all sites, a template with `{site}`, or a mapping from sites to folders.
         site: Its number.
 
     Raises:
@@ -281,8 +281,8 @@ def plans_of(
     Args:
         fingerprint: Of the corpus.
         domains: Of the corpus.
-        division: How data was divided: the sites' ``corpora`` (fingerprints), all ``trained`` domains, ``readers`` a
-            site, ``split``, ``dirichlet_alpha``, ``weights`` and ``seed``.
+        division: How data was divided: the sites' `corpora` (fingerprints), all `trained` domains, `readers` a
+            site, `split`, `dirichlet_alpha`, `weights` and `seed`.
 
     Returns:
         Site -> a plan for each reader; empty if no site has the corpus.

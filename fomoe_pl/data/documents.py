@@ -47,9 +47,9 @@ class ReadOptions:
     r"""How files become documents.
 
     Attributes:
-        text_field: Field of JSON records or column of Parquet files that holds the text; ``meta.text`` is the field
-            ``text`` in the field ``meta``, unless there is a field of that whole name.
-        separator: What stands between the documents of a .txt file, with Python's escapes (``\x1e``, ``\n\n``);
+        text_field: Field of JSON records or column of Parquet files that holds the text; `meta.text` is the field
+            `text` in the field `meta`, unless there is a field of that whole name.
+        separator: What stands between the documents of a .txt file, with Python's escapes (`\x1e`, `\n\n`);
             None: a .txt file is one document.
         skip_empty: Leave out, and count, records whose text is null, missing or a blank line.
         tokens_dtype: Type of the ids in token files.

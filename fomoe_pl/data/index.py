@@ -200,7 +200,7 @@ def _deal(sizes: NDArray[np.int64], n_shards: int) -> NDArray[np.int64]:
 
 
 def training_share(index: DomainIndex, n_bytes: int) -> Iterator[str]:
-    """The first ``n_bytes`` of text of a domain's shuffled training split, in reading order."""
+    """The first `n_bytes` of text of a domain's shuffled training split, in reading order."""
     in_order = np.argsort(index.rank)
     in_order = in_order[index.shard[in_order] < index.n_train_shards]
     before = np.cumsum(index.sizes[in_order]) - index.sizes[in_order]

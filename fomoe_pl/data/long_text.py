@@ -14,7 +14,7 @@ class LongText:
     """Characters that are read when they are needed; the file ends with the object.
 
     Attributes:
-        n_bytes: size of the text in UTF-8.
+        n_bytes: Size of the text in UTF-8.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a prepared corpus says about itself: ``manifest.json`` beside its shards."""
+"""What a prepared corpus says about itself: `manifest.json` beside its shards."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ class TokenizerInfo:
     """The tokenizer of a corpus.
 
     Attributes:
-        kind: ``bytes``, ``bpe`` (trained on the corpus) or ``file``.
+        kind: `bytes`, `bpe` (trained on the corpus) or `file`.
         vocab_size: Number of token ids.
         eod_id: Id that ends every document.
         sha256: Hash of the tokenizer.
@@ -62,7 +62,7 @@ class ShardInfo:
 
     Attributes:
         file: Name in the corpus folder.
-        split: ``train`` or ``val``.
+        split: `train` or `val`.
         domain: Name of the domain.
         documents: Number of samples.
         tokens: Tokens in them, ends of documents included.
@@ -125,7 +125,7 @@ class Manifest:
         return [shard for shard in self.shards if shard.split == split and shard.domain == domain]
 
     def save(self) -> None:
-        """Write ``manifest.json`` into the corpus folder."""
+        """Write `manifest.json` into the corpus folder."""
         content = {**self._content(), "fingerprint": self.fingerprint}
         if isinstance(self.root, RemotePath):
             raise TypeError(f"{self.root} is a URL, and a corpus is written to a local folder")

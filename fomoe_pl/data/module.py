@@ -56,15 +56,15 @@ class SiteLoader(DataLoader[dict[str, Tensor]]):
 
 
 class FoMoEData(L.LightningDataModule):
-    """A corpus made by ``fomoe prepare``, divided over sites.
+    """A corpus made by `fomoe prepare`, divided over sites.
 
-    Batches are ``{"inputs": (B, S), "targets": (B, S), "domain": (B,)}``, all int64; targets of -100 are ignored.
-    Those of validation have ``bytes`` (B, S) too: the bytes of text that each target stands for.
+    Batches are `{"inputs": (B, S), "targets": (B, S), "domain": (B,)}`, all int64; targets of -100 are ignored.
+    Those of validation have `bytes` (B, S) too: the bytes of text that each target stands for.
     Training is one endless stream per site, of which Lightning's epochs (`limit_train_batches`) are sections;
     validation is a fixed set that the sites share.
 
     Args:
-        root: Folder of the corpus. If each site has a corpus of its own, a template with ``{site}`` or a mapping from
+        root: Folder of the corpus. If each site has a corpus of its own, a template with `{site}` or a mapping from
             sites to folders; a site opens no folder but its own.
         sequence_length: Tokens of a sequence, S.
         batch_size: Sequences of a micro-batch of one rank, B.
@@ -174,7 +174,7 @@ class FoMoEData(L.LightningDataModule):
 
     @property
     def domains(self) -> list[str]:
-        """Names of the domains; a batch's ``domain`` is an index into them."""
+        """Names of the domains; a batch's `domain` is an index into them."""
         return self.manifest.domain_names if self._agreed is None else self._agreed.domains
 
     def check(self, n_sites: int) -> None:
@@ -220,7 +220,7 @@ class FoMoEData(L.LightningDataModule):
             plans_of(summary.fingerprint, [d.size for d in summary.domains], self._division(corpora))
 
     def check_vocabulary(self, size: int) -> None:
-        """Check that a model of ``size`` token ids can read the corpus; it may have more (padded) than are used.
+        """Check that a model of `size` token ids can read the corpus; it may have more (padded) than are used.
 
         Raises:
             ConfigError: It has fewer.
@@ -371,7 +371,7 @@ class FoMoEData(L.LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """What makes the numbers of two runs comparable: corpus, tokenizer, and the sequences that are validated.
 
-        Where sites have different corpora, ``corpus`` is a hash over all of them, and ``domains`` says who has which.
+        Where sites have different corpora, `corpus` is a hash over all of them, and `domains` says who has which.
         """
         told: dict[str, Any] = {
             "corpus": self.manifest.fingerprint,

@@ -53,9 +53,9 @@ def partition(
         domains: The domains, in the order of the domain indices.
         n_sites: Number of sites, M.
         n_workers: Workers of each site.
-        split: ``iid``: every site reads a share of every domain, mixed by the domains' tokens. ``domain``: domains are
+        split: `iid`: every site reads a share of every domain, mixed by the domains' tokens. `domain`: domains are
             dealt to sites in turn; with more sites than domains, sites share a domain and divide its shards.
-            ``dirichlet``: shards as for ``iid``, each site's mixture is drawn from a symmetric Dirichlet distribution
+            `dirichlet`: shards as for `iid`, each site's mixture is drawn from a symmetric Dirichlet distribution
             (Hsu et al. 2019, arXiv 1909.06335, section 3, with domains in the place of classes).
         dirichlet_alpha: Concentration: small values give each site few domains, large ones equal shares of all.
         seed: Seed of the Dirichlet draws.
@@ -65,7 +65,7 @@ def partition(
             each site, with the share of each domain.
 
     Returns:
-        ``plans[site][worker]``.
+        `plans[site][worker]`.
 
     Raises:
         ConfigError: A domain has fewer shards than readers, nothing is left for a site to read, or the concentration is
@@ -100,7 +100,7 @@ def check_alpha(dirichlet_alpha: float) -> None:
     """Refuse a concentration that cannot be drawn from.
 
     Raises:
-        ConfigError: stating the range.
+        ConfigError: Stating the range.
     """
     if not 0 < dirichlet_alpha <= _MAX_ALPHA:
         raise ConfigError("data.dirichlet_alpha", dirichlet_alpha, f"must be above 0 and at most {_MAX_ALPHA:g}",

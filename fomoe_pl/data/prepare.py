@@ -94,7 +94,7 @@ def prepare(
         source: Domains: NAME=PATH (a file or a folder), or the path of a folder with one domain per entry. PATH may be
             a URL; tokens:PATH has token ids, hf:PATH is a Hugging Face data set folder.
         output: Folder of the corpus. One that already holds this corpus is kept.
-        tokenizer: bytes, bpe:VOCAB (trained on an equal share of each domain's training split), or a tokenizer.json.
+        tokenizer: Bytes, bpe:VOCAB (trained on an equal share of each domain's training split), or a tokenizer.json.
         eod: Token of a tokenizer.json that ends a document. Default: what the tokenizer itself says.
         text_field: Field of JSON and column of .parquet files that holds the text; meta.text is a field in a field.
         separator: What stands between the documents of a .txt file, e.g. '\x1e'. Default: a file is a document.
@@ -116,7 +116,7 @@ def prepare(
             to be done for (0: unknown).
 
     Returns:
-        The manifest of the corpus in ``output``.
+        The manifest of the corpus in `output`.
 
     Raises:
         ConfigError: A setting that cannot work, unreadable input, or an output folder that holds something else.
@@ -223,7 +223,7 @@ def collect_statistics(
     tokenizer_mb: float = 50.0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write the word counts of a sample, the text that ``prepare`` with the same settings would train a BPE on.
+    """Write the word counts of a sample, the text that `prepare` with the same settings would train a BPE on.
 
     Args:
         source: As for :func:`prepare`.
@@ -331,7 +331,7 @@ def _existing(target: Path, settings: dict[str, Any]) -> Manifest:
 
 
 def sample(indices: Sequence[DomainIndex], n_bytes: float) -> Iterator[str]:
-    """As much training text of each domain as the smallest has, at most ``n_bytes`` together."""
+    """As much training text of each domain as the smallest has, at most `n_bytes` together."""
     share = min(int(n_bytes / len(indices)), *map(training_bytes, indices))
     for index in indices:
         yield from training_share(index, share)
@@ -493,7 +493,7 @@ def _intact(path: Path, info: ShardInfo) -> bool:
 
 
 def _batches(index: DomainIndex, skipped: int, size: int) -> Iterator[tuple[int, list[Any]]]:
-    """Consecutive texts of a domain in lists of about ``size`` characters, with the number of the first.
+    """Consecutive texts of a domain in lists of about `size` characters, with the number of the first.
 
     Args:
         index: The domain.

@@ -49,7 +49,7 @@ class RemotePath:
     """A file or folder behind a URL, with what is needed of `pathlib.Path`.
 
     Args:
-        url: Its address, such as ``s3://bucket/folder``.
+        url: Its address, such as `s3://bucket/folder`.
     """
 
     def __init__(self, url: str) -> None:

@@ -70,7 +70,7 @@ class ShardReader:
 
 
 def _cut(documents: list[Tokens], tokens: int) -> list[Tokens]:
-    """Exactly ``tokens`` tokens of some documents, from the first on, again and again if need be."""
+    """Exactly `tokens` tokens of some documents, from the first on, again and again if need be."""
     pieces = []
     while tokens:
         for document in documents:

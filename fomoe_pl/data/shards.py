@@ -1,6 +1,6 @@
-"""Writing and reading webdataset shards: one document a sample, its token ids as ``.npy``.
+"""Writing and reading webdataset shards: one document a sample, its token ids as `.npy`.
 
-Samples of the validation split have a second array, ``.bytes.npy``: the bytes of text that each token stands for.
+Samples of the validation split have a second array, `.bytes.npy`: the bytes of text that each token stands for.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def write_shard(
 
 
 def _tar_header(ending: str, size: int, number: int) -> bytes:
-    """Header of the file ``NUMBER.ENDING``, which differs from that of file 0 in digits and their sum."""
+    """Header of the file `NUMBER.ENDING`, which differs from that of file 0 in digits and their sum."""
     if number >= 10**8:
         raise ValueError("a shard has at most 10^8 documents")
     plain, total = _plain_header(ending, size)
@@ -123,7 +123,7 @@ def _read(manifest: Manifest, shard: ShardInfo) -> Iterator[tuple[Tokens, Tokens
     """The arrays of each sample.
 
     The samples go through webdataset's reader of one open tar alone, not through its splitters and shufflers, which
-    look at environment variables of the process (``RANK``) and have no position that could be saved, nor through its
+    look at environment variables of the process (`RANK`) and have no position that could be saved, nor through its
     opener, which takes a path with a colon for a URL.
     """
     path = manifest.root / shard.file

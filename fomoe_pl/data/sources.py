@@ -56,10 +56,10 @@ def find_sources(specs: Sequence[str], *, skip_unreadable: bool = False) -> tupl
     """Find the domains and files that a list of sources names. Linked files and folders are followed.
 
     Args:
-        specs: PATH may be a URL; ``tokens:PATH`` has token ids, and ``hf:PATH`` is a Hugging Face data set folder.
-            ``NAME=PATH`` is one domain: a file, or all files below a folder; a NAME that is given more than once has
-            all its files. A bare ``PATH`` to a folder holds one domain per entry (a subfolder with all files below it,
-            or a file), named after the entry; a bare ``PATH`` to a file is one domain named after the file.
+        specs: PATH may be a URL; `tokens:PATH` has token ids, and `hf:PATH` is a Hugging Face data set folder.
+            `NAME=PATH` is one domain: a file, or all files below a folder; a NAME that is given more than once has
+            all its files. A bare `PATH` to a folder holds one domain per entry (a subfolder with all files below it,
+            or a file), named after the entry; a bare `PATH` to a file is one domain named after the file.
         skip_unreadable: Leave out files below a folder that nothing here can read.
 
     Returns:
@@ -164,7 +164,7 @@ def data_set_files(place: AnyPath) -> list[Path]:
     """The Arrow or Parquet files of one split of a Hugging Face data set folder.
 
     Args:
-        place: The folder, with ``#SPLIT`` behind it if it has several splits.
+        place: The folder, with `#SPLIT` behind it if it has several splits.
 
     Raises:
         ConfigError: It is no such folder, or which split is meant is not said.

@@ -61,7 +61,7 @@ class DomainStream:
         return sum(shard.tokens for shard in self._shards.values())
 
     def seek(self, position: int) -> None:
-        """Go to the token that is number ``position`` since the start, counting from 0."""
+        """Go to the token that is number `position` since the start, counting from 0."""
         epochs = [divmod(self._before[number], shard.tokens) for number, shard in self._shards.items()]
         self._epoch = min(epoch for epoch, _ in epochs)
         whole = max(epoch + (rest > 0) for epoch, rest in epochs)  # from this epoch on nothing is left out
@@ -100,7 +100,7 @@ class DomainStream:
         return self._shards[number].tokens - self._left_out(number)
 
     def take(self, n: int) -> NDArray[np.int64]:
-        """The next ``n`` tokens."""
+        """The next `n` tokens."""
         taken: list[Tokens] = []
         while n > 0:
             if self._documents is None:
@@ -145,13 +145,13 @@ class DomainStream:
 
 
 def draw_domains(plan: StreamPlan, seed: int, site: int, worker: int, block: int) -> NDArray[np.int64]:
-    """The domains of a worker's sequences number ``block`` · 4096 and on, 4096 of them, as indices into its plan."""
+    """The domains of a worker's sequences number `block` · 4096 and on, 4096 of them, as indices into its plan."""
     generator = np.random.default_rng([seed, _MIXTURE, site, worker, block])
     return generator.choice(len(plan.domains), size=_DRAWS, p=plan.weights)
 
 
 def count_domains(plan: StreamPlan, seed: int, site: int, worker: int, sequences: int) -> list[int]:
-    """How many of a worker's first ``sequences`` sequences each domain of its plan had."""
+    """How many of a worker's first `sequences` sequences each domain of its plan had."""
     counts = np.zeros(len(plan.domains), np.int64)
     for block in range(-(-sequences // _DRAWS)):
         draws = draw_domains(plan, seed, site, worker, block)[: sequences - block * _DRAWS]
@@ -163,7 +163,7 @@ class PackedStream:
     """One worker's sequences: domains drawn by weight, the tokens of each domain packed without loss.
 
     A sequence has S+1 tokens, and begins with the last token of the domain's sequence before, so that every token is a
-    target once. The first sequence of a domain begins with an end of document. With ``shuffle`` above 1, so many
+    target once. The first sequence of a domain begins with an end of document. With `shuffle` above 1, so many
     sequences of a domain at a time come in an order of their own.
 
     Args:
@@ -219,7 +219,7 @@ class PackedStream:
             self._blocks.append(self._read_block(i) if count > before else np.empty((0, 0), np.int64))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield ``inputs`` (S,), ``targets`` (S,) and ``domain`` (), all int64, for ever."""
+        """Yield `inputs` (S,), `targets` (S,) and `domain` (), all int64, for ever."""
         while True:
             block, offset = divmod(self._taken, _DRAWS)
             for i in draw_domains(self._plan, *self._place, block)[offset:]:
@@ -302,7 +302,7 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         self._batches = batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield ``inputs`` (S,), ``targets`` (S,) and ``domain`` (), all int64, for ever."""
+        """Yield `inputs` (S,), `targets` (S,) and `domain` (), all int64, for ever."""
         info = get_worker_info()
         # A DataLoader begins with its worker 0, which here stands in for the one whose turn it is.
         worker = ((0 if info is None else info.id) + self._batches) % len(self._plans)
@@ -314,7 +314,7 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
 
 
 def batches_of_worker(batches: int, n_workers: int, worker: int) -> int:
-    """How many of a loader's first ``batches`` batches come from a worker; the workers take turns."""
+    """How many of a loader's first `batches` batches come from a worker; the workers take turns."""
     return (batches - worker + n_workers - 1) // n_workers
 
 
@@ -337,7 +337,7 @@ def consumption(
 
     Args:
         manifest: The corpus.
-        plans: ``plans[i][worker]``, for each of the sites.
+        plans: `plans[i][worker]`, for each of the sites.
         sequence_length: S.
         seed: Seed of all orders.
         batches: Batches that each site was given.

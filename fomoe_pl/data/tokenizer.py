@@ -25,7 +25,7 @@ class TextTokenizer(Protocol):
     """What the preparation needs of a tokenizer.
 
     Attributes:
-        kind: ``bytes``, ``bpe`` or ``file``.
+        kind: `bytes`, `bpe` or `file`.
         vocab_size: Number of ids.
         eod_id: Id that ends every document.
         file: Name of its file in the corpus folder; None where it has none.
@@ -104,11 +104,11 @@ class SubwordTokenizer:
 
     Args:
         tokenizer: The tokenizer.
-        kind: ``bpe`` (trained here) or ``file``.
+        kind: `bpe` (trained here) or `file`.
         eod_id: Id that ends every document.
 
     Attributes:
-        serialized: Content of its ``tokenizer.json``.
+        serialized: Content of its `tokenizer.json`.
     """
 
     file: str | None = "tokenizer.json"
@@ -187,12 +187,12 @@ class SubwordTokenizer:
         return sizes
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json``."""
+        """Write `tokenizer.json`."""
         (folder / "tokenizer.json").write_text(self.serialized, encoding="utf-8")
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """The smallest type that shards use for ids below ``vocab_size``."""
+    """The smallest type that shards use for ids below `vocab_size`."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
@@ -208,7 +208,7 @@ def _one_message() -> Iterator[None]:
 
 
 def _bytes_between(text: Text, start: int, ends: windows.Ints) -> windows.Ints:
-    """Bytes from each end to the next, the first from ``start`` on."""
+    """Bytes from each end to the next, the first from `start` on."""
     stop = int(ends[-1]) if len(ends) else start
     character_N = np.frombuffer(text[start:stop].encode("utf-32-le"), np.uint32)
     width_N = 1 + (character_N >= 0x80) + (character_N >= 0x800) + (character_N >= 0x10000)
@@ -217,7 +217,7 @@ def _bytes_between(text: Text, start: int, ends: windows.Ints) -> windows.Ints:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
-    """Train a byte-level BPE: all 256 bytes, the end of document, and merges up to ``vocab_size``.
+    """Train a byte-level BPE: all 256 bytes, the end of document, and merges up to `vocab_size`.
 
     Args:
         texts: Training texts.
@@ -280,11 +280,11 @@ def trained_before(path: Path) -> SubwordTokenizer:
 
 
 def load_tokenizer(path: Path, eod: str | None) -> SubwordTokenizer:
-    """Read a ``tokenizer.json``.
+    """Read a `tokenizer.json`.
 
     Args:
         path: The file.
-        eod: Token that ends every document. None: the ``eos_token`` of the ``tokenizer_config.json`` beside it, else
+        eod: Token that ends every document. None: the `eos_token` of the `tokenizer_config.json` beside it, else
             the one well-known end-of-text token that the vocabulary has.
 
     Raises:
@@ -309,7 +309,7 @@ def load_tokenizer(path: Path, eod: str | None) -> SubwordTokenizer:
 
 
 def _configured_end(config: Path) -> str | None:
-    """The ``eos_token`` of a ``tokenizer_config.json``; None where there is no file or it names none."""
+    """The `eos_token` of a `tokenizer_config.json`; None where there is no file or it names none."""
     if not config.exists():
         return None
     try:
@@ -328,7 +328,7 @@ _KINDS = "Valid: bytes, bpe:VOCAB (e.g. bpe:4096), or the path of a tokenizer.js
 
 
 def bpe_vocab_size(spec: str) -> int:
-    """The size in ``bpe:VOCAB``.
+    """The size in `bpe:VOCAB`.
 
     Raises:
         ConfigError: VOCAB is not a number above 257, the bytes and the end of document.
@@ -342,7 +342,7 @@ def bpe_vocab_size(spec: str) -> int:
 
 
 def fixed_tokenizer(spec: str, eod: str | None) -> TextTokenizer:
-    """The tokenizer that ``spec`` names, where it needs no training.
+    """The tokenizer that `spec` names, where it needs no training.
 
     Raises:
         ConfigError: No such tokenizer.

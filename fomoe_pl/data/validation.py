@@ -82,7 +82,7 @@ class ValidationSequences(Dataset[dict[str, Tensor]]):
         return len(self._index)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """``inputs``, ``targets`` and the targets' ``bytes`` of text, each (S,), and ``domain`` (), all int64."""
+        """`inputs`, `targets` and the targets' `bytes` of text, each (S,), and `domain` (), all int64."""
         domain, i = self._index[index]
         of_sequence = slice(i * self._length, (i + 1) * self._length + 1)
         sequence = self._filled(self._tokens[domain][of_sequence], IGNORED)
@@ -101,7 +101,7 @@ class ValidationSequences(Dataset[dict[str, Tensor]]):
 
 
 def _first_tokens(manifest: Manifest, domain: str, n: int) -> tuple[Tokens, Tokens]:
-    """An end of document and the first ``n`` validation tokens of a domain, and the bytes of text of each."""
+    """An end of document and the first `n` validation tokens of a domain, and the bytes of text of each."""
     pieces: list[Tokens] = []
     sizes: list[Tokens] = [np.zeros(1, np.uint8)]
     size = 0

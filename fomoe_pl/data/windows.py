@@ -66,12 +66,12 @@ def _encoded(text: Text, start: int, length: int, encode: Encode) -> tuple[Ints,
 
 
 def _boundary(starts: Ints, ends: Ints, least: int) -> int:
-    """The first place from ``least`` on that is inside no token."""
+    """The first place from `least` on that is inside no token."""
     token = int(np.searchsorted(ends, least, side="right"))
     return least if token == len(ends) or starts[token] >= least else int(ends[token])
 
 
 def _between(ids: Ints, ends: Ints, low: int, high: int) -> tuple[Ints, Ints]:
-    """The tokens that end behind ``low`` and not behind ``high``."""
+    """The tokens that end behind `low` and not behind `high`."""
     chosen = (ends > low) & (ends <= high)
     return ids[chosen], ends[chosen]

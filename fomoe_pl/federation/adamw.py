@@ -52,16 +52,16 @@ def step(
 
     Args:
         param: float32, contiguous.
-        copy: of another type, becomes what the parameter is then; None for none.
-        grad: its gradient, of any type, which stays.
-        exp_avg: first moment, like the parameter.
-        exp_avg_sq: second moment.
+        copy: Of another type, becomes what the parameter is then; None for none.
+        grad: Its gradient, of any type, which stays.
+        exp_avg: First moment, like the parameter.
+        exp_avg_sq: Second moment.
         steps: float32 (), steps including this one.
         factor: float32 (), by which the gradient is scaled.
         found_inf: float32 (); not zero: nothing is done.
-        lr: learning rate.
-        betas: decay rates of the moments.
-        eps: added to the root of the second moment.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment.
         weight_decay: decoupled.
     """
     n = param.numel()

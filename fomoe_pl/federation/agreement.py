@@ -25,8 +25,8 @@ def fingerprints(tensor: Tensor, rows: bool) -> Tensor:
     nothing, so a change of one element is always found; of changes of several one in about 2^64 is not.
 
     Args:
-        tensor: any dtype, any shape.
-        rows: hash the rows of the first dimension one by one.
+        tensor: Any dtype, any shape.
+        rows: Hash the rows of the first dimension one by one.
 
     Returns:
         int64, (rows,) or (1,).
@@ -49,10 +49,10 @@ def disagreements(
     Sends 16 bytes for each dense tensor and for each expert of each stacked one, and more only where sites differ.
 
     Args:
-        transport: counted collectives.
-        layout: which tensor is dense, and which rows of which are which expert.
-        placement: who holds which expert.
-        values: what is compared, by the layout's names (not all of them need be there).
+        transport: Counted collectives.
+        layout: Which tensor is dense, and which rows of which are which expert.
+        placement: Who holds which expert.
+        values: What is compared, by the layout's names (not all of them need be there).
 
     Returns:
         What differs, the same list on all sites: the tensor, the expert, and the sites with each of the values.

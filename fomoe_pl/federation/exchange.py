@@ -14,9 +14,9 @@ def gather_texts(text: str, device: torch.device, ledger: Ledger) -> list[str]:
     Two collectives: lengths, then the texts, filled up to the longest. Nothing that arrives is unpickled.
 
     Args:
-        text: of this rank.
-        device: where collectives of the process group work: the CPU with gloo.
-        ledger: counts what is sent, as `control`.
+        text: Of this rank.
+        device: Where collectives of the process group work: the CPU with gloo.
+        ledger: Counts what is sent, as `control`.
     """
     world = dist.get_world_size()
     own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)

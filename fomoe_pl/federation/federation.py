@@ -38,9 +38,9 @@ class Group(NamedTuple):
     """What is averaged over the same sites in the same code.
 
     Attributes:
-        kind: ledger kind.
-        sites: the holder set.
-        pieces: in the order of averaging.
+        kind: Ledger kind.
+        sites: The holder set.
+        pieces: In the order of averaging.
         codec: None for a cast.
     """
 
@@ -54,21 +54,21 @@ class Federation:
     """One site's side of the rounds.
 
     Args:
-        layout: this site's tensors.
-        placement: who holds what.
-        transport: counted collectives.
-        outer: outer rule.
-        inner_moments: what a round does to the inner optimizer's moments.
-        codec: of the changes that may be coded; None casts them.
-        moments_codec: of the moments of what may be coded; None casts them.
-        error_feedback: what coding has lost of a change is added to the next one.
-        state_on_host: anchors and the outer rule's state live in memory of the host, page-locked where there is a GPU,
+        layout: This site's tensors.
+        placement: Who holds what.
+        transport: Counted collectives.
+        outer: Outer rule.
+        inner_moments: What a round does to the inner optimizer's moments.
+        codec: Of the changes that may be coded; None casts them.
+        moments_codec: Of the moments of what may be coded; None casts them.
+        error_feedback: What coding has lost of a change is added to the next one.
+        state_on_host: Anchors and the outer rule's state live in memory of the host, page-locked where there is a GPU,
             and come to the device piece by piece.
-        copies: of the experts that this site does not hold, if there are any.
+        copies: Of the experts that this site does not hold, if there are any.
 
     Attributes:
-        state: anchors, the outer rule's slots, and what coding has lost.
-        movement: filled by each round, if somebody wants to know.
+        state: Anchors, the outer rule's slots, and what coding has lost.
+        movement: Filled by each round, if somebody wants to know.
     """
 
     def __init__(
@@ -118,12 +118,12 @@ class Federation:
         """Start to average this site's changes, and its moments if they are averaged.
 
         Args:
-            optimizer: the inner optimizer, whose moments are kept, reset or averaged.
-            left_out: sites that have nothing to give, the same on all sites. They take the agreed values; their
+            optimizer: The inner optimizer, whose moments are kept, reset or averaged.
+            left_out: Sites that have nothing to give, the same on all sites. They take the agreed values; their
                 moments are the others' average, or start fresh. What all holders lack stays as it was.
-            ahead: buckets that travel while another is read or written; None starts all of them now, from today's
+            ahead: Buckets that travel while another is read or written; None starts all of them now, from today's
                 values, each with a buffer of its own.
-            due: which of the moments are averaged in this round, if they are averaged.
+            due: Which of the moments are averaged in this round, if they are averaged.
 
         Returns:
             What is on its way, for `finish`.
@@ -299,8 +299,8 @@ class Federation:
         Received experts start with fresh inner state; kept ones keep theirs.
 
         Args:
-            new: the next placement, equal on all sites.
-            optimizer: the inner optimizer.
+            new: The next placement, equal on all sites.
+            optimizer: The inner optimizer.
 
         Returns:
             Number of experts that this site received, over all layers.
@@ -409,7 +409,7 @@ class Federation:
         """Compare all slots of all sites: dense tensors of all, each expert's of its holders.
 
         Raises:
-            RuntimeError: if any site differs, naming tensors and sites.
+            RuntimeError: If any site differs, naming tensors and sites.
         """
         for slot, values in self.state.slots.items():
             found = disagreements(self.transport, self.layout, self.placement, values)
@@ -450,8 +450,8 @@ def coded_apart(found: Sequence[tuple[bool, Tensor]], codec: Codec | None) -> li
     """Moments of a group by their codec: without one all together, else the second as their roots.
 
     Args:
-        found: whether it is a second moment, and its values.
-        codec: of the group.
+        found: Whether it is a second moment, and its values.
+        codec: Of the group.
     """
     if codec is None:
         return [(None, [values for _, values in found])]
@@ -465,11 +465,11 @@ def averaged(
     """Every average that a site takes part in, in the global order.
 
     Args:
-        layout: the site's tensors.
-        placement: who holds what.
+        layout: The site's tensors.
+        placement: Who holds what.
         site: 0..M-1.
-        bucket_numel: most elements of a bucket, into which large dense tensors are cut.
-        codec: of what may be coded, which then makes groups of its own; None casts everything.
+        bucket_numel: Most elements of a bucket, into which large dense tensors are cut.
+        codec: Of what may be coded, which then makes groups of its own; None casts everything.
     """
     dense = [piece for name in layout.dense for piece in cut(name, layout.tensors[name], bucket_numel)]
     groups = [Group("dense", tuple(range(placement.n_sites)), dense, None)]

@@ -19,13 +19,13 @@ class Bucket:
     """What is averaged in one collective.
 
     Attributes:
-        kind: ledger kind.
-        sites: over whom; empty if nobody has anything to give, and then nothing is sent.
-        numel: elements of all values together.
-        read: gives this site's values, float32, when the collective is started.
-        write: takes their mean, one flat float32 tensor.
-        codec: of the values on the wire; None is a cast to the transport's dtype.
-        lost: takes, before `write`, what coding has lost of this site's values, one flat float32 tensor.
+        kind: Ledger kind.
+        sites: Over whom; empty if nobody has anything to give, and then nothing is sent.
+        numel: Elements of all values together.
+        read: Gives this site's values, float32, when the collective is started.
+        write: Takes their mean, one flat float32 tensor.
+        codec: Of the values on the wire; None is a cast to the transport's dtype.
+        lost: Takes, before `write`, what coding has lost of this site's values, one flat float32 tensor.
     """
 
     kind: Kind
@@ -46,12 +46,12 @@ class Flight:
     """The averages of a round, of which some have been started.
 
     Args:
-        planned: in the order in which all sites start them.
-        transport: starts them.
-        left_out: sites whose weight is zero.
-        ahead: how many are started before the first of them is waited for, within one holder set; None is all of them,
+        planned: In the order in which all sites start them.
+        transport: Starts them.
+        left_out: Sites whose weight is zero.
+        ahead: How many are started before the first of them is waited for, within one holder set; None is all of them,
             at once.
-        forgotten: the inner optimizer, if it starts afresh when the round has ended.
+        forgotten: The inner optimizer, if it starts afresh when the round has ended.
     """
 
     def __init__(

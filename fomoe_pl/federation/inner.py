@@ -29,9 +29,9 @@ class RowAdamW(torch.optim.AdamW):
     steps of learning-rate warm-up that each row still has to go.
 
     Args:
-        params: as for AdamW.
-        row_warmup_steps: length of a received row's warm-up, optimizer steps; 0 for none.
-        **kwargs: as for AdamW.
+        params: As for AdamW.
+        row_warmup_steps: Length of a received row's warm-up, optimizer steps; 0 for none.
+        **kwargs: As for AdamW.
     """
 
     def __init__(self, params: Any, *, row_warmup_steps: int = 0, **kwargs: Any) -> None:
@@ -50,8 +50,8 @@ class RowAdamW(torch.optim.AdamW):
         """Rearrange the state's rows: new row r takes the state of old row `sources[r]`, or starts fresh for None.
 
         Args:
-            param: stacked parameter (R, ...), its own rows are moved by the caller.
-            sources: one old row or None for each of the R rows.
+            param: Stacked parameter (R, ...), its own rows are moved by the caller.
+            sources: One old row or None for each of the R rows.
         """
         state = self.state[param]
         if not state or list(sources) == list(range(len(sources))):
@@ -183,8 +183,8 @@ def rearranged(state: Mapping[str, Tensor], sources: Sequence[int | None], warmu
 
     Args:
         state: `exp_avg`, `exp_avg_sq` with a first dimension of rows, `step` (one for all, or one a row), `warmup`.
-        sources: for each new row the old row that it goes on from, None for one that starts fresh.
-        warmup_steps: learning-rate warm-up of a row that starts fresh.
+        sources: For each new row the old row that it goes on from, None for one that starts fresh.
+        warmup_steps: Learning-rate warm-up of a row that starts fresh.
 
     Returns:
         The state of the new rows: moments zero, step 0 and the whole warm-up to go where they start fresh.

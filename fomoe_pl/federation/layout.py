@@ -14,9 +14,9 @@ class ParameterLayout:
     """The tensors that sites agree on.
 
     Attributes:
-        tensors: name -> tensor of this site. Stacked expert tensors have one row for each resident expert.
-        expert_layer: name -> layer, for the stacked expert tensors; row r is the layer's r-th resident expert.
-        trained: names that the inner optimizer moves; the others are buffers, which rounds average plainly.
+        tensors: Name -> tensor of this site. Stacked expert tensors have one row for each resident expert.
+        expert_layer: Name -> layer, for the stacked expert tensors; row r is the layer's r-th resident expert.
+        trained: Names that the inner optimizer moves; the others are buffers, which rounds average plainly.
     """
 
     tensors: Mapping[str, Tensor]

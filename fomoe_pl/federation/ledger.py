@@ -24,8 +24,8 @@ class Ledger:
 
     Attributes:
         reduced: (kind, group size) -> payload bytes of all-reduces.
-        sent: kind -> payload bytes sent point to point.
-        calls: kind -> number of collectives.
+        sent: Kind -> payload bytes sent point to point.
+        calls: Kind -> number of collectives.
     """
 
     reduced: Counter[tuple[Kind, int]] = field(default_factory=Counter)

@@ -41,8 +41,8 @@ class Conclusion(NamedTuple):
     """What ranks agree on after a connection has broken.
 
     Attributes:
-        silent: sites without an answer in time, sorted; empty if all answered.
-        speaker: the lowest rank that answered.
+        silent: Sites without an answer in time, sorted; empty if all answered.
+        speaker: The lowest rank that answered.
     """
 
     silent: list[int]
@@ -65,12 +65,12 @@ class Listener:
     """Answers for this rank when others ask, whatever its main thread is doing.
 
     Args:
-        topology: this rank's place.
-        store: the store through which the processes met; a connection of its own to it is made.
-        beats: whether it counts that it lives.
+        topology: This rank's place.
+        store: The store through which the processes met; a connection of its own to it is made.
+        beats: Whether it counts that it lives.
 
     Attributes:
-        conclusion: what the ranks agree on once somebody has asked who is there; None before.
+        conclusion: What the ranks agree on once somebody has asked who is there; None before.
     """
 
     def __init__(self, topology: Topology, store: dist.Store, *, beats: bool = False) -> None:
@@ -131,7 +131,7 @@ class Listener:
         """Whether all ranks stop after this local step; each asks after each of its steps, before it goes on.
 
         Raises:
-            RuntimeError: if a rank does not answer.
+            RuntimeError: If a rank does not answer.
         """
         with self._lock:
             if not self._asked_to_stop:
@@ -145,7 +145,7 @@ class Listener:
         """End the thread; the last thing before the connections are closed.
 
         Args:
-            together: whether all ranks end now. The store goes with rank 0, which then waits until no other listens: a
+            together: Whether all ranks end now. The store goes with rank 0, which then waits until no other listens: a
                 connection that breaks under a waiting thread makes torch print a page of C++.
         """
         self._over = True
@@ -174,7 +174,7 @@ def stop_listening(*, together: bool = False) -> None:
     """Answer no more: this rank ends.
 
     Args:
-        together: whether all ranks end now, as far as this one knows.
+        together: Whether all ranks end now, as far as this one knows.
     """
     global _listener
     if _listener is not None:
@@ -191,7 +191,7 @@ def raise_if_lost(topology: Topology) -> None:
     """End this rank if others have found sites gone, without waiting for its own connections to break.
 
     Raises:
-        SiteLostError: naming the sites.
+        SiteLostError: Naming the sites.
     """
     if _listener is not None and _listener.conclusion is not None:
         silent, speaker = _listener.conclusion
@@ -204,11 +204,11 @@ def sites_watched(topology: Topology, patience: float = PATIENCE) -> Iterator[No
     """Turn the error of a collective that does not complete into one that names the sites which are gone.
 
     Args:
-        topology: this rank's place.
-        patience: seconds in which the others are waited for.
+        topology: This rank's place.
+        patience: Seconds in which the others are waited for.
 
     Raises:
-        SiteLostError: if the connection to another site is broken.
+        SiteLostError: If the connection to another site is broken.
     """
     try:
         yield
@@ -226,12 +226,12 @@ def wait_watching(work: dist.Work, topology: Topology) -> None:
     """Wait until a collective is done; with NCCL on the host, and no longer than all sites live.
 
     Args:
-        work: the collective, begun asynchronously.
-        topology: this rank's place.
+        work: The collective, begun asynchronously.
+        topology: This rank's place.
 
     Raises:
-        RuntimeError: if it failed, or a rank gives no sign of life.
-        SiteLostError: if others have found sites gone.
+        RuntimeError: If it failed, or a rank gives no sign of life.
+        SiteLostError: If others have found sites gone.
     """
     if _by_nccl():
         began, signs = time.monotonic(), _SignsOfLife(topology)
@@ -254,7 +254,7 @@ class _SignsOfLife:
         """Look at them, if it is time to.
 
         Raises:
-            RuntimeError: if a rank has not counted for long, or the store is gone.
+            RuntimeError: If a rank has not counted for long, or the store is gone.
         """
         if time.monotonic() - self._looked <= PATIENCE:
             return
@@ -292,8 +292,8 @@ def roll_call(topology: Topology, patience: float) -> Conclusion:
     With the store goes the process that kept it: site 0, unless a launcher keeps it.
 
     Args:
-        topology: this rank's place.
-        patience: seconds in which the others are waited for, by the first that asks.
+        topology: This rank's place.
+        patience: Seconds in which the others are waited for, by the first that asks.
     """
     if _listener is not None and _listener.conclusion is not None:
         return _listener.conclusion

@@ -28,7 +28,7 @@ class Movement:
             waited for.
 
     Attributes:
-        active: whether the next round is measured.
+        active: Whether the next round is measured.
     """
 
     def __init__(self, n_layers: int, n_experts: int, watched: Watched | None = None) -> None:
@@ -52,8 +52,8 @@ class Movement:
 
         Args:
             which: `OWN`, `MEAN` or `AGREED`.
-            layer: of the experts; None for a dense tensor.
-            experts: whose rows they are, one after the other; of a single one also its row alone.
+            layer: Of the experts; None for a dense tensor.
+            experts: Whose rows they are, one after the other; of a single one also its row alone.
             values: float32.
         """
         if layer is None:

@@ -18,7 +18,7 @@ class OuterRule(ABC):
     """Outer optimizer of a round; a subclass is one method and the names of what it keeps.
 
     Attributes:
-        slots: names of the state tensors that the rule keeps for each trained value, float32 and of its shape, zero at
+        slots: Names of the state tensors that the rule keeps for each trained value, float32 and of its shape, zero at
             the start. They are saved, resumed, hashed and moved with their experts by these names; `anchor` is taken.
     """
 
@@ -28,7 +28,7 @@ class OuterRule(ABC):
         """Refuse names that files cannot have.
 
         Raises:
-            ConfigError: if `slots` is no tuple of different identifiers, or takes the anchor's name.
+            ConfigError: If `slots` is no tuple of different identifiers, or takes the anchor's name.
         """
         super().__init_subclass__(**kwargs)
         slots = cls.slots
@@ -46,9 +46,9 @@ class OuterRule(ABC):
         """One outer step of several values in place, in float32, on their device.
 
         Args:
-            anchors: last agreed values, any shapes.
-            changes: averaged pseudo-gradients, anchor - mean of the holders, of the same shapes; not to be changed.
-            slots: name -> state of each value, of the same shapes.
+            anchors: Last agreed values, any shapes.
+            changes: Averaged pseudo-gradients, anchor - mean of the holders, of the same shapes; not to be changed.
+            slots: Name -> state of each value, of the same shapes.
         """
 
     def step_rows_(self, anchors: list[Tensor], changes: list[Tensor], slots: Slots) -> None:
@@ -75,10 +75,10 @@ class Average(OuterRule):
     """Moves the anchor to the mean of the sites (local SGD, LocalAdamW).
 
     Args:
-        lr: outer learning rate; 1.0 is the mean itself.
+        lr: Outer learning rate; 1.0 is the mean itself.
 
     Raises:
-        ConfigError: if lr <= 0.
+        ConfigError: If lr <= 0.
     """
 
     def __init__(self, lr: float = 1.0) -> None:
@@ -99,11 +99,11 @@ class Nesterov(OuterRule):
     """`torch.optim.SGD(nesterov=True)` on the pseudo-gradient (DiLoCo, arXiv 2311.08105).
 
     Args:
-        lr: outer learning rate.
-        momentum: outer momentum.
+        lr: Outer learning rate.
+        momentum: Outer momentum.
 
     Raises:
-        ConfigError: if lr <= 0 or momentum is outside [0, 1).
+        ConfigError: If lr <= 0 or momentum is outside [0, 1).
     """
 
     slots = ("momentum",)

@@ -25,12 +25,12 @@ def check_placement(n_experts: int, n_sites: int, overlap: int) -> None:
     """Refuse sizes that cannot be placed.
 
     Args:
-        n_experts: experts of a layer, E.
-        n_sites: number of sites, M.
-        overlap: number of sites that hold each expert.
+        n_experts: Experts of a layer, E.
+        n_sites: Number of sites, M.
+        overlap: Number of sites that hold each expert.
 
     Raises:
-        ConfigError: naming the overlaps that would work.
+        ConfigError: Naming the overlaps that would work.
     """
     key = "overlap"
     if not 1 <= overlap <= n_sites:
@@ -62,8 +62,8 @@ def side_by_side(arcs: Iterable[tuple[int, ...]], n_sites: int) -> list[tuple[in
     round takes `overlap` averages' time where overlap divides the number of sites, instead of up to M.
 
     Args:
-        arcs: sorted tuples of neighbouring sites on the ring.
-        n_sites: number of sites M.
+        arcs: Sorted tuples of neighbouring sites on the ring.
+        n_sites: Number of sites M.
     """
 
     def first(sites: tuple[int, ...]) -> int:
@@ -78,7 +78,7 @@ class Placement:
 
     Attributes:
         holders: `holders[layer][expert]` is the sorted tuple of sites that hold it.
-        n_sites: number of sites M.
+        n_sites: Number of sites M.
     """
 
     holders: tuple[tuple[tuple[int, ...], ...], ...]
@@ -89,8 +89,8 @@ class Placement:
         """The placement that `record` has described.
 
         Args:
-            record: of each layer the holders of its experts.
-            n_sites: number of sites M.
+            record: Of each layer the holders of its experts.
+            n_sites: Number of sites M.
         """
         holders = (tuple(tuple(map(int, sites.split(","))) for sites in layer.split()) for layer in record)
         return cls(tuple(holders), n_sites)
@@ -141,8 +141,8 @@ class PlacementPolicy(ABC):
     those that process groups were made for.
 
     Attributes:
-        moves: whether experts are placed again every `reshuffle_rounds` rounds; they travel then.
-        sees_loads: whether `order` needs to know how often experts were picked. Sites add that up in a small message.
+        moves: Whether experts are placed again every `reshuffle_rounds` rounds; they travel then.
+        sees_loads: Whether `order` needs to know how often experts were picked. Sites add that up in a small message.
     """
 
     moves: ClassVar[bool] = False
@@ -160,9 +160,9 @@ class PlacementPolicy(ABC):
 
         Args:
             layer: 0..L-1.
-            n_experts: experts of the layer, E.
-            draw: how often experts have been placed before, 0 at the start.
-            loads: of each expert its picks over all sites, ghosts included, since the last draw; None at the start,
+            n_experts: Experts of the layer, E.
+            draw: How often experts have been placed before, 0 at the start.
+            loads: Of each expert its picks over all sites, ghosts included, since the last draw; None at the start,
                 and for policies that do not see loads.
 
         Returns:
@@ -182,7 +182,7 @@ class Random(PlacementPolicy):
     """Experts are dealt out at random, layer by layer (FoMoE, arXiv 2606.19025, random placement).
 
     Args:
-        seed: of the draws.
+        seed: Of the draws.
     """
 
     moves = True
@@ -202,10 +202,10 @@ def policy_of(placement: PlacementKind | PlacementPolicy, seed: int = 0) -> Plac
 
     Args:
         placement: `fixed`, `random`, or a policy.
-        seed: of the random one.
+        seed: Of the random one.
 
     Raises:
-        ConfigError: for another name.
+        ConfigError: For another name.
     """
     if isinstance(placement, PlacementPolicy):
         return placement
@@ -230,19 +230,19 @@ def place(
 
     Args:
         placement: `fixed`, `random`, or a policy.
-        n_layers: layers L.
-        n_experts: experts of a layer, E.
-        n_sites: number of sites M.
-        overlap: number of holders of each expert, 1..M.
-        seed: seed of the random placement.
-        draw: how often experts have been placed before, 0 at the start.
-        loads: for policies that see them, of each layer and expert.
+        n_layers: Layers L.
+        n_experts: Experts of a layer, E.
+        n_sites: Number of sites M.
+        overlap: Number of holders of each expert, 1..M.
+        seed: Seed of the random placement.
+        draw: How often experts have been placed before, 0 at the start.
+        loads: For policies that see them, of each layer and expert.
 
     Returns:
         The placement; layers are staggered by one site each.
 
     Raises:
-        ConfigError: if the sizes do not divide, or a policy's order is no permutation.
+        ConfigError: If the sizes do not divide, or a policy's order is no permutation.
     """
     check_placement(n_experts, n_sites, overlap)
     policy = policy_of(placement, seed)

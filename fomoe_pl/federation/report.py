@@ -18,7 +18,7 @@ def report_numbers(n_sites: int) -> int:
     """How many float64 numbers the message of `share` has.
 
     Args:
-        n_sites: number of sites M.
+        n_sites: Number of sites M.
     """
     return len(PER_SITE) * n_sites + len(SUMMED)
 
@@ -69,10 +69,10 @@ def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor],
     """Tell all sites of each other: `report_numbers` numbers in float64.
 
     Args:
-        report: this site's.
-        site: its index.
-        n_sites: number of sites M.
-        total: sums a tensor over all sites.
+        report: This site's.
+        site: Its index.
+        n_sites: Number of sites M.
+        total: Sums a tensor over all sites.
     """
     message = torch.zeros(report_numbers(n_sites), dtype=torch.float64)
     per_site, summed = message[: -len(SUMMED)].view(len(PER_SITE), n_sites), message[-len(SUMMED) :]
@@ -99,11 +99,11 @@ def check_skipped(of_sites: list[int], limit: int) -> None:
     """Stop a run that skips too many steps.
 
     Args:
-        of_sites: steps that each site has skipped since this process started.
-        limit: most of them together.
+        of_sites: Steps that each site has skipped since this process started.
+        limit: Most of them together.
 
     Raises:
-        RuntimeError: naming the sites.
+        RuntimeError: Naming the sites.
     """
     if sum(of_sites) > limit:
         named = ", ".join(f"site {site}: {n}" for site, n in enumerate(of_sites) if n)

@@ -17,7 +17,7 @@ class RoundSchedule:
     """K as a function of the optimizer step.
 
     Attributes:
-        segments: sorted (first step, K): from that optimizer step on, rounds are K steps long.
+        segments: Sorted (first step, K): from that optimizer step on, rounds are K steps long.
     """
 
     segments: tuple[tuple[int, int], ...]
@@ -27,7 +27,7 @@ class RoundSchedule:
         """Read the setting: a number K, or a mapping {first step: K} such as {0: 1, 64: 32}.
 
         Raises:
-            ConfigError: if K < 1, the mapping does not start at 0, or a segment is no whole number of rounds.
+            ConfigError: If K < 1, the mapping does not start at 0, or a segment is no whole number of rounds.
         """
         given = local_steps if isinstance(local_steps, dict) else {0: local_steps}
         numbers: list[Any] = list(given.values())
@@ -57,8 +57,8 @@ class RoundSchedule:
         """Whether a round ends after `step` optimizer steps have been taken (1-based count).
 
         Args:
-            step: optimizer steps taken so far.
-            last_step: the run's planned last step; a round always ends there, so that no work is lost.
+            step: Optimizer steps taken so far.
+            last_step: The run's planned last step; a round always ends there, so that no work is lost.
         """
         if step == last_step:
             return True

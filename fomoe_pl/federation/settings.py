@@ -34,40 +34,40 @@ class FederationConfig:
     """What sites agree on, when, and how: periodic averaging with partial replicas (FoMoE, arXiv 2606.19025).
 
     Attributes:
-        sites: number of sites M; None is the world size.
-        ranks_per_site: ranks inside a site; only 1 works so far.
-        overlap: sites that hold each expert, 1..M; None is M, a full replica.
-        routing: what happens to picks of experts that are not here: `ghost` skips them, `partitioned` routes among
+        sites: Number of sites M; None is the world size.
+        ranks_per_site: Ranks inside a site; only 1 works so far.
+        overlap: Sites that hold each expert, 1..M; None is M, a full replica.
+        routing: What happens to picks of experts that are not here: `ghost` skips them, `partitioned` routes among
             the residents only, `shadow` computes them with frozen low-bit copies.
         placement: `fixed`, `random` with experts placed again every `reshuffle_rounds` rounds, or your own subclass of
             `fomoe_pl.federation.placement.PlacementPolicy`.
         reshuffle_rounds: T, rounds between two placements of a policy that moves experts.
-        placement_seed: seed of the random placement.
+        placement_seed: Seed of the random placement.
         local_steps: K, optimizer steps of a round, or a schedule {first step: K} such as {0: 1, 64: 32}.
-        outer: outer rule, one of `fomoe_pl.federation.outer` or your own subclass of its `OuterRule`; None is
+        outer: Outer rule, one of `fomoe_pl.federation.outer` or your own subclass of its `OuterRule`; None is
             `Average`.
-        inner_moments: what a round does to the inner optimizer's moments: keep, reset or average them.
-        moments_every: rounds between two averages of the moments, or of the first and of the second ones.
+        inner_moments: What a round does to the inner optimizer's moments: keep, reset or average them.
+        moments_every: Rounds between two averages of the moments, or of the first and of the second ones.
         wire_dtype: dtype on the wire of averaged values that are not coded; anchors and outer state are always float32.
-        wire_codec: of the sites' changes on the wire: `int8` or `int4`, groups of 64 that share a scale, or your own
+        wire_codec: Of the sites' changes on the wire: `int8` or `int4`, groups of 64 that share a scale, or your own
             `fomoe_pl.codec.Codec`; None is a cast to `wire_dtype`, which routers, norms and biases always are.
-        error_feedback: add what coding has lost of a change to the site's next one.
-        moments_codec: the same of averaged moments: `int8`, the second as their square roots.
-        bucket_mib: size of a communication buffer, MiB; one travels while another is read or written.
-        outer_state: where anchors and the outer rule's state live between rounds: on the `device`, or on the `host`,
+        error_feedback: Add what coding has lost of a change to the site's next one.
+        moments_codec: The same of averaged moments: `int8`, the second as their square roots.
+        bucket_mib: Size of a communication buffer, MiB; one travels while another is read or written.
+        outer_state: Where anchors and the outer rule's state live between rounds: on the `device`, or on the `host`,
             which saves a GPU 4 to 8 bytes a parameter, and takes twice as many over its bus in a round.
-        check_agreement: compare a hash of each dense tensor of all sites, and of each expert of its holders, after
+        check_agreement: Compare a hash of each dense tensor of all sites, and of each expert of its holders, after
             every round (always done before saving).
-        shadow_bits: bits of a number in a copy of an absent expert, with `shadow` routing: 2, 4, 8, 16 (32 for tests).
-        shadow_refresh: rounds between two refreshes of the copies; they are refreshed too when experts have moved.
-        shadow_input_gradient: whether tokens get gradients through copies; false saves those products of the backward
+        shadow_bits: Bits of a number in a copy of an absent expert, with `shadow` routing: 2, 4, 8, 16 (32 for tests).
+        shadow_refresh: Rounds between two refreshes of the copies; they are refreshed too when experts have moved.
+        shadow_input_gradient: Whether tokens get gradients through copies; false saves those products of the backward
             pass. Gates get theirs either way.
-        min_sites: fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
-        copies: where each site has a disk of its own for checkpoints, on how many sites' disks each expert is stored,
+        min_sites: Fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
+        copies: Where each site has a disk of its own for checkpoints, on how many sites' disks each expert is stored,
             1..M; None is one file system for all sites.
 
     Raises:
-        ConfigError: for settings that cannot work, naming the field, the rule and what would be valid.
+        ConfigError: For settings that cannot work, naming the field, the rule and what would be valid.
     """
 
     sites: int | None = None
@@ -184,7 +184,7 @@ class FederationConfig:
         """Check the settings against the model's experts and the sites that there are.
 
         Raises:
-            ConfigError: naming the overlaps that would work.
+            ConfigError: Naming the overlaps that would work.
         """
         check_placement(n_experts, n_sites, self.overlap_of(n_sites))
         check_range("copies", self.copies, f"there are {n_sites} sites", most=n_sites)
@@ -211,8 +211,8 @@ class FederationConfig:
         """Whether copies of absent experts are refreshed after so many rounds have ended.
 
         Args:
-            rounds: that have ended.
-            moved: whether experts have just moved, so that some sites lack others than before.
+            rounds: That have ended.
+            moved: Whether experts have just moved, so that some sites lack others than before.
         """
         return self.routing == "shadow" and (moved or rounds % self.shadow_refresh == 0)
 

@@ -22,10 +22,10 @@ class Copies:
     """This site's copies of the experts that it does not hold.
 
     Attributes:
-        tensors: name of a stacked expert tensor -> its copies, uint8 (A, bytes of an expert), a row for each absent
+        tensors: Name of a stacked expert tensor -> its copies, uint8 (A, bytes of an expert), a row for each absent
             expert of the layer, by id.
-        codec: what packs an expert's row, flattened.
-        refreshing: gives memory for new copies, by the same names, and takes them when its block ends without an
+        codec: What packs an expert's row, flattened.
+        refreshing: Gives memory for new copies, by the same names, and takes them when its block ends without an
             exception, all of them or none.
     """
 
@@ -57,11 +57,11 @@ def quantisation_errors(
     Added over the sites every expert counts once. Where experts are, a tensor at a time is encoded, of a layer.
 
     Args:
-        copies: this site's.
-        layout: which layer a tensor belongs to.
-        placement: who holds what.
-        site: this one.
-        anchors: agreed values by name.
+        copies: This site's.
+        layout: Which layer a tensor belongs to.
+        placement: Who holds what.
+        site: This one.
+        anchors: Agreed values by name.
 
     Returns:
         Squares of the differences and of the values, float64 (L,2), on the CPU.

@@ -56,15 +56,15 @@ class State:
     """Slots of values by the layout's names, float32 in any training precision: bfloat16 would lose small updates.
 
     Args:
-        layout: this site's tensors, whose values the anchors start with.
-        slots: further slots, of what is trained, which start at zero.
-        feedback: keep the slot `RESIDUAL`, of what may be coded.
-        on_host: keep everything in memory of the host, page-locked where the tensors are on a GPU.
+        layout: This site's tensors, whose values the anchors start with.
+        slots: Further slots, of what is trained, which start at zero.
+        feedback: Keep the slot `RESIDUAL`, of what may be coded.
+        on_host: Keep everything in memory of the host, page-locked where the tensors are on a GPU.
 
     Attributes:
-        slots: slot -> name -> values of the tensor's shape; `ANCHOR` has all names, others those that are trained.
+        slots: Slot -> name -> values of the tensor's shape; `ANCHOR` has all names, others those that are trained.
             Equal on all sites that hold them.
-        own: the same of slots that are the site's own.
+        own: The same of slots that are the site's own.
     """
 
     def __init__(

@@ -12,9 +12,9 @@ class Topology:
     Ranks are numbered site by site, so that `rank = site * ranks_per_site + local_rank`.
 
     Attributes:
-        n_sites: number of sites M.
-        ranks_per_site: ranks inside one site.
-        rank: this process's global rank.
+        n_sites: Number of sites M.
+        ranks_per_site: Ranks inside one site.
+        rank: This process's global rank.
     """
 
     n_sites: int

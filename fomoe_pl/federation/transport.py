@@ -42,7 +42,7 @@ class Pending:
     """A collective that has been started.
 
     Args:
-        wait: waits for its end and returns the result.
+        wait: Waits for its end and returns the result.
     """
 
     def __init__(self, wait: Callable[[], Tensor]) -> None:
@@ -52,7 +52,7 @@ class Pending:
         """The result; called once.
 
         Raises:
-            SiteLostError: if a site does not answer any more.
+            SiteLostError: If a site does not answer any more.
         """
         return self._wait()
 
@@ -61,15 +61,15 @@ class Transport:
     """Process groups and counted collectives between sites.
 
     Args:
-        topology: this rank's place.
-        holder_sets: every holder set (sorted sites) that a collective may run over; groups are made here, once,
+        topology: This rank's place.
+        holder_sets: Every holder set (sorted sites) that a collective may run over; groups are made here, once,
             in sorted order, the same on every rank.
-        ledger: where bytes are counted.
-        device: where wire buffers live: the CPU for gloo, the rank's device for NCCL.
+        ledger: Where bytes are counted.
+        device: Where wire buffers live: the CPU for gloo, the rank's device for NCCL.
         dtype: dtype of averaged values on the wire; sums are decoded to float32.
-        bucket_bytes: upper bound of one buffer (a single larger piece gets a buffer of its own).
-        timeout: after which a collective raises.
-        home: where the values live that are averaged; None is the wire's device. Host buffers for values of a GPU are
+        bucket_bytes: Upper bound of one buffer (a single larger piece gets a buffer of its own).
+        timeout: After which a collective raises.
+        home: Where the values live that are averaged; None is the wire's device. Host buffers for values of a GPU are
             page-locked.
     """
 
@@ -112,14 +112,14 @@ class Transport:
         """Start to average values over the sites of a holder set; every site of it calls this in the same order.
 
         Args:
-            kind: ledger kind.
-            sites: the holder set; this rank's site is one of it.
-            numel: elements of all values together, equal on all holders.
-            read: gives the values, float32, on the tensors' own device; not called where this site is left out.
-            left_out: sites whose weight is zero, the same on all sites, but not all of the holder set: the mean is
+            kind: Ledger kind.
+            sites: The holder set; this rank's site is one of it.
+            numel: Elements of all values together, equal on all holders.
+            read: Gives the values, float32, on the tensors' own device; not called where this site is left out.
+            left_out: Sites whose weight is zero, the same on all sites, but not all of the holder set: the mean is
                 over the others.
-            codec: of the values on the wire; None is a cast to the transport's dtype.
-            lost: takes, before the mean is there, what coding has lost of this site's values, flat float32. The mean
+            codec: Of the values on the wire; None is a cast to the transport's dtype.
+            lost: Takes, before the mean is there, what coding has lost of this site's values, flat float32. The mean
                 over the sites of values less what was lost is the mean that all get; a site that is left out has
                 lost nothing, nor is anybody told what coding the mean of its slice has lost.
 
@@ -234,7 +234,7 @@ class Transport:
         """Rows as bytes on the wire's device.
 
         Raises:
-            ConfigError: if the codec makes other bytes than it says.
+            ConfigError: If the codec makes other bytes than it says.
         """
         coded = codec.encode(rows)
         size = len(rows), codec.nbytes(rows.shape[1])
@@ -297,9 +297,9 @@ class Transport:
         """Send tensors point to point and receive from others; every site must call it.
 
         Args:
-            kind: ledger kind.
+            kind: Ledger kind.
             outgoing: (receiver site, tensor) in the order in which the receiver reads them.
-            incoming: giver site -> number of elements that come from it.
+            incoming: Giver site -> number of elements that come from it.
             dtype: dtype on the wire, the same on all sites.
 
         Returns:

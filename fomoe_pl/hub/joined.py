@@ -24,11 +24,11 @@ def joined(folders: Sequence[str], beside: Path) -> Iterator[Path]:
     Local files are linked into it, others are copied.
 
     Args:
-        folders: parts of one checkpoint, or one whole one; local folders or URLs.
-        beside: where a folder may be made, under a name that begins with this one's.
+        folders: Parts of one checkpoint, or one whole one; local folders or URLs.
+        beside: Where a folder may be made, under a name that begins with this one's.
 
     Raises:
-        ConfigError: if they are of different checkpoints, or something of the model is in none of them.
+        ConfigError: If they are of different checkpoints, or something of the model is in none of them.
     """
     if len(folders) == 1 and not isinstance(location(folders[0]), RemotePath):
         yield Path(folders[0])

@@ -46,22 +46,22 @@ class SiteStrategy(Strategy):
     """Mixin of this project's strategies; put it before the Lightning strategy in the bases.
 
     Attributes:
-        checkpoints: writes and reads checkpoints.
-        stops: where the run ends.
-        ledger: bytes that this rank sent.
-        rounds_done: rounds that have ended.
-        redraws: how often experts have been placed again.
-        loads_at_draw: of each layer and expert, what a policy that sees loads saw last.
-        sync_seconds: seconds spent between the end of the last local step and the next, over all rounds.
-        round_stats: means over all sites of the last round (fixed keys; empty before the first round).
-        has_rounds: whether sites agree in rounds, not in every step.
-        sees_loads: whether the placement depends on how often experts were picked.
-        moves_experts: whether the placement changes while a run trains.
-        observers: who looks at the ends of rounds; the same on all sites, in the same order.
+        checkpoints: Writes and reads checkpoints.
+        stops: Where the run ends.
+        ledger: Bytes that this rank sent.
+        rounds_done: Rounds that have ended.
+        redraws: How often experts have been placed again.
+        loads_at_draw: Of each layer and expert, what a policy that sees loads saw last.
+        sync_seconds: Seconds spent between the end of the last local step and the next, over all rounds.
+        round_stats: Means over all sites of the last round (fixed keys; empty before the first round).
+        has_rounds: Whether sites agree in rounds, not in every step.
+        sees_loads: Whether the placement depends on how often experts were picked.
+        moves_experts: Whether the placement changes while a run trains.
+        observers: Who looks at the ends of rounds; the same on all sites, in the same order.
         wire_dtype: dtype of averaged values on the wire.
-        settings: the federation's settings; None without rounds.
-        pace: of a run that may have fewer sites than planned.
-        watch_seconds: seconds that observers and pictures took so far; no part of `sync_seconds`.
+        settings: The federation's settings; None without rounds.
+        pace: Of a run that may have fewer sites than planned.
+        watch_seconds: Seconds that observers and pictures took so far; no part of `sync_seconds`.
     """
 
     # With Lightning's own handling of signals data-parallel ranks may stop at different steps, and cannot save.
@@ -76,9 +76,9 @@ class SiteStrategy(Strategy):
         """Set the counters, and what is not a strategy's own work; called by the constructors.
 
         Args:
-            async_save: whether checkpoints are written while training goes on.
-            content: what they hold.
-            stops: where the run ends; None is after any step.
+            async_save: Whether checkpoints are written while training goes on.
+            content: What they hold.
+            stops: Where the run ends; None is after any step.
         """
         self.checkpoints = Checkpointer(content(self), async_save=async_save)
         self.stops = Stops(self) if stops is None else stops
@@ -167,13 +167,13 @@ class SiteStrategy(Strategy):
         """Check everything that can be seen before the processes meet.
 
         Args:
-            trainer: the Trainer.
-            module: the FoMoEModule.
-            data: the datamodule, or None.
-            fitting: whether it trains; else it validates.
+            trainer: The Trainer.
+            module: The FoMoEModule.
+            data: The datamodule, or None.
+            fitting: Whether it trains; else it validates.
 
         Raises:
-            ConfigError: naming the setting, the rule and what would be valid.
+            ConfigError: Naming the setting, the rule and what would be valid.
         """
         check_precision(trainer.precision)
         environment = self.cluster_environment if isinstance(self, ParallelStrategy) else None
@@ -248,7 +248,7 @@ class SiteStrategy(Strategy):
         """Charge what is done inside to watching.
 
         Args:
-            wait: for the device, before and after, so that what is queued is charged where it belongs.
+            wait: For the device, before and after, so that what is queued is charged where it belongs.
         """
         if wait:
             self.wait_for_device()

@@ -46,15 +46,15 @@ def check_arguments(given: Mapping[str, Any], refused: Mapping[str, str]) -> dic
     """Refuse arguments that would have no effect.
 
     Args:
-        given: arguments by name.
-        refused: name -> why.
+        given: Arguments by name.
+        refused: Name -> why.
 
     Returns:
         Those that are not what Lightning's `DDPStrategy` or torch's DDP takes anyway: a command line gives all of them,
         and torch warns of some whatever their value.
 
     Raises:
-        ConfigError: for the first that is refused.
+        ConfigError: For the first that is refused.
     """
     changed = {name: value for name, value in given.items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
     for name, value in changed.items():
@@ -67,7 +67,7 @@ def check_processes(sites: int | None, n_processes: int, num_nodes: int, *, shar
     """Number of sites, if it fits the number of processes on all machines.
 
     Raises:
-        ConfigError: if it does not.
+        ConfigError: If it does not.
     """
     if share_device and num_nodes > 1:
         rule = "sites can share a GPU of one machine only"
@@ -82,7 +82,7 @@ def check_launched(devices: int, num_nodes: int, world_size: int) -> None:
     """Refuse a launcher (torchrun, SLURM) that has started another number of processes than the Trainer expects.
 
     Raises:
-        ConfigError: if the numbers differ.
+        ConfigError: If the numbers differ.
     """
     if devices * num_nodes != world_size:
         rule = f"times trainer.num_nodes ({num_nodes}) must be the {world_size} processes that were launched"
@@ -94,7 +94,7 @@ def check_precision(precision: object) -> None:
     """Refuse what the model's kernels and checkpoints do not know.
 
     Raises:
-        ConfigError: naming the choices.
+        ConfigError: Naming the choices.
     """
     if precision is not None and str(precision) not in PRECISIONS:
         hint = f"choose one of {', '.join(PRECISIONS)}"
@@ -105,14 +105,14 @@ def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, *, fi
     """Check the data against the model and the Trainer.
 
     Args:
-        trainer: the Trainer.
-        data: its datamodule, or None.
-        config: the model's architecture.
-        n_sites: number of sites M.
-        fitting: whether it trains; else it validates.
+        trainer: The Trainer.
+        data: Its datamodule, or None.
+        config: The model's architecture.
+        n_sites: Number of sites M.
+        fitting: Whether it trains; else it validates.
 
     Raises:
-        ConfigError: naming the setting and the rule.
+        ConfigError: Naming the setting and the rule.
     """
     if isinstance(data, FoMoEData):
         data.check(n_sites)
@@ -129,7 +129,7 @@ def check_endless(trainer: Any) -> None:
     """Check what ends an epoch: the data does not, so that Lightning's epochs are mere sections of it.
 
     Raises:
-        ConfigError: naming the setting and the rule.
+        ConfigError: Naming the setting and the rule.
     """
     section, micro = trainer.limit_train_batches, trainer.accumulate_grad_batches
     if trainer.overfit_batches:
@@ -157,11 +157,11 @@ def check_training(trainer: Trainer, *, federated: bool) -> None:
     """Check the Trainer's own settings, which Lightning finds out about only once it trains.
 
     Args:
-        trainer: the Trainer, before it runs.
-        federated: whether training has rounds, whose last one ends with the run's last step.
+        trainer: The Trainer, before it runs.
+        federated: Whether training has rounds, whose last one ends with the run's last step.
 
     Raises:
-        ConfigError: naming the setting and the rule.
+        ConfigError: Naming the setting and the rule.
     """
     check_callbacks(trainer)
     if trainer.accumulate_grad_batches < 1:
@@ -196,10 +196,10 @@ def check_position(trainer: Any) -> None:
     """Refuse to go on from where no optimizer step begins, or an epoch is over already.
 
     Args:
-        trainer: the Trainer, which has read its state from a checkpoint.
+        trainer: The Trainer, which has read its state from a checkpoint.
 
     Raises:
-        ConfigError: naming the setting and the rule.
+        ConfigError: Naming the setting and the rule.
     """
     taken, micro = trainer.fit_loop.epoch_loop.batch_progress.current.processed, trainer.accumulate_grad_batches
     if taken % micro:

@@ -29,8 +29,8 @@ class CountedDDPStrategy(SiteStrategy, HookedDDP):
     All gradients are counted as `dense`: DDP knows no experts.
 
     Args:
-        async_save: write checkpoints while training goes on, from a copy in host memory.
-        **kwargs: as for Lightning's `DDPStrategy`.
+        async_save: Write checkpoints while training goes on, from a copy in host memory.
+        **kwargs: As for Lightning's `DDPStrategy`.
     """
 
     saves_when_stopped = False

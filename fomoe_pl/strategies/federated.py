@@ -46,23 +46,23 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
     each expert over its holders, and the outer rule is applied.
 
     Args:
-        share_device: put all sites of this machine on its first GPU (over gloo); the Trainer then has `devices: 1`.
-        async_save: write checkpoints while training goes on, from a copy in host memory.
-        timeout_seconds: after which a collective that does not complete raises.
-        stop_at: where a signal ends the run: after its `round`, or after the next local `step` of all sites.
-        checkpoint_root: where sites have no file system in common, the folder in which each stores its part of
-            checkpoints: a template with ``{site}``, or a mapping from sites to folders. A name without ``{site}`` is
+        share_device: Put all sites of this machine on its first GPU (over gloo); the Trainer then has `devices: 1`.
+        async_save: Write checkpoints while training goes on, from a copy in host memory.
+        timeout_seconds: After which a collective that does not complete raises.
+        stop_at: Where a signal ends the run: after its `round`, or after the next local `step` of all sites.
+        checkpoint_root: Where sites have no file system in common, the folder in which each stores its part of
+            checkpoints: a template with `{site}`, or a mapping from sites to folders. A name without `{site}` is
             for machines that have the same path each. None: all write into one folder.
-        process_group_backend: of torch.distributed; None is `nccl` on GPUs and `gloo` on CPUs.
-        parallel_devices: this machine's devices, one for each rank; None is the Trainer's.
-        **settings: as for `fomoe_pl.federation.settings.FederationConfig`.
+        process_group_backend: Of torch.distributed; None is `nccl` on GPUs and `gloo` on CPUs.
+        parallel_devices: This machine's devices, one for each rank; None is the Trainer's.
+        **settings: As for `fomoe_pl.federation.settings.FederationConfig`.
 
     Attributes:
-        settings: the federation's settings.
-        rounds: ends its rounds.
+        settings: The federation's settings.
+        rounds: Ends its rounds.
 
     Raises:
-        ConfigError: for settings that cannot work.
+        ConfigError: For settings that cannot work.
     """
 
     has_rounds = True
@@ -142,7 +142,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         """Check the settings against the model and the processes of all machines, before any is started.
 
         Raises:
-            ConfigError: naming the setting, the rule and what would be valid.
+            ConfigError: Naming the setting, the rule and what would be valid.
         """
         sites, min_sites = self.settings.sites, self.settings.min_sites
         if min_sites is not None and self.pace is None:

@@ -40,17 +40,17 @@ def meet(
     one (`RunKey`). Once all are there, their settings are compared.
 
     Args:
-        topology: this rank's place.
-        address: where the store is kept: by rank 0, unless a launcher keeps it.
-        port: of the store.
-        backend: backend of the process group.
-        timeout: in which all have to come, and after which a collective that does not complete raises.
-        device: device that the group is bound to, None for none.
-        settings: what must be equal on all sites, from `shared_settings`; None compares nothing.
+        topology: This rank's place.
+        address: Where the store is kept: by rank 0, unless a launcher keeps it.
+        port: Of the store.
+        backend: Backend of the process group.
+        timeout: In which all have to come, and after which a collective that does not complete raises.
+        device: Device that the group is bound to, None for none.
+        settings: What must be equal on all sites, from `shared_settings`; None compares nothing.
 
     Raises:
-        SiteLostError: naming the sites that did not come.
-        MeetingError: if this process does not know the run's key, or settings differ.
+        SiteLostError: Naming the sites that did not come.
+        MeetingError: If this process does not know the run's key, or settings differ.
     """
     if dist.is_initialized():
         return
@@ -89,7 +89,7 @@ def _ask(server: dist.Store, rank: int, timeout: timedelta, key: RunKey) -> int:
     """Ask rank 0 which meeting it is, under a name that no process before has had.
 
     Raises:
-        MeetingError: if this process and rank 0 do not have the same run key.
+        MeetingError: If this process and rank 0 do not have the same run key.
     """
     name = uuid.uuid4().hex
     server.set(f"{_ASKS}{rank}", json.dumps({"name": name, "proof": key.sign("asks", rank, name)}))
@@ -125,7 +125,7 @@ def _compare(store: dist.Store, topology: Topology) -> None:
     """Compare the sites' settings; where all are equal, only their digests are read.
 
     Raises:
-        MeetingError: naming the settings that differ.
+        MeetingError: Naming the settings that differ.
     """
     ranks = range(topology.world_size)
     if len({store.get(f"{_HERE}{rank}") for rank in ranks}) == 1:

@@ -43,11 +43,11 @@ def shared_settings(
     """Everything that must be equal on all sites, by the name that a user types.
 
     Args:
-        trainer: the Trainer.
-        module: the FoMoEModule.
-        data: its datamodule, or None.
-        federation: the federation's settings; None without rounds.
-        strategy: name of the strategy.
+        trainer: The Trainer.
+        module: The FoMoEModule.
+        data: Its datamodule, or None.
+        federation: The federation's settings; None without rounds.
+        strategy: Name of the strategy.
     """
     found: dict[str, Any] = {"fomoe_pl": __version__, "trainer.strategy": strategy}
     found |= {f"trainer.{name}": getattr(trainer, name) for name in _TRAINER}
@@ -103,7 +103,7 @@ def differences(settings: Sequence[Mapping[str, Plain]]) -> list[str]:
     """Which settings differ between sites, each with all its values.
 
     Args:
-        settings: of each site, 0..M-1.
+        settings: Of each site, 0..M-1.
     """
     missing = object()
     found = []
@@ -126,10 +126,10 @@ def read_settings(texts: Sequence[str | bytes]) -> list[dict[str, Plain]]:
     """What the sites say that their settings are.
 
     Args:
-        texts: of each site, 0..M-1, JSON of `shared_settings`.
+        texts: Of each site, 0..M-1, JSON of `shared_settings`.
 
     Raises:
-        MeetingError: if a site says something else.
+        MeetingError: If a site says something else.
     """
     found = []
     for site, text in enumerate(texts):
@@ -149,10 +149,10 @@ def check_equal(settings: Sequence[Mapping[str, Plain]]) -> None:
     """Refuse sites that would train something else than the others.
 
     Args:
-        settings: of each site, 0..M-1.
+        settings: Of each site, 0..M-1.
 
     Raises:
-        ConfigError: naming the settings that differ, with all values.
+        ConfigError: Naming the settings that differ, with all values.
     """
     found = differences(settings)
     if found:
@@ -168,10 +168,10 @@ class RunKey:
     read the traffic between the sites can read what they send (see docs/network.md).
 
     Args:
-        key: the secret; None for a run without one.
+        key: The secret; None for a run without one.
 
     Raises:
-        ConfigError: if the key is too short.
+        ConfigError: If the key is too short.
     """
 
     def __init__(self, key: str | None) -> None:
@@ -211,8 +211,8 @@ def parse(data: bytes, kinds: Mapping[str, type]) -> dict[str, Any] | None:
     """Read a message of the meeting.
 
     Args:
-        data: what somebody has written into the store.
-        kinds: the fields that it must have, and their types.
+        data: What somebody has written into the store.
+        kinds: The fields that it must have, and their types.
 
     Returns:
         Its fields; None for what is no such message.

@@ -22,10 +22,10 @@ class Rounds:
     """Ends the rounds of a strategy; all sites do at the same step.
 
     Args:
-        site: the strategy.
-        settings: the federation's.
-        stops: where the run ends, which the control message decides.
-        placed: where experts are, now that they are placed again.
+        site: The strategy.
+        settings: The federation's.
+        stops: Where the run ends, which the control message decides.
+        placed: Where experts are, now that they are placed again.
     """
 
     def __init__(

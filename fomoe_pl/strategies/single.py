@@ -20,8 +20,8 @@ class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
 
     Args:
         device: torch device; None is the first one of the Trainer's accelerator.
-        async_save: write checkpoints while training goes on, from a copy in host memory.
-        **kwargs: as for Lightning's `SingleDeviceStrategy`.
+        async_save: Write checkpoints while training goes on, from a copy in host memory.
+        **kwargs: As for Lightning's `SingleDeviceStrategy`.
     """
 
     def __init__(self, device: str | None = None, async_save: bool = True, **kwargs: Any) -> None:

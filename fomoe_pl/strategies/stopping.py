@@ -19,13 +19,13 @@ class Stops:
     """Ends a run with the step in which it was asked to.
 
     Args:
-        site: the strategy that runs.
+        site: The strategy that runs.
 
     Attributes:
-        next_end: where a run may end, in words.
-        signal: number of the signal that this rank was sent; None without.
-        is_wanted: whether something is known to want the run's end.
-        together: whether all sites have stopped at the same step, because of a signal.
+        next_end: Where a run may end, in words.
+        signal: Number of the signal that this rank was sent; None without.
+        is_wanted: Whether something is known to want the run's end.
+        together: Whether all sites have stopped at the same step, because of a signal.
     """
 
     next_end = "the end of the step"
@@ -59,7 +59,7 @@ class Stops:
         """End the run after this step if it was asked to and may.
 
         Raises:
-            SIGTERMException: where a signal ends it.
+            SIGTERMException: Where a signal ends it.
         """
         if self.stops_here():
             self.together = True
@@ -89,16 +89,16 @@ class StopsTogether(Stops):
     """All sites stop at the same place, save there, and end.
 
     Args:
-        site: the strategy that runs.
+        site: The strategy that runs.
         stop_at: `round`, where the control message of the round says that somebody was sent a signal: nothing more is
             sent. `step`, where the site says so at once, through the store that the processes met through: all stop
             after the first local step that none of them has passed yet. Without traffic between rounds some sites may
             be ahead of others; those that are behind take the missing steps first.
-        pass_on: gives a signal to the processes that this one has started.
+        pass_on: Gives a signal to the processes that this one has started.
 
     Attributes:
-        stopping: whether the round that has ended was the last, because somebody was sent a signal.
-        ending: whether it was the last for another reason: the run has its steps, or a callback wants to end.
+        stopping: Whether the round that has ended was the last, because somebody was sent a signal.
+        ending: Whether it was the last for another reason: the run has its steps, or a callback wants to end.
     """
 
     next_end = "the end of the next round, whose message tells all sites"

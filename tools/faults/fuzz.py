@@ -334,9 +334,9 @@ def fuzz(cases: range, seed: int, folder: Path) -> tuple[Counter[str], list[str]
     """Run cases.
 
     Args:
-        cases: their numbers.
-        seed: of all of them.
-        folder: a new one.
+        cases: Their numbers.
+        seed: Of all of them.
+        folder: A new one.
 
     Returns:
         How often what came out; of those that nobody documents number, kind and error.

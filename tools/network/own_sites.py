@@ -180,7 +180,7 @@ def found(base: Path, phase: str) -> list[dict[str, Any]]:
     Packets that TCP has sent again are taken for full ones.
 
     Raises:
-        RuntimeError: with the last lines of a site that did not get to its end.
+        RuntimeError: With the last lines of a site that did not get to its end.
     """
     results = []
     for site in range(SITES):

@@ -212,9 +212,9 @@ def seconds_of(links: Links, calls: list[Collective], refreshed: float) -> float
     """Of a round's averages, and of the refresh of copies, an exchange for each layer.
 
     Args:
-        links: joins the sites.
-        calls: the averages.
-        refreshed: bytes that a site sends of copies.
+        links: Joins the sites.
+        calls: The averages.
+        refreshed: Bytes that a site sends of copies.
     """
     return links.round_seconds(calls) + links.exchange_seconds(refreshed, ARCHITECTURE.n_layers if refreshed else 0)
 

@@ -49,10 +49,10 @@ class Results:
     """A file with a line of JSON for each run that has ended.
 
     Args:
-        path: the file; it need not be there.
+        path: The file; it need not be there.
 
     Attributes:
-        rows: what is in it.
+        rows: What is in it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,7 +74,7 @@ class Results:
         """Refuse to mix what cannot be compared.
 
         Raises:
-            ConfigError: if a row of the study was trained with other settings.
+            ConfigError: If a row of the study was trained with other settings.
         """
         for row in self.of(study).values():
             if other := [name for name, value in identity.items() if row["identity"].get(name) != value]:
@@ -89,8 +89,8 @@ class Lane:
     """The processes of one run's sites, which stay for the next run.
 
     Args:
-        place: where they train.
-        context: of multiprocessing.
+        place: Where they train.
+        context: Of multiprocessing.
     """
 
     def __init__(self, place: Place, context: Any) -> None:
@@ -150,7 +150,7 @@ def shared_by_mps(folder: str) -> Iterator[None]:
     """Let kernels of several processes run at the same time on the GPU, through NVIDIA's multi-process service.
 
     Raises:
-        ConfigError: if it cannot be started.
+        ConfigError: If it cannot be started.
     """
     os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/mps", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/mps-log"}
     for name in ("mps", "mps-log"):
@@ -171,8 +171,8 @@ class Pace:
     """How fast runs end, and whether there is time for one more.
 
     Attributes:
-        deadline: seconds of `time.monotonic`; after it nothing runs. None is never.
-        run_seconds: of the run that ended last.
+        deadline: Seconds of `time.monotonic`; after it nothing runs. None is never.
+        run_seconds: Of the run that ended last.
     """
 
     deadline: float | None
@@ -194,10 +194,10 @@ def train_all(
     """Train runs, several at once.
 
     Args:
-        todo: the runs, the most wanted first.
+        todo: The runs, the most wanted first.
         place: where.
-        lanes: runs at once.
-        pace: until when.
+        lanes: Runs at once.
+        pace: Until when.
 
     Yields:
         Run, its first site's answer or the text of an error, and its seconds, as they end.
@@ -270,7 +270,7 @@ def run(
         only: Arms to train, such as full and ghost_2; null is all of the study.
         splits: Divisions of the data; null is all of the study.
         seeds: Seeds; null is all of the study.
-        accelerator: gpu, which all processes share, or cpu.
+        accelerator: Gpu, which all processes share, or cpu.
         compile_blocks: As the model's setting: faster steps, after a compilation in each run's first.
         num_workers: As the data's setting.
         mps: Start NVIDIA's multi-process service for these runs: kernels of several processes run at the same time.
@@ -279,7 +279,7 @@ def run(
         Exit code: 1 if a run failed.
 
     Raises:
-        ConfigError: for a setting that cannot work, and for results of other settings.
+        ConfigError: For a setting that cannot work, and for results of other settings.
     """
     began = time.monotonic()
     chosen = STUDIES[study]
@@ -427,7 +427,7 @@ def table(results: Path, page: Path | None = None) -> int:
         Exit code.
 
     Raises:
-        ConfigError: if there are no results.
+        ConfigError: If there are no results.
     """
     kept = Results(results)
     if not kept.rows:

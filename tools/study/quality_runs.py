@@ -40,11 +40,11 @@ class Run(NamedTuple):
     """One training run of a study; with the study's name it is what a result is found by.
 
     Attributes:
-        split: how the sites' data differs.
+        split: How the sites' data differs.
         local_steps: K.
-        arm: what is compared: `full`, `synchronous`, or ROUTING_OVERLAP such as `ghost_2`; `shadow4` is shadow routing
+        arm: What is compared: `full`, `synchronous`, or ROUTING_OVERLAP such as `ghost_2`; `shadow4` is shadow routing
             with copies of 4 bits.
-        seed: of initial weights and of the order of the data.
+        seed: Of initial weights and of the order of the data.
     """
 
     split: SplitKind
@@ -61,17 +61,17 @@ class Study:
     """One model and recipe, and the runs that are compared.
 
     Attributes:
-        architecture: fields of ModelConfig but for the vocabulary, which is the corpus's.
-        optimizer: inner optimizer and schedule.
-        steps: optimizer steps of each site.
-        batch_size: sequences of a step of one site B.
-        sequence_length: tokens of a sequence S.
-        val_sequences: sequences that the global model is validated on at the end.
-        arms: as for `Run`, the most wanted first.
+        architecture: Fields of ModelConfig but for the vocabulary, which is the corpus's.
+        optimizer: Inner optimizer and schedule.
+        steps: Optimizer steps of each site.
+        batch_size: Sequences of a step of one site B.
+        sequence_length: Tokens of a sequence S.
+        val_sequences: Sequences that the global model is validated on at the end.
+        arms: As for `Run`, the most wanted first.
         sites: M.
-        local_steps: values of K.
-        splits: divisions of the data over sites.
-        seeds: all seeds.
+        local_steps: Values of K.
+        splits: Divisions of the data over sites.
+        seeds: All seeds.
     """
 
     architecture: dict[str, Any]
@@ -167,7 +167,7 @@ def strategy_settings(arm: str, sites: int, local_steps: int) -> dict[str, Any]:
     """Arguments of FederatedStrategy: LocalAdamW's, with the arm's overlap and routing.
 
     Args:
-        arm: as for `Run`, but not `synchronous`.
+        arm: As for `Run`, but not `synchronous`.
         sites: M.
         local_steps: K.
     """
@@ -190,12 +190,12 @@ class Place:
     """Where and how all runs of a study train.
 
     Attributes:
-        study: the study.
-        root: prepared corpus.
-        folder: an empty one, for the stores through which sites meet.
-        accelerator: gpu, which all sites share, or cpu.
-        compile_blocks: as for FoMoEModule.
-        num_workers: as for FoMoEData.
+        study: The study.
+        root: Prepared corpus.
+        folder: An empty one, for the stores through which sites meet.
+        accelerator: Gpu, which all sites share, or cpu.
+        compile_blocks: As for FoMoEModule.
+        num_workers: As for FoMoEData.
     """
 
     study: Study
@@ -210,8 +210,8 @@ class Told(L.Callback):
     """Says how far a run is, four times.
 
     Args:
-        label: which run.
-        steps: of the run.
+        label: Which run.
+        steps: Of the run.
     """
 
     def __init__(self, label: str, steps: int) -> None:
@@ -231,8 +231,8 @@ def train(place: Place, run: Run, rank: int, store: str) -> dict[str, Any]:
     Args:
         place: where.
         run: which.
-        rank: this process's.
-        store: file through which the ranks of this run meet; nobody has used it before.
+        rank: This process's.
+        store: File through which the ranks of this run meet; nobody has used it before.
 
     Returns:
         What there is to report, the same on all ranks but for bytes; nothing on ranks that the run does not need.
@@ -297,9 +297,9 @@ def serve(connection: Any, rank: int, place: Place) -> None:
     """Be one site of one run after the other, until nobody asks any more: Python and kernels are loaded once.
 
     Args:
-        connection: gives (run, store), takes what `train` returns, or the text of an error.
-        rank: of this site.
-        place: as for `train`.
+        connection: Gives (run, store), takes what `train` returns, or the text of an error.
+        rank: Of this site.
+        place: As for `train`.
     """
     os.environ |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
