@@ -112,7 +112,8 @@ class Groups:
     def encode(self, values: Tensor) -> Tensor:
         """As of `Codec`."""
         missing = -values.shape[-1] % GROUP
-        flat = F.pad(values.float(), (0, missing)) if missing else values.float()
+        flat = values.detach().float()
+        flat = F.pad(flat, (0, missing)) if missing else flat
         x_GN = flat.unflatten(-1, (flat.shape[-1] // GROUP, GROUP))
         largest_G1 = torch.empty(*x_GN.shape[:-1], 1, dtype=torch.float32, device=values.device)
         for x, largest in _parts(x_GN, largest_G1):

@@ -123,7 +123,8 @@ class Federation:
                 moments are the others' average, or start fresh. What all holders lack stays as it was.
             ahead: Buckets that travel while another is read or written; None starts all of them now, from today's
                 values, each with a buffer of its own.
-            due: Which of the moments are averaged in this round, if they are averaged.
+            due: Which of the moments are averaged in this round, if they are averaged; all are where a site is left
+                out, whose own may be no numbers.
 
         Returns:
             What is on its way, for `finish`.
@@ -134,9 +135,9 @@ class Federation:
             with self.movement.watched():
                 self._note_movement()
         planned = self._changes(left_out, measured)
-        averages = self.inner_moments == "average" and any(due)
+        averages = self.inner_moments == "average" and (any(due) or bool(left_out))
         if averages:
-            planned += self._moments(optimizer, left_out, due)
+            planned += self._moments(optimizer, left_out, (True, True) if left_out else due)
         forgets = self.inner_moments == "reset" or (not averages and self.site in left_out)
         return Flight(planned, self.transport, left_out, ahead, forgotten=optimizer if forgets else None)
 

@@ -152,7 +152,7 @@ class FederationConfig:
     def periods(self) -> tuple[int, int]:
         """Rounds between two averages of the first and of the second moments."""
         every = self.moments_every
-        return (every, every) if isinstance(every, int) else (every[0], every[1])
+        return every if isinstance(every, tuple) else (every, every)
 
     def moments_due(self, rounds: int) -> tuple[bool, bool]:
         """Whether the round that is number `rounds`, counting from 1, averages first and second moments."""

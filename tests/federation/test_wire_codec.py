@@ -204,6 +204,16 @@ def test_received_experts_have_nothing_to_make_up_for() -> None:
                 assert torch.equal(lost, expected)
 
 
+def test_all_moments_are_due_where_a_site_is_left_out() -> None:
+    """Its own may be no numbers, and would make its next step none."""
+    case = Case(overlap=4, inner_moments="average", rounds=1)
+    found = run_distributed(_rounds, case.n_sites, case, {}, {0: OUT}, (False, False))
+    for _, after in (history[0] for history in found):
+        for name in ("first", "second"):
+            for key, value in after[name].items():
+                assert torch.equal(value, found[0][0][1][name][key])
+
+
 def test_moments_that_are_not_due_stay_the_sites_own() -> None:
     case = Case(overlap=4, inner_moments="average", rounds=1)
     found = run_distributed(_rounds, case.n_sites, case, {}, {}, (False, True))
