@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -117,6 +118,12 @@ def _make_parent(key: str, path: Path) -> None:
     except OSError as error:
         rule = f"its folder cannot be made: {error.strerror}"
         raise ConfigError(key, str(path), rule, "name another place") from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def given_version(logger: Logger) -> int | str | None:
 
 
 class NoCheckpoint(dict[str, Any]):
-    """What a strategy gives Lightning for a path behind which there turns out to be nothing: the run starts anew.
+    """What a strategy gives Lightning for a path with nothing behind it: the run starts from scratch.
 
     Lightning wants a version in what it loads, and asks whether there is anything in it before it uses more.
     """

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.files import write_whole
+from fomoe_pl.files import sha256_of, write_whole
 
 FORMAT = 4
 MANIFEST = "manifest.json"
@@ -336,10 +336,9 @@ def verify(folder: Path, name: str, manifest: Mapping[str, Any] | None = None) -
         raise ConfigError("ckpt_path", str(folder), f"has no {name}", "use another checkpoint")
     if not (folder / name).is_file():
         raise ConfigError("ckpt_path", str(folder), f"is damaged: {name} is missing", "use another checkpoint")
-    with (folder / name).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
-            raise ConfigError("ckpt_path", str(folder), f"is damaged: the hash of {name} differs from the manifest's",
-                              "use another checkpoint")  # fmt: skip
+    if sha256_of(folder / name) != about["sha256"]:
+        raise ConfigError("ckpt_path", str(folder), f"is damaged: the hash of {name} differs from the manifest's",
+                          "use another checkpoint")  # fmt: skip
     return folder / name
 
 

@@ -7,7 +7,6 @@ they send is sent by their callers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 from fomoe_pl.checkpoint import format as files
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.placement import Placement
+from fomoe_pl.files import sha256_of
 
 MOST_MANIFESTS = 4
 """How many checkpoints a site tells of: sites differ by one, for a manifest is written when all have their parts."""
@@ -237,8 +237,7 @@ def _is_as_written(path: Path, about: Mapping[str, Any]) -> bool:
     try:
         if path.stat().st_size != about["bytes"]:
             return False
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == about["sha256"]
+        return sha256_of(path) == about["sha256"]
     except OSError:
         return False
 

@@ -256,7 +256,7 @@ class Checkpointer:
         """From now on there is something that can go on while a checkpoint is written; all sites call it together.
 
         Raises:
-            ConfigError: For a run that starts anew where sites' own disks have checkpoints of another one.
+            ConfigError: For a run that starts from scratch where sites' own disks have checkpoints of another one.
         """
         self._training = True
         if self.content.own_disks and self.last_saved is None and self._on_any_site(self.content.has_checkpoints):

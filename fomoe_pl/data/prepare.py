@@ -4,7 +4,6 @@ Every document is read twice (three times where a tokenizer is trained), so that
 corpus have to fit into memory: first its hash and size, which decide split, order and shard; then its text.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -51,7 +50,7 @@ from fomoe_pl.data.tokenizer import (
 )
 from fomoe_pl.data.workers import Workers, n_cores
 from fomoe_pl.errors import ConfigError, check_range
-from fomoe_pl.files import alone, write_whole
+from fomoe_pl.files import alone, sha256_of, write_whole
 from fomoe_pl.files import prepare as prepare_file
 
 _log = logging.getLogger(__name__)
@@ -488,8 +487,7 @@ def _intact(path: Path, info: ShardInfo) -> bool:
     """Whether a shard of an interrupted preparation is as it was written."""
     if not path.is_file() or path.stat().st_size != info.file_bytes:
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == info.sha256
+    return sha256_of(path) == info.sha256
 
 
 def _batches(index: DomainIndex, skipped: int, size: int) -> Iterator[tuple[int, list[Any]]]:

@@ -20,7 +20,7 @@ Consumed = Sequence[Sequence[int]]  # tokens read of each training shard of each
 
 
 class DomainStream:
-    """The tokens of some shards of a domain, for ever.
+    """The tokens of some shards of a domain, without end.
 
     Each epoch has every document of the shards once: the shards in an order of their own, and within a shard, which is
     held in memory whole, the documents in an order of their own. The documents' order follows from seed, shard and
@@ -219,7 +219,7 @@ class PackedStream:
             self._blocks.append(self._read_block(i) if count > before else np.empty((0, 0), np.int64))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield `inputs` (S,), `targets` (S,) and `domain` (), all int64, for ever."""
+        """Yield `inputs` (S,), `targets` (S,) and `domain` (), all int64, without end."""
         while True:
             block, offset = divmod(self._taken, _DRAWS)
             for i in draw_domains(self._plan, *self._place, block)[offset:]:
@@ -302,7 +302,7 @@ class SiteStream(IterableDataset[dict[str, Tensor]]):
         self._batches = batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield `inputs` (S,), `targets` (S,) and `domain` (), all int64, for ever."""
+        """Yield `inputs` (S,), `targets` (S,) and `domain` (), all int64, without end."""
         info = get_worker_info()
         # A DataLoader begins with its worker 0, which here stands in for the one whose turn it is.
         worker = ((0 if info is None else info.id) + self._batches) % len(self._plans)

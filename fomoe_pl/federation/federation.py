@@ -321,15 +321,11 @@ class Federation:
             for name in self.layout.sparse(layer):
                 for i, source in enumerate(sources):
                     if name in source:
-                        old = source[name].clone()
-                        for r, expert in enumerate(after[layer]):
-                            kept = plan[r]
-                            source[name][r].copy_(old[kept] if kept is not None else arrived[expert][i, name])
+                        got = {expert: rows[i, name] for expert, rows in arrived.items()}
+                        _rearrange(source[name], plan, [got.get(expert) for expert in after[layer]])
                 for own in self.state.own.values():
                     if name in own:  # of what another site had lost this one has nothing to make up for
-                        old = own[name].clone()
-                        for r, kept in enumerate(plan):
-                            own[name][r].copy_(old[kept]) if kept is not None else own[name][r].zero_()
+                        _rearrange(own[name], plan, [None] * len(plan))
                 self.layout.tensors[name].copy_(self.anchors[name])
                 if name in self.layout.trained and isinstance(optimizer, RowAdamW):
                     optimizer.replace_rows(self.layout.tensors[name], plan)
@@ -501,6 +497,18 @@ def _changes(local: list[Tensor], anchors: list[Tensor]) -> list[Tensor]:
     # A site started from the anchor in the training dtype. What that rounded off is no change, and stays in the anchor:
     # else an outer step would feed it back round after round.
     return [anchor.to(t.dtype).float() - t.float() for t, anchor in zip(local, anchors, strict=True)]
+
+
+def _rearrange(values: Tensor, sources: Sequence[int | None], received: Sequence[Tensor | None]) -> None:
+    """Give each row the values of the old row that it goes on from, else what was received; zeros without either."""
+    old = values.clone()
+    for row, source, new in zip(values, sources, received, strict=True):
+        if source is not None:
+            row.copy_(old[source])
+        elif new is not None:
+            row.copy_(new)
+        else:
+            row.zero_()
 
 
 def _as_float32(views: Sequence[Tensor]) -> list[Tensor]:

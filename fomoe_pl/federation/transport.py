@@ -153,34 +153,47 @@ class Transport:
         taken = len([site for site in sites if site not in left_out])
         return torch.full((), taken, dtype=torch.float32, device=self.home)
 
-    def _values(self, numel: int, padded: int, read: Callable[[], Sequence[Tensor]] | None) -> Tensor:
-        """Values to be coded, flat, with zeros behind them; all zeros where there is nothing to read."""
-        values = torch.zeros(padded, dtype=torch.float32, device=self.home)
+    def _coded_values(
+        self, codec: Codec, numel: int, shape: tuple[int, int], read: Callable[[], Sequence[Tensor]] | None,
+        *, feeds_back: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """What a site gives to an average of codes.
+
+        Args:
+            codec: Of the values.
+            numel: Of the values.
+            shape: Of the rows that they are coded in, zeros behind them.
+            read: Gives the values; None codes zeros.
+            feeds_back: Whether somebody wants to know what is lost.
+
+        Returns:
+            The codes, a row for each, on the wire's device; what coding has lost of the values, in the rows' shape.
+        """
+        values = torch.zeros(shape, dtype=torch.float32, device=self.home)
         if read is not None:
             flat = [value.reshape(-1) for value in read()]
-            torch._foreach_copy_(list(values[:numel].split([len(value) for value in flat])), flat)
-        return values
+            torch._foreach_copy_(list(values.view(-1)[:numel].split([len(value) for value in flat])), flat)
+        codes = self._coded(codec, values)
+        if not feeds_back:
+            return codes, None
+        return codes, torch.zeros_like(values) if read is None else values - codec.decode(codes.to(self.home), shape[1])
 
     def _average_of_two(
         self, codec: Codec, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
         left_out: frozenset[int], lost: Callable[[Tensor], None] | None,
     ) -> Pending:  # fmt: skip
         """As `average`, of codes: both give each other theirs, and add in the order of the sites."""
-        out = self.topology.site in left_out
-        values = self._values(numel, numel, None if out else read)
-        outgoing = self._coded(codec, values[None])[0]
-        if lost is not None:
-            kept = torch.zeros_like(values) if out else values - codec.decode(outgoing.to(self.home), numel)
+        own = None if self.topology.site in left_out else read
+        [outgoing], kept = self._coded_values(codec, numel, (1, numel), own, feeds_back=lost is not None)
         incoming = torch.empty(2, len(outgoing), dtype=torch.uint8, device=self.device)
         self.ledger.send(kind, len(outgoing))
         with sites_watched(self.topology, self.patience):
             work = dist.all_gather(list(incoming.unbind()), outgoing, group=self._groups[sites], async_op=True)
 
         def mean() -> Tensor:
-            with sites_watched(self.topology, self.patience):
-                wait_watching(work, self.topology)
-            if lost is not None:
-                lost(kept)
+            self._wait(work)
+            if lost is not None and kept is not None:
+                lost(kept[0])
             return self._mean_of(codec.decode(incoming.to(self.home), numel), sites, left_out)
 
         return Pending(mean)
@@ -192,10 +205,9 @@ class Transport:
         """As `average`, of codes, which cannot be added: each site averages an equal slice, and gives it to all."""
         n, site = len(sites), self.topology.site
         n_slice, own, out = slice_numel(numel, n), sites.index(site), site in left_out
-        values = self._values(numel, n * n_slice, None if out else read).view(n, n_slice)
-        outgoing = self._coded(codec, values)
-        if lost is not None:
-            kept = torch.zeros_like(values) if out else values - codec.decode(outgoing.to(self.home), n_slice)
+        outgoing, kept = self._coded_values(
+            codec, numel, (n, n_slice), None if out else read, feeds_back=lost is not None
+        )
         incoming = torch.empty_like(outgoing)
         group, sent = self._groups[sites], (n - 1) * outgoing.shape[1]
         self.ledger.send(kind, sent)
@@ -203,8 +215,7 @@ class Transport:
             shared = dist.all_to_all_single(incoming, outgoing, group=group, async_op=True)
 
         def mean() -> Tensor:
-            with sites_watched(self.topology, self.patience):
-                wait_watching(shared, self.topology)
+            self._wait(shared)
             total = self._mean_of(codec.decode(incoming.to(self.home), n_slice), sites, left_out)
             self.ledger.send(kind, sent)
             with sites_watched(self.topology, self.patience):
@@ -213,7 +224,7 @@ class Transport:
                 wait_watching(work, self.topology)
             # All decode the same codes, the slice's owner too: the same bits everywhere.
             decoded = codec.decode(incoming.to(self.home), n_slice)
-            if lost is not None:
+            if lost is not None and kept is not None:
                 if not out:  # of the mean of its slice, which is of all of them: the owner makes up for it
                     kept[own] += (total - decoded[own]) * self._number_taken(sites, left_out)
                 lost(kept.view(-1)[:numel])
@@ -281,11 +292,12 @@ class Transport:
         with sites_watched(self.topology, self.patience):
             work = dist.all_reduce(buffer, group=self._groups[sites], async_op=True)
 
-        def wait() -> None:
-            with sites_watched(self.topology, self.patience):
-                wait_watching(work, self.topology)
+        return lambda: self._wait(work)
 
-        return wait
+    def _wait(self, work: dist.Work) -> None:
+        """Wait for a collective as long as its sites answer."""
+        with sites_watched(self.topology, self.patience):
+            wait_watching(work, self.topology)
 
     def exchange(
         self,

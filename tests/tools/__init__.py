@@ -9,7 +9,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def load(name: str) -> ModuleType:
-    """Import `tools/*/NAME.py`, anew each time."""
+    """Import `tools/*/NAME.py`, as a fresh module each time."""
     [path] = TOOLS.glob(f"*/{name}.py")
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))  # as for a script, whose own folder comes first: tools import each other

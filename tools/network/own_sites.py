@@ -4,7 +4,7 @@
 
 Needs root, `ip` and `setpriv`. Four sites, each a `fomoe fit` of a user of its own in a network namespace of its own,
 in a folder that no other user may enter, prepare corpora of their own, train, validate, are killed, go on from their
-own disks, lose one disk and go on, lose two neighbouring ones and are told what that cost. Compared are the killed and
+own disks, lose one disk and go on, lose two neighbouring ones and report what that cost. Compared are the killed and
 resumed run with one that nothing befell (the same validation loss, bit for bit), each process's count of what it sends
 with its interface's counter, and what a user gets who opens another site's corpus. Everything is bounded in time, and
 ends with the tool.
