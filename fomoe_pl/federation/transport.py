@@ -173,6 +173,7 @@ class Transport:
         if read is not None:
             flat = [value.reshape(-1) for value in read()]
             torch._foreach_copy_(list(values.view(-1)[:numel].split([len(value) for value in flat])), flat)
+            del flat  # as large as the bucket, and coding needs room
         codes = self._coded(codec, values)
         if not feeds_back:
             return codes, None
