@@ -174,7 +174,8 @@ class FoMoECLI(PlainCLI):
         if isinstance(config.trainer.strategy, str):
             config.trainer.strategy = self._own_strategy(config.trainer)
         elif (least := config.trainer.strategy.get("init_args", {}).get("min_sites")) is not None:
-            nodes = nodes_left(os.environ, config.trainer.devices, config.trainer.num_nodes, least)
+            ranks = config.trainer.strategy.init_args.get("ranks_per_site", 1)
+            nodes = nodes_left(os.environ, config.trainer.devices, config.trainer.num_nodes, least, ranks)
             config.trainer.num_nodes = nodes
 
     @staticmethod
@@ -208,7 +209,7 @@ class FoMoECLI(PlainCLI):
             path = _newest(trainer) if path == "auto" else path
             self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
         if isinstance(strategy, FederatedStrategy) and strategy.settings.min_sites is not None:
-            self._keep_pace(strategy, trainer.num_nodes * trainer.num_devices, path)
+            self._keep_pace(strategy, trainer.num_nodes * trainer.num_devices // strategy.settings.ranks_per_site, path)
         data.goes_on = path is not None
         strategy.check_run(trainer, module, data, fitting=self.subcommand == "fit")
         if path is not None and not own_disks:  # which of them a site lacks shows when all have met
@@ -221,7 +222,7 @@ class FoMoECLI(PlainCLI):
         strategy.pace = Pace(
             planned=trainer.max_steps, start=steps, tokens=tokens, sites=n_sites,
             site_tokens=trainer.accumulate_grad_batches * data.batch_size * data.sequence_length,
-            planned_sites=trainer.num_devices * self._planned_nodes,
+            planned_sites=trainer.num_devices * self._planned_nodes // strategy.settings.ranks_per_site,
         )  # fmt: skip
         if trainer.max_steps > 0 and strategy.pace.last_step != trainer.max_steps:
             last, planned = strategy.pace.last_step, strategy.pace.planned_sites

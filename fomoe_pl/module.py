@@ -162,9 +162,11 @@ class FoMoEModule(L.LightningModule):
             block.moe.router.measures_entropy = self.watches_routing
         if self._passes is not None:  # of a run that was interrupted
             self._passes.close()
+        several = self.site.topology.n_ranks > 1
         self._passes = Passes(
             self.trainer, self, self.transformer, graphs=self.cuda_graphs, bf16_gradients=self.bf16_gradients,
             statistics=self.statistics,
+            sum_loads=self.site.sum_in_site if self.config.balance == "aux_loss" and several else None,
         )  # fmt: skip
         for configured in self.trainer.lr_scheduler_configs:
             schedule = cast(LambdaLR, configured.scheduler)
@@ -213,8 +215,9 @@ class FoMoEModule(L.LightningModule):
         summand, one = torch.where(finite, done.loss, 0.0).double(), finite.double()
         self._loss_sum = summand if self._loss_sum is None else self._loss_sum + summand
         self._loss_count = one if self._loss_count is None else self._loss_count + one
-        self.tokens_seen += tokens
-        self.tokens_of_all_sites += tokens * self.site.topology.n_sites
+        topology = self.site.topology
+        self.tokens_seen += tokens * topology.n_ranks
+        self.tokens_of_all_sites += tokens * topology.world_size
         if self.watches_routing:
             assert done.gate_entropy_L is not None, "routers measure what is watched, from the start of training on"
             residency = self.transformer.residency
@@ -292,7 +295,8 @@ class FoMoEModule(L.LightningModule):
         return skipped, steps
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip the step if gradients are not finite; log norm and learning rate; update the balance bias."""
+        """Average gradients inside the site; skip the step if they are not finite; log; update the balance bias."""
+        self.site.average_gradients(optimizer)
         norm = self._grad_norm = norm_or_skip(optimizer)
         bad = ~norm.isfinite()
         self._skipped = bad.long() if self._skipped is None else self._skipped + bad

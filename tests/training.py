@@ -105,6 +105,11 @@ def make_trainer(run: Run, rank: int, world_size: int, callbacks: Sequence[L.Cal
     )  # fmt: skip
 
 
+def skip_run() -> None:
+    """On a rank that the next run does not need: the others' next store is this one's too."""
+    next(_STORES)
+
+
 def fit(
     run: Run, rank: int, world_size: int, callbacks: Sequence[L.Callback] = (), ckpt_path: str | None = None
 ) -> L.Trainer:

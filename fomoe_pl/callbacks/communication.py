@@ -95,8 +95,10 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
 
     def statistics(self) -> Tensor:
         """Bytes of this site in its own entry, zeros elsewhere."""
-        own = torch.zeros(self._strategy.topology.n_sites, dtype=torch.float64)
-        own[self._strategy.topology.site] = self._strategy.ledger.total_wire
+        topology = self._strategy.topology
+        own = torch.zeros(topology.n_sites, dtype=torch.float64)
+        if topology.leads:
+            own[topology.site] = self._strategy.ledger.total_wire
         return own
 
     def receive(self, total: Tensor) -> None:

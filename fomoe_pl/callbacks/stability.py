@@ -189,6 +189,8 @@ class RoutingStability(RoundCallback, RoundObserver):
                 "losses": torch.stack([before.loss, after.loss]),
                 "picked": pack_counts(picked_LTE, strategy.topology.n_sites),
             }
+        if not strategy.topology.leads:  # but for what their own tokens did, a site's ranks all see the same
+            parts = {name: part if name == "health" else torch.zeros_like(part) for name, part in parts.items()}
         return parts
 
     def receive(self, total: Tensor) -> None:

@@ -185,7 +185,9 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         bf16 = str(trainer.precision).startswith("bf16")
         self._peak_flops = None
         if pl_module.device.type == "cuda":
-            self._peak_flops = get_available_flops(pl_module.device, torch.bfloat16 if bf16 else torch.float32)
+            dtype = torch.bfloat16 if bf16 else torch.float32
+            n_ranks = observed_strategy(trainer).topology.n_ranks
+            self._peak_flops = n_ranks * (get_available_flops(pl_module.device, dtype) or 0)
 
     def after_synchronization(self) -> None:
         """Record the share of picks that residents executed in the round, before the counts are reset."""

@@ -55,7 +55,7 @@ class Counts(Protocol):
     """What checkpoints and whoever watches both ask of a strategy.
 
     Attributes:
-        ledger: Bytes that this rank sent so far.
+        ledger: Bytes that this rank sent so far; of a site's ranks the first one's are the site's.
         observers: Who looks at the ends of rounds.
         rounds_done: Rounds that have ended; stays 0 in synchronous training.
         sync_seconds: Seconds spent in synchronisation so far.
@@ -75,7 +75,7 @@ class Counts(Protocol):
         """Optimizer steps that the run has taken; within a round's end with the step that ends it."""
 
     def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
-        """Sum a small tensor over all sites, counted; all sites call it together."""
+        """Sum a small tensor over all ranks of all sites, counted; all call it together."""
 
 
 class Site(Counts, Protocol):
@@ -124,6 +124,9 @@ class Site(Counts, Protocol):
     @property
     def alone(self) -> bool:
         """Whether this rank has failed while the others go on: nothing may be sent to them."""
+
+    def sum_in_site(self, values: Tensor) -> Tensor:
+        """Sum a small tensor over the ranks of this site; all of them call it together."""
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """An object from one rank to all."""
@@ -192,12 +195,13 @@ class Content:
         return {"strategy": type(self.site).__name__, "sites": self.site.topology.n_sites}
 
     def state(self) -> dict[str, Any]:
-        """What this rank needs beside the global model to resume."""
+        """What this site needs beside the global model to resume; all of its ranks call it together."""
         return {"ledger": self.site.ledger.state_dict(), "sync_seconds": self.site.sync_seconds}
 
     def load_ledger(self, state: dict[str, Any]) -> None:
-        """Go on from the counts of a checkpoint."""
-        self.site.ledger.load_state_dict(state)
+        """Go on from the counts of a checkpoint, on the rank that counts for its site."""
+        if self.site.topology.leads:
+            self.site.ledger.load_state_dict(state)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore `state`."""
@@ -225,13 +229,13 @@ class Content:
 
     @property
     def writes(self) -> bool:
-        """Whether this rank writes experts and its own state."""
-        return self.every_site_writes or self.site.is_global_zero
+        """Whether this rank writes experts and its site's state."""
+        return self.site.topology.leads if self.every_site_writes else self.site.is_global_zero
 
     @property
     def writes_common(self) -> bool:
         """Whether this rank writes dense tensors and Lightning's state."""
-        return self.own_disks or self.site.is_global_zero
+        return self.writes if self.own_disks else self.site.is_global_zero
 
     def expert_files(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """File name -> its tensors by `<name>#<expert>`, of the files of experts that this rank writes.
@@ -262,6 +266,8 @@ class Content:
             checkpoint: Lightning's state.
         """
         layout, site, module = self.layout(), self.site.topology.site, self.site.mid_round
+        losses = self.site.sum_in_site(torch.tensor(module.round_losses(), dtype=torch.float64)).tolist()
+        state = self.state()
         contents: dict[str, Any] = {}
         slots = {files.of_slot(slot): tensors for slot, tensors in self.slots().items()}
         for prefix, tensors in {"": self.tensors(), **slots, files.AVERAGE: self.average}.items():
@@ -273,11 +279,11 @@ class Content:
             contents[files.site_name(site)] = {
                 "optimizer_states": checkpoint.get("optimizer_states", []),
                 "optimizer_names": self._optimizer_names(layout),
-                "strategy": self.state(),
+                "strategy": state,
                 "residents": self.site.transformer.residency.experts,
                 "expert_layer": dict(layout.expert_layer),
                 "rng": random_states(),
-                "losses": module.round_losses(),
+                "losses": tuple(losses),
                 "steps": module.round_steps(),
             }
             # Lightning keeps rank zero's callbacks; those that look into rounds know things of their own site.
@@ -383,7 +389,7 @@ class Content:
         # Of data-parallel ranks, which are all alike, only the first has written; a site without a file of its own
         # goes on from another's.
         own_files = [name for name in manifest["files"] if name.startswith("site-")]
-        of = site.topology.site % len(own_files) if self.writes else 0
+        of = site.topology.site % len(own_files) if self.every_site_writes else 0
         own = self.own_state(folder, manifest, of)
         if own is None:
             return steps
@@ -394,7 +400,8 @@ class Content:
             load_optimizers({"optimizer_states": own["optimizer_states"]})
             self.load_state(own["strategy"])
             self._random_states = own["rng"]
-            site.mid_round.set_round_losses(own["losses"])
+            if site.topology.leads:  # they are those of all of the site's ranks
+                site.mid_round.set_round_losses(own["losses"])
             site.mid_round.set_round_steps(own.get("steps", (0, 0)))  # older ones have none
             return steps
         if of == site.topology.site:
@@ -463,7 +470,7 @@ class FederatedContent(Content):
         if copies is not None and self.site.settings.shadow_refresh > 1:  # else they are what the anchors are
             state["copies"] = dict(copies.tensors)
         if self.site.settings.policy.sees_loads:
-            state["loads"] = self.site.mid_round.loads()
+            state["loads"] = self.site.sum_in_site(self.site.mid_round.loads())
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -474,7 +481,7 @@ class FederatedContent(Content):
         if copies is not None and "copies" in state:
             for name, packed in copies.tensors.items():
                 packed.copy_(state["copies"][name])
-        if "loads" in state:
+        if "loads" in state and self.site.topology.leads:
             self.site.mid_round.set_loads(state["loads"])
 
     def load_trainer(self, folder: Path) -> dict[str, Any]:

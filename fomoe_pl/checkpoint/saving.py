@@ -92,7 +92,7 @@ class Checkpointer:
         name, begun = self._site.broadcast((str(path), begun))
         folder = self.content.place(name)
         if own_disks:
-            begun = not self._on_any_site(not self._begin(folder))
+            begun = not self._on_any_site(self.content.writes and not self._begin(folder))
         if begun:
             self._saving = self._start_writing(folder, checkpoint)
             if not self._in_background:
@@ -164,7 +164,7 @@ class Checkpointer:
     def _start_writing(self, folder: Path, checkpoint: Mapping[str, Any]) -> Writing:
         site, contents = self._site, self.content.files(checkpoint)
         own_disks = self.content.own_disks
-        manifest = self.content.manifest() if site.is_global_zero or own_disks else None
+        manifest = self.content.manifest() if self.content.writes_common else None
         n_writers = 0 if own_disks else self.content.n_writers
         writing = Writing(folder, site.optimizer_steps, site.topology.site, manifest, n_writers)
         if self._in_background:

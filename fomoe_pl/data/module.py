@@ -3,6 +3,7 @@
 import hashlib
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as L
@@ -27,6 +28,26 @@ def _ignore_signals(worker: int) -> None:
     # A terminal and some launchers signal a whole process group. It is the training process that decides when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """Makes batches of a site's sequences, of which each of its ranks takes every n-th.
+
+    So what a site reads does not depend on its number of ranks.
+
+    Attributes:
+        place: Of this rank in its site.
+        n_ranks: Of the site.
+    """
+
+    place: int
+    n_ranks: int
+
+    def __call__(self, sequences: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Collate this rank's."""
+        batch: dict[str, Tensor] = default_collate(sequences[self.place :: self.n_ranks])
+        return batch
 
 
 class SiteLoader(DataLoader[dict[str, Tensor]]):
@@ -67,8 +88,8 @@ class FoMoEData(L.LightningDataModule):
         root: Folder of the corpus. If each site has a corpus of its own, a template with `{site}` or a mapping from
             sites to folders; a site opens no folder but its own.
         sequence_length: Tokens of a sequence, S.
-        batch_size: Sequences of a micro-batch of one rank, B.
-        val_batch_size: Sequences of a validation batch of one rank; null: batch_size.
+        batch_size: Sequences of a micro-batch of one site, B, which its ranks share.
+        val_batch_size: Sequences of a validation batch of one site, likewise; null: batch_size.
         val_sequences: Most validation sequences over all sites, an equal share of each domain; null: all.
         num_workers: Processes that read training data for each rank; 0: the training process reads.
         split: How training data is divided over sites: iid (each has a share of every domain), domain (each has whole
@@ -177,11 +198,12 @@ class FoMoEData(L.LightningDataModule):
         """Names of the domains; a batch's `domain` is an index into them."""
         return self.manifest.domain_names if self._agreed is None else self._agreed.domains
 
-    def check(self, n_sites: int) -> None:
+    def check(self, n_sites: int, n_ranks: int = 1) -> None:
         """Check everything that can be seen before any process starts.
 
         Args:
             n_sites: Number of sites, M.
+            n_ranks: Ranks of a site.
 
         Raises:
             ConfigError: A setting out of range; no manifest; a missing shard; fewer shards than sites x workers. Of
@@ -192,6 +214,11 @@ class FoMoEData(L.LightningDataModule):
         for key, least in smallest.items():
             if getattr(self, key) < least:
                 raise ConfigError(f"data.{key}", getattr(self, key), f"must be at least {least}", "Give a larger one")
+        for key in ("batch_size", "val_batch_size"):
+            if (size := getattr(self, key)) % n_ranks:
+                below = size // n_ranks * n_ranks
+                hint = f"type {f'{below} or ' if below else ''}{below + n_ranks}"
+                raise ConfigError(f"data.{key}", size, f"is divided among the {n_ranks} ranks of a site", hint)
         check_alpha(self.dirichlet_alpha)
         for name, weight in (self.weights or {}).items():
             check_range(f"data.weights.{name}", weight, "such as 90 and 10, or 0 to leave the domain out", least=0)
@@ -248,6 +275,7 @@ class FoMoEData(L.LightningDataModule):
             stream,
             lambda: self._batches() - self._since,
             batch_size=self.batch_size,
+            collate_fn=self._own_rows(),
             num_workers=self.num_workers,
             pin_memory=self._on_gpu(),
             worker_init_fn=_ignore_signals,
@@ -353,7 +381,8 @@ class FoMoEData(L.LightningDataModule):
         corpora = self._corpora(n_sites)
         sharing = corpora.sharing(site)
         counts = corpora.validation_counts(self.sequence_length, self.val_sequences)
-        length = corpora.validation_length(counts)
+        n_ranks = self._own_rows().n_ranks
+        length = -(-corpora.validation_length(counts) // n_ranks) * n_ranks
         if not length:
             raise ConfigError("data.root", self.root, "no site has validation text",
                               "prepare with val_fraction or --validation_source, or set trainer.limit_val_batches to 0"
@@ -366,7 +395,10 @@ class FoMoEData(L.LightningDataModule):
         share: DistributedSampler[Batch] = DistributedSampler(
             sequences, num_replicas=len(sharing), rank=sharing.index(site), shuffle=False
         )
-        return DataLoader(sequences, batch_size=self.val_batch_size, sampler=share, pin_memory=self._on_gpu())
+        return DataLoader(
+            sequences, batch_size=self.val_batch_size, sampler=share, collate_fn=self._own_rows(),
+            pin_memory=self._on_gpu(),
+        )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         """What makes the numbers of two runs comparable: corpus, tokenizer, and the sequences that are validated.
@@ -418,6 +450,10 @@ class FoMoEData(L.LightningDataModule):
             raise RuntimeError("FoMoEData gives its loaders to a Trainer: attach it by trainer.fit(module, data)")
         topology = context(trainer).topology
         return topology.site, topology.n_sites
+
+    def _own_rows(self) -> OwnRows:
+        topology = context(self.trainer).topology
+        return OwnRows(topology.place, topology.n_ranks)
 
     def _on_gpu(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

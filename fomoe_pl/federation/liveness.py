@@ -161,13 +161,18 @@ class Listener:
 _listener: Listener | None = None  # as there is one default process group in a process
 
 
-def listen(topology: Topology) -> None:
-    """Answer for this rank from now on; the processes must have met."""
+def listen(topology: Topology, *, beats: bool | None = None) -> None:
+    """Answer for this rank from now on; the processes must have met.
+
+    Args:
+        topology: This rank's place.
+        beats: Give signs of life, for those that wait for this rank with NCCL; None is where there is an NCCL group.
+    """
     global _listener
     stop_listening()
     if dist.is_initialized() and topology.world_size > 1:
         store = dist.distributed_c10d._get_default_store()
-        _listener = Listener(topology, store, beats=_by_nccl())
+        _listener = Listener(topology, store, beats=_by_nccl() if beats is None else beats)
 
 
 def stop_listening(*, together: bool = False) -> None:
@@ -277,7 +282,9 @@ def all_here(topology: Topology) -> None:
 
 
 def _by_nccl() -> bool:
-    return dist.is_initialized() and "nccl" in dist.get_backend()
+    """Whether any group is of NCCL: of the world, or of the ranks of a site."""
+    world = dist.distributed_c10d._world
+    return dist.is_initialized() and any("nccl" in str(backend) for backend, _ in world.pg_map.values())
 
 
 def _abandon_collectives() -> None:
@@ -308,7 +315,7 @@ def roll_call(topology: Topology, patience: float) -> Conclusion:
         while silent and time.monotonic() < end and not store.check([_CONCLUSION]):
             silent = {rank for rank in silent if not store.check([f"{_THERE}{rank}"])}
             time.sleep(0.05)
-        own = Conclusion(sorted({rank // topology.ranks_per_site for rank in silent}), min(ranks - silent))
+        own = Conclusion(sorted({topology.site_of(rank) for rank in silent}), min(ranks - silent))
         agreed = Conclusion(*json.loads(store.compare_set(_CONCLUSION, "", json.dumps(own))))
         # The others have to read it before the process with the store ends.
         time.sleep(0.5)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fomoe_pl.federation.topology import Topology
+
 PER_SITE = ("skipped", "left_out")
 """Fields of a report that every site has a place of its own for."""
 SUMMED = ("loss_sum", "loss_count", "stop", "save_failed", "saved")
@@ -65,20 +67,22 @@ class SharedReport(NamedTuple):
         }
 
 
-def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor], Tensor]) -> SharedReport:
+def share(report: SiteReport, topology: Topology, total: Callable[[Tensor], Tensor]) -> SharedReport:
     """Tell all sites of each other: `report_numbers` numbers in float64.
 
     Args:
-        report: This site's.
-        site: Its index.
-        n_sites: Number of sites M.
-        total: Sums a tensor over all sites.
+        report: This rank's. What all ranks of a site know alike, the first of them tells.
+        topology: Its place.
+        total: Sums a tensor over all ranks.
     """
+    n_sites, site, n_ranks = topology.n_sites, topology.site, topology.world_size
+    if not topology.leads:
+        report = report._replace(skipped=0, saved=False)
     message = torch.zeros(report_numbers(n_sites), dtype=torch.float64)
     per_site, summed = message[: -len(SUMMED)].view(len(PER_SITE), n_sites), message[-len(SUMMED) :]
     per_site[:, site] = torch.tensor([float(getattr(report, name)) for name in PER_SITE])
-    # One number for both: a signal weighs more than all sites' wishes.
-    stop = report.stop * (n_sites + 1) + report.ends
+    # One number for both: a signal weighs more than all ranks' wishes.
+    stop = report.stop * (n_ranks + 1) + report.ends
     flags = (report.loss_sum, report.loss_count, stop, report.save_failed, report.saved)  # as in SUMMED
     summed.copy_(torch.tensor(flags, dtype=torch.float64))
     values = total(message)
@@ -88,7 +92,7 @@ def share(report: SiteReport, site: int, n_sites: int, total: Callable[[Tensor],
         [int(n) for n in skipped.tolist()],
         frozenset(left_out.nonzero().flatten().tolist()),
         loss_sum / loss_count if loss_count else float("nan"),
-        stop > n_sites,
+        stop > n_ranks,
         stop > 0,
         save_failed > 0,
         int(saved),

@@ -35,7 +35,8 @@ class FederationConfig:
 
     Attributes:
         sites: Number of sites M; None is the world size.
-        ranks_per_site: Ranks inside a site; only 1 works so far.
+        ranks_per_site: Ranks of a site, which train one model together: each has a part of the site's batch, and
+            their gradients are averaged in every step.
         overlap: Sites that hold each expert, 1..M; None is M, a full replica.
         routing: What happens to picks of experts that are not here: `ghost` skips them, `partitioned` routes among
             the residents only, `shadow` computes them with frozen low-bit copies.
@@ -102,10 +103,10 @@ class FederationConfig:
             ("shadow_bits", ShadowBits),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), choices)
-        if self.ranks_per_site != 1:
-            rule = "several ranks in a site are not supported yet"
-            raise ConfigError("ranks_per_site", self.ranks_per_site, rule, "set it to 1 and let every rank be a site")
-        for name in ("sites", "overlap", "min_sites", "copies", "reshuffle_rounds", "bucket_mib", "shadow_refresh"):
+        for name in (
+            "sites", "ranks_per_site", "overlap", "min_sites", "copies", "reshuffle_rounds", "bucket_mib",
+            "shadow_refresh",
+        ):  # fmt: skip
             check_range(name, getattr(self, name), "type 1 or more", least=1)
         check_seed("placement_seed", self.placement_seed)
         for field in fields(self) if self.routing != "shadow" else ():

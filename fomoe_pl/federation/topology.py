@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
 class Topology:
     """Position of this rank in the federation.
 
-    Ranks are numbered site by site, so that `rank = site * ranks_per_site + local_rank`.
+    Ranks are numbered site by site: those of site 0 come first.
 
     Attributes:
         n_sites: Number of sites M.
-        ranks_per_site: Ranks inside one site.
+        ranks_per_site: Ranks inside a site, one number for all sites or one for each.
         rank: This process's global rank.
     """
 
     n_sites: int
-    ranks_per_site: int
+    ranks_per_site: int | tuple[int, ...]
     rank: int
 
-    @property
-    def site(self) -> int:
-        """Index of this rank's site, 0 <= site < n_sites."""
-        return self.rank // self.ranks_per_site
-
-    @property
-    def local_rank(self) -> int:
-        """Index of this rank inside its site."""
-        return self.rank % self.ranks_per_site
+    @cached_property
+    def ranks(self) -> tuple[range, ...]:
+        """Global ranks of each site."""
+        numbers = self.ranks_per_site
+        if isinstance(numbers, int):
+            numbers = (numbers,) * self.n_sites
+        return tuple(range(end - n, end) for n, end in zip(numbers, accumulate(numbers), strict=True))
 
     @property
     def world_size(self) -> int:
         """Number of ranks of all sites."""
-        return self.n_sites * self.ranks_per_site
+        return self.ranks[-1].stop
 
-    def peers(self, sites: tuple[int, ...], local_rank: int) -> tuple[int, ...]:
-        """Global ranks of the given sites at one place inside them: they average with each other."""
-        return tuple(site * self.ranks_per_site + local_rank for site in sites)
+    def site_of(self, rank: int) -> int:
+        """Index of the site that a rank belongs to."""
+        return next(site for site, ranks in enumerate(self.ranks) if rank in ranks)
+
+    @cached_property
+    def site(self) -> int:
+        """Index of this rank's site, 0 <= site < n_sites."""
+        return self.site_of(self.rank)
+
+    @property
+    def place(self) -> int:
+        """Index of this rank inside its site."""
+        return self.rank - self.ranks[self.site].start
+
+    @property
+    def n_ranks(self) -> int:
+        """Ranks of this rank's site."""
+        return len(self.ranks[self.site])
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank of its site, which speaks and writes for it."""
+        return self.place == 0
+
+    def peers(self, sites: tuple[int, ...], place: int) -> tuple[int, ...]:
+        """Global ranks of the given sites at one place inside them."""
+        return tuple(self.ranks[site][place] for site in sites)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fomoe_pl.codec import GROUP, Codec
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.inside import Inside
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.liveness import PATIENCE, sites_watched, wait_watching
 from fomoe_pl.federation.settings import WireDtype
@@ -71,6 +72,10 @@ class Transport:
         timeout: After which a collective raises.
         home: Where the values live that are averaged; None is the wire's device. Host buffers for values of a GPU are
             page-locked.
+        inside: The ranks of this site; None makes their group.
+        slices: Whether each of them has slices of its own of all values: then ranks of the same place in their sites
+            average with each other. Else they all have the same: the first one speaks for the site, and gives the
+            others what it gets.
     """
 
     def __init__(
@@ -84,8 +89,13 @@ class Transport:
         bucket_bytes: int = 64 * 2**20,
         timeout: timedelta | None = None,
         home: torch.device | None = None,
+        inside: Inside | None = None,
+        slices: bool = False,
     ) -> None:
         self.topology = topology
+        self.speaks = slices or topology.leads
+        self._alone = slices or topology.n_ranks == 1  # in what it does between sites
+        self._inside = Inside(topology, device) if inside is None else inside
         self.home = device if home is None else home
         self.pinned = self.home.type == "cuda" and device.type == "cpu"
         self.ledger = ledger
@@ -98,10 +108,9 @@ class Transport:
         for sites in sorted({*holder_sets, everyone}):
             self._groups[sites] = None  # of one site nothing is sent; None is the world
             if len(sites) > 1 and len(sites) < topology.world_size:
-                # Ranks of the same place in their sites average with each other; all ranks make all groups.
-                for place in range(topology.ranks_per_site):
+                for place in range(topology.n_ranks if slices else 1):  # all ranks make all groups
                     group = dist.new_group(list(topology.peers(sites, place)), timeout=timeout)
-                    if place == topology.local_rank:
+                    if place == topology.place:
                         self._groups[sites] = group
 
     def average(
@@ -131,6 +140,28 @@ class Transport:
             if lost is not None:
                 lost(torch.zeros_like(alone))
             return Pending(lambda: alone)
+        if self._alone:
+            return self._start_average(kind, sites, numel, read, left_out, codec, lost)
+        kept: list[Tensor] = []
+        note = None if lost is None else kept.append
+        started = None
+        if self.speaks:
+            started = self._start_average(kind, sites, numel, read, left_out, codec, note)
+
+        def mean() -> Tensor:
+            told = torch.empty(numel, dtype=torch.float32, device=self.home) if started is None else started.wait()
+            self._told(told)
+            if lost is not None:
+                lost(self._told(kept[0] if kept else torch.empty_like(told)))
+            return told
+
+        return Pending(mean)
+
+    def _start_average(
+        self, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
+        left_out: frozenset[int], codec: Codec | None, lost: Callable[[Tensor], None] | None,
+    ) -> Pending:  # fmt: skip
+        """As `average`, of several sites, on the rank that speaks for its site."""
         if codec is not None:
             average = self._average_of_two if len(sites) == 2 else self._average_coded
             return average(codec, kind, sites, numel, read, left_out, lost)
@@ -270,22 +301,31 @@ class Transport:
         return buffer
 
     def sum(self, kind: Kind, values: Tensor) -> Tensor:
-        """Sum a small tensor over all sites; returns a new tensor on the input's device and in its dtype."""
+        """Sum a small tensor over all sites, of a site's ranks the first one's.
+
+        Returns:
+            A new tensor on the input's device and in its dtype, the same on all ranks.
+        """
         if self.topology.n_sites == 1:
             return values.clone()
         buffer = values.to(self.device, copy=True)
-        self._start_all_reduce(kind, buffer, self.everyone)()
-        return buffer.to(values.device)
+        if self.speaks:
+            self._start_all_reduce(kind, buffer, self.everyone)()
+        return self._told(buffer).to(values.device)
+
+    def _told(self, values: Tensor) -> Tensor:
+        """Values that the rank which speaks for its site has got, on all ranks that have nothing of their own."""
+        return values if self._alone else self._inside.share_(values)
 
     def largest(self, kind: Kind, values: Tensor) -> Tensor:
-        """Elementwise maximum of a small tensor over all sites; a new tensor on the input's device."""
-        buffer = values.to(self.device, copy=True)
-        if self.topology.n_sites > 1:
+        """Elementwise maximum of a small tensor over all ranks; a new tensor on the input's device."""
+        buffer = (values.clone() if self._alone else self._inside.largest(values)).to(self.device)
+        if self.topology.n_sites > 1 and self.speaks:
             self.ledger.all_reduce(kind, buffer.nbytes, self.topology.n_sites)
             with sites_watched(self.topology, self.patience):
                 work = dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=self._groups[self.everyone], async_op=True)
                 wait_watching(work, self.topology)
-        return buffer.to(values.device)
+        return self._told(buffer).to(values.device)
 
     def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], None]:
         """Begin to add a buffer over sites in place; returns what waits until it is done."""
@@ -319,19 +359,28 @@ class Transport:
             Giver site -> flat tensor of what it sent, in the order in which it listed it, on the wire's device.
         """
         sites = self.everyone
+        receives = [incoming.get(site, 0) for site in sites]
+        target = torch.empty(sum(receives), dtype=dtype, device=self.device)
+        if self.speaks:
+            self._exchange_now(kind, outgoing, receives, target)
+        self._told(target)
+        return {site: part for site, part in zip(sites, target.split(receives), strict=True) if part.numel()}
+
+    def _exchange_now(
+        self, kind: Kind, outgoing: Sequence[tuple[int, Tensor]], receives: list[int], target: Tensor
+    ) -> None:
+        """As `exchange`, on the rank that speaks for its site."""
+        sites, dtype = self.everyone, target.dtype
         ordered = sorted(outgoing, key=lambda pair: pair[0])  # stable: keeps each receiver's order
         sends = [sum(tensor.numel() for to, tensor in ordered if to == site) for site in sites]
-        receives = [incoming.get(site, 0) for site in sites]
         source = torch.empty(sum(sends), dtype=dtype, device=self.device)
         for (_, tensor), part in zip(ordered, source.split([t.numel() for _, t in ordered]), strict=True):
             part.copy_(tensor.reshape(-1))
-        target = torch.empty(sum(receives), dtype=dtype, device=self.device)
         self.ledger.send(kind, source.nbytes)
         with sites_watched(self.topology, self.patience):
             group = self._groups[self.everyone]
             work = dist.all_to_all_single(target, source, receives, sends, group=group, async_op=True)
             wait_watching(work, self.topology)
-        return {site: part for site, part in zip(sites, target.split(receives), strict=True) if part.numel()}
 
     def close(self) -> None:
         """Drop the process groups, so that the backend ends cleanly."""
@@ -339,3 +388,4 @@ class Transport:
             if group is not None and dist.is_initialized():  # else they went with the world
                 dist.destroy_process_group(group)
         self._groups.clear()
+        self._inside.close()

@@ -164,7 +164,7 @@ def _chunk_losses(hidden_CD: Tensor, targets_C: Tensor, weight_WD: Tensor, vocab
     return -log_p_C1.squeeze(1).where(counted_C, 0)
 
 
-def balance_loss(stats: RoutingStats, n_scored: int) -> Tensor:
+def balance_loss(stats: RoutingStats, n_scored: int, share_E: Tensor | None = None) -> Tensor:
     """Return n·Σ f_i·P_i of one layer, 1 when routing is uniform (Switch, arXiv 2101.03961, eq. 4).
 
     f_i is expert i's share of all picks, without gradient; P_i its mean normalised score. Ghosts' picks count.
@@ -172,8 +172,10 @@ def balance_loss(stats: RoutingStats, n_scored: int) -> Tensor:
     Args:
         stats: What the router did.
         n_scored: The denominator n: all experts E in ghost mode, the residents R in partitioned mode.
+        share_E: f of a larger batch, of which these tokens are a part; None is that of these tokens.
     """
-    return n_scored * (stats.load_E / stats.picks * stats.importance_E).sum()
+    share_E = stats.load_E / stats.picks if share_E is None else share_E
+    return n_scored * (share_E * stats.importance_E).sum()
 
 
 class AuxiliaryLoss(NamedTuple):
@@ -190,15 +192,21 @@ class AuxiliaryLoss(NamedTuple):
     total: Tensor
 
 
-def auxiliary_loss(stats: list[RoutingStats], config: ModelConfig, residency: Residency) -> AuxiliaryLoss:
+def auxiliary_loss(
+    stats: list[RoutingStats], config: ModelConfig, residency: Residency, shares_LE: Tensor | None = None
+) -> AuxiliaryLoss:
     """Return the router's losses over all layers.
 
     Args:
         stats: One entry a layer.
         config: Gives the weights; the balance loss has weight 0 unless `balance` is `aux_loss`.
         residency: Gives the number of scored experts of each layer.
+        shares_LE: As for `balance_loss`, of each layer.
     """
-    balance = torch.stack([balance_loss(layer, residency.n_scored(i, config)) for i, layer in enumerate(stats)]).mean()
+    shares = [None] * len(stats) if shares_LE is None else list(shares_LE)
+    balance = torch.stack(
+        [balance_loss(layer, residency.n_scored(i, config), shares[i]) for i, layer in enumerate(stats)]
+    ).mean()
     z = torch.stack([layer.z for layer in stats]).mean()
     weight = config.aux_loss_weight if config.balance == "aux_loss" else 0.0
     return AuxiliaryLoss(balance, z, weight * balance + config.z_loss_weight * z)

@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, L layers, E experts, T tokens, N statistics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,8 +43,9 @@ class TrainingPass(NamedTuple):
 
 
 def training_pass(
-    model: Transformer, inputs_BS: Tensor, targets_BS: Tensor, statistics: Sequence[Statistic] = ()
-) -> TrainingPass:
+    model: Transformer, inputs_BS: Tensor, targets_BS: Tensor, statistics: Sequence[Statistic] = (),
+    sum_loads: Callable[[Tensor], Tensor] | None = None,
+) -> TrainingPass:  # fmt: skip
     """Run a model forward on one micro-batch.
 
     Args:
@@ -52,17 +53,24 @@ def training_pass(
         inputs_BS: Token ids, int64.
         targets_BS: Next tokens, int64; -100 does not count.
         statistics: Summed over the tokens.
+        sum_loads: Adds numbers over all micro-batches that are one batch to the balance loss; None if it is this one.
     """
     hidden_BSD, stats = model(inputs_BS)
     loss = model.loss(hidden_BSD, targets_BS)
-    auxiliary = auxiliary_loss(stats, model.config, model.residency)
+    load_LE = torch.stack([layer.load_E for layer in stats])
+    shares_LE = None
+    if sum_loads is not None:
+        with torch.no_grad():
+            summed_LE = sum_loads(load_LE)
+            shares_LE = summed_LE / summed_LE.sum(1, keepdim=True)
+    auxiliary = auxiliary_loss(stats, model.config, model.residency, shares_LE)
     entropies = [layer.gate_entropy for layer in stats if layer.gate_entropy is not None]
     return TrainingPass(
         total=loss + auxiliary.total,
         loss=loss.detach(),
         balance=auxiliary.balance.detach(),
         z=auxiliary.z.detach(),
-        load_LE=torch.stack([layer.load_E for layer in stats]),
+        load_LE=load_LE,
         live_L=torch.stack([layer.live for layer in stats]),
         gate_entropy_L=torch.stack(entropies) if entropies else None,
         picks=stats[0].picks,

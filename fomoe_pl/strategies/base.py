@@ -48,7 +48,7 @@ class SiteStrategy(Strategy):
     Attributes:
         checkpoints: Writes and reads checkpoints.
         stops: Where the run ends.
-        ledger: Bytes that this rank sent.
+        ledger: Bytes that this rank sent; of a site's ranks the first one's are the site's.
         rounds_done: Rounds that have ended.
         redraws: How often experts have been placed again.
         loads_at_draw: Of each layer and expert, what a policy that sees loads saw last.
@@ -116,8 +116,15 @@ class SiteStrategy(Strategy):
         raise NotImplementedError
 
     def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
-        """Sum a small tensor over all sites, counted."""
+        """Sum a small tensor over all ranks of all sites, counted."""
         raise NotImplementedError
+
+    def sum_in_site(self, values: Tensor) -> Tensor:
+        """Sum a small tensor over the ranks of this site: there is one."""
+        return values
+
+    def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Average gradients over the ranks of this site: there is one."""
 
     def residency(self, config: ModelConfig) -> Residency:
         """Which experts the model on this rank holds."""
@@ -179,14 +186,20 @@ class SiteStrategy(Strategy):
         environment = self.cluster_environment if isinstance(self, ParallelStrategy) else None
         if environment is not None and environment.creates_processes_externally:
             check_launched(trainer.num_devices, trainer.num_nodes, environment.world_size())
-        n_sites = trainer.num_nodes * trainer.num_devices
-        self.check(module.config, n_sites, trainer.num_nodes)
+        n_processes = trainer.num_nodes * trainer.num_devices
+        n_sites = self.check(module.config, n_processes, trainer.num_nodes)
         if fitting:
             check_training(trainer, federated=self.has_rounds)
-        check_data(trainer, data, module.config, n_sites, fitting=fitting)
+        ranks = 1 if self.settings is None else self.settings.ranks_per_site
+        check_data(trainer, data, module.config, n_sites, ranks, fitting=fitting)
 
-    def check(self, config: ModelConfig, n_processes: int, num_nodes: int = 1) -> None:
-        """Check the strategy's own settings against the model and the processes of all machines."""
+    def check(self, config: ModelConfig, n_processes: int, num_nodes: int = 1) -> int:
+        """Check the strategy's own settings against the model and the processes of all machines.
+
+        Returns:
+            Number of sites.
+        """
+        return n_processes
 
     def setup_environment(self) -> None:
         """Check what a command line has checked already, for those that have none; then meet the others."""
@@ -221,7 +234,11 @@ class SiteStrategy(Strategy):
             None if device.type == "cpu" else device, self._shared_settings(),
         )  # fmt: skip
         super().setup_distributed()  # type: ignore[misc]
-        listen(self.topology)
+        listen(self.topology, beats="nccl" in backend or self._several_gpus_inside)
+
+    @property
+    def _several_gpus_inside(self) -> bool:
+        return self.root_device.type == "cuda" and self.topology.world_size > self.topology.n_sites
 
     def _shared_settings(self) -> dict[str, Plain]:
         trainer: Any = self.trainer
@@ -239,7 +256,8 @@ class SiteStrategy(Strategy):
         device = self.root_device if "nccl" in dist.get_backend() else torch.device("cpu")
         with sites_watched(self.topology):
             all_here(self.topology)
-            return gather_texts(text, device, self.ledger)[:: self.topology.ranks_per_site]
+            told = gather_texts(text, device, self.ledger)
+        return [told[ranks.start] for ranks in self.topology.ranks]
 
     # -- who watches ---------------------------------------------------------------------------------------------
 

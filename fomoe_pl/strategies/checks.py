@@ -63,8 +63,15 @@ def check_arguments(given: Mapping[str, Any], refused: Mapping[str, str]) -> dic
     return changed
 
 
-def check_processes(sites: int | None, n_processes: int, num_nodes: int, *, share_device: bool) -> int:
+def check_processes(sites: int | None, ranks: int, n_processes: int, num_nodes: int, *, share_device: bool) -> int:
     """Number of sites, if it fits the number of processes on all machines.
+
+    Args:
+        sites: As it was set; None is what the processes make.
+        ranks: Ranks of a site.
+        n_processes: On all machines together.
+        num_nodes: Number of machines.
+        share_device: Whether sites share a GPU.
 
     Raises:
         ConfigError: If it does not.
@@ -72,10 +79,17 @@ def check_processes(sites: int | None, n_processes: int, num_nodes: int, *, shar
     if share_device and num_nodes > 1:
         rule = "sites can share a GPU of one machine only"
         raise ConfigError("trainer.num_nodes", num_nodes, rule, "set it to 1, or share_device to false")
-    if sites is None or sites == n_processes:
-        return n_processes
-    rule = f"must equal the number of processes ({n_processes} = trainer.devices x num_nodes)"
-    raise ConfigError("sites", sites, rule, f"set trainer.devices to {sites}, or sites to {n_processes}")
+    told = f"the number of processes ({n_processes} = trainer.devices x num_nodes)"
+    if n_processes % ranks:
+        valid = ", ".join(str(n) for n in range(1, n_processes + 1) if n_processes % n == 0)
+        raise ConfigError("ranks_per_site", ranks, f"must divide {told}, for whole sites", f"type one of {valid}")
+    if sites is None or sites * ranks == n_processes:
+        return n_processes // ranks
+    if ranks == 1:
+        hint = f"set trainer.devices to {sites}, or sites to {n_processes}"
+        raise ConfigError("sites", sites, f"must equal {told}", hint)
+    hint = f"start {sites * ranks} processes, or set sites to {n_processes // ranks}"
+    raise ConfigError("sites", sites, f"times ranks_per_site ({ranks}) must equal {told}", hint)
 
 
 def check_launched(devices: int, num_nodes: int, world_size: int) -> None:
@@ -101,7 +115,7 @@ def check_precision(precision: object) -> None:
         raise ConfigError("trainer.precision", precision, "is not supported", hint)
 
 
-def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, *, fitting: bool) -> None:
+def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, n_ranks: int = 1, *, fitting: bool) -> None:
     """Check the data against the model and the Trainer.
 
     Args:
@@ -109,13 +123,14 @@ def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, *, fi
         data: Its datamodule, or None.
         config: The model's architecture.
         n_sites: Number of sites M.
+        n_ranks: Ranks of a site.
         fitting: Whether it trains; else it validates.
 
     Raises:
         ConfigError: Naming the setting and the rule.
     """
     if isinstance(data, FoMoEData):
-        data.check(n_sites)
+        data.check(n_sites, n_ranks)
         data.check_vocabulary(config.vocab_size)
         if fitting:
             check_endless(trainer)

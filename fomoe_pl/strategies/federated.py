@@ -20,6 +20,7 @@ from fomoe_pl.checkpoint.content import FederatedContent
 from fomoe_pl.checkpoint.own_disks import PartsContent
 from fomoe_pl.errors import ConfigError, check_choice, check_names, check_range
 from fomoe_pl.federation.federation import Federation
+from fomoe_pl.federation.inside import Inside
 from fomoe_pl.federation.ledger import Kind
 from fomoe_pl.federation.liveness import raise_if_lost
 from fomoe_pl.federation.placement import Placement, all_arcs
@@ -60,6 +61,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
     Attributes:
         settings: The federation's settings.
         rounds: Ends its rounds.
+        inside: The ranks of this site, once they have met.
 
     Raises:
         ConfigError: For settings that cannot work.
@@ -67,6 +69,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
 
     has_rounds = True
     settings: FederationConfig
+    inside: Inside
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             if self.settings.sites is None:
                 raise ConfigError("sites", None, "must be given when sites share a device", "for example 4")
             process_group_backend = "gloo"
-            parallel_devices = [torch.device("cuda:0")] * self.settings.sites
+            parallel_devices = [torch.device("cuda:0")] * (self.settings.sites * self.settings.ranks_per_site)
         super().__init__(parallel_devices, process_group_backend, timedelta(seconds=timeout_seconds))
         stops = StopsTogether(self, stop_at, lambda: end_children(self.launcher))
         self.init_site(async_save, FederatedContent if checkpoint_root is None else PartsContent, stops)
@@ -136,10 +139,14 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
     @property
     def topology(self) -> Topology:
         """This rank's place in the federation."""
-        return Topology(self.world_size, 1, self.global_rank)
+        ranks = self.settings.ranks_per_site
+        return Topology(self.world_size // ranks, ranks, self.global_rank)
 
-    def check(self, config: ModelConfig, n_processes: int, num_nodes: int = 1) -> None:
+    def check(self, config: ModelConfig, n_processes: int, num_nodes: int = 1) -> int:
         """Check the settings against the model and the processes of all machines, before any is started.
+
+        Returns:
+            Number of sites.
 
         Raises:
             ConfigError: Naming the setting, the rule and what would be valid.
@@ -151,12 +158,15 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         if min_sites is not None and self.pace is not None:
             check_min_sites(min_sites, self.pace, num_nodes, self.settings.overlap, config.n_experts)
             sites = None if sites == self.pace.planned_sites else sites
-        n_sites = check_processes(sites, n_processes, num_nodes, share_device=self.share_device)
+        ranks = self.settings.ranks_per_site
+        n_sites = check_processes(sites, ranks, n_processes, num_nodes, share_device=self.share_device)
         self.settings.check(config.n_experts, n_sites)
+        return n_sites
 
     def placed(self, config: ModelConfig) -> Placement:
         """Where experts are after the last time that they were placed."""
-        return self.settings.place(config.n_layers, config.n_experts, self.world_size, self.redraws, self.loads_at_draw)
+        n_sites = self.topology.n_sites
+        return self.settings.place(config.n_layers, config.n_experts, n_sites, self.redraws, self.loads_at_draw)
 
     def residency(self, config: ModelConfig) -> Residency:
         """The experts that this site holds."""
@@ -191,6 +201,11 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         config = self.transformer.config
         n, settings = self.topology.n_sites, self.settings
         gloo = dist.get_backend() == "gloo"
+        gloo_inside = self.root_device.type == "cpu" or self.share_device  # NCCL refuses two ranks on one GPU
+        self.inside = Inside(
+            self.topology, torch.device("cpu") if gloo_inside else self.root_device,
+            "gloo" if gloo_inside else "nccl", self.timeout,
+        )  # fmt: skip
         transport = Transport(
             self.topology,
             all_arcs(config.n_experts, config.n_layers, n, settings.overlap_of(n)),
@@ -200,6 +215,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             bucket_bytes=settings.bucket_mib * 2**20,
             timeout=self.timeout,
             home=self.root_device,
+            inside=self.inside,
         )
         self.federation = Federation(
             self.content.layout(), self.placed(config), transport, outer=settings.rule,
@@ -230,6 +246,20 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         """The K-th step ends the round."""
         self.rounds.end_step(optimizer)
 
+    def sum_in_site(self, values: Tensor) -> Tensor:
+        """Sum a small tensor over the ranks of this site."""
+        return self.inside.sum(values)
+
+    def reduce_loads(self, loads_LE: Tensor) -> Tensor:
+        """Loads of the site's ranks together: they train one model."""
+        return self.inside.sum(loads_LE)
+
+    def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Average gradients over the ranks of this site."""
+        raise_if_lost(self.topology)
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.inside.average_(grads)
+
     # -- validation of the agreed model ---------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
@@ -259,9 +289,9 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
     # -- control traffic, counted ---------------------------------------------------------------------------------
 
     def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
-        """Sum a small tensor over all sites, counted."""
+        """Sum a small tensor over all ranks of all sites, counted."""
         assert self.federation is not None
-        return self.federation.transport.sum(cast(Kind, kind), values)
+        return self.federation.transport.sum(cast(Kind, kind), self.sum_in_site(values))
 
     # -- the end --------------------------------------------------------------------------------------------------
 

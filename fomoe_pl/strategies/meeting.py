@@ -80,7 +80,7 @@ def meet(
     except dist.DistError as error:  # the store went with its keeper
         raise SiteLostError([0], _late(timeout), speaks=rank == 1) from error
     if missing:
-        sites = sorted({other // topology.ranks_per_site for other in missing})
+        sites = sorted({topology.site_of(other) for other in missing})
         raise SiteLostError(sites, _late(timeout), speaks=rank == min({*range(size)} - {*missing}))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
 
@@ -130,7 +130,7 @@ def _compare(store: dist.Store, topology: Topology) -> None:
     ranks = range(topology.world_size)
     if len({store.get(f"{_HERE}{rank}") for rank in ranks}) == 1:
         return
-    settings = [store.get(f"{_SETTINGS}{rank}") for rank in ranks[:: topology.ranks_per_site]]
+    settings = [store.get(f"{_SETTINGS}{of_site.start}") for of_site in topology.ranks]
     store.set(f"{_SEEN}{topology.rank}", "1")
     if topology.rank == 0:  # the store goes with its keeper
         wait_until_set(store, [f"{_SEEN}{rank}" for rank in ranks])

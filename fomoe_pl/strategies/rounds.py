@@ -97,7 +97,7 @@ class Rounds:
             skipped, left_out, *module.pop_round_losses(), stops.signal is not None, stops.is_wanted_here(),
             *checkpoints.flags(),
         )  # fmt: skip
-        shared = share(own, site.topology.site, n_sites, lambda values: site.sum_over_sites(values, "control"))
+        shared = share(own, site.topology, lambda values: site.sum_over_sites(values, "control"))
         checkpoints.conclude(failed=shared.save_failed, complete=shared.saved)
         before = self._skipped_of_sites or [0] * n_sites
         self._skipped_of_sites = [old + new for old, new in zip(before, shared.skipped, strict=True)]

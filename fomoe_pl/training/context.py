@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fomoe_pl.checkpoint.content import Content, Counts, MidRound
 from fomoe_pl.federation.exchange import gather_texts
@@ -116,6 +117,12 @@ class SiteContext(Counts, Protocol):
     def texts_of_sites(self, text: str) -> list[str]:
         """All-gather of a value, in the order of sites; a collective call, after the rendezvous."""
 
+    def sum_in_site(self, values: Tensor) -> Tensor:
+        """Sum a small tensor over the ranks of this site; all of them call it together."""
+
+    def average_gradients(self, optimizer: Optimizer) -> None:
+        """Average gradients over the ranks of this site, before they are used."""
+
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from."""
 
@@ -185,6 +192,13 @@ class Alone:
         """Each rank's."""
         device = self._trainer.strategy.root_device
         return gather_texts(text, device, self.ledger) if self._trainer.world_size > 1 else [text]
+
+    def sum_in_site(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def average_gradients(self, optimizer: Optimizer) -> None:
+        """Nothing: Lightning's strategies do it."""
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """The loads themselves."""

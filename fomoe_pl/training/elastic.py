@@ -47,7 +47,9 @@ class Pace:
         return self.start + max(0, -(-left // (self.site_tokens * self.sites)))
 
 
-def nodes_left(environment: Mapping[str, str], devices: Any, num_nodes: int, min_sites: int) -> int:
+def nodes_left(
+    environment: Mapping[str, str], devices: Any, num_nodes: int, min_sites: int, ranks_per_site: int = 1
+) -> int:
     """Machines of a run that torchrun has started, where they may be fewer than planned.
 
     Args:
@@ -55,6 +57,7 @@ def nodes_left(environment: Mapping[str, str], devices: Any, num_nodes: int, min
         devices: `trainer.devices`.
         num_nodes: `trainer.num_nodes`, as planned.
         min_sites: The fewest sites that a run may go on with.
+        ranks_per_site: Ranks of a site.
 
     Raises:
         ConfigError: If the processes that are left are too few.
@@ -64,8 +67,8 @@ def nodes_left(environment: Mapping[str, str], devices: Any, num_nodes: int, min
     world_size, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
     if str(local) != str(devices) or world_size >= local * num_nodes:
         return num_nodes  # as planned, or refused as without this setting
-    if world_size < min_sites:
-        rule = f"only {world_size} of {local * num_nodes} sites are there"
+    if world_size < min_sites * ranks_per_site:
+        rule = f"only {world_size // ranks_per_site} of {local * num_nodes // ranks_per_site} sites are there"
         raise ConfigError(KEY, min_sites, rule, "start more machines, or give a smaller number")
     return world_size // local
 
@@ -83,6 +86,9 @@ def check_min_sites(min_sites: int, pace: Pace, num_nodes: int, overlap: int | N
     Raises:
         ConfigError: If it is more than are planned, or if the experts cannot be divided over one of the numbers.
     """
+    if pace.sites % num_nodes:
+        rule = "with sites that are on several machines, one that is lost leaves no whole sites"
+        raise ConfigError(KEY, min_sites, rule, "leave it out, or put whole sites on each machine")
     planned, per_node = pace.planned_sites, pace.sites // num_nodes
     if not 1 <= min_sites <= planned:
         rule = f"must be from 1 to the planned number of sites ({planned} = trainer.devices x num_nodes)"

@@ -35,6 +35,7 @@ class Passes:
         graphs: Record passes, on a GPU, where possible.
         bf16_gradients: Use copies of experts' weights where possible.
         statistics: Summed over the tokens of each pass.
+        sum_loads: As for `training_pass`, which is then not recorded.
 
     Attributes:
         recorded: What records them.
@@ -42,13 +43,16 @@ class Passes:
 
     def __init__(
         self, trainer: Trainer, module: LightningModule, model: Transformer, *, graphs: bool, bf16_gradients: bool,
-        statistics: Sequence[Statistic] = (),
+        statistics: Sequence[Statistic] = (), sum_loads: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.model = model
-        self._run = partial(training_pass, model, statistics=statistics)
+        self._run = partial(training_pass, model, statistics=statistics, sum_loads=sum_loads)
         self.copies = expert_copies(trainer, module, model) if bf16_gradients else None
         self.recorded: RecordedPass | None = None
-        if graphs and model.output_weight.is_cuda:
+        if graphs and model.output_weight.is_cuda and sum_loads is not None:
+            rank_zero_info("model.cuda_graphs: this run's steps are not recorded: their balance loss adds the loads of "
+                           "all ranks of the site")  # fmt: skip
+        elif graphs and model.output_weight.is_cuda:
             self.recorded = recorded_pass(trainer, module, model, statistics)
 
     def __call__(self, inputs_BS: Tensor, targets_BS: Tensor) -> TrainingPass:

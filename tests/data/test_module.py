@@ -9,6 +9,7 @@ from lightning.pytorch.loops.progress import _BatchProgress
 
 from fomoe_pl.data import FoMoEData, Manifest
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.topology import Topology
 
 
 class Recorder(L.LightningModule):
@@ -35,10 +36,11 @@ def data_of(corpus: Manifest, **settings: Any) -> FoMoEData:
     return FoMoEData(**{"root": str(corpus.root), "sequence_length": 20, "batch_size": 3, **settings})
 
 
-def at_site(data: FoMoEData, site: int, n_sites: int) -> FoMoEData:
+def at_site(data: FoMoEData, site: int, n_sites: int, n_ranks: int = 1, place: int = 0) -> FoMoEData:
     """As the strategy of a rank of this site would show itself."""
-    place = SimpleNamespace(topology=SimpleNamespace(site=site, n_sites=n_sites))
-    strategy = SimpleNamespace(context=place, root_device=torch.device("cpu"))
+    topology = Topology(n_sites, n_ranks, site * n_ranks + place)
+    context = SimpleNamespace(topology=topology)
+    strategy = SimpleNamespace(context=context, root_device=torch.device("cpu"))
     loops = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=_BatchProgress()))
     data.trainer = SimpleNamespace(strategy=strategy, fit_loop=loops)  # type: ignore[assignment]
     return data
@@ -106,6 +108,26 @@ def test_sites_of_the_topology_train_on_different_text(corpus: Manifest) -> None
         data = at_site(data_of(corpus, split="domain"), site, 3)
         seen.append({int(d) for batch in islice(data.train_dataloader(), 5) for d in batch["domain"]})
     assert seen == [{0}, {1}, {2}]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_of_a_site_share_its_batches(corpus: Manifest, num_workers: int) -> None:
+    def batches(n_ranks: int, place: int, *, train: bool) -> list[dict[str, Any]]:
+        settings = {"batch_size": 6, "val_batch_size": 6, "num_workers": num_workers if train else 0}
+        data = at_site(data_of(corpus, **settings), 1, 2, n_ranks, place)
+        return list(islice(data.train_dataloader(), 4) if train else data.val_dataloader())
+
+    for train in (True, False):
+        whole, parts = batches(1, 0, train=train), [batches(3, place, train=train) for place in range(3)]
+        assert len({len(part) for part in parts}) == 1
+        for i, batch in enumerate(whole):
+            n_rows = len(batch["targets"])
+            assert len({len(part[i]["targets"]) for part in parts}) == 1  # as many for each, in the last one too
+            for row in range(n_rows):
+                part = parts[row % 3][i]
+                assert all(torch.equal(part[key][row // 3], batch[key][row]) for key in batch)
+            missing = [part[i]["targets"][-(n_rows // -3) - 1] for part in parts[n_rows % 3 :] if n_rows % 3]
+            assert all((row == -100).all() for row in missing)
 
 
 def test_train_loader_is_the_same_again(corpus: Manifest) -> None:

@@ -179,21 +179,34 @@ def test_rounds_in_bfloat16_stay_near_and_agree_between_sites() -> None:
             torch.testing.assert_close(found, exact[-1]["anchor"][key], rtol=0, atol=0.1)
 
 
-def _sites_of_two(rank: int) -> tuple[float, float, float]:
-    """Three sites of two ranks: a mean of two of the sites, a sum and a maximum over all of them."""
-    wire = Transport(Topology(3, 2, rank), [(0, 1), (0, 2), (1, 2)], Ledger(), device=torch.device("cpu"))
+def _sites_of_two(rank: int) -> list[tuple[float, ...]]:
+    """Three sites of two ranks: a mean of two of the sites, a sum, a maximum, and what site 0 sends to site 2."""
+    found = []
     site, place = divmod(rank, 2)
-    mean = torch.tensor([-1.0])
-    if site < 2:
-        mean = wire.average("expert", (0, 1), 1, lambda: [torch.tensor([10.0 * place + site])]).wait()
-    values = torch.tensor([100.0 * place + site])
-    return float(mean), float(wire.sum("control", values)), float(wire.largest("control", values))
+    for slices in (True, False):
+        ledger = Ledger()
+        sets = [(0, 1), (0, 2), (1, 2)]
+        wire = Transport(Topology(3, 2, rank), sets, ledger, device=torch.device("cpu"), slices=slices)
+        mean = torch.tensor([-1.0])
+        if site < 2:
+            mean = wire.average("expert", (0, 1), 1, lambda: [torch.tensor([10.0 * place + site])]).wait()
+        values = torch.tensor([100.0 * place + site])
+        outgoing = [(2, values + 7)] if site == 0 else []
+        got = wire.exchange("migration", outgoing, {0: 1} if site == 2 else {}, torch.float32)
+        numbers = float(mean), float(wire.sum("control", values)), float(wire.largest("control", values))
+        found.append((*numbers, float(got.get(0, torch.tensor(-1.0))), ledger.total_payload))
+        wire.close()
+    return found
 
 
-def test_ranks_of_the_same_place_in_their_sites_average_with_each_other() -> None:
-    for rank, found in enumerate(run_distributed(_sites_of_two, 6)):
+def test_ranks_with_slices_speak_with_those_of_their_place_and_others_through_the_first() -> None:
+    for rank, (sliced, alike) in enumerate(run_distributed(_sites_of_two, 6)):
         site, place = divmod(rank, 2)
-        assert found == (10 * place + 0.5 if site < 2 else -1, 300 * place + 3, 100 * place + 2)
+        sent = (4 if site < 2 else 0) + 4 + 4 + (4 if site == 0 else 0)
+        got = 100 * place + 7 if site == 2 else -1
+        assert sliced == (10 * place + 0.5 if site < 2 else -1, 300 * place + 3, 100 * place + 2, got, sent)
+        got = 7 if site == 2 else -1
+        assert alike == (0.5 if site < 2 else -1, 3, 102, got, sent if place == 0 else 0)
 
 
 def _in_flight(rank: int) -> bool:

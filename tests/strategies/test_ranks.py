@@ -1,0 +1,191 @@
+"""Several ranks in a site are as good as one: the same training, the same bytes, the same checkpoints."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from fomoe_pl.callbacks import CommunicationMonitor, RoutingStability
+from fomoe_pl.checkpoint.loading import load_global_model
+from fomoe_pl.federation.ledger import KINDS
+from tests.distributed import run_distributed
+from tests.training import STRATEGIES, Run, fit, from_yaml, launched_as, parameters, skip_run
+
+pytestmark = pytest.mark.timeout(900)
+BATCH = {"batch_size": 4, "val_batch_size": 4, "val_sequences": 14}
+FEDERATED = [name for name in STRATEGIES if name not in ("ddp", "local_adamw_lean")]
+
+
+class Losses(L.Callback):
+    """Of this rank's part of each batch, and a checkpoint in mid-round."""
+
+    def __init__(self, save: str | None = None, step: int = 3) -> None:
+        self.values: list[float] = []
+        self.save, self.step = save, step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(outputs["loss"]))
+        if self.save and len(self.values) == self.step:
+            trainer.save_checkpoint(self.save)
+
+
+def trained(run: Run, rank: int, n_sites: int, n_ranks: int, **more: Any) -> dict[str, Any] | None:
+    """What a run leaves on this rank; None on ranks that it does not need."""
+    if rank >= n_sites * n_ranks:
+        skip_run()
+        return None
+    settings = run.settings if n_ranks == 1 else {**run.settings, "ranks_per_site": n_ranks}
+    os.environ["WORLD_SIZE"] = str(n_sites * n_ranks)
+    losses = Losses(more.pop("save", None))
+    callbacks = [losses, *more.pop("callbacks", ())]
+    trainer = fit(replace(run, settings=settings), rank, n_sites * n_ranks, callbacks, **more)
+    module: Any = trainer.lightning_module
+    return {
+        "model": parameters(trainer), "losses": losses.values, "tokens": module.tokens_of_all_sites,
+        "metrics": {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")},
+        "wire": {kind: trainer.strategy.ledger.wire(kind) for kind in KINDS},
+        "rounds": trainer.strategy.round_stats, "trainer": trainer,
+    }  # fmt: skip
+
+
+def told(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What can be sent back."""
+    return None if found is None else {name: value for name, value in found.items() if name != "trainer"}
+
+
+def _two_sites(rank: int, root: str, folder: str) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    with launched_as(rank, 4, folder):
+        for name in FEDERATED:
+            kind, settings = from_yaml(name)
+            if kind != "federated":
+                continue
+            run = Run(
+                root=root, folder=folder, settings={**settings, "local_steps": 2, "check_agreement": True}, data=BATCH,
+                trainer={"max_steps": 6, "gradient_clip_val": 0.5, "limit_val_batches": None, "val_check_interval": 5},
+            )  # fmt: skip
+            for n_ranks in (1, 2):
+                callbacks = [CommunicationMonitor(), RoutingStability(probe_sequences=2, probe_tokens=8)]
+                found = told(trained(run, rank, 2, n_ranks, callbacks=callbacks))
+                results[name, n_ranks] = found
+    return results
+
+
+@pytest.fixture(scope="module")
+def two_sites(root: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_distributed(_two_sites, 4, root, str(tmp_path_factory.mktemp("two")))
+
+
+@pytest.mark.parametrize("name", [name for name in FEDERATED if from_yaml(name)[0] == "federated"])
+def test_two_sites_of_two_ranks_are_two_sites(two_sites: list[dict[str, Any]], name: str) -> None:
+    coded = "lean" in name  # codes of numbers that differ in their last bits may differ by a level
+    within = 1e-2 if coded else 1e-3 if name == "photon" else 2e-6  # first steps of moments divide small by small
+    for rank in range(4):
+        own, one = two_sites[rank][name, 2], two_sites[rank // 2][name, 1]
+        for key, value in one["model"].items():
+            torch.testing.assert_close(own["model"][key], value, atol=within, rtol=0, msg=key)
+        assert own["metrics"].keys() == one["metrics"].keys()
+        for metric, value in one["metrics"].items():
+            if "necessity" not in metric:  # against random picks, which are drawn batch by batch
+                assert own["metrics"][metric] == pytest.approx(value, rel=1e-2 if coded else 1e-4), metric
+        assert own["tokens"] == one["tokens"]
+        assert own["rounds"]["train_loss"] == pytest.approx(one["rounds"]["train_loss"], rel=1e-2 if coded else 1e-5)
+    for site in (0, 1):
+        first, second = two_sites[2 * site][name, 2], two_sites[2 * site + 1][name, 2]
+        assert all(torch.equal(first["model"][key], value) for key, value in second["model"].items())
+        one, own = two_sites[site][name, 1]["wire"], first["wire"]
+        assert {k: v for k, v in own.items() if k != "control"} == {k: v for k, v in one.items() if k != "control"}
+
+
+ONE_SITE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "balanced by a loss": {"architecture": {"balance": "aux_loss", "aux_loss_weight": 0.1, "z_loss_weight": 0.01}},
+    "balanced by a bias": {
+        "architecture": {"balance": "bias", "bias_update_rate": 0.01}, "trainer": {"accumulate_grad_batches": 2}
+    },
+}  # fmt: skip
+STEPS = 20
+
+
+def _one_site(rank: int, root: str, folder: str) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    with launched_as(rank, 4, folder):
+        for name, changes in ONE_SITE.items():
+            trainer = {"max_steps": STEPS, "gradient_clip_val": 0.1, **changes.get("trainer", {})}
+            run = Run(
+                root=root, folder=folder, settings={"local_steps": 5}, data=BATCH, trainer=trainer,
+                architecture=changes.get("architecture", {}), optimizer={"lr": 1e-3},
+            )  # fmt: skip
+            for n_ranks in (1, 2, 4):
+                results[name, n_ranks] = told(trained(run, rank, 1, n_ranks))
+    return results
+
+
+@pytest.fixture(scope="module")
+def one_site(root: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_distributed(_one_site, 4, root, str(tmp_path_factory.mktemp("one")))
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+@pytest.mark.parametrize("name", ONE_SITE)
+def test_a_site_of_several_ranks_trains_as_one_rank_with_the_whole_batch(
+    one_site: list[dict[str, Any]], name: str, n_ranks: int
+) -> None:
+    whole = one_site[0][name, 1]
+    parts = [one_site[rank][name, n_ranks] for rank in range(n_ranks)]
+    for part in parts:
+        for key, value in whole["model"].items():
+            torch.testing.assert_close(part["model"][key], value, atol=1e-6, rtol=0, msg=key)
+        assert sum(part["wire"].values()) == part["wire"]["control"]
+        assert part["tokens"] == whole["tokens"]
+    for i, loss in enumerate(whole["losses"]):
+        assert sum(part["losses"][i] for part in parts) / n_ranks == pytest.approx(loss, abs=1e-5)
+
+
+def _resumed(rank: int, root: str, folder: str) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    with launched_as(rank, 4, folder):
+        for name in ("fomoe_random", "fomoe_lean"):
+            settings = {**from_yaml(name)[1], "local_steps": 2, "reshuffle_rounds": 1, "overlap": 1}
+            run = Run(root=root, folder=folder, settings=settings, data=BATCH, trainer={"max_steps": 6})
+            for saved in (1, 2):
+                path = f"{folder}/{name}-{saved}.ckpt"
+                results[name, saved] = told(trained(run, rank, 2, saved, save=path))
+                for then in (1, 2):
+                    results[name, saved, then] = told(trained(run, rank, 2, then, ckpt_path=path))
+    return results
+
+
+@pytest.fixture(scope="module")
+def resumed(root: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
+    folder = str(tmp_path_factory.mktemp("resumed"))
+    return run_distributed(_resumed, 4, root, folder), folder
+
+
+@pytest.mark.parametrize("name", ["fomoe_random", "fomoe_lean"])
+def test_a_checkpoint_does_not_tell_how_many_ranks_a_site_had(
+    resumed: tuple[list[dict[str, Any]], str], name: str
+) -> None:
+    results, folder = resumed
+    models = [load_global_model(f"{folder}/{name}-{saved}.ckpt").state_dict() for saved in (1, 2)]
+    for key, value in models[0].items():
+        torch.testing.assert_close(models[1][key], value, atol=1e-2 if "lean" in name else 1e-5, rtol=0, msg=key)
+    for saved in (1, 2):
+        for then in (1, 2):
+            for rank in range(2 * then):
+                found = results[rank][name, saved, then]
+                whole = results[rank if then == saved else rank // then * saved][name, saved]
+                wire = {kind: n for kind, n in whole["wire"].items() if kind != "control"}  # of saving
+                if rank % then == 0:
+                    assert {kind: n for kind, n in found["wire"].items() if kind != "control"} == wire
+                for key, value in whole["model"].items():
+                    if then == saved:  # bit for bit
+                        assert torch.equal(found["model"][key], value), key
+                        assert found["losses"] == whole["losses"][3:]
+                    else:
+                        torch.testing.assert_close(found["model"][key], value, atol=1e-2, rtol=0, msg=key)
