@@ -297,7 +297,7 @@ class FoMoEModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Average gradients inside the site; skip the step if they are not finite; log; update the balance bias."""
         self.site.average_gradients(optimizer)
-        norm = self._grad_norm = norm_or_skip(optimizer)
+        norm = self._grad_norm = norm_or_skip(optimizer, self.site.total_of_slices)
         bad = ~norm.isfinite()
         self._skipped = bad.long() if self._skipped is None else self._skipped + bad
         self._steps_counted += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fomoe_pl.errors import check_range
 from fomoe_pl.federation.inner import RowAdamW
+from fomoe_pl.model.parallel import local_of
 from fomoe_pl.model.parametrization import parameter_groups
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.training.elastic import Pace
@@ -80,7 +82,7 @@ def inner_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.
     """
     groups: list[dict[str, Any]] = []
     for group in parameter_groups(model):
-        entry: dict[str, Any] = {"params": group["params"], "lr": config.lr * group["lr_scale"]}
+        entry: dict[str, Any] = {"params": [local_of(p) for p in group["params"]], "lr": config.lr * group["lr_scale"]}
         entry["weight_decay"] = config.weight_decay * group["weight_decay_scale"] if group["decay"] else 0.0
         if config.kind == "adamw":
             entry["eps"] = config.eps * group["eps_scale"]
@@ -93,11 +95,12 @@ def inner_optimizer(model: Transformer, config: OptimizerConfig) -> torch.optim.
     )
 
 
-def norm_or_skip(optimizer: torch.optim.Optimizer) -> Tensor:
+def norm_or_skip(optimizer: torch.optim.Optimizer, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Norm of all gradients, float32 (); if it is not finite, the next step is skipped.
 
     Args:
         optimizer: The inner optimizer, of parameters on one device; their gradients may be of several types.
+        total: Adds a number over ranks that have slices of the gradients; None where this rank has them whole.
     """
     by_type: dict[torch.dtype, list[Tensor]] = {}
     for group in optimizer.param_groups:
@@ -106,6 +109,8 @@ def norm_or_skip(optimizer: torch.optim.Optimizer) -> Tensor:
                 by_type.setdefault(p.grad.dtype, []).append(p.grad)
     norms = [norm for grads in by_type.values() for norm in torch._foreach_norm(grads, 2, dtype=torch.float32)]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    if total is not None:
+        norm = total(norm.square()).sqrt()
     skip_step_if(~norm.isfinite(), optimizer)
     return norm
 

@@ -79,7 +79,7 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
         strategy, module = observed_strategy(trainer), observed_module(pl_module)
         observe_rounds(trainer, self)
         self._strategy = strategy
-        self._wire = self._wire_at_start = wire_bytes(strategy.ledger)
+        self._wire = self._wire_at_start = wire_bytes(strategy.ledger_of_site())
         self._sync_seconds = strategy.sync_seconds
         self._tokens_at_start = module.tokens_seen
         self._site_wire: list[float] = []
@@ -95,10 +95,10 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
 
     def statistics(self) -> Tensor:
         """Bytes of this site in its own entry, zeros elsewhere."""
-        topology = self._strategy.topology
+        topology, ledger = self._strategy.topology, self._strategy.ledger_of_site()
         own = torch.zeros(topology.n_sites, dtype=torch.float64)
         if topology.leads:
-            own[topology.site] = self._strategy.ledger.total_wire
+            own[topology.site] = ledger.total_wire
         return own
 
     def receive(self, total: Tensor) -> None:
@@ -107,10 +107,11 @@ class CommunicationMonitor(TimedCallback, RoundCallback, RoundObserver):
 
     def on_round_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log totals and differences to the last call."""
+        strategy = observed_strategy(trainer)
+        ledger = strategy.ledger_of_site()
         if not trainer.is_global_zero:
             return
-        strategy = observed_strategy(trainer)
-        wire, payload = wire_bytes(strategy.ledger), payload_bytes(strategy.ledger)
+        wire, payload = wire_bytes(ledger), payload_bytes(ledger)
         values = {f"comm/payload_MiB/{kind}": n / MIB for kind, n in payload.items()}
         values |= {f"comm/wire_MiB/{kind}": n / MIB for kind, n in wire.items()}
         values |= {f"comm/round_wire_MiB/{kind}": (n - self._wire[kind]) / MIB for kind, n in wire.items()}

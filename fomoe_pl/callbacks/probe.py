@@ -11,6 +11,7 @@ from torch import Tensor
 from fomoe_pl.callbacks.observed import observed_module
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.metrics.probe import row_similarity
+from fomoe_pl.model.parallel import whole
 from fomoe_pl.training.context import ProbedData
 
 
@@ -66,7 +67,7 @@ class Probe:
         routers = [block.moe.router for block in model.layers]
         picks_LTK = torch.stack([r.expert_ids(s.picks_TK) for r, s in zip(routers, stats, strict=True)])
         gates_LTK = torch.stack([s.gates_TK for s in stats])
-        similarity_L = row_similarity(torch.stack([r.weight for r in routers]))
+        similarity_L = row_similarity(torch.stack([whole(r.weight) for r in routers]))
         loss = losses_BS.double().sum() / (self._batch["targets"] >= 0).sum()
         parts = [picks_LTK, gates_LTK, similarity_L, loss]
         # One transfer; float64 represents all of them exactly.

@@ -17,6 +17,7 @@ from fomoe_pl.checkpoint import format as files
 from fomoe_pl.checkpoint.carryover import carry_over, differences
 from fomoe_pl.checkpoint.resuming import check_weights
 from fomoe_pl.federation.federation import Federation
+from fomoe_pl.federation.inner import ROW_COUNTERS
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.observer import RoundObserver
@@ -26,6 +27,7 @@ from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.lightning_internals import random_states, set_random_states
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.parallel import Slices
 from fomoe_pl.model.transformer import Transformer
 
 
@@ -55,7 +57,7 @@ class Counts(Protocol):
     """What checkpoints and whoever watches both ask of a strategy.
 
     Attributes:
-        ledger: Bytes that this rank sent so far; of a site's ranks the first one's are the site's.
+        ledger: Bytes that this rank sent so far; see `ledger_of_site`.
         observers: Who looks at the ends of rounds.
         rounds_done: Rounds that have ended; stays 0 in synchronous training.
         sync_seconds: Seconds spent in synchronisation so far.
@@ -74,6 +76,9 @@ class Counts(Protocol):
     def optimizer_steps(self) -> int:
         """Optimizer steps that the run has taken; within a round's end with the step that ends it."""
 
+    def ledger_of_site(self) -> Ledger:
+        """Bytes that this site sent so far, on its first rank; all of its ranks call it together."""
+
     def sum_over_sites(self, values: Tensor, kind: str = "evaluation") -> Tensor:
         """Sum a small tensor over all ranks of all sites, counted; all call it together."""
 
@@ -84,10 +89,15 @@ class Site(Counts, Protocol):
     Attributes:
         redraws: How often experts have been placed again.
         loads_at_draw: Of each layer and expert, what a policy that sees loads saw last.
+        slices: Of a site's tensors which part this rank has; None is the whole.
     """
 
     redraws: int
     loads_at_draw: list[list[float]] | None
+    slices: Slices | None
+
+    def joined(self, name: str, values: Tensor) -> Tensor:
+        """A whole tensor, of which this rank may have a slice; all ranks of the site call it together."""
 
     @property
     def placement(self) -> Placement | None:
@@ -196,7 +206,7 @@ class Content:
 
     def state(self) -> dict[str, Any]:
         """What this site needs beside the global model to resume; all of its ranks call it together."""
-        return {"ledger": self.site.ledger.state_dict(), "sync_seconds": self.site.sync_seconds}
+        return {"ledger": self.site.ledger_of_site().state_dict(), "sync_seconds": self.site.sync_seconds}
 
     def load_ledger(self, state: dict[str, Any]) -> None:
         """Go on from the counts of a checkpoint, on the rank that counts for its site."""
@@ -266,18 +276,20 @@ class Content:
             checkpoint: Lightning's state.
         """
         layout, site, module = self.layout(), self.site.topology.site, self.site.mid_round
+        optimizers = [self._whole_state(state, layout) for state in checkpoint.get("optimizer_states", [])]
         losses = self.site.sum_in_site(torch.tensor(module.round_losses(), dtype=torch.float64)).tolist()
         state = self.state()
         contents: dict[str, Any] = {}
         slots = {files.of_slot(slot): tensors for slot, tensors in self.slots().items()}
-        for prefix, tensors in {"": self.tensors(), **slots, files.AVERAGE: self.average}.items():
+        for prefix, values in {"": self.tensors(), **slots, files.AVERAGE: self.average}.items():
+            tensors = self.whole(values)
             if tensors and self.writes:
                 contents |= self.expert_files(prefix, tensors)
             if tensors and self.writes_common:
                 contents[files.dense_name(prefix)] = {n: tensors[n] for n in layout.dense if n in tensors}
         if self.writes:
             contents[files.site_name(site)] = {
-                "optimizer_states": checkpoint.get("optimizer_states", []),
+                "optimizer_states": optimizers,
                 "optimizer_names": self._optimizer_names(layout),
                 "strategy": state,
                 "residents": self.site.transformer.residency.experts,
@@ -308,6 +320,53 @@ class Content:
             "identity": self.identity(),
             **placed,
         }  # fmt: skip
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Whole tensors by name, of which this rank may have slices, in memory of the rank that writes.
+
+        All ranks of the site call it together. A tensor at a time is gathered on the devices.
+        """
+        if self.site.slices is None:
+            return tensors
+        found = {}
+        for name, values in tensors.items():
+            joined = self.site.joined(name, values.detach())
+            if self.writes:
+                found[name] = joined.cpu()
+        return found
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank has of whole tensors, by name."""
+        slices = self.site.slices
+        return dict(tensors) if slices is None else {name: slices.own(name, t) for name, t in tensors.items()}
+
+    def _whole_state(self, state: Mapping[str, Any], layout: ParameterLayout) -> dict[str, Any]:
+        """An optimizer's state dict with whole moments."""
+        if self.site.slices is None:
+            return dict(state)
+        return self._converted(state, self._optimizer_names(layout), self.whole)
+
+    def _own_state(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """A site's file with what this rank has of its tensors."""
+        if self.site.slices is None:
+            return dict(own)
+        states = [self._converted(state, own["optimizer_names"], self.own) for state in own["optimizer_states"]]
+        strategy = dict(own["strategy"])
+        if "federation" in strategy:
+            strategy["federation"] = {slot: self.own(values) for slot, values in strategy["federation"].items()}
+        return {**own, "optimizer_states": states, "strategy": strategy}
+
+    @staticmethod
+    def _converted(
+        state: Mapping[str, Any], names: Sequence[str],
+        convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    ) -> dict[str, Any]:  # fmt: skip
+        ids = [i for group in state["param_groups"] for i in group["params"]]
+        of = {i: dict(state["state"].get(i, {})) for i in ids}
+        for name, i in zip(names, ids, strict=True):
+            for key in [key for key in of[i] if key not in ROW_COUNTERS]:
+                of[i][key] = convert({name: of[i][key]}).get(name, of[i][key])
+        return {**state, "state": {i: found for i, found in of.items() if found}}
 
     def _optimizer_names(self, layout: ParameterLayout) -> list[str]:
         """Names of the inner optimizer's parameters, in the order of its state."""
@@ -355,9 +414,9 @@ class Content:
 
     def _read(self, folder: Path, names: list[str], prefix: str = "") -> dict[str, Tensor]:
         model = self.site.transformer
-        return files.read_weights(
+        return self.own(files.read_weights(
             folder, names, self.layout().expert_layer, model.residency.experts, model.config.n_experts, prefix
-        )
+        ))  # fmt: skip
 
     def saved_average(self, folder: Path) -> dict[str, Tensor] | None:
         """The moving average of the global model in a checkpoint, this site's rows; None if it has none."""
@@ -393,6 +452,7 @@ class Content:
         own = self.own_state(folder, manifest, of)
         if own is None:
             return steps
+        own = self._own_state(own)
         changed = differences(manifest["identity"], self.identity())
         if not changed:
             if own["residents"] != model.residency.experts:
@@ -465,7 +525,8 @@ class FederatedContent(Content):
 
     def state(self) -> dict[str, Any]:
         """Local values, which differ from the anchors in mid-round, and the ledger."""
-        state = {**super().state(), "federation": self.federation.state_dict()}
+        federation = {slot: dict(self.whole(values)) for slot, values in self.federation.state_dict().items()}
+        state = {**super().state(), "federation": federation}
         copies = self.federation.copies
         if copies is not None and self.site.settings.shadow_refresh > 1:  # else they are what the anchors are
             state["copies"] = dict(copies.tensors)

@@ -409,14 +409,16 @@ class Federation:
             RuntimeError: If any site differs, naming tensors and sites.
         """
         for slot, values in self.state.slots.items():
-            found = disagreements(self.transport, self.layout, self.placement, values)
+            found = self.transport.anywhere(disagreements(self.transport, self.layout, self.placement, values))
             if found:
                 more = f" and {len(found) - 5} more" if len(found) > 5 else ""
                 named = "; ".join(("" if slot == ANCHOR else f"outer {slot} of ") + item for item in found[:5])
                 raise RuntimeError(f"sites differ after a round in {named}{more}; resume from a checkpoint")
         if self.copies is not None and self.copies.tensors:
             layout = self.copies.layout(self.layout)
-            found = disagreements(self.transport, layout, self.placement.complement(), self.copies.tensors)
+            found = self.transport.anywhere(
+                disagreements(self.transport, layout, self.placement.complement(), self.copies.tensors)
+            )
             if found:
                 raise RuntimeError(f"sites differ in their copies of {'; '.join(found[:5])}; resume from a checkpoint")
 

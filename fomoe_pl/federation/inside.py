@@ -72,6 +72,27 @@ class Inside:
                 values.copy_(buffer)
         return values
 
+    def joined(self, values: Tensor, axis: int, length: int) -> Tensor:
+        """Join the slices that the site's ranks have of a tensor.
+
+        Args:
+            values: This rank's slice.
+            axis: Along which the tensor is cut into equal chunks, the last ones shorter or empty.
+            length: Of the whole tensor along it.
+
+        Returns:
+            The whole tensor, on all of them, on the input's device.
+        """
+        if self._group is None:
+            return values
+        shape = list(values.shape)
+        shape[axis] = -(-length // self.topology.n_ranks)
+        own = torch.zeros(shape, dtype=values.dtype, device=self.device)
+        own.narrow(axis, 0, values.shape[axis]).copy_(values)
+        parts = [torch.empty_like(own) for _ in range(self.topology.n_ranks)]
+        self._wait(lambda: dist.all_gather(parts, own, group=self._group, async_op=True))
+        return torch.cat(parts, axis).narrow(axis, 0, length).to(values.device)
+
     @torch.no_grad()
     def average_(self, values: Sequence[Tensor], numel: int = 2**26) -> None:
         """Replace tensors by their means over the site's ranks.

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fomoe_pl.model.parallel import local_of
+
 
 @dataclass(frozen=True)
 class ParameterLayout:
     """The tensors that sites agree on.
 
     Attributes:
-        tensors: Name -> tensor of this site. Stacked expert tensors have one row for each resident expert.
+        tensors: Name -> tensor of this site, or what this rank has of it. Stacked expert tensors have one row for each
+            resident expert.
         expert_layer: Name -> layer, for the stacked expert tensors; row r is the layer's r-th resident expert.
         trained: Names that the inner optimizer moves; the others are buffers, which rounds average plainly.
     """
@@ -26,7 +29,7 @@ class ParameterLayout:
     @classmethod
     def of(cls, module: torch.nn.Module, expert_layer: Mapping[str, int]) -> ParameterLayout:
         """Layout of a module: its parameters and persistent buffers, tied ones once."""
-        tensors: dict[str, Tensor] = dict(module.named_parameters())
+        tensors: dict[str, Tensor] = {name: local_of(p) for name, p in module.named_parameters()}
         trained = frozenset(name for name, p in tensors.items() if p.requires_grad)
         persistent = module.state_dict(keep_vars=True)
         tensors |= {name: buffer for name, buffer in module.named_buffers() if name in persistent}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
 
 Kind = Literal["dense", "expert", "moments", "migration", "shadow", "evaluation", "checkpoint", "control"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -47,6 +51,25 @@ class Ledger:
         self.reduced += other.reduced
         self.sent += other.sent
         self.calls += other.calls
+
+    def summed(self, total: Callable[[Tensor], Tensor], n_ranks: int) -> Ledger:
+        """Add up the ledgers of several ranks.
+
+        Args:
+            total: Sums a tensor over them; all call it together.
+            n_ranks: Most ranks of a group.
+        """
+        table = torch.zeros(len(KINDS), n_ranks + 3, dtype=torch.int64)
+        for row, kind in zip(table, KINDS, strict=True):
+            row[0], row[1] = self.sent[kind], self.calls[kind]
+            for size in range(n_ranks + 1):
+                row[2 + size] = self.reduced[kind, size]
+        found = Ledger()
+        for kind, (sent, calls, *reduced) in zip(KINDS, total(table).tolist(), strict=True):
+            found.sent += Counter({kind: sent})
+            found.calls += Counter({kind: calls})
+            found.reduced += Counter({(kind, size): n for size, n in enumerate(reduced)})
+        return found
 
     def payload(self, kind: Kind) -> int:
         """Payload bytes of one kind."""

@@ -26,13 +26,18 @@ class Movement:
         n_experts: Experts of a layer, E.
         watched: What is done inside it is charged to watching, not to the round; with `wait`, whether the device is
             waited for.
+        total: Adds numbers over the ranks of this site, if each has slices of all tensors.
 
     Attributes:
         active: Whether the next round is measured.
     """
 
-    def __init__(self, n_layers: int, n_experts: int, watched: Watched | None = None) -> None:
+    def __init__(
+        self, n_layers: int, n_experts: int, watched: Watched | None = None,
+        total: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.active = True
+        self._total = total
         self.watched: Watched = watched or (lambda **_: nullcontext())
         self._shape = (n_layers, n_experts, 4)
         self._places: list[int] = []
@@ -86,6 +91,8 @@ class Movement:
         sums = torch.zeros(4 + math.prod(self._shape), dtype=torch.float64)
         squares = torch.stack(self._norms).cpu().double().square()
         sums.index_add_(0, torch.tensor(self._places), squares)
+        if self._total is not None:
+            sums = self._total(sums)
         quadruples = sums.view(-1, 4)
         quadruples[:, OWN_NORM] = quadruples[:, OWN].sqrt()
         return quadruples[0], quadruples[1:].view(self._shape)

@@ -23,6 +23,7 @@ from fomoe_pl.model.residency import Residency, Routing, Shadow, ShadowBits
 
 InnerMoments = Literal["keep", "reset", "average"]
 OuterPlace = Literal["device", "host"]
+Sharing = Literal["replicate", "shard"]
 WireDtype = Literal["float32", "bfloat16", "float16"]
 WireFormat = Literal["int8", "int4"]
 FORMATS: dict[str, Codec] = {"int8": Groups(8), "int4": Groups(4)}
@@ -37,6 +38,8 @@ class FederationConfig:
         sites: Number of sites M; None is the world size.
         ranks_per_site: Ranks of a site, which train one model together: each has a part of the site's batch, and
             their gradients are averaged in every step.
+        inside: What each of them has of the site's model: all of it (`replicate`), or a slice of each tensor, gathered
+            layer by layer while it computes (`shard`, FSDP2).
         overlap: Sites that hold each expert, 1..M; None is M, a full replica.
         routing: What happens to picks of experts that are not here: `ghost` skips them, `partitioned` routes among
             the residents only, `shadow` computes them with frozen low-bit copies.
@@ -73,6 +76,7 @@ class FederationConfig:
 
     sites: int | None = None
     ranks_per_site: int = 1
+    inside: Sharing = "replicate"
     overlap: int | None = None
     routing: Routing = "ghost"
     placement: PlacementKind | PlacementPolicy = "fixed"
@@ -99,7 +103,7 @@ class FederationConfig:
         """Check what can be checked without a model or processes."""
         for name, choices in (
             ("routing", Routing), ("inner_moments", InnerMoments), ("wire_dtype", WireDtype),
-            ("outer_state", OuterPlace),
+            ("outer_state", OuterPlace), ("inside", Sharing),
             ("shadow_bits", ShadowBits),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), choices)
@@ -116,6 +120,12 @@ class FederationConfig:
         if self.wire_dtype == "float16" and self.inner_moments == "average":
             rule = "AdamW's second moments are mostly below float16's smallest number, and without them steps explode"
             raise ConfigError("wire_dtype", self.wire_dtype, rule, "type bfloat16 or float32, or inner_moments keep")
+        if self.inside == "shard" and self.ranks_per_site == 1:
+            rule = "shares a site's model out among its ranks, and there is one"
+            raise ConfigError("inside", self.inside, rule, "type replicate, or ranks_per_site 2 or more")
+        if self.inside == "shard" and self.routing == "shadow":
+            rule = "cuts tensors into slices, and copies of absent experts are packed whole"
+            raise ConfigError("inside", self.inside, rule, "type replicate, or routing ghost")
         self._check_formats()
         self.schedule, self.policy  # noqa: B018  both check themselves
 

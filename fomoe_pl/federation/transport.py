@@ -327,6 +327,12 @@ class Transport:
                 wait_watching(work, self.topology)
         return self._told(buffer).to(values.device)
 
+    def anywhere(self, found: list[str]) -> list[str]:
+        """What a rank has found in its slices, or that another rank of the site has found something in its own."""
+        if not self._inside.largest(torch.tensor([len(found)])):
+            return []
+        return found or ["slices of other ranks"]
+
     def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], None]:
         """Begin to add a buffer over sites in place; returns what waits until it is done."""
         self.ledger.all_reduce(kind, buffer.nbytes, len(sites))

@@ -32,6 +32,7 @@ from fomoe_pl.federation.shadow import quantisation_errors
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.lightning_internals import group_settings
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.parallel import Slices
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.strategies.checks import check_data, check_launched, check_position, check_precision, check_training
@@ -48,7 +49,7 @@ class SiteStrategy(Strategy):
     Attributes:
         checkpoints: Writes and reads checkpoints.
         stops: Where the run ends.
-        ledger: Bytes that this rank sent; of a site's ranks the first one's are the site's.
+        ledger: Bytes that this rank sent; see `ledger_of_site`.
         rounds_done: Rounds that have ended.
         redraws: How often experts have been placed again.
         loads_at_draw: Of each layer and expert, what a policy that sees loads saw last.
@@ -60,6 +61,7 @@ class SiteStrategy(Strategy):
         observers: Who looks at the ends of rounds; the same on all sites, in the same order.
         wire_dtype: dtype of averaged values on the wire.
         settings: The federation's settings; None without rounds.
+        slices: Of a site's tensors which part this rank has; None is the whole.
         pace: Of a run that may have fewer sites than planned.
         watch_seconds: Seconds that observers and pictures took so far; no part of `sync_seconds`.
     """
@@ -70,6 +72,7 @@ class SiteStrategy(Strategy):
     wire_dtype: WireDtype = "float32"
     settings: FederationConfig | None = None
     federation: Federation | None = None
+    slices: Slices | None = None
     pace: Pace | None = None
 
     def init_site(self, async_save: bool, content: type[Content] = Content, stops: Stops | None = None) -> None:
@@ -119,12 +122,25 @@ class SiteStrategy(Strategy):
         """Sum a small tensor over all ranks of all sites, counted."""
         raise NotImplementedError
 
+    def ledger_of_site(self) -> Ledger:
+        """Bytes that this site sent so far, on its first rank; all of its ranks call it together."""
+        return self.ledger
+
     def sum_in_site(self, values: Tensor) -> Tensor:
         """Sum a small tensor over the ranks of this site: there is one."""
         return values
 
     def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Average gradients over the ranks of this site: there is one."""
+
+    @property
+    def total_of_slices(self) -> Callable[[Tensor], Tensor] | None:
+        """Adds a number over the ranks of this site, if they have slices of its model; else None."""
+        return None
+
+    def joined(self, name: str, values: Tensor) -> Tensor:
+        """A whole tensor, of which this rank may have a slice; all ranks of the site call it together."""
+        return values
 
     def residency(self, config: ModelConfig) -> Residency:
         """Which experts the model on this rank holds."""
@@ -303,7 +319,7 @@ class SiteStrategy(Strategy):
         if self.federation is None:
             return None
         config = self.transformer.config
-        self.federation.movement = Movement(config.n_layers, config.n_experts, self.watched)
+        self.federation.movement = Movement(config.n_layers, config.n_experts, self.watched, self.total_of_slices)
         return self.federation.movement
 
     def copy_errors(self) -> Tensor | None:

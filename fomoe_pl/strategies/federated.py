@@ -15,13 +15,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_pl.checkpoint.content import FederatedContent
 from fomoe_pl.checkpoint.own_disks import PartsContent
 from fomoe_pl.errors import ConfigError, check_choice, check_names, check_range
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inside import Inside
-from fomoe_pl.federation.ledger import Kind
+from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.liveness import raise_if_lost
 from fomoe_pl.federation.placement import Placement, all_arcs
 from fomoe_pl.federation.settings import FederationConfig
@@ -31,6 +32,7 @@ from fomoe_pl.federation.transport import Transport
 from fomoe_pl.files import OfSites
 from fomoe_pl.lightning_internals import SiteProcesses, end_children, move_optimizers, replace_signal_handling
 from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.parallel import check_shares, gather_root, hold_gathered, reshard, shard, take_gradients
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.strategies.base import SiteStrategy
@@ -161,6 +163,8 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         ranks = self.settings.ranks_per_site
         n_sites = check_processes(sites, ranks, n_processes, num_nodes, share_device=self.share_device)
         self.settings.check(config.n_experts, n_sites)
+        if self.settings.inside == "shard":
+            check_shares(config, self.settings.routing, ranks)
         return n_sites
 
     def placed(self, config: ModelConfig) -> Placement:
@@ -192,6 +196,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
+        self._join_site()
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -201,11 +206,6 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         config = self.transformer.config
         n, settings = self.topology.n_sites, self.settings
         gloo = dist.get_backend() == "gloo"
-        gloo_inside = self.root_device.type == "cpu" or self.share_device  # NCCL refuses two ranks on one GPU
-        self.inside = Inside(
-            self.topology, torch.device("cpu") if gloo_inside else self.root_device,
-            "gloo" if gloo_inside else "nccl", self.timeout,
-        )  # fmt: skip
         transport = Transport(
             self.topology,
             all_arcs(config.n_experts, config.n_layers, n, settings.overlap_of(n)),
@@ -216,6 +216,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             timeout=self.timeout,
             home=self.root_device,
             inside=self.inside,
+            slices=self.slices is not None,
         )
         self.federation = Federation(
             self.content.layout(), self.placed(config), transport, outer=settings.rule,
@@ -224,6 +225,16 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             copies=copies_of(self.transformer),
         )  # fmt: skip
         rank_zero_info(self.describe())
+
+    def _join_site(self) -> None:
+        """Meet the other ranks of this site, and share its model out among them."""
+        gloo = self.root_device.type == "cpu" or self.share_device  # NCCL refuses two ranks on one GPU
+        device, backend = (torch.device("cpu"), "gloo") if gloo else (self.root_device, "nccl")
+        self.inside = Inside(self.topology, device, backend, self.timeout)
+        if self.settings.inside == "shard":
+            assert self.inside.group is not None
+            mesh = DeviceMesh.from_group(self.inside.group, self.root_device.type)
+            self.slices = shard(self.transformer, mesh, self.topology.place)
 
     def copy_age(self) -> int | None:
         """Of the copies that the last round had."""
@@ -244,11 +255,17 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
 
     def end_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The K-th step ends the round."""
+        reshard(self.transformer)
         self.rounds.end_step(optimizer)
+        reshard(self.transformer)  # observers look at the agreed values
 
     def sum_in_site(self, values: Tensor) -> Tensor:
         """Sum a small tensor over the ranks of this site."""
         return self.inside.sum(values)
+
+    def ledger_of_site(self) -> Ledger:
+        """Bytes that this site sent so far, on its first rank; all of its ranks call it together."""
+        return self.ledger if self.slices is None else self.ledger.summed(self.inside.sum, self.topology.world_size)
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Loads of the site's ranks together: they train one model."""
@@ -257,8 +274,22 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
     def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Average gradients over the ranks of this site."""
         raise_if_lost(self.topology)
+        if self.slices is not None:  # FSDP has averaged them in the backward pass
+            take_gradients(self.transformer)
+            return
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.inside.average_(grads)
+
+    @property
+    def total_of_slices(self) -> Callable[[Tensor], Tensor] | None:
+        """Adds a number over the ranks of this site, if they have slices of its model; else None."""
+        return None if self.slices is None else self.inside.sum
+
+    def joined(self, name: str, values: Tensor) -> Tensor:
+        """A whole tensor, of which this rank may have a slice; all ranks of the site call it together."""
+        if self.slices is None or name not in self.slices.cut:
+            return values
+        return self.inside.joined(values, *self.slices.cut[name])
 
     # -- validation of the agreed model ---------------------------------------------------------------------------
 
@@ -266,11 +297,14 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         """In mid-round the agreed values stand in for the local ones."""
         if self.federation is not None and self.optimizer_steps > 0 and not self.rounds.ends_here:
             self.federation.enter_global()
+        reshard(self.transformer)
+        gather_root(self.transformer)
 
     def on_validation_end(self) -> None:
         """Back to the local values."""
         if self.federation is not None:
             self.federation.leave_global()
+        reshard(self.transformer)
         super().on_validation_end()
 
     @contextmanager
@@ -281,10 +315,15 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         if model.residency.is_full(model.config):
             yield
             return
-        prefix = f"layers.{layer}.moe."
-        tensors = {name.removeprefix(prefix): t for name, t in self.federation.gather(layer).items()}
-        with model.layers[layer].moe.with_all_experts(tensors):
+        prefix, block = f"layers.{layer}.moe.", model.layers[layer]
+        gathered = self.federation.gather(layer)
+        tensors = {name.removeprefix(prefix): self.joined(name, t) for name, t in gathered.items()}
+        if self.slices is not None:
+            hold_gathered(block, hold=True)
+        with block.moe.with_all_experts(tensors):
             yield
+        if self.slices is not None:
+            hold_gathered(block, hold=False)
 
     # -- control traffic, counted ---------------------------------------------------------------------------------
 

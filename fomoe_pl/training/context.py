@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -123,6 +123,10 @@ class SiteContext(Counts, Protocol):
     def average_gradients(self, optimizer: Optimizer) -> None:
         """Average gradients over the ranks of this site, before they are used."""
 
+    @property
+    def total_of_slices(self) -> Callable[[Tensor], Tensor] | None:
+        """Adds a number over the ranks of this site, if they have slices of its model; else None."""
+
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Expert loads (L, E) that the balance bias is updated from."""
 
@@ -188,6 +192,10 @@ class Alone:
         """The values themselves."""
         return values
 
+    def ledger_of_site(self) -> Ledger:
+        """Nothing is counted."""
+        return self.ledger
+
     def texts_of_sites(self, text: str) -> list[str]:
         """Each rank's."""
         device = self._trainer.strategy.root_device
@@ -199,6 +207,10 @@ class Alone:
 
     def average_gradients(self, optimizer: Optimizer) -> None:
         """Nothing: Lightning's strategies do it."""
+
+    @property
+    def total_of_slices(self) -> None:
+        """None: of Lightning's strategies none cuts a model of this project."""
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """The loads themselves."""

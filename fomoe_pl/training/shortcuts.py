@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.model.backends import backend_of
@@ -147,6 +148,8 @@ def _why_not(trainer: Any, module: LightningModule, model: Transformer) -> str |
 
 
 def _more_than_one_backward_pass(trainer: Any, module: LightningModule) -> str | None:
+    if isinstance(cast(Any, module).model, FSDPModule):
+        return "the ranks of a site gather each layer's weights while they compute"
     if trainer.strategy.model is not module:
         return "its strategy averages gradients during the backward pass"
     several = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)

@@ -1,0 +1,145 @@
+"""A site's model shared out among its ranks by FSDP2, from outside: the model's own code knows one device.
+
+Experts are cut along an axis that is not the experts': every rank has a slice of each resident, wherever placement puts
+it, so that averages, migration and the optimizer's rows work on slices as on whole tensors. All else is cut along its
+first axis. The inner optimizer and the rounds see plain tensors, which are the storage of FSDP's sharded parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from fomoe_pl.errors import ConfigError
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.residency import Routing
+from fomoe_pl.model.transformer import Transformer
+
+@dataclass(frozen=True)
+class Slices:
+    """Which part of each tensor of a site a rank has.
+
+    Attributes:
+        n_ranks: Of the site.
+        place: Of this rank.
+        cut: Name -> axis, and length of the whole tensor along it; a tensor that is not here is whole on every rank.
+            Rows of stacked experts are on axis 0, which is not cut.
+    """
+
+    n_ranks: int
+    place: int
+    cut: Mapping[str, tuple[int, int]]
+
+    def chunk(self, name: str) -> int:
+        """Length of all slices of a tensor but the last ones, which may be shorter or empty."""
+        return -(-self.cut[name][1] // self.n_ranks)
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's slice of a tensor, as a view; what is not cut, as it is."""
+        if name not in self.cut:
+            return whole
+        axis, length = self.cut[name]
+        start = min(self.place * self.chunk(name), length)
+        return whole.narrow(axis, start, min(self.chunk(name), length - start))
+
+
+def check_shares(config: ModelConfig, routing: Routing, n_ranks: int) -> None:
+    """Check that a model's experts can be cut into equal slices.
+
+    Args:
+        config: The architecture.
+        routing: With `partitioned` rows of routers are cut too.
+        n_ranks: Ranks of a site.
+
+    Raises:
+        ConfigError: If a width is no multiple of them.
+    """
+    widths = {"d_model": config.d_model} | ({} if routing == "partitioned" else {"d_expert": config.d_expert})
+    if all(width % n_ranks for width in widths.values()):
+        valid = [n for n in range(1, config.d_model + 1) if any(width % n == 0 for width in widths.values())]
+        near = ", ".join(map(str, [n for n in valid if n < n_ranks][-2:] + [n for n in valid if n > n_ranks][:1]))
+        told = " or ".join(f"model.architecture.{name} ({width})" for name, width in widths.items())
+        raise ConfigError("ranks_per_site", n_ranks, f"must divide {told} with inside: shard",
+                          f"type one of {near}, or inside: replicate")  # fmt: skip
+
+
+def shard(model: Transformer, mesh: DeviceMesh, place: int) -> Slices:
+    """Share a model out among the ranks of a site: afterwards each keeps its slices.
+
+    Args:
+        model: On its device, the same on all ranks.
+        mesh: Of the site's ranks.
+        place: Of this rank.
+    """
+    n_ranks, stacked = mesh.size(), model.expert_tensors()
+    cut = {}
+    for name, parameter in model.named_parameters():
+        # The last axis that can be cut evenly: rows of a slice stay as long as they can.
+        axes = [i for i in range(1, parameter.dim()) if parameter.shape[i] % n_ranks == 0] if name in stacked else [0]
+        cut[name] = axes[0], parameter.shape[axes[0]]
+    axis_of = {parameter: cut[name][0] for name, parameter in model.named_parameters()}
+    for block in cast(Sequence[nn.Module], model.layers):
+        fully_shard(block, mesh=mesh, shard_placement_fn=lambda parameter: Shard(axis_of[parameter]))
+    # The output matrix is used after the forward pass, too, by the loss.
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda parameter: Shard(axis_of[parameter]),
+                reshard_after_forward=False)  # fmt: skip
+    _fsdp(model)._get_fsdp_state()._lazy_init()  # else a block that is evaluated first takes itself for the root
+    return Slices(n_ranks, place, cut)
+
+
+def local_of(parameter: nn.Parameter) -> nn.Parameter:
+    """What this rank has of a parameter, as a plain one with the same storage; a plain one is itself."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    kept = vars(parameter)  # in the parameter itself: a weak table of them keeps modules from moving
+    if "fomoe_local" not in kept:
+        kept["fomoe_local"] = nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)
+    local: nn.Parameter = kept["fomoe_local"]
+    return local
+
+
+def take_gradients(model: nn.Module) -> None:
+    """Give the gradients that FSDP has averaged to the plain parameters, which the optimizer steps."""
+    for parameter in model.parameters():
+        if isinstance(parameter.grad, DTensor):
+            local_of(parameter).grad = parameter.grad.to_local()
+            parameter.grad = None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of a model, gathered if it is a sharded one; all ranks of the site call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Forget gathered weights: slices have changed, or will."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gather_root(model: nn.Module) -> None:
+    """Gather what is outside of the blocks, for evaluations that go through them one by one, until `reshard`."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
+def hold_gathered(block: nn.Module, *, hold: bool) -> None:
+    """Gather a block's weights and keep them, or forget them and go on as in training."""
+    fsdp = _fsdp(block)
+    fsdp.set_reshard_after_forward(not hold)
+    if hold:
+        fsdp.unshard()
+    else:
+        fsdp.reshard()
+
+
+def _fsdp(module: nn.Module) -> Any:
+    assert isinstance(module, FSDPModule)
+    return module
