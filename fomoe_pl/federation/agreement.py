@@ -86,7 +86,7 @@ def disagreements(
         return []
     table_MN = torch.zeros(2, n_sites, len(differing), dtype=torch.int64)
     table_MN[0, site], table_MN[1, site] = hash_N[differing], held_N[differing].long()
-    hashes_MN, holds_MN = transport.sum("control", table_MN)
+    hashes_MN, holds_MN = transport.sum("control", table_MN, of_slices=True)
     found = []
     for column, index in enumerate(differing):
         name, expert = items[index]

@@ -300,18 +300,24 @@ class Transport:
             torch.cuda.current_stream().synchronize()
         return buffer
 
-    def sum(self, kind: Kind, values: Tensor) -> Tensor:
-        """Sum a small tensor over all sites, of a site's ranks the first one's.
+    def sum(self, kind: Kind, values: Tensor, *, of_slices: bool = False) -> Tensor:
+        """Sum a small tensor over all sites.
+
+        Args:
+            kind: Ledger kind.
+            values: Of a site's ranks the first one's count.
+            of_slices: Whether they are about slices, where ranks have some: then each rank's count at its place.
 
         Returns:
-            A new tensor on the input's device and in its dtype, the same on all ranks.
+            A new tensor on the input's device and in its dtype, the same on all ranks, or of slices at each place.
         """
         if self.topology.n_sites == 1:
             return values.clone()
         buffer = values.to(self.device, copy=True)
-        if self.speaks:
+        each = of_slices and self._alone
+        if each or self.topology.leads:
             self._start_all_reduce(kind, buffer, self.everyone)()
-        return self._told(buffer).to(values.device)
+        return (buffer if each else self._inside.share_(buffer)).to(values.device)
 
     def _told(self, values: Tensor) -> Tensor:
         """Values that the rank which speaks for its site has got, on all ranks that have nothing of their own."""

@@ -21,6 +21,7 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
 from fomoe_pl.model.transformer import Transformer
 
+
 @dataclass(frozen=True)
 class Slices:
     """Which part of each tensor of a site a rank has.

@@ -14,6 +14,7 @@ import torch
 from fomoe_pl.callbacks import CommunicationMonitor, RoutingStability
 from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.federation.ledger import KINDS, Ledger
+from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.model.parallel import whole
 from tests.distributed import run_distributed
 from tests.training import STRATEGIES, Run, fit, from_yaml, launched_as, skip_run
@@ -165,17 +166,25 @@ def test_a_site_of_several_ranks_trains_as_one_rank_with_the_whole_batch(
         assert sum(part["losses"][i] for part in parts) / n_ranks == pytest.approx(loss, abs=1e-5)
 
 
+SHAPES = {"one": (1, "replicate"), "alike": (2, "replicate"), "cut": (2, "shard")}
+RESUMED = {"fomoe_random": ("one", "alike", "cut"), "fomoe_lean": ("one", "alike")}
+PAIRS = [(name, saved, then) for name, shapes in RESUMED.items() for saved in shapes for then in shapes]
+
+
 def _resumed(rank: int, root: str, folder: str) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with launched_as(rank, 4, folder):
-        for name in ("fomoe_random", "fomoe_lean"):
+        for name, shapes in RESUMED.items():
             settings = {**from_yaml(name)[1], "local_steps": 2, "reshuffle_rounds": 1, "overlap": 1}
-            run = Run(root=root, folder=folder, settings=settings, data=BATCH, trainer={"max_steps": 6})
-            for saved in (1, 2):
+            run = Run(
+                root=root, folder=folder, settings={**settings, "outer": Nesterov(lr=0.7, momentum=0.5)}, data=BATCH,
+                trainer={"max_steps": 6},
+            )  # fmt: skip
+            for saved in shapes:
                 path = f"{folder}/{name}-{saved}.ckpt"
-                results[name, saved] = told(trained(run, rank, 2, saved, save=path))
-                for then in (1, 2):
-                    results[name, saved, then] = told(trained(run, rank, 2, then, ckpt_path=path))
+                results[name, saved] = told(trained(run, rank, 2, *SHAPES[saved], save=path))
+                for then in shapes:
+                    results[name, saved, then] = told(trained(run, rank, 2, *SHAPES[then], ckpt_path=path))
     return results
 
 
@@ -185,25 +194,24 @@ def resumed(root: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[d
     return run_distributed(_resumed, 4, root, folder), folder
 
 
-@pytest.mark.parametrize("name", ["fomoe_random", "fomoe_lean"])
+@pytest.mark.parametrize(("name", "saved", "then"), PAIRS)
 def test_a_checkpoint_does_not_tell_how_many_ranks_a_site_had(
-    resumed: tuple[list[dict[str, Any]], str], name: str
+    resumed: tuple[list[dict[str, Any]], str], name: str, saved: str, then: str
 ) -> None:
     results, folder = resumed
-    models = [load_global_model(f"{folder}/{name}-{saved}.ckpt").state_dict() for saved in (1, 2)]
+    models = [load_global_model(f"{folder}/{name}-{shape}.ckpt").state_dict() for shape in ("one", saved)]
     for key, value in models[0].items():
         torch.testing.assert_close(models[1][key], value, atol=1e-2 if "lean" in name else 1e-5, rtol=0, msg=key)
-    for saved in (1, 2):
-        for then in (1, 2):
-            for rank in range(2 * then):
-                found = results[rank][name, saved, then]
-                whole = results[rank if then == saved else rank // then * saved][name, saved]
-                wire = {kind: n for kind, n in whole["wire"].items() if kind != "control"}  # of saving
-                if rank % then == 0:
-                    assert {kind: n for kind, n in found["wire"].items() if kind != "control"} == wire
-                for key, value in whole["model"].items():
-                    if then == saved:  # bit for bit
-                        assert torch.equal(found["model"][key], value), key
-                        assert found["losses"] == whole["losses"][3:]
-                    else:
-                        torch.testing.assert_close(found["model"][key], value, atol=1e-2, rtol=0, msg=key)
+    had, has = SHAPES[saved][0], SHAPES[then][0]
+    for site in range(2):
+        before, after = results[site * had][name, saved], results[site * has][name, saved, then]
+        wire = [{kind: n for kind, n in run["wire"].items() if kind != "control"} for run in (before, after)]
+        assert wire[0] == wire[1]  # what was sent before is counted, once
+        for key, value in before["model"].items():
+            if then == saved:  # bit for bit
+                assert torch.equal(after["model"][key], value), key
+            else:
+                torch.testing.assert_close(after["model"][key], value, atol=1e-2, rtol=0, msg=key)
+        for place in range(has if then == saved else 0):
+            ranks = results[site * has + place]
+            assert ranks[name, saved, then]["losses"] == ranks[name, saved]["losses"][3:]
