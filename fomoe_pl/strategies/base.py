@@ -267,13 +267,17 @@ class SiteStrategy(Strategy):
 
     def texts_of_sites(self, text: str) -> list[str]:
         """What each site tells the others, in the order of sites."""
+        told = self.texts_of_ranks(text)
+        return told if len(told) == 1 else [told[ranks.start] for ranks in self.topology.ranks]
+
+    def texts_of_ranks(self, text: str) -> list[str]:
+        """What each rank tells the others, in the order of ranks."""
         if not self._joined:
             return [text]
         device = self.root_device if "nccl" in dist.get_backend() else torch.device("cpu")
         with sites_watched(self.topology):
             all_here(self.topology)
-            told = gather_texts(text, device, self.ledger)
-        return [told[ranks.start] for ranks in self.topology.ranks]
+            return gather_texts(text, device, self.ledger)
 
     # -- who watches ---------------------------------------------------------------------------------------------
 

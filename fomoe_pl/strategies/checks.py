@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fomoe_pl.callbacks.supported import check_callbacks
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, check_range
+from fomoe_pl.federation.topology import Topology
 from fomoe_pl.lightning_internals import validation_seconds
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.training.context import DomainData
@@ -90,6 +91,32 @@ def check_processes(sites: int | None, ranks: int, n_processes: int, num_nodes: 
         raise ConfigError("sites", sites, f"must equal {told}", hint)
     hint = f"start {sites * ranks} processes, or set sites to {n_processes // ranks}"
     raise ConfigError("sites", sites, f"times ranks_per_site ({ranks}) must equal {told}", hint)
+
+
+def ranks_on_hosts(topology: Topology, hosts: Sequence[str]) -> tuple[str, str]:
+    """Tell which rank is of which site, and warn where a site's fast traffic would cross between sites' machines.
+
+    Args:
+        topology: Who is who.
+        hosts: Name of each rank's machine.
+
+    Returns:
+        A line of all sites; a warning, empty if each site has machines of its own or all of its ranks on one.
+    """
+    of_sites = [list(dict.fromkeys(hosts[rank] for rank in ranks)) for ranks in topology.ranks]
+    lines = [f"site {site}: ranks {ranks.start} to {ranks.stop - 1} on {', '.join(on)}" if len(ranks) > 1
+             else f"site {site}: rank {ranks.start} on {on[0]}"
+             for site, (ranks, on) in enumerate(zip(topology.ranks, of_sites, strict=True))]  # fmt: skip
+    torn = [
+        f"site {site} is on {' and '.join(on)}, where site {other} is too" for site, on in enumerate(of_sites)
+        for other, others in enumerate(of_sites) if len(on) > 1 and other != site and set(on) & set(others)
+    ]  # fmt: skip
+    warning = ""
+    if torn:
+        warning = (f"{torn[0]}: gradients would be averaged between machines in every step. Ranks are numbered machine "
+                   "by machine: start the machines of a site one after the other, with as many processes on each as "
+                   "divide ranks_per_site or are a multiple of it")  # fmt: skip
+    return "; ".join(lines), warning
 
 
 def check_launched(devices: int, num_nodes: int, world_size: int) -> None:

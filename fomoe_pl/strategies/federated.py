@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -36,10 +37,12 @@ from fomoe_pl.model.parallel import check_shares, gather_root, hold_gathered, re
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.strategies.base import SiteStrategy
-from fomoe_pl.strategies.checks import DDP_ARGUMENTS, check_arguments, check_processes
+from fomoe_pl.strategies.checks import DDP_ARGUMENTS, check_arguments, check_processes, ranks_on_hosts
 from fomoe_pl.strategies.rounds import Rounds
 from fomoe_pl.strategies.stopping import StopAt, StopsTogether
 from fomoe_pl.training.elastic import check_min_sites
+
+Between = Literal["gloo", "nccl"]
 
 
 class FederatedStrategy(SiteStrategy, SiteProcesses):
@@ -56,7 +59,8 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         checkpoint_root: Where sites have no file system in common, the folder in which each stores its part of
             checkpoints: a template with `{site}`, or a mapping from sites to folders. A name without `{site}` is
             for machines that have the same path each. None: all write into one folder.
-        process_group_backend: Of torch.distributed; None is `nccl` on GPUs and `gloo` on CPUs.
+        between: By what sites reach each other: `gloo` (TCP) or `nccl`; None is `nccl` on GPUs and `gloo` on CPUs. The
+            ranks of a site use NCCL among each other on GPUs, whatever is between sites.
         parallel_devices: This machine's devices, one for each rank; None is the Trainer's.
         **settings: As for `fomoe_pl.federation.settings.FederationConfig`.
 
@@ -81,7 +85,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         timeout_seconds: float = 1800.0,
         stop_at: StopAt = "round",
         checkpoint_root: OfSites | None = None,
-        process_group_backend: str | None = None,
+        between: Between | None = None,
         parallel_devices: list[torch.device] | None = None,
         **settings: Any,
     ) -> None:
@@ -93,14 +97,16 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         self.checkpoint_root = checkpoint_root
         self._check_disks()
         check_choice("stop_at", stop_at, StopAt)
+        if between is not None:
+            check_choice("between", between, Between)
         # 20 days: in milliseconds a timeout has to fit 32 bits.
         check_range("timeout_seconds", timeout_seconds, "1800 is the default", above=0, most=20 * 24 * 3600)
         if share_device:
             if self.settings.sites is None:
                 raise ConfigError("sites", None, "must be given when sites share a device", "for example 4")
-            process_group_backend = "gloo"
+            between = "gloo"
             parallel_devices = [torch.device("cuda:0")] * (self.settings.sites * self.settings.ranks_per_site)
-        super().__init__(parallel_devices, process_group_backend, timedelta(seconds=timeout_seconds))
+        super().__init__(parallel_devices, between, timedelta(seconds=timeout_seconds))
         stops = StopsTogether(self, stop_at, lambda: end_children(self.launcher))
         self.init_site(async_save, FederatedContent if checkpoint_root is None else PartsContent, stops)
         if isinstance(self.content, PartsContent) and checkpoint_root is not None:
@@ -231,6 +237,11 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         gloo = self.root_device.type == "cpu" or self.share_device  # NCCL refuses two ranks on one GPU
         device, backend = (torch.device("cpu"), "gloo") if gloo else (self.root_device, "nccl")
         self.inside = Inside(self.topology, device, backend, self.timeout)
+        if self.topology.world_size > self.topology.n_sites:
+            told, warning = ranks_on_hosts(self.topology, self.texts_of_ranks(socket.gethostname()))
+            rank_zero_info(told)
+            if warning:
+                rank_zero_warn(warning)
         if self.settings.inside == "shard":
             assert self.inside.group is not None
             mesh = DeviceMesh.from_group(self.inside.group, self.root_device.type)

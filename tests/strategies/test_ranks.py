@@ -13,11 +13,16 @@ import torch
 
 from fomoe_pl.callbacks import CommunicationMonitor, RoutingStability
 from fomoe_pl.checkpoint.loading import load_global_model
+from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import KINDS, Ledger
 from fomoe_pl.federation.outer import Nesterov
-from fomoe_pl.model.parallel import whole
+from fomoe_pl.federation.topology import Topology
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.parallel import check_shares, whole
+from fomoe_pl.strategies import FederatedStrategy
+from fomoe_pl.strategies.checks import ranks_on_hosts
 from tests.distributed import run_distributed
-from tests.training import STRATEGIES, Run, fit, from_yaml, launched_as, skip_run
+from tests.training import ARCHITECTURE, STRATEGIES, Run, fit, from_yaml, launched_as, skip_run
 
 pytestmark = pytest.mark.timeout(900)
 BATCH = {"batch_size": 4, "val_batch_size": 4, "val_sequences": 14}
@@ -215,3 +220,35 @@ def test_a_checkpoint_does_not_tell_how_many_ranks_a_site_had(
         for place in range(has if then == saved else 0):
             ranks = results[site * has + place]
             assert ranks[name, saved, then]["losses"] == ranks[name, saved]["losses"][3:]
+
+
+def test_a_launch_is_told_and_a_torn_site_is_warned_of() -> None:
+    two = Topology(2, 2, 0)
+    assert ranks_on_hosts(two, ["a", "a", "b", "b"]) == ("site 0: ranks 0 to 1 on a; site 1: ranks 2 to 3 on b", "")
+    assert ranks_on_hosts(two, ["a", "b", "c", "d"])[1] == ""  # machines of their own
+    assert ranks_on_hosts(two, ["a"] * 4)[1] == ""
+    told, warning = ranks_on_hosts(Topology(2, 3, 0), ["a", "a", "b", "b", "c", "c"])
+    assert told.startswith("site 0: ranks 0 to 2 on a, b; site 1")
+    assert "site 0 is on a and b, where site 1 is too" in warning
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"inside": "shard"}, ["inside = 'shard'", "there is one", "ranks_per_site 2"]),
+        ({"inside": "shard", "ranks_per_site": 2, "routing": "shadow"}, ["packed whole", "replicate"]),
+        ({"inside": "split", "ranks_per_site": 2}, ["inside = 'split'", "replicate", "shard"]),
+        ({"ranks_per_site": 0}, ["ranks_per_site = 0", "1 or more"]),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        FederatedStrategy(**settings)
+    assert [part for part in parts if part not in str(error.value)] == []
+
+
+def test_widths_that_ranks_do_not_divide_are_refused() -> None:
+    config = ModelConfig(**ARCHITECTURE)  # d_model 16, d_expert 8
+    check_shares(config, "ghost", 8)
+    with pytest.raises(ConfigError, match=r"ranks_per_site = 3.*d_model \(16\) or .*d_expert \(8\).*1, 2, 4"):
+        check_shares(config, "ghost", 3)
