@@ -305,8 +305,10 @@ ARCHITECTURE = "--model.architecture"
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
-        (f"fit {STRATEGY}.overlap 3", ["init_args.overlap = 3", "number of sites (2,", "one of [1, 2]"]),
-        (f"fit {ARCHITECTURE}.n_experts 5", ["overlap = 1", "5 experts", "divisible by 2", "[2]", "[4, 6]"]),
+        (f"fit {STRATEGY}.overlap 3", ["init_args.overlap = 3", "number of sites (2)", "one of [1, 2]"]),
+        (f"fit {STRATEGY}.capacities [3,2]", ["init_args.capacities = [3, 2]", "add up to 4", "uch as [2, 2]"]),
+        (f"fit {STRATEGY}.places [eu]", ["init_args.places = ['eu']", "there are 2 sites"]),
+        (f"fit {STRATEGY}.routing partitioned {STRATEGY}.capacities [3,1]", ["capacities = (3, 1)", "pick 2", "ghost"]),
         (f"fit {ARCHITECTURE}.top_k 9", ["architecture.top_k = 9", "n_experts (4)", "1 to 4"]),
         (f"fit {ARCHITECTURE}.n_heads 3", ["architecture.d_model = 16", "divisible by n_heads (3)"]),
         (f"fit {ARCHITECTURE}.gate tanh", ["model.architecture.gate", "tanh", "sigmoid", "softmax"]),

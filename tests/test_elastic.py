@@ -72,9 +72,11 @@ def test_numbers_of_sites_that_cannot_be_are_refused_at_the_start() -> None:
     full = pace(4, 0, 0)
     check_min_sites(1, full, 4, 4, 12)  # on 1, 2, 3 and 4 sites
     check_min_sites(4, full, 4, 2, 6)  # 6 experts, each on 2 of 4
-    with pytest.raises(ConfigError, match=r"min_sites = 1: with 3 sites 8 experts, each on 2, could not .* Type 4, or"):
-        check_min_sites(1, full, 4, 2, 8)
-    check_min_sites(1, full, 2, 2, 8)  # two sites of each machine: 4 or 2, never 3
+    check_min_sites(1, full, 4, 2, 8)  # 8 experts, each on 2 of 3: 6, 5 and 5
+    with pytest.raises(ConfigError, match="without an expert"):
+        check_min_sites(1, full, 4, 1, 2)
+    with pytest.raises(ConfigError, match="several machines"):
+        check_min_sites(1, full, 8, 2, 8)
     with pytest.raises(ConfigError, match=r"min_sites = 5: must be from 1 to the planned number of sites \(4"):
         check_min_sites(5, full, 4, 2, 8)
     with pytest.raises(ConfigError, match=r"overlap = 5"):

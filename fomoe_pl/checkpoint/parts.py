@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fomoe_pl.checkpoint import format as files
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.placement import Placement
+from fomoe_pl.federation.placement import Placement, set_numbers
 from fomoe_pl.files import sha256_of
 
 MOST_MANIFESTS = 4
@@ -51,14 +51,13 @@ def expert_parts(placement: Placement, copies: int) -> dict[str, ExpertPart]:
         placement: Who holds what.
         copies: Sites that store each expert, 1..M.
     """
-    n_sites = placement.n_sites
+    n_sites, numbers = placement.n_sites, set_numbers(placement)
     found: dict[str, list[tuple[int, int]]] = {}
     of: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for layer, experts in enumerate(placement.holders):
         for expert, holders in enumerate(experts):
             owner = placement.owner(layer, expert)
-            first = next((site for site in holders if (site - 1) % n_sites not in holders), 0)
-            name = files.experts_name(owner, first=first)
+            name = files.experts_name(owner, first=numbers[holders])
             if name not in of:
                 ring = [(owner + i) % n_sites for i in range(n_sites)]
                 ordered = [s for s in ring if s in holders] + [s for s in ring if s not in holders]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fomoe_pl.codec import Codec
 from fomoe_pl.federation.ledger import Kind, Ledger
-from fomoe_pl.federation.placement import Placement, check_placement, side_by_side
+from fomoe_pl.federation.placement import Placement, place, shares, side_by_side
 from fomoe_pl.federation.report import report_numbers
 from fomoe_pl.federation.settings import InnerMoments, WireDtype
 from fomoe_pl.federation.transport import coded_bytes
@@ -94,14 +94,17 @@ def held_when_fixed(architecture: ModelConfig, n_sites: int, overlap: int) -> di
     Raises:
         ConfigError: If the sizes cannot be placed.
     """
-    check_placement(architecture.n_experts, n_sites, overlap)
-    # Layers are staggered by one site: layer i is layer i mod M.
-    layers = Counter(layer % n_sites for layer in range(architecture.n_layers))
+    n_layers = architecture.n_layers
+    # Layer i is as layer i mod 2 M: they are staggered by one site, or take turns in two ways.
+    period = 2 * n_sites
+    some = place(
+        "fixed", n_layers=min(n_layers, period), n_experts=architecture.n_experts, n_sites=n_sites, overlap=overlap
+    )
     held: Counter[tuple[int, ...]] = Counter()
-    for shift, times in layers.items():
-        for expert in range(architecture.n_experts):
-            first = expert * overlap + shift
-            held[tuple(sorted((first + j) % n_sites for j in range(overlap)))] += times
+    for layer, experts in enumerate(some.holders):
+        times = len(range(layer, n_layers, period))
+        for sites in experts:
+            held[sites] += times
     return {sites: held[sites] for sites in side_by_side(held, n_sites)}
 
 
@@ -211,7 +214,7 @@ def refresh_bytes(architecture: ModelConfig, shadow: Shadow, *, n_sites: int, ov
 
     Per round divide by `shadow_refresh`.
     """
-    check_placement(architecture.n_experts, n_sites, overlap)
+    shares(architecture.n_experts, n_sites, overlap)
     lacking = architecture.n_layers * architecture.n_experts * (n_sites - overlap)
     return lacking * copy_bytes(architecture, shadow) / n_sites
 
@@ -226,7 +229,7 @@ def evaluation_bytes(
     windows: int = 1,
 ) -> float:
     """Mean bytes that a site sends in a validation of the global model: every layer goes to the sites that lack it."""
-    check_placement(architecture.n_experts, n_sites, overlap)
+    shares(architecture.n_experts, n_sites, overlap)
     sizes = SynchronizedSizes.of(architecture, routing)
     one = sizes.expert * ITEMSIZE[param_dtype] + sizes.expert_buffers * ITEMSIZE["float32"]
     lacking = architecture.n_layers * architecture.n_experts * (n_sites - overlap)
@@ -246,7 +249,7 @@ def stored_elsewhere_bytes(
         routing: The routing mode.
         slots: State tensors of the outer rule.
     """
-    check_placement(architecture.n_experts, n_sites, overlap)
+    shares(architecture.n_experts, n_sites, overlap)
     sizes = SynchronizedSizes.of(architecture, routing)
     one = ITEMSIZE["float32"] * ((1 + slots) * sizes.expert + sizes.expert_buffers)
     return max(0, copies - overlap) * architecture.n_layers * architecture.n_experts * one / n_sites
@@ -279,20 +282,29 @@ def checkpoint_bytes(
 
     Returns:
         `model`: the global model, once: dense tensors and each expert, float32 where there are anchors.
-        `momentum`: outer momentum, once, float32. `site`: the file of one site: inner moments, where there are
+        `momentum`: outer momentum, once, float32. `site`: the largest file of a site: inner moments, where there are
         rounds local values, and what coding has lost, float32. `files`: number of such files. `total`: all of them.
     """
-    check_placement(architecture.n_experts, n_sites, overlap)
+    shares(architecture.n_experts, n_sites, overlap)
     itemsize, sizes = ITEMSIZE[param_dtype], SynchronizedSizes.of(architecture, routing)
     total = parameter_counts(architecture).total
-    counts = resident_counts(architecture, architecture.n_experts * overlap // n_sites, routing)
-    resident, lost = counts.total, ITEMSIZE["float32"] * matrices(counts) if error_feedback else 0
+    of_sites = shares(architecture.n_experts, n_sites, overlap)
     slots = architecture.n_layers * architecture.n_experts
     # Balance biases are float32 whatever the parameters are.
     biases = ITEMSIZE["float32"] * (sizes.dense_buffers + slots * sizes.expert_buffers)
-    own_biases = ITEMSIZE["float32"] * (sizes.dense_buffers + slots * overlap // n_sites * sizes.expert_buffers)
     model = (ITEMSIZE["float32"] if rounds else itemsize) * total + biases
     outer = ITEMSIZE["float32"] * total if momentum else 0
-    site = itemsize * resident * ADAMW_MOMENTS + (itemsize * resident + own_biases + lost if rounds else 0)
-    files = n_sites if rounds else 1
-    return {"model": model, "momentum": outer, "site": site, "files": files, "total": model + outer + files * site}
+
+    def file(held: int) -> int:
+        counts = resident_counts(architecture, held, routing)
+        if not rounds:
+            return itemsize * counts.total * ADAMW_MOMENTS
+        own_biases = sizes.dense_buffers + architecture.n_layers * held * sizes.expert_buffers
+        lost = matrices(counts) if error_feedback else 0
+        return itemsize * counts.total * (1 + ADAMW_MOMENTS) + ITEMSIZE["float32"] * (own_biases + lost)
+
+    written = [file(held) for held in (of_sites if rounds else of_sites[:1])]
+    return {
+        "model": model, "momentum": outer, "site": max(written), "files": len(written),
+        "total": model + outer + sum(written),
+    }  # fmt: skip

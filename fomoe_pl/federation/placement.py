@@ -1,75 +1,103 @@
 """Placement: which site holds which expert (FoMoE, arXiv 2606.19025, section on placement).
 
-Holder sets are always arcs of `overlap` neighbouring sites on the ring of sites: there are at most M of them, so
-all process groups can be made once, and a random placement only redraws which experts sit on which arc.
-Every expert of a layer fills `overlap` consecutive slots of the ring; slot s belongs to site s mod M. This gives
-every expert exactly `overlap` distinct holders and every site exactly E * overlap / M experts, whenever M divides
-E * overlap.
+The experts of a layer take positions 0..E-1 in an order that a policy chooses; which sites hold a position does not
+depend on the policy. So all process groups can be made once, and a placement that is drawn again only moves experts.
+
+Where sites are alike, holder sets are arcs of `overlap` neighbouring sites on the ring of sites: position p fills
+`overlap` consecutive slots of the ring, and slot s belongs to site s mod M. Where they are not, because of capacities,
+places, or experts that do not divide evenly, sites lie on a line, each as long as its experts, and position p is held
+by the sites at p, p + E, ..., p + (overlap - 1) E (McNaughton's wrap-around rule). No site is longer than E, so they
+are distinct; sites of one place lie together, so no expert has more holders there than it must. There are at most M
+holder sets of arcs, and at most 2 M others, as layers take turns in two orders of the sites.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from itertools import accumulate
+from typing import ClassVar, Literal, cast, get_args
 
 from fomoe_pl.errors import ConfigError
 
 PlacementKind = Literal["fixed", "random"]
 
 
-def check_placement(n_experts: int, n_sites: int, overlap: int) -> None:
-    """Refuse sizes that cannot be placed.
+def shares(n_experts: int, n_sites: int, overlap: int, capacities: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Experts of a layer that each site holds.
 
     Args:
         n_experts: Experts of a layer, E.
         n_sites: Number of sites, M.
         overlap: Number of sites that hold each expert.
+        capacities: One for each site; None is as equal as can be: where they differ, the first ones hold one more.
 
     Raises:
-        ConfigError: Naming the overlaps that would work.
+        ConfigError: Naming what would work.
     """
-    key = "overlap"
     if not 1 <= overlap <= n_sites:
-        raise ConfigError(key, overlap, f"must be between 1 and the number of sites ({n_sites}, devices x num_nodes)",
+        raise ConfigError("overlap", overlap, f"must be between 1 and the number of sites ({n_sites})",
                           f"choose one of {valid_overlaps(n_experts, n_sites)}")  # fmt: skip
-    if n_experts * overlap % n_sites:
-        valid = valid_overlaps(n_experts, n_sites)
-        unit = n_sites // math.gcd(overlap, n_sites)
-        below = n_experts // unit * unit
-        near = [e for e in (below, below + unit) if e]
-        raise ConfigError(
-            key,
-            overlap,
-            f"{n_experts} experts x overlap {overlap} must be divisible by {n_sites} sites, "
-            "so that every site holds equally many",
-            f"with {n_experts} experts choose overlap from {valid}, or set n_experts to one of {near}",
-        )
+    total = n_experts * overlap
+    if total < n_sites:
+        least = -(-n_sites // n_experts)
+        hint = f"with {n_experts} experts choose overlap {least} or more, or set n_experts to {-(-n_sites // overlap)}"
+        raise ConfigError("overlap", overlap, f"{n_experts} experts x overlap {overlap} leave some of the {n_sites} "
+                          "sites without an expert", hint)  # fmt: skip
+    if capacities is None:
+        return tuple(total // n_sites + (site < total % n_sites) for site in range(n_sites))
+    told = list(capacities)
+    if len(told) != n_sites:
+        raise ConfigError("capacities", told, f"there are {n_sites} sites", "give the experts of each of them")
+    even = list(shares(n_experts, n_sites, overlap))
+    if not all(1 <= n <= n_experts for n in told):
+        rule = f"a site holds 1 to {n_experts} of a layer's experts"
+        raise ConfigError("capacities", told, rule, f"such as {even}")
+    if sum(told) != total:
+        rule = f"must add up to {n_experts} experts x overlap {overlap} = {total}, not {sum(told)}"
+        raise ConfigError("capacities", told, rule, f"such as {even}")
+    return tuple(told)
 
 
 def valid_overlaps(n_experts: int, n_sites: int) -> list[int]:
-    """All overlaps that place `n_experts` evenly on `n_sites`."""
-    return [o for o in range(1, n_sites + 1) if n_experts * o % n_sites == 0]
+    """All overlaps with which every one of `n_sites` has an expert."""
+    return [o for o in range(1, n_sites + 1) if n_experts * o >= n_sites]
 
 
-def side_by_side(arcs: Iterable[tuple[int, ...]], n_sites: int) -> list[tuple[int, ...]]:
-    """Arcs in an order in which those that share no site come together, so that they can be averaged at the same time.
+def side_by_side(sets: Iterable[tuple[int, ...]], n_sites: int) -> list[tuple[int, ...]]:
+    """Holder sets in an order in which those that share no site come together: they can be averaged at the same time.
 
     Sorted by their sites, each arc would wait for its neighbour, one after the other around the ring. In this order a
     round takes `overlap` averages' time where overlap divides the number of sites, instead of up to M.
 
     Args:
-        arcs: Sorted tuples of neighbouring sites on the ring.
+        sets: Sorted tuples of sites.
         n_sites: Number of sites M.
     """
+    left = sorted(set(sets))
+    starts = {sites: _start_of_arc(sites, n_sites) for sites in left}
+    if None not in starts.values():
+        return sorted(left, key=lambda sites: (cast(int, starts[sites]) % len(sites), starts[sites]))
+    found: list[tuple[int, ...]] = []
+    while left:
+        busy: set[int] = set()
+        for sites in list(left):
+            if not busy & set(sites):
+                busy |= set(sites)
+                found.append(sites)
+                left.remove(sites)
+    return found
 
-    def first(sites: tuple[int, ...]) -> int:
-        return next((site for site in sites if (site - 1) % n_sites not in sites), 0)
 
-    return sorted(arcs, key=lambda sites: (first(sites) % len(sites), first(sites)))
+def _start_of_arc(sites: tuple[int, ...], n_sites: int) -> int | None:
+    """The first site of neighbours on the ring; None of other sites."""
+    if len(sites) == n_sites:
+        return 0
+    starts = [site for site in sites if (site - 1) % n_sites not in sites]
+    return starts[0] if len(starts) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -135,10 +163,10 @@ class Placement:
 
 
 class PlacementPolicy(ABC):
-    """In which order the experts of a layer sit on the ring of sites; a subclass is one method.
+    """In which order the experts of a layer take their positions; a subclass is one method.
 
-    Whatever the order, every expert has `overlap` holders and every site equally many experts, and the holder sets are
-    those that process groups were made for.
+    Whatever the order, every expert has `overlap` holders and every site as many experts as it is to have, and the
+    holder sets are those that process groups were made for.
 
     Attributes:
         moves: Whether experts are placed again every `reshuffle_rounds` rounds; they travel then.
@@ -225,6 +253,8 @@ def place(
     seed: int = 0,
     draw: int = 0,
     loads: Sequence[Sequence[float]] | None = None,
+    capacities: Sequence[int] | None = None,
+    places: Sequence[str] | None = None,
 ) -> Placement:
     """Place every expert of every layer; deterministic in its arguments.
 
@@ -237,15 +267,18 @@ def place(
         seed: Seed of the random placement.
         draw: How often experts have been placed before, 0 at the start.
         loads: For policies that see them, of each layer and expert.
+        capacities: Experts of a layer that each site holds; None is equal shares.
+        places: Of each site the place that it is in; sites of one place fail together. None: each fails alone.
 
     Returns:
-        The placement; layers are staggered by one site each.
+        The placement; layers are staggered.
 
     Raises:
-        ConfigError: If the sizes do not divide, or a policy's order is no permutation.
+        ConfigError: If the sizes cannot be placed, or a policy's order is no permutation.
     """
-    check_placement(n_experts, n_sites, overlap)
+    of_site = shares(n_experts, n_sites, overlap, capacities)
     policy = policy_of(placement, seed)
+    holders_at = [_holders_at(layer, n_experts, overlap, of_site, places) for layer in range(n_layers)]
     layers = []
     for layer in range(n_layers):
         order = policy.order(layer, n_experts, draw, None if loads is None else loads[layer])
@@ -253,15 +286,67 @@ def place(
             rule = f"order() of layer {layer} must be a permutation of 0..{n_experts - 1}, not {list(order)}"
             raise ConfigError("placement", str(policy), rule, "return each expert exactly once")
         holders: list[tuple[int, ...]] = [()] * n_experts
-        for position, expert in enumerate(order):
-            holders[expert] = tuple(sorted((position * overlap + j + layer) % n_sites for j in range(overlap)))
+        for sites, expert in zip(holders_at[layer], order, strict=True):
+            holders[expert] = sites
         layers.append(tuple(holders))
     return Placement(tuple(layers), n_sites)
 
 
-def all_arcs(n_experts: int, n_layers: int, n_sites: int, overlap: int) -> list[tuple[int, ...]]:
-    """Every holder set that any placement of these sizes can have (at most M of them)."""
-    return place("fixed", n_layers=n_layers, n_experts=n_experts, n_sites=n_sites, overlap=overlap).holder_sets()
+def _holders_at(
+    layer: int, n_experts: int, overlap: int, of_site: Sequence[int], places: Sequence[str] | None
+) -> list[tuple[int, ...]]:
+    """The holders of each position of a layer; see the module."""
+    n_sites = len(of_site)
+    if places is None and len(set(of_site)) == 1:
+        return [
+            tuple(sorted((position * overlap + j + layer) % n_sites for j in range(overlap)))
+            for position in range(n_experts)
+        ]
+    of_place: dict[str, list[int]] = {}
+    for site in range(n_sites):
+        of_place.setdefault(str(site) if places is None else places[site], []).append(site)
+    groups = list(of_place.values())
+    if layer % 2:  # in another order, so that not the same sites share experts in all layers
+        groups = [_turned(sites, by) for by, sites in enumerate(groups[::2] + groups[1::2])]
+    line = [site for sites in groups for site in sites]
+    ends = list(accumulate(of_site[site] for site in line))
+    return [
+        tuple(sorted(line[bisect_right(ends, position + k * n_experts)] for k in range(overlap)))
+        for position in range(n_experts)
+    ]
+
+
+def _turned(sites: list[int], by: int) -> list[int]:
+    by %= len(sites)
+    return sites[by:] + sites[:by]
+
+
+def all_holder_sets(
+    n_experts: int, n_layers: int, n_sites: int, overlap: int, *, capacities: Sequence[int] | None = None,
+    places: Sequence[str] | None = None,
+) -> list[tuple[int, ...]]:  # fmt: skip
+    """Every holder set that any placement of these sizes can have."""
+    return place(
+        "fixed", n_layers=n_layers, n_experts=n_experts, n_sites=n_sites, overlap=overlap, capacities=capacities,
+        places=places,
+    ).holder_sets()  # fmt: skip
+
+
+def set_numbers(placement: Placement) -> dict[tuple[int, ...], int]:
+    """A number for each holder set, for names: of arcs the first site, of others M and more."""
+    sets = placement.holder_sets()
+    starts = {sites: _start_of_arc(sites, placement.n_sites) for sites in sets}
+    return {sites: placement.n_sites + i if start is None else start for i, (sites, start) in enumerate(starts.items())}
+
+
+def in_one_place(placement: Placement, places: Sequence[str]) -> int:
+    """Experts, over all layers, whose holders are all in one place, with which they would be lost.
+
+    Args:
+        placement: Who holds what.
+        places: Of each site the place that it is in.
+    """
+    return sum(len({places[site] for site in sites}) == 1 for layer in placement.holders for sites in layer)
 
 
 @dataclass(frozen=True)

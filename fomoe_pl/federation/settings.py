@@ -14,9 +14,10 @@ from fomoe_pl.federation.placement import (
     Placement,
     PlacementKind,
     PlacementPolicy,
-    check_placement,
+    all_holder_sets,
     place,
     policy_of,
+    shares,
 )
 from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.model.residency import Residency, Routing, Shadow, ShadowBits
@@ -41,6 +42,10 @@ class FederationConfig:
         inside: What each of them has of the site's model: all of it (`replicate`), or a slice of each tensor, gathered
             layer by layer while it computes (`shard`, FSDP2).
         overlap: Sites that hold each expert, 1..M; None is M, a full replica.
+        capacities: Experts of a layer that each site holds, one number a site: together E x overlap, none above E. None
+            is as equal as can be.
+        places: Of each site a name of the place that it is in: sites of one place fail together, and an expert's
+            holders are spread over places. None: each site is a place.
         routing: What happens to picks of experts that are not here: `ghost` skips them, `partitioned` routes among
             the residents only, `shadow` computes them with frozen low-bit copies.
         placement: `fixed`, `random` with experts placed again every `reshuffle_rounds` rounds, or your own subclass of
@@ -78,6 +83,8 @@ class FederationConfig:
     ranks_per_site: int = 1
     inside: Sharing = "replicate"
     overlap: int | None = None
+    capacities: tuple[int, ...] | None = None
+    places: tuple[str, ...] | None = None
     routing: Routing = "ghost"
     placement: PlacementKind | PlacementPolicy = "fixed"
     reshuffle_rounds: int = 1
@@ -107,6 +114,9 @@ class FederationConfig:
             ("shadow_bits", ShadowBits),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), choices)
+        if self.min_sites is not None and (self.capacities or self.places):
+            rule = "with capacities or places of each site the number of sites cannot change by itself"
+            raise ConfigError("min_sites", self.min_sites, rule, "leave it out, or leave those out")
         for name in (
             "sites", "ranks_per_site", "overlap", "min_sites", "copies", "reshuffle_rounds", "bucket_mib",
             "shadow_refresh",
@@ -191,13 +201,20 @@ class FederationConfig:
             return n_sites
         return self.overlap
 
-    def check(self, n_experts: int, n_sites: int) -> None:
+    def check(self, n_experts: int, n_sites: int, top_k: int = 1) -> None:
         """Check the settings against the model's experts and the sites that there are.
 
         Raises:
-            ConfigError: Naming the overlaps that would work.
+            ConfigError: Naming the overlaps or capacities that would work.
         """
-        check_placement(n_experts, n_sites, self.overlap_of(n_sites))
+        fewest = min(shares(n_experts, n_sites, self.overlap_of(n_sites), self.capacities))
+        if self.routing == "partitioned" and fewest < top_k:
+            rule = f"leaves a site {fewest} experts of a layer, and with partitioned routing its tokens pick {top_k}"
+            name, value = ("overlap", self.overlap) if self.capacities is None else ("capacities", self.capacities)
+            raise ConfigError(name, value, rule, f"give each site {top_k} or more, or type routing ghost")
+        if self.places is not None and len(self.places) != n_sites:
+            rule = f"there are {n_sites} sites"
+            raise ConfigError("places", list(self.places), rule, "give the place of each of them")
         check_range("copies", self.copies, f"there are {n_sites} sites", most=n_sites)
 
     def place(
@@ -206,8 +223,14 @@ class FederationConfig:
         """The placement after experts have been placed `draw` times; see `fomoe_pl.federation.placement.place`."""
         return place(
             self.policy, n_layers=n_layers, n_experts=n_experts, n_sites=n_sites, overlap=self.overlap_of(n_sites),
-            draw=draw, loads=loads,
+            draw=draw, loads=loads, capacities=self.capacities, places=self.places,
         )  # fmt: skip
+
+    def holder_sets(self, n_layers: int, n_experts: int, n_sites: int) -> list[tuple[int, ...]]:
+        """Every holder set that there may be, whatever is drawn."""
+        return all_holder_sets(
+            n_experts, n_layers, n_sites, self.overlap_of(n_sites), capacities=self.capacities, places=self.places
+        )
 
     def residency(self, experts: tuple[tuple[int, ...], ...]) -> Residency:
         """What the model of a site is, that holds these experts of each layer."""
@@ -242,10 +265,12 @@ class FederationConfig:
     def identity(self, n_sites: int) -> dict[str, Any]:
         """What a site's own state depends on: a run with the same identity resumes bit for bit."""
         drawn = {"placement_seed": self.placement_seed, "reshuffle_rounds": self.reshuffle_rounds}
+        unlike = {"capacities": self.capacities, "places": self.places}
         copied = {"shadow_bits": self.shadow_bits, "shadow_refresh": self.shadow_refresh}
         return {
             "overlap": self.overlap_of(n_sites), "routing": self.routing, "placement": str(self.policy),
             "outer.rule": str(self.rule).split()[0], **(drawn if self.policy.moves else {}),
+            **{name: list(values) for name, values in unlike.items() if values is not None},
             **(copied if self.routing == "shadow" else {}),
         }  # fmt: skip
 

@@ -22,7 +22,7 @@ from fomoe_pl.costs.rounds import (
     stored_elsewhere_bytes,
 )
 from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work
-from fomoe_pl.federation.placement import valid_overlaps
+from fomoe_pl.federation.placement import shares, valid_overlaps
 from fomoe_pl.federation.settings import FORMATS, OuterPlace
 from fomoe_pl.model.config import Checkpointing, ModelConfig
 from fomoe_pl.planner.choices import Choice, Plan, Refusal, RunLength, Saving, divisions
@@ -84,14 +84,14 @@ class Planner:
     def _of_layout(self, layout: Layout) -> tuple[list[Plan], list[Refusal]]:
         methods = tuple(self.request.methods)
         m = len(self.request.place_of(layout))
-        overlaps = [o for o in self.request.overlaps or range(1, m + 1) if o <= m]
+        overlaps = [o for o in self.request.overlaps or self._to_try(m) if o <= m]
         if not overlaps:
             reason = f"{m} sites: an overlap is 1 to {m}"
             return [], [Refusal(self.name, layout, methods, tuple(self.request.overlaps or ()), reason)]
         valid = [o for o in valid_overlaps(self.config.n_experts, m) if o in overlaps]
         refusals: list[Refusal] = []
         if odd := tuple(o for o in overlaps if o not in valid):
-            reason = f"{self.config.n_experts} experts × overlap must be divisible by {m} sites"
+            reason = f"{self.config.n_experts} experts × overlap leave some of {m} sites without one"
             refusals.append(Refusal(self.name, layout, methods, odd, reason))
         asked = self.request.global_batch
         least = m * -(-asked // m)
@@ -113,6 +113,11 @@ class Planner:
                     unfit = [misfit for misfit in found if isinstance(misfit, Misfit)]
                     misfits.setdefault(method, []).append(min(unfit, key=lambda misfit: misfit.least))
         return plans, refusals + self._refusals(layout, misfits)
+
+    def _to_try(self, m: int) -> list[int]:
+        """Overlaps with which all sites have as many experts, or if none has but full replicas, all that there are."""
+        even = [o for o in range(1, m + 1) if self.config.n_experts * o % m == 0]
+        return even if len(even) > 1 else valid_overlaps(self.config.n_experts, m)
 
     @staticmethod
     def _untried(method: Method, layout: Layout, m: int, overlaps: Sequence[int]) -> str | None:
@@ -145,7 +150,7 @@ class Planner:
         )  # fmt: skip
 
     def _resident(self, choice: Choice) -> int:
-        return self.config.n_experts * choice.overlap // choice.sites
+        return max(shares(self.config.n_experts, choice.sites, choice.overlap))
 
     def _savings(self, choice: Choice) -> list[Saving]:
         """Ways to save memory, least saving first: of equally fast ones the first is taken."""

@@ -25,7 +25,7 @@ from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inside import Inside
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.liveness import raise_if_lost
-from fomoe_pl.federation.placement import Placement, all_arcs
+from fomoe_pl.federation.placement import Placement, in_one_place
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
@@ -117,6 +117,10 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
 
     def _check_disks(self) -> None:
         copies = self.settings.copies
+        if self.checkpoint_root is not None and self.settings.ranks_per_site > 1:
+            rule = "is of sites of one rank: those of several may be on machines with a disk each"
+            raise ConfigError("checkpoint_root", str(self.checkpoint_root), rule, "leave it out, and give all sites "
+                              "one file system")  # fmt: skip
         if self.checkpoint_root is None and copies is not None:
             rule = "is on how many sites' own disks each expert is stored, and the sites have none"
             raise ConfigError("copies", copies, rule, "give checkpoint_root too, or leave it out")
@@ -168,7 +172,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             sites = None if sites == self.pace.planned_sites else sites
         ranks = self.settings.ranks_per_site
         n_sites = check_processes(sites, ranks, n_processes, num_nodes, share_device=self.share_device)
-        self.settings.check(config.n_experts, n_sites)
+        self.settings.check(config.n_experts, n_sites, config.top_k)
         if self.settings.inside == "shard":
             check_shares(config, self.settings.routing, ranks)
         return n_sites
@@ -214,7 +218,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         gloo = dist.get_backend() == "gloo"
         transport = Transport(
             self.topology,
-            all_arcs(config.n_experts, config.n_layers, n, settings.overlap_of(n)),
+            settings.holder_sets(config.n_layers, config.n_experts, n),
             self.ledger,
             device=torch.device("cpu") if gloo else self.root_device,
             dtype=settings.wire_dtype,
@@ -231,6 +235,9 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             copies=copies_of(self.transformer),
         )  # fmt: skip
         rank_zero_info(self.describe())
+        if settings.places is not None:
+            alone = in_one_place(self.federation.placement, settings.places)
+            rank_zero_info(f"{alone} of {config.n_layers * config.n_experts} experts live in one place only")
 
     def _join_site(self) -> None:
         """Meet the other ranks of this site, and share its model out among them."""

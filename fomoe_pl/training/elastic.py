@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.placement import check_placement
+from fomoe_pl.federation.placement import shares
 
 KEY = "min_sites"
 
@@ -84,7 +84,7 @@ def check_min_sites(min_sites: int, pace: Pace, num_nodes: int, overlap: int | N
         n_experts: Experts of a layer, E.
 
     Raises:
-        ConfigError: If it is more than are planned, or if the experts cannot be divided over one of the numbers.
+        ConfigError: If it is more than are planned, or if experts cannot be placed on one of the numbers of sites.
     """
     if pace.sites % num_nodes:
         rule = "with sites that are on several machines, one that is lost leaves no whole sites"
@@ -93,10 +93,8 @@ def check_min_sites(min_sites: int, pace: Pace, num_nodes: int, overlap: int | N
     if not 1 <= min_sites <= planned:
         rule = f"must be from 1 to the planned number of sites ({planned} = trainer.devices x num_nodes)"
         raise ConfigError(KEY, min_sites, rule, "give the fewest sites that the run may go on with")
-    check_placement(n_experts, planned, overlap or planned)
+    shares(n_experts, planned, overlap or planned)
     for sites in range(per_node, planned, per_node):
         held_by = min(overlap or sites, sites)
-        if sites >= min_sites and n_experts * held_by % sites:
-            rule = f"with {sites} sites {n_experts} experts, each on {held_by}, could not be divided evenly"
-            hint = f"type {sites + per_node}, or an overlap or model.architecture.n_experts that can be divided"
-            raise ConfigError(KEY, min_sites, rule, hint)
+        if sites >= min_sites:
+            shares(n_experts, sites, held_by)

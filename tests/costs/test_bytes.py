@@ -14,7 +14,6 @@ from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.outer import Average, Nesterov, OuterRule
-from fomoe_pl.federation.placement import all_arcs
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
@@ -66,6 +65,10 @@ CASES: list[tuple[ModelConfig, dict[str, Any]]] = [
     (SWIGLU, {"overlap": 2, "outer": NESTEROV, "wire_codec": "int4", "error_feedback": True, "moments_codec": "int8",
               "inner_moments": "average", "moments_every": (1, 2), "placement": "random"}),
     (SWIGLU, {"overlap": 3, "outer": AVERAGE, "wire_codec": "int8", "inner_moments": "average", "moments_every": 2}),
+    # Sites that hold other numbers of experts.
+    (SWIGLU, {"overlap": 2, "outer": NESTEROV, "placement": "random", "capacities": (6, 4, 2), "validations": [4]}),
+    (SWIGLU, {"overlap": 2, "outer": AVERAGE, "routing": "shadow", "places": ("a", "a", "b"),
+              "validations": [4]}),
     # The embedding is cut.
     (replace(ARCHITECTURE, vocab_size=40_037), {"overlap": 1, "outer": AVERAGE, "moments_codec": "int8",
                                                 "inner_moments": "average", "bucket_mib": 1}),
@@ -92,7 +95,7 @@ def _count(
     model = Transformer(architecture, settings.residency(placement.residents(rank)))
     model.to(getattr(torch, param_dtype))
     layout = ParameterLayout.of(model, model.expert_tensors())
-    arcs = all_arcs(architecture.n_experts, architecture.n_layers, M, settings.overlap_of(M))
+    arcs = settings.holder_sets(architecture.n_layers, architecture.n_experts, M)
     transport = Transport(
         Topology(M, 1, rank),
         arcs,

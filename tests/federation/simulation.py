@@ -37,11 +37,12 @@ class Case:
     reshuffle_rounds: int = 1
     untouched: int | None = None  # an expert that gets no gradient after the first round
     n_sites: int = SITES
+    capacities: tuple[int, ...] | None = None
     on_host: bool = False  # anchors and momentum, which are copied for each use
 
     def place(self, epoch: int) -> Placement:
         return place(self.placement, n_layers=LAYERS, n_experts=EXPERTS, n_sites=self.n_sites, overlap=self.overlap,
-                     seed=7, draw=epoch)  # fmt: skip
+                     seed=7, draw=epoch, capacities=self.capacities)  # fmt: skip
 
 
 def shapes() -> dict[Key, tuple[int, ...]]:

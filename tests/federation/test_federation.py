@@ -27,6 +27,8 @@ CASES = [
     Case(2, "random", reshuffle_rounds=2, rounds=4, warmup=0, **NESTEROV),
     Case(2, "fixed", untouched=1, inner_moments="reset", **NESTEROV),
     Case(2, "random", on_host=True),
+    Case(2, "random", capacities=(4, 2, 1, 1), inner_moments="average", **NESTEROV),
+    Case(3, capacities=(1, 4, 3, 4)),
     Case(2, "random", on_host=True, untouched=1, inner_moments="average", **NESTEROV),
 ]
 

@@ -9,16 +9,17 @@ from fomoe_pl.federation.placement import (
     Placement,
     PlacementPolicy,
     Transfer,
-    all_arcs,
-    check_placement,
+    all_holder_sets,
     gather_layer,
+    in_one_place,
     migration,
     place,
-    valid_overlaps,
+    shares,
 )
 
 LAYERS = 5
 SIZES = [(e, m, o) for e in (1, 4, 6, 8, 12, 64) for m in range(1, 9) for o in range(1, m + 1) if e * o % m == 0]
+
 KINDS = ("fixed", "random")
 
 
@@ -47,7 +48,7 @@ def test_every_expert_has_exactly_overlap_holders_and_every_site_equally_many_ex
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_at_most_as_many_holder_sets_as_sites_whatever_is_drawn(size: tuple[int, int, int]) -> None:
     e, m, o = size
-    arcs = all_arcs(e, LAYERS, m, o)
+    arcs = all_holder_sets(e, LAYERS, m, o)
     assert len(arcs) <= m
     for epoch in range(5):
         placement = placed("random", size, draw=epoch)
@@ -114,26 +115,82 @@ def test_owners_are_holders_and_spread() -> None:
 
 @pytest.mark.parametrize("overlap", [0, -1, 5])
 def test_overlap_outside_the_sites_names_the_valid_ones(overlap: int) -> None:
-    with pytest.raises(ConfigError, match=r"between 1 and the number of sites \(4,.*\[2, 4\]"):
-        check_placement(6, 4, overlap)
+    with pytest.raises(ConfigError, match=r"between 1 and the number of sites \(4\).*\[1, 2, 3, 4\]"):
+        shares(6, 4, overlap)
 
 
-def test_indivisible_sizes_name_valid_overlaps_and_valid_numbers_of_experts() -> None:
-    assert valid_overlaps(6, 4) == [2, 4]
-    with pytest.raises(ConfigError, match=r"overlap = 3: 6 experts x overlap 3 .* 4 sites.* from \[2, 4\].*\[4, 8\]"):
-        placed("fixed", (6, 4, 3))
+def test_shares_differ_by_at_most_one_and_none_is_empty() -> None:
+    assert shares(32, 3, 1) == (11, 11, 10)
     for experts in range(1, 20):
         for sites in range(1, 9):
             for overlap in range(1, sites + 1):
-                if overlap in valid_overlaps(experts, sites):
-                    check_placement(experts, sites, overlap)
+                if experts * overlap >= sites:
+                    found = shares(experts, sites, overlap)
+                    assert (sum(found), len(found)) == (experts * overlap, sites)
+                    assert max(found) - min(found) <= 1
                 else:
-                    with pytest.raises(ConfigError) as error:
-                        check_placement(experts, sites, overlap)
-                    near = error.value.hint.rpartition("[")[2].rstrip("]").split(", ")
-                    assert near != [""]
-                    for number in near:
-                        check_placement(int(number), sites, overlap)
+                    with pytest.raises(ConfigError, match="without an expert") as error:
+                        shares(experts, sites, overlap)
+                    more, _, larger = error.value.hint.partition(", or set n_experts to ")
+                    shares(experts, sites, int(more.split("overlap ")[1].split()[0]))
+                    shares(int(larger), sites, overlap)
+
+
+UNLIKE: list[dict[str, Any]] = [
+    {"n_experts": 32, "n_sites": 3, "overlap": 1},
+    {"n_experts": 7, "n_sites": 4, "overlap": 3},
+    {"n_experts": 8, "n_sites": 4, "overlap": 2, "capacities": (8, 4, 3, 1)},
+    {"n_experts": 8, "n_sites": 4, "overlap": 2, "places": ("eu", "us", "eu", "us")},
+    {"n_experts": 64, "n_sites": 8, "overlap": 3, "capacities": (64, 32, 32, 16, 16, 16, 8, 8)},
+    {"n_experts": 12, "n_sites": 6, "overlap": 3, "places": ("a", "a", "b", "c", "b", "c")},
+    {"n_experts": 9, "n_sites": 5, "overlap": 2, "capacities": (3, 4, 5, 4, 2), "places": ("a", "b", "a", "b", "b")},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", UNLIKE, ids=str)
+def test_sites_that_are_unlike_hold_what_they_can_and_holder_sets_stay_few(sizes: dict[str, Any], kind: Any) -> None:
+    n_experts, n_sites, overlap = sizes["n_experts"], sizes["n_sites"], sizes["overlap"]
+    of_site = shares(n_experts, n_sites, overlap, sizes.get("capacities"))
+    rest = {key: sizes[key] for key in ("capacities", "places") if key in sizes}
+    sets = all_holder_sets(n_experts, LAYERS, n_sites, overlap, **rest)
+    assert len(sets) <= 2 * n_sites
+    for draw in range(3):
+        placement = place(kind, n_layers=LAYERS, draw=draw, **sizes)
+        assert placement.holder_sets() == sets
+        for layer in placement.holders:
+            assert all(len(set(sites)) == overlap and list(sites) == sorted(sites) for sites in layer)
+            assert Counter(site for sites in layer for site in sites) == dict(enumerate(of_site))
+        if "places" in sizes:
+            names = sizes["places"]
+            together = Counter({name: sum(n for n, at in zip(of_site, names, strict=True) if at == name)
+                                for name in names})  # fmt: skip
+            for layer in placement.holders:
+                for sites in layer:
+                    for name, n in Counter(names[site] for site in sites).items():
+                        assert n <= -(-together[name] // n_experts)  # no more than there must be
+            alone = in_one_place(placement, names)
+            must = LAYERS * sum(max(0, n - (overlap - 1) * n_experts) for n in together.values())
+            assert alone == must
+
+
+def test_holder_sets_that_share_no_site_follow_each_other() -> None:
+    placement = place("fixed", n_layers=2, n_experts=8, n_sites=4, overlap=2, places=("a", "a", "b", "b"))
+    assert placement.holder_sets() == [(0, 2), (1, 3), (0, 3), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("capacities", "rule"),
+    [
+        ((8, 8), "there are 3 sites"),
+        ((9, 4, 3), "1 to 8"),
+        ((8, 8, 0), "1 to 8"),
+        ((8, 4, 3), "must add up to .* = 16"),
+    ],
+)
+def test_capacities_that_do_not_fit_are_refused_with_some_that_do(capacities: tuple[int, ...], rule: str) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        shares(8, 3, 2, capacities)
 
 
 class HeaviestApart(PlacementPolicy):

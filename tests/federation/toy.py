@@ -11,7 +11,7 @@ from fomoe_pl.federation.inner import RowAdamW, moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.outer import Average, Nesterov
-from fomoe_pl.federation.placement import Placement, all_arcs
+from fomoe_pl.federation.placement import Placement, all_holder_sets
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
 from tests.federation.simulation import (
@@ -54,7 +54,7 @@ def make(
     """The federation of one rank, with further options, and its inner optimizer."""
     placement = case.place(0)
     layout = toy_layout(placement, rank)
-    arcs = all_arcs(EXPERTS, LAYERS, case.n_sites, case.overlap)
+    arcs = all_holder_sets(EXPERTS, LAYERS, case.n_sites, case.overlap, capacities=case.capacities)
     wire = Transport(Topology(case.n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"), **wire_options)
     federation = Federation(
         layout, placement, wire,

@@ -280,18 +280,23 @@ def test_what_was_not_tried_has_a_reason() -> None:
         assert not any(p.choice.layout == "one" for p in plans)
 
 
-def test_overlaps_that_do_not_divide_are_told() -> None:
-    plans, refusals = planned(sites=SITES[:3], global_batch=18)
-    assert {p.choice.overlap for p in plans} == {3}
-    assert [(r.overlaps, "divisible by 3" in r.reason) for r in refusals] == [((1, 2), True)]
+def test_overlaps_are_those_that_divide_evenly_if_there_are_any() -> None:
+    plans, refusals = planned(sites=SITES[:3], global_batch=18)  # 4 experts
+    assert ({p.choice.overlap for p in plans}, refusals) == ({1, 2, 3}, [])
+    assert {p.choice.overlap for p in planned(sites=SITES[:4])[0]} == {1, 2, 3, 4}
+    plans, refusals = planned(sites=[dict(SITES[0], name=str(i)) for i in range(10)], overlaps=[1, 2], global_batch=20)
+    assert {p.choice.overlap for p in plans} == {2}
+    assert ((1,), True) in [(r.overlaps, "leave some of 10 sites without one" in r.reason) for r in refusals]
 
 
 def test_refusals_that_differ_in_model_and_layout_alone_are_one_row() -> None:
-    devices = [dict(site, devices=2) for site in SITES[:3]]
-    _, refusals = planned(sites=devices, layouts=["one", "sharded"], global_batch=18, methods=["local_adamw"])
+    devices = [dict(SITES[0], name=str(i), devices=2) for i in range(10)]
+    _, refusals = planned(
+        sites=devices, layouts=["one", "sharded"], overlaps=[1], global_batch=20, methods=["local_adamw"]
+    )
     again = [replace(refusal, model="other") for refusal in refusals]
     [(models, layouts, told)] = merged(refusals + again)
-    assert (models, layouts, told.overlaps) == (["tiny", "other"], ["one", "sharded"], (1, 2))
+    assert (models, layouts, told.overlaps) == (["tiny", "other"], ["one", "sharded"], (1,))
 
 
 def test_every_device_a_site_of_its_own() -> None:

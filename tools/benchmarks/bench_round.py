@@ -30,7 +30,7 @@ from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.outer import Average, Nesterov
-from fomoe_pl.federation.placement import all_arcs, place
+from fomoe_pl.federation.placement import all_holder_sets, place
 from fomoe_pl.federation.settings import OuterPlace
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
@@ -160,7 +160,7 @@ def measure(
         model = Transformer(config, Residency("ghost", placement.residents(rank)), device=device)
     by_host = wire_name == "gloo"
     wire = NotedTransport(
-        Topology(n_sites, 1, rank), all_arcs(config.n_experts, config.n_layers, n_sites, overlap), Ledger(),
+        Topology(n_sites, 1, rank), all_holder_sets(config.n_experts, config.n_layers, n_sites, overlap), Ledger(),
         device=torch.device("cpu") if by_host else device, dtype=options.wire_dtype,
         bucket_bytes=options.bucket_mib * MIB, home=device,
     )  # fmt: skip

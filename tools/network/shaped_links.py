@@ -38,7 +38,7 @@ from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
-from fomoe_pl.federation.placement import all_arcs
+from fomoe_pl.federation.placement import all_holder_sets
 from fomoe_pl.federation.settings import FederationConfig, InnerMoments
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
@@ -111,7 +111,7 @@ def work(settings: dict[str, Any]) -> None:
     placement = method.place(ARCHITECTURE.n_layers, ARCHITECTURE.n_experts, n_sites)
     model = Transformer(ARCHITECTURE, method.residency(placement.residents(rank)))
     layout = ParameterLayout.of(model, model.expert_tensors())
-    arcs = all_arcs(ARCHITECTURE.n_experts, ARCHITECTURE.n_layers, n_sites, overlap)
+    arcs = all_holder_sets(ARCHITECTURE.n_experts, ARCHITECTURE.n_layers, n_sites, overlap)
     wire = TimedTransport(Topology(n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"),
                      bucket_bytes=settings["bucket_bytes"])  # fmt: skip
     federation = Federation(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fomoe_pl.costs.flops import token_flops
 from fomoe_pl.costs.network import Links
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.federation.placement import check_placement
+from fomoe_pl.federation.placement import shares
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.sizes import dense_parameters, parameter_counts, sparse_parameters
 
@@ -70,7 +70,7 @@ def bytes_per_round(
     Raises:
         ConfigError: If the sizes cannot be placed, or gamma is no share.
     """
-    check_placement(config.n_experts, n_sites, overlap)
+    shares(config.n_experts, n_sites, overlap)
     if not 0 <= reshuffled <= 1:
         raise ConfigError("reshuffled", reshuffled, "is a share of the rounds", "give a number in 0..1")
     resident = sparse_parameters(config, "partitioned") * overlap / n_sites
@@ -110,7 +110,7 @@ def saving(config: ModelConfig, share: float, local_steps: int = 1) -> float:
 
 def ffn_share(config: ModelConfig, sequence_length: int, *, n_sites: int, overlap: int) -> float:
     """Share of experts and router in a site's FLOPs, ghosts skipped, without the output matrix (Fig. 8, Eq. 2)."""
-    check_placement(config.n_experts, n_sites, overlap)
+    shares(config.n_experts, n_sites, overlap)
     flops = token_flops(config, sequence_length, n_resident=config.n_experts * overlap // n_sites)
     ffn = flops.experts + flops.router
     return ffn / (flops.forward - flops.output)
@@ -154,7 +154,7 @@ def run_hours(
     """
     if not bandwidth_mbit > 0:
         raise ConfigError("bandwidth_mbit", bandwidth_mbit, "must be above 0", "give a positive number")
-    check_placement(config.n_experts, n_sites, overlap)
+    shares(config.n_experts, n_sites, overlap)
     tokens_per_step = budget.batch_sequences * budget.sequence_length
     steps = budget.tokens / tokens_per_step
     flops = token_flops(config, budget.sequence_length, n_resident=config.n_experts * overlap // n_sites)
