@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fomoe_random accumulation": {"trainer": {"accumulate_grad_batches": 3}, "data": {"split": "domain"}},
     "diloco workers accumulation": {"trainer": {"accumulate_grad_batches": 2}, "data": {"num_workers": 2}},
     "fomoe_partitioned bias": {"architecture": {"balance": "bias", "bias_update_rate": 0.01}},
-    "fomoe_random unlike": {"settings": {"overlap": 1, "capacities": (3, 1), "reshuffle_rounds": 1}},
+    "fomoe_random unlike": {"settings": {"overlap": 1, "capacities": (5, 3), "reshuffle_rounds": 1}},
     # Saved while copies are older than the anchors.
     "fomoe_shadow older": {"settings": {"shadow_refresh": 3, "shadow_bits": 2}},
     "fomoe_shadow random": {"settings": {"placement": "random", "reshuffle_rounds": 1, "shadow_refresh": 3}},
