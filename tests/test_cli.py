@@ -227,15 +227,21 @@ def test_a_name_is_its_file(name: str, root: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("files", "steps"),
-    [(["model/fomoe-153m", "experiment/four_sites_one_gpu"], 200), (["experiment/routing_eight_domains"], 832)],
-)
+    [
+        (["model/fomoe-153m", "experiment/four_sites_one_gpu"], 200), (["experiment/routing_eight_domains"], 832),
+        (["experiment/two_sites_two_ranks"], 480), (["model/fomoe-1.8b", "experiment/three_data_centres"], 32_000),
+    ],
+)  # fmt: skip
 def test_an_experiment_makes_a_run(root: str, monkeypatch: pytest.MonkeyPatch, files: list[str], steps: int) -> None:
     # On four processes of this machine instead of a GPU.
     here = ["--trainer.accelerator", "cpu", "--trainer.devices", "4", f"{STRATEGY}.share_device", "false"]
     corpus = ["--data.root", root, "--model.architecture.vocab_size", "257", "--trainer.logger", "false"]
     given = [word for name in files for word in ("-c", str(ROOT / "configs" / f"{name}.yaml"))]
+    if files[-1].endswith("three_data_centres"):  # of two processes each, on one machine
+        here[3:] = ["6", "--trainer.num_nodes", "1", f"{STRATEGY}.ranks_per_site", "2", "--data.batch_size", "2"]
+        here += ["--data.val_batch_size", "2"]
     built = build(["fit", *given, *here, *corpus], monkeypatch)
-    assert (built.trainer.max_steps, built.trainer.num_devices) == (steps, 4)
+    assert (built.trainer.max_steps, built.trainer.num_devices) == (steps, int(here[3]))
 
 
 def settings(strategy: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ class Campaign:
 
     def prepare(self, pool: ThreadPoolExecutor) -> None:
         """Make the damaged corpora, of a shard that is read, and train all worlds undisturbed."""
-        plain = next((world for world in self.worlds if not world.damage), World(self.worlds[0].strategy))
+        plain = next(
+            (world for world in self.worlds if not world.damage), replace(self.worlds[0], damage=None, poison=())
+        )
         if plain not in self.worlds:
             self.worlds += (plain,)
         self.undisturbed(plain)
@@ -213,7 +216,7 @@ def page(campaign: Campaign, command: str, minutes: float) -> str:
     what = f"{len(found.problems)} problems" if found.problems else "nothing that must not be"
     answer = f"{ended} of {len(found.runs)} runs came to their end; {what} was found."
     settings = (
-        f"{campaign.sites} sites; runs of {campaign.steps} steps, saved after every round of {K}, the last two "
+        f"{campaign.sites} processes; runs of {campaign.steps} steps, saved after every round of {K}, the last two "
         f"checkpoints kept; `check_agreement`; {minutes:.0f} minutes, {campaign.parallel} runs at a time"
     )
     lost = f"{statistics.median(alone):.0f} (median), {max(alone)} (most)" if alone else "-"
@@ -252,6 +255,7 @@ Answer: {answer}
 def main(
     output: str, kills: int = 100, others: int = 20, torchrun: int = 2, seed: int = 0, sites: int = 4, faults: int = 12,
     parallel: int = 3, quiet: float = 120.0, minutes: float = 120.0, root: str | None = None, keep: bool = False,
+    ranks: int = 1, inside: str = "replicate",
 ) -> int:  # fmt: skip
     """Inject faults until there were enough.
 
@@ -268,12 +272,16 @@ def main(
         minutes: After which no further run is started.
         root: A prepared corpus of bytes; null makes one of the sample texts.
         keep: Keep the folders of runs.
+        ranks: Processes of a site.
+        inside: What each of them has of its site's model: `replicate` or `shard`.
     """
     folder, started = Path(output), time.time()
     folder.mkdir(parents=True)
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell in the background ignores the second
         signal.signal(number, signal.default_int_handler)
-    campaign = Campaign(folder, seed, sites, faults, parallel, quiet, None if root is None else Path(root))
+    worlds = tuple(replace(world, ranks=ranks, inside=inside) for world in WORLDS)
+    corpus = None if root is None else Path(root)
+    campaign = Campaign(folder, seed, sites, faults, parallel, quiet, corpus, worlds)
     try:
         campaign.go(kills, others, torchrun, minutes)
     except (KeyboardInterrupt, InterruptedError):

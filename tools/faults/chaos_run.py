@@ -58,16 +58,21 @@ class World:
     Attributes:
         strategy: A file of configs/strategy.
         damage: What happens to one training shard once the run has begun; None for nothing.
-        poison: (site, step) whose gradients are infinite.
+        poison: (process, step) whose gradients are infinite.
+        ranks: Processes of a site.
+        inside: What each of them has of its site's model.
     """
 
     strategy: str
     damage: str | None = None
     poison: tuple[tuple[int, int], ...] = ()
+    ranks: int = 1
+    inside: str = "replicate"
 
     def __str__(self) -> str:
         """A name for folders and lines."""
-        parts = [self.strategy, self.damage and f"{self.damage} shard", self.poison and "infinite gradients"]
+        parts = [self.strategy, self.damage and f"{self.damage} shard", self.poison and "infinite gradients",
+                 self.ranks > 1 and f"{self.ranks} ranks a site ({self.inside})"]  # fmt: skip
         return ", ".join(part for part in parts if part)
 
 
@@ -254,7 +259,8 @@ class Run:
             "--trainer.devices", str(self.sites), "--trainer.max_steps", str(self.steps),
             "--trainer.default_root_dir", str(self.folder), "--data.root", str(root), "--ckpt_path", "auto",
             f"{strategy}.local_steps", str(K), f"{strategy}.check_agreement", "true",
-            f"{strategy}.timeout_seconds", str(self.quiet / 4),
+            f"{strategy}.timeout_seconds", str(self.quiet / 4), f"{strategy}.inside", self.world.inside,
+            f"{strategy}.ranks_per_site", str(self.world.ranks),
             f"{strategy}.async_save", str(self.in_background).lower(),
             f"{strategy}.stop_at", "step" if self.number % 2 else "round",
         ]  # fmt: skip
@@ -370,7 +376,7 @@ class Run:
         if ending == "bit flip" and "sites differ after a round in" not in output:
             self.found.bad(self.number, f"a flipped bit was not found: {why}", "divergences")
         if ending == "SIGKILL":
-            fault["named"] = output.count(f"fomoe: site {fault['site']} is gone") == 1
+            fault["named"] = output.count(f"fomoe: site {fault['site'] // self.world.ranks} is gone") == 1
         # Sites that were sent no signal end as after a SIGTERM.
         expected = {"SIGTERM": {0, 143}, "SIGINT": {0, 130, 143}}.get(ending)
         if expected and fault["in_training"] and {*codes} - expected:
@@ -407,7 +413,13 @@ class Run:
 
     def is_whole(self) -> bool:
         """Whether the run has all its steps and tokens."""
-        tokens = self.steps * self.sites * CONFIG["data"]["batch_size"] * CONFIG["data"]["sequence_length"]
+        tokens = (
+            self.steps
+            * self.sites
+            // self.world.ranks
+            * CONFIG["data"]["batch_size"]
+            * CONFIG["data"]["sequence_length"]
+        )
         if (self.folder / "report.json").exists():
             report = json.loads((self.folder / "report.json").read_text())
             ended = report["steps"], report["tokens"]["global"]
