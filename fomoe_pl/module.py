@@ -192,10 +192,11 @@ class FoMoEModule(L.LightningModule):
         if self._logs_after(self.trainer.global_step + 1):
             # Not `prog_bar=True`: Lightning would read it, and so wait for the GPU, after every step; our bar reads it
             # when it is drawn.
-            self.log("train/loss", done.loss)
-            self.log("train/balance_loss", done.balance)
+            losses = self.site.sum_in_site(torch.stack([done.loss, done.balance, done.z])) / self.site.topology.n_ranks
+            self.log("train/loss", losses[0])
+            self.log("train/balance_loss", losses[1])
             if self.config.z_loss_weight:
-                self.log("train/z_loss", done.z)
+                self.log("train/z_loss", losses[2])
         return done.total
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

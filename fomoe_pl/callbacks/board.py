@@ -141,7 +141,7 @@ def introduction(trainer: Trainer, pl_module: LightningModule, configuration: st
 def final_values(trainer: Trainer, view: RoundView | None) -> dict[str, float]:
     """Numbers of a run that has ended, by `final/<name>`."""
     strategy = observed_strategy(trainer)
-    values = {"final/training_wire_MiB": training_bytes(wire_bytes(strategy.ledger)) / MIB}
+    values = {"final/training_wire_MiB": training_bytes(wire_bytes(strategy.counted)) / MIB}
     for name in ("bits_per_byte", "loss"):
         if f"val/{name}" in trainer.callback_metrics:
             values[f"final/{name}"] = float(trainer.callback_metrics[f"val/{name}"])

@@ -42,4 +42,4 @@ class FoMoEProgressBar(TQDMProgressBar):
         items: dict[str, int | str | float | dict] = {
             name: f"{float(metrics[key]):.3f}" for name, key in shown.items() if key in metrics
         }
-        return {**items, "round": strategy.rounds_done, "sent": human_bytes(strategy.ledger.total_wire)}
+        return {**items, "round": strategy.rounds_done, "sent": human_bytes(strategy.counted.total_wire)}

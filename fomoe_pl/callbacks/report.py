@@ -123,7 +123,7 @@ class RunReport(TimedCallback):
             "routing": _routing(trainer),
             "evaluations": _evaluations(trainer),
             "other_views_step": None if stability is None else stability.other_views_step,
-            "bytes": {"payload": payload_bytes(strategy.ledger), "wire": wire_bytes(strategy.ledger)},
+            "bytes": {"payload": payload_bytes(strategy.counted), "wire": wire_bytes(strategy.counted)},
             "train_seconds": self.trained.seconds,
             "sync_seconds": self.trained.sync_seconds if measured else None,
             "watch_seconds": self.trained.watch_seconds,

@@ -76,6 +76,10 @@ class Counts(Protocol):
     def optimizer_steps(self) -> int:
         """Optimizer steps that the run has taken; within a round's end with the step that ends it."""
 
+    @property
+    def counted(self) -> Ledger:
+        """What `ledger_of_site` gave last, of which no other rank is asked."""
+
     def ledger_of_site(self) -> Ledger:
         """Bytes that this site sent so far, on its first rank; all of its ranks call it together."""
 

@@ -122,6 +122,11 @@ class SiteStrategy(Strategy):
         """Sum a small tensor over all ranks of all sites, counted."""
         raise NotImplementedError
 
+    @property
+    def counted(self) -> Ledger:
+        """What `ledger_of_site` gave last, of which no other rank is asked."""
+        return self.ledger
+
     def ledger_of_site(self) -> Ledger:
         """Bytes that this site sent so far, on its first rank; all of its ranks call it together."""
         return self.ledger

@@ -24,7 +24,7 @@ from fomoe_pl.errors import ConfigError, check_choice, check_names, check_range
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inside import Inside
 from fomoe_pl.federation.ledger import Kind, Ledger
-from fomoe_pl.federation.liveness import raise_if_lost
+from fomoe_pl.federation.liveness import raise_if_lost, sites_watched
 from fomoe_pl.federation.placement import Placement, in_one_place
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.federation.shadow import Copies
@@ -108,6 +108,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             parallel_devices = [torch.device("cuda:0")] * (self.settings.sites * self.settings.ranks_per_site)
         super().__init__(parallel_devices, between, timedelta(seconds=timeout_seconds))
         stops = StopsTogether(self, stop_at, lambda: end_children(self.launcher))
+        self._counted = Ledger()
         self.init_site(async_save, FederatedContent if checkpoint_root is None else PartsContent, stops)
         if isinstance(self.content, PartsContent) and checkpoint_root is not None:
             self.content.root = checkpoint_root
@@ -269,13 +270,15 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """One local step."""
         raise_if_lost(self.topology)
-        return super().optimizer_step(optimizer, closure, model, **kwargs)
+        with sites_watched(self.topology):  # the ranks of a site may be gathering its layers
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     def end_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The K-th step ends the round."""
         reshard(self.transformer)
-        self.rounds.end_step(optimizer)
-        reshard(self.transformer)  # observers look at the agreed values
+        if self.rounds.end_step(optimizer):
+            reshard(self.transformer)  # observers have looked at the agreed values
+            self.ledger_of_site()
 
     def sum_in_site(self, values: Tensor) -> Tensor:
         """Sum a small tensor over the ranks of this site."""
@@ -283,7 +286,14 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
 
     def ledger_of_site(self) -> Ledger:
         """Bytes that this site sent so far, on its first rank; all of its ranks call it together."""
-        return self.ledger if self.slices is None else self.ledger.summed(self.inside.sum, self.topology.world_size)
+        if self.slices is not None:
+            self._counted = self.ledger.summed(self.inside.sum, self.topology.world_size)
+        return self.counted
+
+    @property
+    def counted(self) -> Ledger:
+        """What `ledger_of_site` gave last, of which no other rank is asked: at rounds' ends and after validations."""
+        return self.ledger if self.slices is None else self._counted
 
     def reduce_loads(self, loads_LE: Tensor) -> Tensor:
         """Loads of the site's ranks together: they train one model."""
@@ -323,6 +333,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         if self.federation is not None:
             self.federation.leave_global()
         reshard(self.transformer)
+        self.ledger_of_site()
         super().on_validation_end()
 
     @contextmanager

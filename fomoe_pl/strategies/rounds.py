@@ -46,15 +46,16 @@ class Rounds:
         """Whether a round ends with the step that was taken last."""
         return self._settings.schedule.is_round_end(self._site.optimizer_steps, self.last_step)
 
-    def end_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """End the round if it was its last step, on the clock of synchronisation."""
+    def end_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """End the round if it was its last step, on the clock of synchronisation; returns whether it was."""
         if not self.ends_here:
-            return
+            return False
         site = self._site
         site.wait_for_device()  # else the queue of local work would be charged to the round
         start, watched = time.perf_counter(), site.watch_seconds
         self.end(optimizer)
         site.sync_seconds += time.perf_counter() - start - (site.watch_seconds - watched)
+        return True
 
     def end(self, optimizer: torch.optim.Optimizer) -> None:
         """End a round."""
