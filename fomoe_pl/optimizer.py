@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fomoe_pl.errors import check_range
 from fomoe_pl.federation.inner import RowAdamW
-from fomoe_pl.model.parallel import local_of
 from fomoe_pl.model.parametrization import parameter_groups
 from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.slices import local_of
 from fomoe_pl.training.elastic import Pace
 
 

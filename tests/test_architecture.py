@@ -33,6 +33,7 @@ ORDER = (
     "lightning_internals",
     "codec",
     "files",
+    "slices",
     "seed",
     "errors",
     "__init__",

@@ -11,7 +11,7 @@ from torch import Tensor
 from fomoe_pl.callbacks.observed import observed_module
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.metrics.probe import row_similarity
-from fomoe_pl.model.parallel import whole
+from fomoe_pl.slices import whole
 from fomoe_pl.training.context import ProbedData
 
 

@@ -27,8 +27,8 @@ from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.lightning_internals import random_states, set_random_states
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.parallel import Slices
 from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.slices import Slices
 
 
 class MidRound(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fomoe_pl.model.parallel import local_of
+from fomoe_pl.slices import local_of
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from fomoe_pl.federation.shadow import quantisation_errors
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.lightning_internals import group_settings
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.parallel import Slices
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.slices import Slices
 from fomoe_pl.strategies.checks import check_data, check_launched, check_position, check_precision, check_training
 from fomoe_pl.strategies.meeting import meet
 from fomoe_pl.strategies.presence import Plain, shared_settings

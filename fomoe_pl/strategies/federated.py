@@ -33,9 +33,10 @@ from fomoe_pl.federation.transport import Transport
 from fomoe_pl.files import OfSites
 from fomoe_pl.lightning_internals import SiteProcesses, end_children, move_optimizers, replace_signal_handling
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.parallel import check_shares, gather_root, hold_gathered, reshard, shard, take_gradients
+from fomoe_pl.model.parallel import check_shares, gather_root, hold_gathered, reshard, shard
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.slices import take_gradients
 from fomoe_pl.strategies.base import SiteStrategy
 from fomoe_pl.strategies.checks import DDP_ARGUMENTS, check_arguments, check_processes, ranks_on_hosts
 from fomoe_pl.strategies.rounds import Rounds

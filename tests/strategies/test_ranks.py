@@ -18,7 +18,8 @@ from fomoe_pl.federation.ledger import KINDS, Ledger
 from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.parallel import check_shares, whole
+from fomoe_pl.model.parallel import check_shares
+from fomoe_pl.slices import whole
 from fomoe_pl.strategies import FederatedStrategy
 from fomoe_pl.strategies.checks import ranks_on_hosts
 from tests.distributed import run_distributed
