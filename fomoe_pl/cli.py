@@ -10,8 +10,8 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -75,6 +75,8 @@ ELSEWHERE = {"train": "fit", "pretrain": "fit", "run": "fit", "test": "validate"
 """What commands of other programs are called here."""
 SERVERS = ("url", "uri", "host", "endpoint", "address", "init_method", "artifact_location")
 """Ends of the settings that may be URLs."""
+URLS = ("data.root", "trainer.strategy.init_args.checkpoint_root", "ckpt_path")
+"""Beginnings of others; `ckpt_path` where checkpoints are behind URLs."""
 
 QUIET = (
     ".*recommended to use `self.log.*sync_dist=True.*",  # validation sums are reduced by the strategy, counted
@@ -82,6 +84,7 @@ QUIET = (
     ".*Checkpoint directory .* exists and is not empty.*",  # a run folder holds curves and checkpoints side by side
     ".*dirpath has changed from.*",  # validating reads a checkpoint wherever it lies
     ".*isinstance.treespec, LeafSpec.*",  # between Lightning and torch
+    ".*not recommended to provide both args and command line arguments.*",  # a checkpoint's parts become one folder
 )
 
 
@@ -205,6 +208,8 @@ class FoMoECLI(PlainCLI):
             raise _unknown_strategy(f"{type(strategy).__module__}.{type(strategy).__qualname__}")
         path = self.config[self.subcommand].ckpt_path
         own_disks = isinstance(strategy, FederatedStrategy) and strategy.checkpoint_root is not None
+        if path is not None and not own_disks:
+            check_local("ckpt_path", path)
         if path is not None and self.subcommand == "fit" and not own_disks:
             path = _newest(trainer) if path == "auto" else path
             self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
@@ -239,7 +244,7 @@ def _check_paths(key: str, value: Any) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_paths(key, inner)
-    elif not key.endswith(SERVERS) and not key.startswith("data.root"):
+    elif not key.endswith(SERVERS) and not key.startswith(URLS):
         check_local(key, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
@@ -313,6 +318,21 @@ def _way_on(checkpoint: str | None, args: list[str] | None) -> str:
     return f"resume with\n  {shlex.join(['fomoe', *typed, '--ckpt_path', checkpoint])}"
 
 
+@contextmanager
+def _checkpoint_in_one(words: list[str]) -> Iterator[list[str] | None]:
+    """For `validate`: the words with one folder in the place of a checkpoint's parts, or of its URL; None as typed."""
+    at = words.index("--ckpt_path") + 1 if words[0] == "validate" and "--ckpt_path" in words else len(words)
+    end = next((i for i in range(at, len(words)) if words[i].startswith("-")), len(words))
+    if at == end:
+        yield None
+        return
+    from fomoe_pl.hub.joined import joined  # not needed for training
+
+    with joined(words[at:end]) as folder:
+        same = [str(folder)] == words[at:end]
+        yield None if same else [*words[:at], str(folder), *words[end:]]
+
+
 def overview() -> str:
     """The overview of commands."""
     lines = [f"  {name:10}{what}" for name, what in COMMANDS.items()]
@@ -367,8 +387,12 @@ def main(args: list[str] | None = None) -> None:
 
             command.main(words[0], words[1:])
             return
-        with redirect_stdout(ForgivingStream.of(sys.stdout)), redirect_stderr(ForgivingStream.of(sys.stderr)):
-            FoMoECLI(args=args)
+        with (
+            redirect_stdout(ForgivingStream.of(sys.stdout)),
+            redirect_stderr(ForgivingStream.of(sys.stderr)),
+            _checkpoint_in_one(words) as changed,
+        ):
+            FoMoECLI(args=args if changed is None else changed)
     except SIGTERMException as stopped:
         checkpoint, number = stopped.args or (None, signal.SIGTERM)
         if speaks():

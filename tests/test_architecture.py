@@ -33,6 +33,7 @@ ORDER = (
     "lightning_internals",
     "codec",
     "files",
+    "remote",
     "seed",
     "errors",
     "__init__",

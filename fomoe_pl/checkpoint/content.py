@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fomoe_pl.checkpoint import format as files
 from fomoe_pl.checkpoint.carryover import carry_over, differences
+from fomoe_pl.checkpoint.disks import Disk
 from fomoe_pl.checkpoint.resuming import check_weights
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import ROW_COUNTERS
@@ -29,6 +30,7 @@ from fomoe_pl.lightning_internals import random_states, set_random_states
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.parallel import Slices
 from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.remote import AnyPath
 
 
 class MidRound(Protocol):
@@ -232,9 +234,26 @@ class Content:
         return Path(path)
 
     @property
-    def has_checkpoints(self) -> bool:
-        """Whether a disk of this site's own has checkpoints already."""
-        return False
+    def disk(self) -> Disk | None:
+        """Where this site's own checkpoints are; None where all write into one folder."""
+        return None
+
+    def called(self, path: Path) -> AnyPath:
+        """What the checkpoint at this place is called in messages."""
+        return path
+
+    def remove(self, path: str | Path) -> None:
+        """Remove the checkpoint that Lightning calls by this path."""
+        self.site.checkpoint_io.remove_checkpoint(str(path))
+
+    def open(self) -> None:
+        """Look whether checkpoints can be written, when the sites have met; all call it together."""
+
+    def close(self) -> None:
+        """Leave nothing behind but checkpoints."""
+
+    def start_training(self) -> None:
+        """All that a run goes on from has been read; all sites call it together."""
 
     @property
     def n_writers(self) -> int:
@@ -382,8 +401,9 @@ class Content:
     # -- what is taken back ---------------------------------------------------------------------------------------
 
     def trainer_file(self, folder: Path, manifest: Mapping[str, Any]) -> str:
-        """The file of Lightning's state that this site goes on from."""
-        return files.trainer_name()
+        """The file of Lightning's state that this site goes on from; of a checkpoint in parts any that is there."""
+        there = sorted(name for name in manifest["files"] if name.startswith("trainer") and (folder / name).is_file())
+        return there[0] if files.is_part(manifest) and there else files.trainer_name()
 
     def own_state(self, folder: Path, manifest: Mapping[str, Any], site: int) -> dict[str, Any] | None:
         """What a site needs beside the global model; None where that is lost.

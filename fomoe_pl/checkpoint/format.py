@@ -466,7 +466,7 @@ class WeightFiles:
         if key not in self._where:
             hint = "give a complete checkpoint"
             if is_part(self.manifest):
-                hint = "it is one site's part: `fomoe export` makes one model of the folders of all sites"
+                hint = "it is one site's part: name the folders of all sites, one after the other"
             raise ConfigError("ckpt_path", str(self.folder), f"has no tensor {key!r}", hint)
         name = self._where[key]
         if name not in self._verified:

@@ -154,8 +154,12 @@ def on_disk(root: Path, name: str | None) -> tuple[list[Found], list[str]]:
             continue
         if files.is_part(manifest):
             found[base, manifest["sha256"]] = Found(base, manifest)
-    newest = sorted(found.values(), key=lambda one: one.age, reverse=True)
-    return newest[:MOST_MANIFESTS], wrong
+    return newest(found.values()), wrong
+
+
+def newest(found: Iterable[Found]) -> list[Found]:
+    """Those that a site tells of, the newest first."""
+    return sorted(found, key=lambda one: one.age, reverse=True)[:MOST_MANIFESTS]
 
 
 def tell(found: Iterable[Found], whole: bool) -> str:

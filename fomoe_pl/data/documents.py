@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from fomoe_pl.data.compression import missing_library, open_plain
 from fomoe_pl.data.long_records import is_cut, read_line, read_long
 from fomoe_pl.data.long_text import Collected, LongText, Text
-from fomoe_pl.data.remote import AnyPath, RemotePath
 from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.data.token_files import TokensDtype, read_token_file
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.remote import AnyPath, RemotePath
 
 # What is raised for a file that is damaged or barred.
 _UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_pl.checkpoint.content import FederatedContent
+from fomoe_pl.checkpoint.disks import check_roots
 from fomoe_pl.checkpoint.own_disks import PartsContent
 from fomoe_pl.errors import ConfigError, check_choice, check_names, check_range
 from fomoe_pl.federation.federation import Federation
@@ -56,9 +57,9 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         async_save: Write checkpoints while training goes on, from a copy in host memory.
         timeout_seconds: After which a collective that does not complete raises.
         stop_at: Where a signal ends the run: after its `round`, or after the next local `step` of all sites.
-        checkpoint_root: Where sites have no file system in common, the folder in which each stores its part of
-            checkpoints: a template with `{site}`, or a mapping from sites to folders. A name without `{site}` is
-            for machines that have the same path each. None: all write into one folder.
+        checkpoint_root: Where sites have no file system in common, the folder or the URL at which each stores its part
+            of checkpoints: a template with `{site}`, or a mapping from sites to folders and URLs. A folder without
+            `{site}` is for machines that have the same path each. None: all write into one folder.
         between: By what sites reach each other: `gloo` (TCP) or `nccl`; None is `nccl` on GPUs and `gloo` on CPUs. The
             ranks of a site use NCCL among each other on GPUs, whatever is between sites.
         parallel_devices: This machine's devices, one for each rank; None is the Trainer's.
@@ -125,6 +126,8 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         if self.checkpoint_root is None and copies is not None:
             rule = "is on how many sites' own disks each expert is stored, and the sites have none"
             raise ConfigError("copies", copies, rule, "give checkpoint_root too, or leave it out")
+        if self.checkpoint_root is not None:
+            check_roots(self.checkpoint_root)
         if self.checkpoint_root is not None and self.settings.min_sites is not None:
             rule = "with checkpoints on disks of their own the number of sites cannot change by itself"
             raise ConfigError("min_sites", self.settings.min_sites, rule, "leave it out, or leave out checkpoint_root "
@@ -209,6 +212,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._join_site()
         if fitting:
+            self.content.open()
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if fitting:

@@ -14,9 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fomoe_pl.callbacks import RoutingStability
 from fomoe_pl.checkpoint import format as files
-from fomoe_pl.cli import main
+from fomoe_pl.checkpoint.loading import hyper_parameters, load_global_model
+from fomoe_pl.cli import _checkpoint_in_one, main
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.outer import Nesterov
+from fomoe_pl.hub.loading import load
 from fomoe_pl.model.sizes import expert_parameters
 from fomoe_pl.strategies import FederatedStrategy
 from tests.distributed import run_distributed
@@ -48,7 +50,8 @@ class Saving(L.Callback):
 
 
 def make_run(root: str, folder: str, name: str, **more: Any) -> Run:
-    settings = {"checkpoint_root": f"{folder}/{name}/{{site}}", **SETTINGS[name], "local_steps": 2, **more}
+    root_of_sites = f"{'file://' if name == 'shared' else ''}{folder}/{name}/{{site}}"
+    settings = {"checkpoint_root": root_of_sites, **SETTINGS[name], "local_steps": 2, **more}
     return Run(root=root, folder=folder, settings=settings, architecture={"n_experts": 4},
                trainer={"max_steps": STEPS})  # fmt: skip
 
@@ -236,11 +239,32 @@ def test_an_export_from_several_folders_is_that_from_a_common_one(
     whole = _export([folder / "common" / "step-5.ckpt"], tmp_path / "whole")
     assert _export(own, tmp_path / "joined") == whole
     assert _export([f"file://{own[0]}", own[1]], tmp_path / "url") == whole
+    stored = _export([f"file://{folder}/shared/{site}/step-5.ckpt" for site in range(SITES)], tmp_path / "stored")
+    assert _export([folder / "shared" / "1" / "step-5.ckpt", folder / "shared" / "0" / "step-5.ckpt"],
+                   tmp_path / "copied") == stored  # fmt: skip
     assert [path.name for path in tmp_path.glob("*.parts")] == []
-    for folders, told in ((own[:1], "has no tensor 'layers.0.moe.experts.w_in#1'"),
+    for folders, told in ((own[:1], "experts 1, 3 of layer 0"),
                           ([own[0], folder / "gone" / "step-4.ckpt"], "is another checkpoint"),
                           ([own[0], own[0]], "experts 1, 3 of layer 0")):  # fmt: skip
         with pytest.raises(SystemExit):
             _export(folders, tmp_path / "refused")
         assert told in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
+
+
+def test_other_commands_take_several_folders_too(found: list[Any], folder: Path, root: str) -> None:
+    own = [str(folder / "one" / "0" / "step-5.ckpt"), f"file://{folder / 'gone' / 'step-5.ckpt'}"]
+    whole, parts = load(str(folder / "common" / "step-5.ckpt"), data=root), load(own, data=root)
+    assert parts.steps == whole.steps == 5
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in parts.model.state_dict().items())
+    with _checkpoint_in_one(["validate", "--ckpt_path", *own, "--data.root", root]) as words:
+        assert words is not None
+        assert [words[:2], words[3:]] == [["validate", "--ckpt_path"], ["--data.root", root]]
+        there = load_global_model(words[2])
+        assert set(hyper_parameters(words[2]))
+    assert not Path(words[2]).exists()
+    common = load_global_model(folder / "common" / "step-5.ckpt").state_dict()
+    assert all(torch.equal(value, common[name]) for name, value in there.state_dict().items())
+    with _checkpoint_in_one(["validate", "--ckpt_path", str(folder), "--data.root", root]) as words:
+        assert words is None
