@@ -26,7 +26,6 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, M
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fomoe_pl import __version__
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk, ResumedRows
@@ -223,16 +222,13 @@ class FoMoECLI(PlainCLI):
     def _keep_pace(self, strategy: FederatedStrategy, n_sites: int, path: str | None) -> None:
         """Set the number of steps that the planned tokens take with the sites that are present."""
         trainer, data = self.trainer, cast(FoMoEData, self.datamodule)
-        steps, tokens = (0, 0) if path is None else tokens_in(Path(path))
         strategy.pace = Pace(
-            planned=trainer.max_steps, start=steps, tokens=tokens, sites=n_sites,
+            planned=trainer.max_steps, start=0, tokens=0, sites=n_sites,
             site_tokens=trainer.accumulate_grad_batches * data.batch_size * data.sequence_length,
             planned_sites=trainer.num_devices * self._planned_nodes // strategy.settings.ranks_per_site,
         )  # fmt: skip
-        if trainer.max_steps > 0 and strategy.pace.last_step != trainer.max_steps:
-            last, planned = strategy.pace.last_step, strategy.pace.planned_sites
-            rank_zero_info(f"{n_sites} of {planned} sites: the planned tokens take until step {last}")
-            trainer.fit_loop.epoch_loop.max_steps = last
+        if strategy.checkpoint_root is None or path is None:  # else it goes on when all have met
+            strategy.pace.go_on(*((0, 0) if path is None else tokens_in(Path(path))), trainer)
 
 
 def _check_paths(key: str, value: Any) -> None:

@@ -415,6 +415,10 @@ class Content:
         """
         return files.read_state(folder, files.site_name(site), manifest)
 
+    def origin(self, n_saved: int) -> int:
+        """The site whose own state this one goes on from, of those that have saved one."""
+        return self.site.topology.site % n_saved
+
     def load_trainer(self, folder: Path) -> dict[str, Any]:
         """Lightning's state, with what this site's own callbacks know."""
         manifest, observers = files.read_manifest(folder), files.observers_name(self.site.topology.site)
@@ -472,7 +476,7 @@ class Content:
         # Of data-parallel ranks, which are all alike, only the first has written; a site without a file of its own
         # goes on from another's.
         own_files = [name for name in manifest["files"] if name.startswith("site-")]
-        of = site.topology.site % len(own_files) if self.every_site_writes else 0
+        of = self.origin(len(own_files)) if self.every_site_writes else 0
         own = self.own_state(folder, manifest, of)
         if own is None:
             return steps

@@ -41,6 +41,7 @@ class PartsContent(FederatedContent):
     own_disks = True
     root: OfSites = ""
     _folder: Path | None = None  # that the run goes on from
+    _origin: int | None = None  # whose own state
 
     @cached_property
     def disk(self) -> Disk:
@@ -99,8 +100,7 @@ class PartsContent(FederatedContent):
 
     @property
     def _copies(self) -> int:
-        assert self.site.settings.copies is not None
-        return self.site.settings.copies
+        return self.site.settings.copies_of(self.site.topology.n_sites)
 
     def expert_files(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Those that this site stores; of experts that it does not hold they are sent here."""
@@ -193,9 +193,11 @@ class PartsContent(FederatedContent):
         n_sites, config = site.topology.n_sites, site.transformer.config
         site.redraws, site.loads_at_draw = manifest["redraws"], manifest.get("loads_at_draw")
         placement = site.placed(config)
-        needs = [parts.needed(manifest, has, i, placement.residents(i)) for i in range(n_sites)]
+        origins = parts.origins(manifest, has, n_sites)
+        self._origin = origins[site.topology.site]
+        needs = [parts.needed(manifest, has, i, origins[i], placement.residents(i)) for i in range(n_sites)]
         moves = parts.moves(needs, has)
-        self._tell(one, moves, has)
+        self._tell(one, moves, has, origins)
         place, error = own.place, ""
         try:
             place = _ready(folder, own.place)
@@ -215,18 +217,26 @@ class PartsContent(FederatedContent):
                               f"({'; '.join(told)})", "look at the disks, and start again")  # fmt: skip
         return folder
 
-    def _tell(self, one: parts.Found, moves: Sequence[parts.Move], has: Mapping[str, Sequence[int]]) -> None:
+    def _tell(
+        self, one: parts.Found, moves: Sequence[parts.Move], has: Mapping[str, Sequence[int]], origins: Sequence[int]
+    ) -> None:
         about = one.manifest["files"]
         rank_zero_info(f"going on from {one.name} after step {one.manifest['optimizer_steps']}")
         for receiver in sorted({move.receiver for move in moves}):
             names = [move.name for move in moves if move.receiver == receiver]
             size = sum(about[name]["bytes"] for name in names) / 1e6
             rank_zero_info(f"site {receiver} is sent {len(names)} files, {size:,.2f} MB, that are not on its disk")
-        for site in range(min(one.manifest["n_sites"], self.site.topology.n_sites)):
-            if files.site_name(site) in has and not has[files.site_name(site)]:
-                rank_zero_info(f"the own state of site {site} is lost ({files.site_name(site)}): it goes on from the "
-                               "global model, with fresh inner moments, without local steps since the last round, and "
-                               "counts its bytes from zero")  # fmt: skip
+        for site, origin in enumerate(origins):
+            if files.site_name(origin) in has and not has[files.site_name(origin)]:
+                rank_zero_info(f"the own state of site {origin} is lost ({files.site_name(origin)}): site {site} goes "
+                               "on from the global model, with fresh inner moments, without local steps since the last "
+                               "round, and counts its bytes from zero")  # fmt: skip
+        for site in sorted({*range(one.manifest["n_sites"])} - {*origins}):
+            rank_zero_info(f"no site goes on from the own state of site {site}: its inner moments are lost")
+
+    def origin(self, n_saved: int) -> int:
+        """Where sites had disks of their own, as all have agreed."""
+        return super().origin(n_saved) if self._origin is None else self._origin
 
     def trainer_file(self, folder: Path, manifest: Mapping[str, Any]) -> str:
         """This site's own, or another's where that is lost."""
