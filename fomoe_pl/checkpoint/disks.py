@@ -92,6 +92,7 @@ def download(source: AnyPath, target: Path, sha256: str) -> bool:
         if digest.hexdigest() != sha256:
             return False
         unfinished.rename(target)
+        files.remember(target, sha256)
         return True
     finally:
         unfinished.unlink(missing_ok=True)

@@ -393,3 +393,4 @@ class _Writer:
             self.errors.append(f"{name} did not come as it was written")
         else:
             unfinished.replace(self._place / name)
+            files.remember(self._place / name, self._about[name]["sha256"])

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from fomoe_pl.checkpoint import format as files
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.placement import Placement, set_numbers
-from fomoe_pl.files import sha256_of
 
 MOST_MANIFESTS = 4
 """How many checkpoints a site tells of: sites differ by one, for a manifest is written when all have their parts."""
@@ -238,9 +237,7 @@ def _sha(path: Path) -> str | None:
 
 def _is_as_written(path: Path, about: Mapping[str, Any]) -> bool:
     try:
-        if path.stat().st_size != about["bytes"]:
-            return False
-        return sha256_of(path) == about["sha256"]
+        return path.stat().st_size == about["bytes"] and files.hash_of(path) == about["sha256"]
     except OSError:
         return False
 

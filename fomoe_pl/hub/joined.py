@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_pl.checkpoint.disks import NEW, download, stored_name
-from fomoe_pl.checkpoint.format import MANIFEST, is_part, parse_manifest
+from fomoe_pl.checkpoint.format import MANIFEST, hash_of, is_part, parse_manifest
 from fomoe_pl.checkpoint.parts import lost
 from fomoe_pl.errors import ConfigError
-from fomoe_pl.files import sha256_of
 from fomoe_pl.remote import AnyPath, RemotePath, is_url, location
 
 
@@ -105,7 +104,7 @@ def _bring(name: str, about: dict[str, Any], places: Sequence[AnyPath], folder: 
             if isinstance(source, RemotePath):
                 if download(source, target, about["sha256"]):
                     return True
-            elif sha256_of(source) == about["sha256"]:
+            elif hash_of(source) == about["sha256"]:
                 target.symlink_to(source.resolve())
                 return True
     return False
