@@ -301,7 +301,6 @@ class Content:
         layout, site, module = self.layout(), self.site.topology.site, self.site.mid_round
         optimizers = [self._whole_state(state, layout) for state in checkpoint.get("optimizer_states", [])]
         losses = self.site.sum_in_site(torch.tensor(module.round_losses(), dtype=torch.float64)).tolist()
-        state = self.state()
         contents: dict[str, Any] = {}
         slots = {files.of_slot(slot): tensors for slot, tensors in self.slots().items()}
         for prefix, values in {"": self.tensors(), **slots, files.AVERAGE: self.average}.items():
@@ -310,6 +309,7 @@ class Content:
                 contents |= self.expert_files(prefix, tensors)
             if tensors and self.writes_common:
                 contents[files.dense_name(prefix)] = {n: tensors[n] for n in layout.dense if n in tensors}
+        state = self.state()  # with the bytes that experts' files have cost
         if self.writes:
             contents[files.site_name(site)] = {
                 "optimizer_states": optimizers,
