@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fomoe_pl import __version__
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk, ResumedRows
+from fomoe_pl.callbacks.report import RunReport
 from fomoe_pl.checkpoint.resuming import check_weights, resolve, tokens_in
 from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
@@ -87,8 +88,8 @@ QUIET = (
 )
 
 
-def _no_advertisement(record: logging.LogRecord) -> bool:
-    return "💡" not in record.getMessage()
+def _has_news(record: logging.LogRecord) -> bool:
+    return "💡" not in record.getMessage() and "stopped: `max_steps=" not in record.getMessage()
 
 
 class Parser(OneMessage, LightningArgumentParser):
@@ -196,6 +197,11 @@ class FoMoECLI(PlainCLI):
         self._check()
         cast(Any, self.trainer).callbacks[:0] = [CurvesOnFullDisk(), ResumedRows(self.trainer.loggers)]
 
+    def after_fit(self) -> None:
+        """Say what the run has ended with, and what can be done with it."""
+        if self.trainer.is_global_zero and not cast(Any, self.trainer).fast_dev_run:
+            print(_ending(self.trainer), flush=True)
+
     def before_validate(self) -> None:
         """Check the configuration."""
         self._check()
@@ -300,6 +306,28 @@ def _unknown_strategy(given: str) -> ConfigError:
                        )  # fmt: skip
 
 
+def _ending(trainer: Trainer) -> str:
+    """Result, checkpoint, report and next commands of a finished run."""
+    strategy, metrics = cast(SiteStrategy, trainer.strategy), trainer.callback_metrics
+    result = f"finished after {trainer.global_step} steps"
+    if "val/bits_per_byte" in metrics:
+        result += f": {float(metrics['val/bits_per_byte']):.3f} bits per byte of the global model"
+    lines, saved = [result], strategy.checkpoints.last_saved
+    report = next((c.path for c in cast(Any, trainer).callbacks if isinstance(c, RunReport) and c.path), None)
+    if saved is not None:
+        lines.append(f"checkpoint  {saved}")
+    if report is not None:
+        lines.append(f"report      {report}")
+    if isinstance(saved, Path) and not strategy.content.own_disks:
+        lines += [f"next        fomoe generate {saved} --prompt 'Once'",
+                  f"            fomoe export {saved} {saved.parents[1] / 'model'}"]  # fmt: skip
+    elif saved is not None:
+        lines.append("next        fomoe export PART... OUTPUT, with the parts of all sites")
+    if report is not None:
+        lines.append(f"            fomoe compare {report.parent}")
+    return "\n".join(lines)
+
+
 def _way_on(checkpoint: str | None, args: list[str] | None) -> str:
     """How to resume: the typed command with the checkpoint."""
     if checkpoint is None:
@@ -360,7 +388,7 @@ def main(args: list[str] | None = None) -> None:
         fail(unknown_command(words[0]))
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_has_news)
     # It tells of its own default; checkpoints here are read without unpickling anything but plain values.
     checkpoints = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
     checkpoints.addFilter(lambda record: "weights_only" not in record.getMessage())
