@@ -10,8 +10,8 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -26,10 +26,10 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, M
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fomoe_pl import __version__
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk, ResumedRows
+from fomoe_pl.callbacks.report import RunReport
 from fomoe_pl.checkpoint.resuming import check_weights, resolve, tokens_in
 from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
@@ -75,6 +75,8 @@ ELSEWHERE = {"train": "fit", "pretrain": "fit", "run": "fit", "test": "validate"
 """What commands of other programs are called here."""
 SERVERS = ("url", "uri", "host", "endpoint", "address", "init_method", "artifact_location")
 """Ends of the settings that may be URLs."""
+URLS = ("data.root", "trainer.strategy.init_args.checkpoint_root", "ckpt_path")
+"""Beginnings of others; `ckpt_path` where checkpoints are behind URLs."""
 
 QUIET = (
     ".*recommended to use `self.log.*sync_dist=True.*",  # validation sums are reduced by the strategy, counted
@@ -82,11 +84,12 @@ QUIET = (
     ".*Checkpoint directory .* exists and is not empty.*",  # a run folder holds curves and checkpoints side by side
     ".*dirpath has changed from.*",  # validating reads a checkpoint wherever it lies
     ".*isinstance.treespec, LeafSpec.*",  # between Lightning and torch
+    ".*not recommended to provide both args and command line arguments.*",  # a checkpoint's parts become one folder
 )
 
 
-def _no_advertisement(record: logging.LogRecord) -> bool:
-    return "💡" not in record.getMessage()
+def _has_news(record: logging.LogRecord) -> bool:
+    return "💡" not in record.getMessage() and "stopped: `max_steps=" not in record.getMessage()
 
 
 class Parser(OneMessage, LightningArgumentParser):
@@ -194,6 +197,11 @@ class FoMoECLI(PlainCLI):
         self._check()
         cast(Any, self.trainer).callbacks[:0] = [CurvesOnFullDisk(), ResumedRows(self.trainer.loggers)]
 
+    def after_fit(self) -> None:
+        """Say what the run has ended with, and what can be done with it."""
+        if self.trainer.is_global_zero and not cast(Any, self.trainer).fast_dev_run:
+            print(_ending(self.trainer), flush=True)
+
     def before_validate(self) -> None:
         """Check the configuration."""
         self._check()
@@ -205,6 +213,8 @@ class FoMoECLI(PlainCLI):
             raise _unknown_strategy(f"{type(strategy).__module__}.{type(strategy).__qualname__}")
         path = self.config[self.subcommand].ckpt_path
         own_disks = isinstance(strategy, FederatedStrategy) and strategy.checkpoint_root is not None
+        if path is not None and not own_disks:
+            check_local("ckpt_path", path)
         if path is not None and self.subcommand == "fit" and not own_disks:
             path = _newest(trainer) if path == "auto" else path
             self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
@@ -218,16 +228,13 @@ class FoMoECLI(PlainCLI):
     def _keep_pace(self, strategy: FederatedStrategy, n_sites: int, path: str | None) -> None:
         """Set the number of steps that the planned tokens take with the sites that are present."""
         trainer, data = self.trainer, cast(FoMoEData, self.datamodule)
-        steps, tokens = (0, 0) if path is None else tokens_in(Path(path))
         strategy.pace = Pace(
-            planned=trainer.max_steps, start=steps, tokens=tokens, sites=n_sites,
+            planned=trainer.max_steps, start=0, tokens=0, sites=n_sites,
             site_tokens=trainer.accumulate_grad_batches * data.batch_size * data.sequence_length,
             planned_sites=trainer.num_devices * self._planned_nodes // strategy.settings.ranks_per_site,
         )  # fmt: skip
-        if trainer.max_steps > 0 and strategy.pace.last_step != trainer.max_steps:
-            last, planned = strategy.pace.last_step, strategy.pace.planned_sites
-            rank_zero_info(f"{n_sites} of {planned} sites: the planned tokens take until step {last}")
-            trainer.fit_loop.epoch_loop.max_steps = last
+        if strategy.checkpoint_root is None or path is None:  # else it goes on when all have met
+            strategy.pace.go_on(*((0, 0) if path is None else tokens_in(Path(path))), trainer)
 
 
 def _check_paths(key: str, value: Any) -> None:
@@ -239,7 +246,7 @@ def _check_paths(key: str, value: Any) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_paths(key, inner)
-    elif not key.endswith(SERVERS) and not key.startswith("data.root"):
+    elif not key.endswith(SERVERS) and not key.startswith(URLS):
         check_local(key, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
@@ -299,6 +306,28 @@ def _unknown_strategy(given: str) -> ConfigError:
                        )  # fmt: skip
 
 
+def _ending(trainer: Trainer) -> str:
+    """Result, checkpoint, report and next commands of a finished run."""
+    strategy, metrics = cast(SiteStrategy, trainer.strategy), trainer.callback_metrics
+    result = f"finished after {trainer.global_step} steps"
+    if "val/bits_per_byte" in metrics:
+        result += f": {float(metrics['val/bits_per_byte']):.3f} bits per byte of the global model"
+    lines, saved = [result], strategy.checkpoints.last_saved
+    report = next((c.path for c in cast(Any, trainer).callbacks if isinstance(c, RunReport) and c.path), None)
+    if saved is not None:
+        lines.append(f"checkpoint  {saved}")
+    if report is not None:
+        lines.append(f"report      {report}")
+    if isinstance(saved, Path) and not strategy.content.own_disks:
+        lines += [f"next        fomoe generate {saved} --prompt 'Once'",
+                  f"            fomoe export {saved} {saved.parents[1] / 'model'}"]  # fmt: skip
+    elif saved is not None:
+        lines.append("next        fomoe export PART... OUTPUT, with the parts of all sites")
+    if report is not None:
+        lines.append(f"            fomoe compare {report.parent}")
+    return "\n".join(lines)
+
+
 def _way_on(checkpoint: str | None, args: list[str] | None) -> str:
     """How to resume: the typed command with the checkpoint."""
     if checkpoint is None:
@@ -311,6 +340,21 @@ def _way_on(checkpoint: str | None, args: list[str] | None) -> str:
         del typed[at : at + 2]
     typed = [word for word in typed if not word.startswith("--ckpt_path=")]
     return f"resume with\n  {shlex.join(['fomoe', *typed, '--ckpt_path', checkpoint])}"
+
+
+@contextmanager
+def _checkpoint_in_one(words: list[str]) -> Iterator[list[str] | None]:
+    """For `validate`: the words with one folder in the place of a checkpoint's parts, or of its URL; None as typed."""
+    at = words.index("--ckpt_path") + 1 if words[0] == "validate" and "--ckpt_path" in words else len(words)
+    end = next((i for i in range(at, len(words)) if words[i].startswith("-")), len(words))
+    if at == end:
+        yield None
+        return
+    from fomoe_pl.hub.joined import joined  # not needed for training
+
+    with joined(words[at:end]) as folder:
+        same = [str(folder)] == words[at:end]
+        yield None if same else [*words[:at], str(folder), *words[end:]]
 
 
 def overview() -> str:
@@ -344,7 +388,7 @@ def main(args: list[str] | None = None) -> None:
         fail(unknown_command(words[0]))
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_has_news)
     # It tells of its own default; checkpoints here are read without unpickling anything but plain values.
     checkpoints = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
     checkpoints.addFilter(lambda record: "weights_only" not in record.getMessage())
@@ -367,8 +411,12 @@ def main(args: list[str] | None = None) -> None:
 
             command.main(words[0], words[1:])
             return
-        with redirect_stdout(ForgivingStream.of(sys.stdout)), redirect_stderr(ForgivingStream.of(sys.stderr)):
-            FoMoECLI(args=args)
+        with (
+            redirect_stdout(ForgivingStream.of(sys.stdout)),
+            redirect_stderr(ForgivingStream.of(sys.stderr)),
+            _checkpoint_in_one(words) as changed,
+        ):
+            FoMoECLI(args=args if changed is None else changed)
     except SIGTERMException as stopped:
         checkpoint, number = stopped.args or (None, signal.SIGTERM)
         if speaks():

@@ -34,6 +34,7 @@ ORDER = (
     "codec",
     "files",
     "slices",
+    "remote",
     "seed",
     "errors",
     "__init__",

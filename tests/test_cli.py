@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -19,6 +20,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fomoe_pl import cli
+from fomoe_pl.callbacks import RunReport
 from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.cli import FoMoECLI
 from fomoe_pl.data import FoMoEData
@@ -415,3 +417,21 @@ def test_a_misspelt_word_gets_a_suggestion(command: str, told: str, capsys: pyte
         cli.main(command.split())
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own_disks", [False, True])
+def test_a_run_ends_with_what_can_be_done_next(tmp_path: Path, own_disks: bool) -> None:
+    report = RunReport()
+    report.path = Path("runs/a/report.json")
+    last = Path("runs/a/checkpoints/last.ckpt")
+    strategy = SimpleNamespace(
+        checkpoints=SimpleNamespace(last_saved=last), content=SimpleNamespace(own_disks=own_disks)
+    )
+    trainer: Any = SimpleNamespace(
+        strategy=strategy, global_step=8, callback_metrics={"val/bits_per_byte": 2.0}, callbacks=[report]
+    )
+    told = cli._ending(trainer)
+    assert told.startswith("finished after 8 steps: 2.000 bits per byte of the global model\ncheckpoint  runs/a/check")
+    assert "report      runs/a/report.json" in told
+    assert f"fomoe export {'PART... OUTPUT' if own_disks else f'{last} runs/a/model'}" in told
+    assert told.endswith("fomoe compare runs/a")

@@ -81,11 +81,15 @@ class RunReport(TimedCallback):
     Args:
         folder: Where to write; None is the run's own folder, as its first logger names it, or without a logger
             the trainer's root folder.
+
+    Attributes:
+        path: The report, on rank zero, once it is written.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         super().__init__()
         self.folder = folder
+        self.path: Path | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the report of an earlier run, so that it is not mistaken for this run's."""
@@ -99,7 +103,8 @@ class RunReport(TimedCallback):
             return
         folder = self._folder_of(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / REPORT_NAME, json.dumps(self.report(trainer, pl_module), indent=2) + "\n")
+        self.path = folder / REPORT_NAME
+        write_whole(self.path, json.dumps(self.report(trainer, pl_module), indent=2) + "\n")
 
     def report(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the report of the run as it stands."""

@@ -157,11 +157,15 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
 
     Args:
         every_n_steps: Length of a window in optimizer steps.
+
+    Attributes:
+        latest: The values of the last window by tag, on rank zero.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
         super().__init__()
         self.every_n_steps = check_interval(self, every_n_steps)
+        self.latest: dict[str, float] = {}
         self._step = 0
         self._before = Interval()
         self._picks: float | None = None
@@ -225,6 +229,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         values |= {f"memory/{part}_MiB": n / MIB for part, n in held.items()}
         if pl_module.device.type == "cuda":
             values["memory/activations_and_rest_MiB"] = peak - sum(held.values()) / MIB
+        self.latest = values
         log(trainer, values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

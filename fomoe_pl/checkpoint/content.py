@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fomoe_pl.checkpoint import format as files
 from fomoe_pl.checkpoint.carryover import carry_over, differences
+from fomoe_pl.checkpoint.disks import Disk
 from fomoe_pl.checkpoint.resuming import check_weights
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import ROW_COUNTERS
@@ -28,6 +29,7 @@ from fomoe_pl.federation.topology import Topology
 from fomoe_pl.lightning_internals import random_states, set_random_states
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer
+from fomoe_pl.remote import AnyPath
 from fomoe_pl.slices import Slices
 
 
@@ -232,9 +234,26 @@ class Content:
         return Path(path)
 
     @property
-    def has_checkpoints(self) -> bool:
-        """Whether a disk of this site's own has checkpoints already."""
-        return False
+    def disk(self) -> Disk | None:
+        """Where this site's own checkpoints are; None where all write into one folder."""
+        return None
+
+    def called(self, path: Path) -> AnyPath:
+        """What the checkpoint at this place is called in messages."""
+        return path
+
+    def remove(self, path: str | Path) -> None:
+        """Remove the checkpoint that Lightning calls by this path."""
+        self.site.checkpoint_io.remove_checkpoint(str(path))
+
+    def open(self) -> None:
+        """Look whether checkpoints can be written, when the sites have met; all call it together."""
+
+    def close(self) -> None:
+        """Leave nothing behind but checkpoints."""
+
+    def start_training(self) -> None:
+        """All that a run goes on from has been read; all sites call it together."""
 
     @property
     def n_writers(self) -> int:
@@ -282,7 +301,6 @@ class Content:
         layout, site, module = self.layout(), self.site.topology.site, self.site.mid_round
         optimizers = [self._whole_state(state, layout) for state in checkpoint.get("optimizer_states", [])]
         losses = self.site.sum_in_site(torch.tensor(module.round_losses(), dtype=torch.float64)).tolist()
-        state = self.state()
         contents: dict[str, Any] = {}
         slots = {files.of_slot(slot): tensors for slot, tensors in self.slots().items()}
         for prefix, values in {"": self.tensors(), **slots, files.AVERAGE: self.average}.items():
@@ -291,6 +309,7 @@ class Content:
                 contents |= self.expert_files(prefix, tensors)
             if tensors and self.writes_common:
                 contents[files.dense_name(prefix)] = {n: tensors[n] for n in layout.dense if n in tensors}
+        state = self.state()  # with the bytes that experts' files have cost
         if self.writes:
             contents[files.site_name(site)] = {
                 "optimizer_states": optimizers,
@@ -382,8 +401,9 @@ class Content:
     # -- what is taken back ---------------------------------------------------------------------------------------
 
     def trainer_file(self, folder: Path, manifest: Mapping[str, Any]) -> str:
-        """The file of Lightning's state that this site goes on from."""
-        return files.trainer_name()
+        """The file of Lightning's state that this site goes on from; of a checkpoint in parts any that is there."""
+        there = sorted(name for name in manifest["files"] if name.startswith("trainer") and (folder / name).is_file())
+        return there[0] if files.is_part(manifest) and there else files.trainer_name()
 
     def own_state(self, folder: Path, manifest: Mapping[str, Any], site: int) -> dict[str, Any] | None:
         """What a site needs beside the global model; None where that is lost.
@@ -394,6 +414,10 @@ class Content:
             site: Whose state it is.
         """
         return files.read_state(folder, files.site_name(site), manifest)
+
+    def origin(self, n_saved: int) -> int:
+        """The site whose own state this one goes on from, of those that have saved one."""
+        return self.site.topology.site % n_saved
 
     def load_trainer(self, folder: Path) -> dict[str, Any]:
         """Lightning's state, with what this site's own callbacks know."""
@@ -452,7 +476,7 @@ class Content:
         # Of data-parallel ranks, which are all alike, only the first has written; a site without a file of its own
         # goes on from another's.
         own_files = [name for name in manifest["files"] if name.startswith("site-")]
-        of = site.topology.site % len(own_files) if self.every_site_writes else 0
+        of = self.origin(len(own_files)) if self.every_site_writes else 0
         own = self.own_state(folder, manifest, of)
         if own is None:
             return steps

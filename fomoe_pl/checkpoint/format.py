@@ -27,6 +27,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,32 @@ def is_complete(folder: Path, optimizer_steps: int) -> bool:
         return False
 
 
+_HASHED: dict[tuple[int, ...], str] = {}
+_SETTLED_NS = 10**9  # a file that has changed within this time may change again without another time of change
+
+
+def remember(path: Path, sha256: str) -> None:
+    """Let `hash_of` know a file that has been hashed while it was written."""
+    about = path.stat()
+    _HASHED[about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns] = sha256
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, which is not read again as long as it has the same size and time of change.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    about = path.stat()
+    key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+    if key in _HASHED:
+        return _HASHED[key]
+    digest = sha256_of(path)
+    if time.time_ns() - about.st_mtime_ns > _SETTLED_NS:
+        _HASHED[key] = digest
+    return digest
+
+
 def verify(folder: Path, name: str, manifest: Mapping[str, Any] | None = None) -> Path:
     """The path of one of the folder's files, once its hash has been compared with the manifest's.
 
@@ -336,7 +363,7 @@ def verify(folder: Path, name: str, manifest: Mapping[str, Any] | None = None) -
         raise ConfigError("ckpt_path", str(folder), f"has no {name}", "use another checkpoint")
     if not (folder / name).is_file():
         raise ConfigError("ckpt_path", str(folder), f"is damaged: {name} is missing", "use another checkpoint")
-    if sha256_of(folder / name) != about["sha256"]:
+    if hash_of(folder / name) != about["sha256"]:
         raise ConfigError("ckpt_path", str(folder), f"is damaged: the hash of {name} differs from the manifest's",
                           "use another checkpoint")  # fmt: skip
     return folder / name
@@ -466,7 +493,7 @@ class WeightFiles:
         if key not in self._where:
             hint = "give a complete checkpoint"
             if is_part(self.manifest):
-                hint = "it is one site's part: `fomoe export` makes one model of the folders of all sites"
+                hint = "it is one site's part: name the folders of all sites, one after the other"
             raise ConfigError("ckpt_path", str(self.folder), f"has no tensor {key!r}", hint)
         name = self._where[key]
         if name not in self._verified:

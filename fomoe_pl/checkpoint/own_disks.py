@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from torch import Tensor
 from fomoe_pl.checkpoint import format as files
 from fomoe_pl.checkpoint import parts
 from fomoe_pl.checkpoint.content import FederatedContent
+from fomoe_pl.checkpoint.disks import Disk, UrlDisk
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.transport import Transport
 from fomoe_pl.files import OfSites, of_site
 from fomoe_pl.lightning_internals import NoCheckpoint
+from fomoe_pl.remote import AnyPath, is_url
 
 CHUNK_BYTES = 4 * 2**20
 """Of each file that travels, what is in memory at a time."""
@@ -37,22 +40,57 @@ class PartsContent(FederatedContent):
 
     own_disks = True
     root: OfSites = ""
+    _folder: Path | None = None  # that the run goes on from
+    _origin: int | None = None  # whose own state
 
-    @property
-    def disk(self) -> Path:
-        """The folder of this site's checkpoints."""
-        site = self.site.topology.site
-        return Path(of_site("checkpoint_root", self.root, site, "runs/checkpoints")).expanduser()
+    @cached_property
+    def disk(self) -> Disk:
+        """Where this site's checkpoints are."""
+        root = of_site("checkpoint_root", self.root, self.site.topology.site, "runs/checkpoints")
+        return UrlDisk(root) if is_url(root) else Disk(Path(root).expanduser())
 
     def place(self, path: str | Path) -> Path:
         """In this site's folder, under the same name."""
-        return self.disk / Path(path).name
+        return self.disk.place(Path(path).name)
 
-    @property
-    def has_checkpoints(self) -> bool:
-        """Whether there is one on this disk."""
-        found, wrong = parts.on_disk(self.disk, None)
-        return bool(found or wrong)
+    def called(self, path: Path) -> AnyPath:
+        """In this site's folder, or its URL."""
+        return self.disk.called(path.name)
+
+    def remove(self, path: str | Path) -> None:
+        """This site's part."""
+        self.disk.remove(Path(path).name)
+
+    def start_training(self) -> None:
+        """Look, where the run starts from scratch, whether all disks have no checkpoints yet.
+
+        Raises:
+            ConfigError: On all sites, if one has some.
+        """
+        if self._folder is None:
+            found, wrong = self.disk.found(None)
+            if float(self.site.sum_over_sites(torch.tensor([float(bool(found or wrong))]), "control")) > 0:
+                rule = "has checkpoints of another run, on this site or another"
+                raise ConfigError("checkpoint_root", str(self.disk.called("")), rule,
+                                  "go on from them with --ckpt_path auto, or name new folders")  # fmt: skip
+        self.disk.clear()
+
+    def close(self) -> None:
+        """Remove what lies on this machine for a while."""
+        if "disk" in vars(self):
+            self.disk.clear()
+
+    def open(self) -> None:
+        """Look whether all disks can be written.
+
+        Raises:
+            ConfigError: On all sites, naming those that cannot.
+        """
+        trouble = self.disk.trouble()
+        told = [f"site {site}: {text}" for site, text in enumerate(self.site.texts_of_sites(trouble)) if text]
+        if told:
+            raise ConfigError("checkpoint_root", str(self.root), "; ".join(told), "look at the disk, the address, the "
+                              "network and what is needed to log in; or name another place")  # fmt: skip
 
     # -- what is written ------------------------------------------------------------------------------------------
 
@@ -62,8 +100,7 @@ class PartsContent(FederatedContent):
 
     @property
     def _copies(self) -> int:
-        assert self.site.settings.copies is not None
-        return self.site.settings.copies
+        return self.site.settings.copies_of(self.site.topology.n_sites)
 
     def expert_files(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Those that this site stores; of experts that it does not hold they are sent here."""
@@ -116,22 +153,28 @@ class PartsContent(FederatedContent):
             ConfigError: On all sites, if there is no such checkpoint, or something of it is on no site's disk.
         """
         auto = str(folder) == "auto"
-        found, wrong = parts.on_disk(self.disk, None if auto else folder.name)
+        found, wrong = self.disk.found(None if auto else folder.name)
         for message in wrong:
             print(f"fomoe: site {self.site.topology.site}: not used: {message}", file=sys.stderr, flush=True)
         whole = not auto and (folder / files.MANIFEST).is_file() and not files.is_part(files.read_manifest(folder))
         every, all_whole = parts.understand(self.site.texts_of_sites(parts.tell(found, whole)))
         if all_whole and not auto:  # one of another run, or of `fomoe import`, that every site has
-            return super().load_trainer(folder)
-        if not every and auto:
+            self._folder = folder
+        elif not every and auto:
             rank_zero_info("no site has a checkpoint yet: starting from scratch")
             return NoCheckpoint()
-        return super().load_trainer(self._agree(every, str(folder)))
+        else:
+            self._folder = self._agree(every, str(folder))
+        return super().load_trainer(self._folder)
+
+    def saved_average(self, folder: Path) -> dict[str, Tensor] | None:
+        """That of the checkpoint which the sites have agreed on, whatever it was called."""
+        return None if self._folder is None else super().saved_average(self._folder)
 
     def _agree(self, every: Sequence[parts.Found], given: str) -> Path:
         unusable: list[str] = []
         for one in every:
-            own = parts.held(self.place(one.name), one.manifest)
+            own = self.disk.held(one.name, one.manifest)
             has = parts.who_has(one.manifest, self.site.texts_of_sites(json.dumps(sorted(own.names))))
             gone = parts.lost(one.manifest, has)
             if not gone:
@@ -150,9 +193,11 @@ class PartsContent(FederatedContent):
         n_sites, config = site.topology.n_sites, site.transformer.config
         site.redraws, site.loads_at_draw = manifest["redraws"], manifest.get("loads_at_draw")
         placement = site.placed(config)
-        needs = [parts.needed(manifest, has, i, placement.residents(i)) for i in range(n_sites)]
+        origins = parts.origins(manifest, has, n_sites)
+        self._origin = origins[site.topology.site]
+        needs = [parts.needed(manifest, has, i, origins[i], placement.residents(i)) for i in range(n_sites)]
         moves = parts.moves(needs, has)
-        self._tell(one, moves, has)
+        self._tell(one, moves, has, origins)
         place, error = own.place, ""
         try:
             place = _ready(folder, own.place)
@@ -162,6 +207,7 @@ class PartsContent(FederatedContent):
         try:
             if not error and place is not None:
                 _put_in_place(folder, place, manifest)
+                self.disk.adopt(one.name, [move.name for move in moves if move.receiver == site.topology.site])
         except OSError as failed:
             error = str(failed)
         told = [text for text in self.site.texts_of_sites(f"site {site.topology.site}: {error}" if error else "")
@@ -171,26 +217,31 @@ class PartsContent(FederatedContent):
                               f"({'; '.join(told)})", "look at the disks, and start again")  # fmt: skip
         return folder
 
-    def _tell(self, one: parts.Found, moves: Sequence[parts.Move], has: Mapping[str, Sequence[int]]) -> None:
+    def _tell(
+        self, one: parts.Found, moves: Sequence[parts.Move], has: Mapping[str, Sequence[int]], origins: Sequence[int]
+    ) -> None:
         about = one.manifest["files"]
         rank_zero_info(f"going on from {one.name} after step {one.manifest['optimizer_steps']}")
         for receiver in sorted({move.receiver for move in moves}):
             names = [move.name for move in moves if move.receiver == receiver]
             size = sum(about[name]["bytes"] for name in names) / 1e6
             rank_zero_info(f"site {receiver} is sent {len(names)} files, {size:,.2f} MB, that are not on its disk")
-        for site in range(min(one.manifest["n_sites"], self.site.topology.n_sites)):
-            if files.site_name(site) in has and not has[files.site_name(site)]:
-                rank_zero_info(f"the own state of site {site} is lost ({files.site_name(site)}): it goes on from the "
-                               "global model, with fresh inner moments, without local steps since the last round, and "
-                               "counts its bytes from zero")  # fmt: skip
+        for site, origin in enumerate(origins):
+            if files.site_name(origin) in has and not has[files.site_name(origin)]:
+                rank_zero_info(f"the own state of site {origin} is lost ({files.site_name(origin)}): site {site} goes "
+                               "on from the global model, with fresh inner moments, without local steps since the last "
+                               "round, and counts its bytes from zero")  # fmt: skip
+        for site in sorted({*range(one.manifest["n_sites"])} - {*origins}):
+            rank_zero_info(f"no site goes on from the own state of site {site}: its inner moments are lost")
+
+    def origin(self, n_saved: int) -> int:
+        """Where sites had disks of their own, as all have agreed."""
+        return super().origin(n_saved) if self._origin is None else self._origin
 
     def trainer_file(self, folder: Path, manifest: Mapping[str, Any]) -> str:
         """This site's own, or another's where that is lost."""
-        if not files.is_part(manifest):
-            return super().trainer_file(folder, manifest)
-        there = sorted(name for name in manifest["files"] if name.startswith("trainer") and (folder / name).is_file())
         own = files.trainer_name(self.site.topology.site)
-        return own if own in there or not there else there[0]
+        return own if files.is_part(manifest) and (folder / own).is_file() else super().trainer_file(folder, manifest)
 
     def own_state(self, folder: Path, manifest: Mapping[str, Any], site: int) -> dict[str, Any] | None:
         """None where it went with a disk."""
@@ -342,3 +393,4 @@ class _Writer:
             self.errors.append(f"{name} did not come as it was written")
         else:
             unfinished.replace(self._place / name)
+            files.remember(self._place / name, self._about[name]["sha256"])

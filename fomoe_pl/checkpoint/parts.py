@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from fomoe_pl.checkpoint import format as files
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.placement import Placement, set_numbers
-from fomoe_pl.files import sha256_of
 
 MOST_MANIFESTS = 4
 """How many checkpoints a site tells of: sites differ by one, for a manifest is written when all have their parts."""
@@ -154,8 +153,12 @@ def on_disk(root: Path, name: str | None) -> tuple[list[Found], list[str]]:
             continue
         if files.is_part(manifest):
             found[base, manifest["sha256"]] = Found(base, manifest)
-    newest = sorted(found.values(), key=lambda one: one.age, reverse=True)
-    return newest[:MOST_MANIFESTS], wrong
+    return newest(found.values()), wrong
+
+
+def newest(found: Iterable[Found]) -> list[Found]:
+    """Those that a site tells of, the newest first."""
+    return sorted(found, key=lambda one: one.age, reverse=True)[:MOST_MANIFESTS]
 
 
 def tell(found: Iterable[Found], whole: bool) -> str:
@@ -234,9 +237,7 @@ def _sha(path: Path) -> str | None:
 
 def _is_as_written(path: Path, about: Mapping[str, Any]) -> bool:
     try:
-        if path.stat().st_size != about["bytes"]:
-            return False
-        return sha256_of(path) == about["sha256"]
+        return path.stat().st_size == about["bytes"] and files.hash_of(path) == about["sha256"]
     except OSError:
         return False
 
@@ -295,23 +296,41 @@ def _list(numbers: Iterable[object]) -> str:
     return ", ".join(map(str, numbers))
 
 
+def origins(manifest: Mapping[str, Any], has: Mapping[str, Sequence[int]], n_sites: int) -> list[int]:
+    """Of each site whose own state it goes on from: that of its number, or where the sites are others one on its disk.
+
+    Args:
+        manifest: Of the checkpoint.
+        has: From `who_has`.
+        n_sites: Sites now.
+    """
+    saved = manifest["n_sites"]
+    found = [site % saved for site in range(n_sites)]
+    for site in range(n_sites) if n_sites != saved else ():
+        here = [old for old in range(saved) if site in has.get(files.site_name(old), ())]
+        if here and found[site] not in here:
+            found[site] = here[0]
+    return found
+
+
 def needed(
-    manifest: Mapping[str, Any], has: Mapping[str, Sequence[int]], site: int, residents: Sequence[Sequence[int]]
-) -> list[str]:
+    manifest: Mapping[str, Any], has: Mapping[str, Sequence[int]], site: int, origin: int,
+    residents: Sequence[Sequence[int]],
+) -> list[str]:  # fmt: skip
     """Files that a site needs to go on, of those that some site has.
 
     Args:
         manifest: Of the checkpoint.
         has: From `who_has`.
         site: Its number now.
+        origin: Whose own state it goes on from, from `origins`.
         residents: Per layer the experts that it holds now.
     """
     wanted = {(layer, expert) for layer, experts in enumerate(residents) for expert in experts}
     parts = expert_parts(placement_of(manifest), manifest["copies"])
     unwanted = [name for name, part in parts.items() if wanted.isdisjoint(part.experts)]
     tensors = [name for name in has if name.endswith(".safetensors") and not name.endswith(tuple(unwanted))]
-    n_sites = manifest["n_sites"]
-    own = [files.site_name(site % n_sites), files.observers_name(site)]
+    own = [files.site_name(origin), files.observers_name(site)]
     trainers = [name for name in has if name.startswith("trainer") and has[name]]
     trainer = files.trainer_name(site)
     own.append(trainer if trainer in trainers else min(trainers))

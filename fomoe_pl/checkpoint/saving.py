@@ -22,6 +22,7 @@ from fomoe_pl.checkpoint.parts import merged
 from fomoe_pl.checkpoint.writing import CANNOT_WRITE, HostCopies, Writing
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.lightning_internals import save_as_newest
+from fomoe_pl.remote import AnyPath
 
 ENDED = "ended"
 PATIENCE_SECONDS = 5.0  # for the files of other sites, when one of them may be gone
@@ -54,7 +55,7 @@ class Checkpointer:
 
     def __init__(self, content: Content, *, async_save: bool) -> None:
         self.content, self.async_save = content, async_save
-        self.last_saved: Path | None = None
+        self.last_saved: AnyPath | None = None
         self.saved_at = -1
         self.saves_failed = 0
         self.save_seconds = self.write_seconds = 0.0
@@ -166,7 +167,7 @@ class Checkpointer:
         own_disks = self.content.own_disks
         manifest = self.content.manifest() if self.content.writes_common else None
         n_writers = 0 if own_disks else self.content.n_writers
-        writing = Writing(folder, site.optimizer_steps, site.topology.site, manifest, n_writers)
+        writing = Writing(folder, site.optimizer_steps, site.topology.site, manifest, n_writers, self.content.disk)
         if self._in_background:
             writing.start(contents, self._host_copies)
         else:
@@ -203,7 +204,8 @@ class Checkpointer:
             saving.give_up()
             self._note_failure(saving.folder, saving.steps)
         else:
-            self.last_saved, self.saved_at, self._keep_old = saving.folder, saving.steps, False
+            self.last_saved, self.saved_at = self.content.called(saving.folder), saving.steps
+            self._keep_old = False
             self.write_seconds = saving.seconds
 
     def _completed_on_all_disks(self, saving: Writing) -> bool:
@@ -223,8 +225,8 @@ class Checkpointer:
         self._keep_old = True
         if self._site.is_global_zero:
             older = f"{self.last_saved} is the newest" if self.last_saved else "there is none yet"
-            print(f"fomoe: NO CHECKPOINT after step {steps}: {folder} was not written; training goes on, {older}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(f"fomoe: NO CHECKPOINT after step {steps}: {self.content.called(folder)} was not written; training "
+                  f"goes on, {older}", file=sys.stderr, flush=True)  # fmt: skip
 
     def settle(self) -> None:
         """Wait until the save that is being written is complete or has failed; every rank must call it.
@@ -247,7 +249,10 @@ class Checkpointer:
     def leave(self) -> None:
         """As `settle`, without messages: where a run ends by an error, other sites may be gone."""
         saving = self._saving
-        if saving is None or saving.concluded or self.content.own_disks:  # which nobody completes alone
+        if saving is None or saving.concluded:
+            return
+        if self.content.own_disks:  # which nobody completes alone
+            saving.stop()
             return
         if saving.wait_alone(PATIENCE_SECONDS):
             self.last_saved, self.saved_at = saving.folder, saving.steps
@@ -256,13 +261,11 @@ class Checkpointer:
         """From now on there is something that can go on while a checkpoint is written; all sites call it together.
 
         Raises:
-            ConfigError: For a run that starts from scratch where sites' own disks have checkpoints of another one.
+            ConfigError: For a run that starts from scratch where sites' own disks have checkpoints of another one, or
+                cannot be written.
         """
         self._training = True
-        if self.content.own_disks and self.last_saved is None and self._on_any_site(self.content.has_checkpoints):
-            rule = "has checkpoints of another run, on this site or another"
-            raise ConfigError("checkpoint_root", str(self.content.place("")), rule,
-                              "go on from them with --ckpt_path auto, or name new folders")  # fmt: skip
+        self.content.start_training()
 
     def end_training(self) -> None:
         """A run ends when a checkpoint of its last step is complete, where it saves checkpoints at all."""
@@ -283,7 +286,7 @@ class Checkpointer:
 
         def remove() -> None:
             with suppress(OSError):
-                self._site.checkpoint_io.remove_checkpoint(str(self.content.place(path)))
+                self.content.remove(path)
 
         if self._saving is not None:
             self._saving.after(remove)
@@ -294,4 +297,5 @@ class Checkpointer:
 
     def load_site(self, folder: Path, load_optimizers: Callable[[Mapping[str, Any]], None]) -> None:
         """As `Content.load_site`; what is loaded is the newest checkpoint from then on."""
-        self.last_saved, self.saved_at = folder, self.content.load_site(folder, load_optimizers)
+        self.saved_at = self.content.load_site(folder, load_optimizers)
+        self.last_saved = self.content.called(folder)

@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fomoe_pl.checkpoint import format as files
+from fomoe_pl.checkpoint.disks import Disk
 
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # full or read-only disk, as each of the writers tells it
 _POLL_SECONDS = 0.02
@@ -92,6 +94,7 @@ class Writing:
         manifest: On a site that completes a folder, site 0 or with disks of their own each, what the manifest says
             beside the files.
         n_writers: Sites that write into this folder, or 0 if the folder is not completed by itself.
+        disk: Of the site's own.
 
     Attributes:
         failed: Whether it cannot be completed, as far as this rank knows.
@@ -100,8 +103,11 @@ class Writing:
         seconds: From the start to the complete checkpoint, on site 0.
     """
 
-    def __init__(self, folder: Path, steps: int, site: int, manifest: dict[str, Any] | None, n_writers: int) -> None:
-        self.folder, self.steps = folder, steps
+    def __init__(
+        self, folder: Path, steps: int, site: int, manifest: dict[str, Any] | None, n_writers: int,
+        disk: Disk | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.steps, self._disk = folder, steps, disk
         self.failed = self.complete = self.concluded = False
         self.seconds = 0.0
         self._site, self._manifest, self._n_writers = site, manifest, n_writers
@@ -152,7 +158,9 @@ class Writing:
         with suppress(OSError):  # the disk may be the one that messages go to, too
             # A torch file that meets a full disk says that it is somewhere else than it thought.
             free = shutil.disk_usage(self.folder.parent).free / 1e6
-            told = f"site {self._site} cannot write {self.folder}: {error} ({free:,.0f} MB are free there)"
+            called = self.folder if self._disk is None else self._disk.called(self.folder.name)
+            where = "there" if called == self.folder else f"in {self.folder.parent}"
+            told = f"site {self._site} cannot write {called}: {error} ({free:,.0f} MB are free {where})"
             print(f"fomoe: {told}", file=sys.stderr, flush=True)
 
     def _write_files(self, contents: Mapping[str, Any]) -> None:
@@ -161,6 +169,8 @@ class Writing:
                 return
             files.write(self.folder, name, content)
         files.seal(self.folder, self._site, contents)
+        if self._disk is not None:
+            self._disk.upload(self.folder.name, self.sealed)
 
     def _complete(self) -> None:
         if self._manifest is not None and self._n_writers and not self.failed:
@@ -201,12 +211,17 @@ class Writing:
             of_all: The files of all sites.
         """
         assert self._manifest is not None
+        assert self._disk is not None
         manifest = {**self._manifest, "files": of_all}
         self._attempt(lambda: files.write_manifest(files.partial(self.folder), manifest))
+        if not self.failed:
+            self._attempt(partial(self._disk.write_manifest, self.folder.name))
 
     def complete_now(self) -> None:
         """Give the folder its name, where all sites have the manifest; under the other name it would be found too."""
+        assert self._disk is not None
         self._attempt(lambda: files.put_in_place(self.folder))
+        self._attempt(partial(self._disk.complete, self.folder.name))
         self._completed()
 
     def after(self, action: Callable[[], None]) -> None:
@@ -251,6 +266,10 @@ class Writing:
             time.sleep(_POLL_SECONDS)
         return files.is_complete(self.folder, self.steps)
 
+    def stop(self) -> None:
+        """Write no further file, and say nothing of one that could not be written."""
+        self._given_up.set()
+
     def give_up(self) -> None:
         """End the thread; on site 0, remove what is there."""
         self._given_up.set()
@@ -262,3 +281,5 @@ class Writing:
                 if not self._n_writers:  # a manifest on one disk alone is worth nothing
                     (files.partial(self.folder) / files.MANIFEST).unlink(missing_ok=True)
                 files.give_up(self.folder)
+                if self._disk is not None:
+                    self._disk.give_up(self.folder.name)

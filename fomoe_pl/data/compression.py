@@ -7,8 +7,8 @@ import lzma
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from fomoe_pl.data.remote import AnyPath, RemotePath, file_size
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.remote import AnyPath, RemotePath, file_size
 
 _CHUNK = 1 << 20  # bytes buffered at a time
 _PACKED_CHUNK = 1 << 16  # compressed bytes read at a time: they may become a thousand times as many

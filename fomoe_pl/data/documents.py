@@ -12,18 +12,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from json import JSONDecodeError
 from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fomoe_pl.data import long_text
 from fomoe_pl.data.compression import missing_library, open_plain
-from fomoe_pl.data.long_records import is_cut, read_line, read_long
+from fomoe_pl.data.long_records import is_cut, read_line, read_long, read_long_object
 from fomoe_pl.data.long_text import Collected, LongText, Text
-from fomoe_pl.data.remote import AnyPath, RemotePath
 from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.data.token_files import TokensDtype, read_token_file
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.remote import AnyPath, RemotePath
 
 # What is raised for a file that is damaged or barred.
 _UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
@@ -36,6 +38,7 @@ except ImportError:
 
 _CHUNK = 1 << 20  # bytes or characters read at a time
 _ROWS = 64  # rows of a Parquet file read at a time: each may be a long document
+_LONGEST_WORD = 16  # characters of what JSON has beside strings and numbers
 _SHOWN = 20  # most field names in a message
 _ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}]+\}|[0-7]{1,3}|[abfnrtv\\'\"])|\\")
 
@@ -268,14 +271,29 @@ def _array(file: IO[bytes], path: AnyPath) -> Iterator[Record]:
             # A comma stands before every element but the first.
             start = at if number == 1 else _after_blanks(text, text.index(",", at, at + 1) + 1)
             record, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:  # wrong, or not read as a whole yet
-            more = "" if isinstance(error, RecursionError) else reader.read(max(_CHUNK, len(text)))
+        except (ValueError, RecursionError) as error:
+            more = "" if _is_wrong(error, text, at) else reader.read(max(_CHUNK, len(text)))
             if not more:
                 raise _not_json(path, f"record {number}", error) from None
             text, at = text[at:] + more, 0
-            continue
+            before, brace, behind = text.partition("{")
+            if len(text) <= long_text.LONGEST or not brace or before.strip(", \t\r\n"):
+                continue
+            try:
+                record, text = read_long_object(brace + behind, reader)
+            except (ValueError, RecursionError) as wrong:
+                raise _not_json(path, f"record {number}", wrong) from None
+            end = 0
         yield f"record {number}", record
         at, number = end, number + 1
+
+
+def _is_wrong(error: Exception, text: str, at: int) -> bool:
+    """Whether it is an error whatever follows, and not that an element has not been read as a whole yet."""
+    if isinstance(error, JSONDecodeError):
+        # Of a string that does not end the place is where it begins; what is cut else is short.
+        return not error.msg.startswith("Unterminated string") and error.pos < len(text) - _LONGEST_WORD
+    return isinstance(error, RecursionError) or at < len(text)
 
 
 def _after_blanks(text: str, at: int) -> int:
@@ -297,10 +315,12 @@ def _parquet_records(file: IO[bytes], path: AnyPath, text_field: str) -> Iterato
             if packed:
                 shutil.copyfileobj(file, unpacked)  # a Parquet file is read from its end
             opened = file if isinstance(path, RemotePath) else path
-            with parquet.ParquetFile(unpacked if packed else opened) as table:
-                _check_column(table.schema_arrow, path, text_field)
-                rows = table.iter_batches(batch_size=_ROWS, columns=[text_field])
-                values = (record for batch in rows for record in batch.to_pylist())
+            # By default the column of a row group is read as a whole, and some files have one row group.
+            streamed: dict[str, Any] = {"buffer_size": _CHUNK, "pre_buffer": False}
+            with parquet.ParquetFile(unpacked if packed else opened, **streamed) as table:
+                steps = _find_column(table.schema_arrow, path, text_field)
+                batches = table.iter_batches(batch_size=_ROWS, columns=[text_field], use_threads=False)
+                values = (record for batch in batches for record in _rows(batch, text_field, steps))
                 yield from ((f"row {number}", record) for number, record in enumerate(values, 1))
     except pyarrow.ArrowException as error:
         raise ValueError(error) from error
@@ -317,26 +337,54 @@ def _arrow_records(file: IO[bytes], path: AnyPath, text_field: str) -> Iterator[
         if with_footer and not file.seekable():
             raise ValueError("an Arrow file with a footer cannot be read compressed")
         table = pyarrow.ipc.open_file(file) if with_footer else pyarrow.ipc.open_stream(file)
-        _check_column(table.schema, path, text_field)
+        steps = _find_column(table.schema, path, text_field)
         batches = (table.get_batch(i) for i in range(table.num_record_batches)) if with_footer else iter(table)
         number = 0
         for batch in batches:
-            column = text_field if text_field in batch.schema.names else text_field.partition(".")[0]
             for start in range(0, batch.num_rows, _ROWS):
-                for record in batch.select([column]).slice(start, _ROWS).to_pylist():
+                for record in _rows(batch.select(steps[:1]).slice(start, _ROWS), text_field, steps):
                     number += 1
                     yield f"row {number}", record
     except pyarrow.ArrowException as error:
         raise ValueError(error) from error
 
 
-def _check_column(schema: Any, path: AnyPath, name: str) -> None:
-    """Refuse a column that is not there or has no text."""
+def _rows(batch: Any, text_field: str, steps: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows as records; a long text is put aside without becoming a string first.
+
+    Args:
+        batch: Of the column alone.
+        text_field: What the text is called.
+        steps: The column, and the fields in it, that this means.
+    """
+    from pyarrow import compute
+
+    if batch.nbytes <= long_text.LONGEST:
+        yield from batch.to_pylist()
+        return
+    for number in range(batch.num_rows):
+        value = batch.slice(number, 1).column(0)
+        if len(steps) > 1:
+            value = compute.struct_field(value, steps[1:])
+        value = value.dictionary_decode() if hasattr(value, "dictionary") else value
+        text = value[0].as_buffer() if value[0].is_valid else None
+        if text is None or text.size <= long_text.LONGEST:
+            yield from batch.slice(number, 1).to_pylist()
+            continue
+        collected = Collected()
+        for start in range(0, text.size, _CHUNK):
+            collected.append(memoryview(text)[start : start + _CHUNK].tobytes())
+        yield {text_field: collected.text()}
+
+
+def _find_column(schema: Any, path: AnyPath, name: str) -> list[str]:
+    """The column, and the fields in it, that a name means; one that is not there or has no text is refused."""
     from pyarrow import types
 
-    found, rest = schema if name else None, name
+    found, rest, steps = schema if name else None, name, []
     while rest and found is not None:
         head, rest = (rest, "") if rest in _names(found) else rest.split(".", 1) if "." in rest else (rest, "")
+        steps.append(head)
         found = found.field(head).type if head in _names(found) else None
     if found is None:
         columns = [f"{top.name}{f'.{below}' if below else ''}" for top in schema for below in ("", *_names(top.type))]
@@ -348,6 +396,7 @@ def _check_column(schema: Any, path: AnyPath, name: str) -> None:
             "text_field", name, f"that column of {path} is of type {found}, not text",
             "Name a column of type string, or convert it",
         )  # fmt: skip
+    return steps
 
 
 def _names(fields: Any) -> list[str]:

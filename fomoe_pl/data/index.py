@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from fomoe_pl.data.documents import Ids, ReadOptions, documents_of, read_documents
 from fomoe_pl.data.long_text import LongText, Text
 from fomoe_pl.data.manifest import Split
-from fomoe_pl.data.remote import AnyPath
 from fomoe_pl.data.sources import FileKind, Source, kind_of
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.remote import AnyPath
 
 _log = logging.getLogger(__name__)
 _HASHED = 1 << 20  # characters hashed at a time

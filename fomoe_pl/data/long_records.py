@@ -1,9 +1,9 @@
-"""Lines of JSON that are too long for memory: their long strings become texts of their own."""
+"""JSON that is too long for memory: its long strings become texts of their own."""
 
 import json
 import re
 import uuid
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from fomoe_pl.data import long_text
 from fomoe_pl.data.long_text import Collected, Text
@@ -12,6 +12,7 @@ _PIECE = 1 << 20
 _HIGH = rb"\\u[dD][89abAB][0-9a-fA-F]{2}"  # half of a character that two escapes spell
 _CHARACTERS = re.compile(rb"%b\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[^u]|[^\\]+" % _HIGH)
 _STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # as far as it goes
+_QUOTE, _MARK = re.compile(rb'"'), re.compile(rb'["{}\[\]]')
 _LONGEST_ESCAPES = 12  # bytes in which a character is spelled
 _NEAR = 4096
 
@@ -37,33 +38,56 @@ def read_long(start: bytes, file: IO[bytes]) -> Any:
         ValueError: It is no JSON.
     """
     value = _Value()
-    value.append(start)
+    value.append(start, line=True)
     while piece := file.readline(_PIECE):
-        value.append(piece)
+        value.append(piece, line=True)
         if piece.endswith(b"\n"):
             break
     return value.read()
+
+
+def read_long_object(start: str, file: TextIO) -> tuple[Any, str]:
+    """A long object, and what has been read behind it; its long strings are texts on disk.
+
+    Args:
+        start: Begins with it.
+        file: Where more is read from.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
+    value = _Value()
+    for at in range(0, len(start), _PIECE):
+        piece = start[at : at + _PIECE].encode()
+        if end := value.append(piece):
+            return value.read(), piece[end:].decode() + start[at + _PIECE :]
+    while piece := file.read(_PIECE).encode():
+        if end := value.append(piece):
+            return value.read(), piece[end:].decode()
+    return value.read(), ""
 
 
 class _Value:
     """JSON of which long strings are put aside, so that the rest is short."""
 
     def __init__(self) -> None:
+        self._depth = 0  # brackets that are open
         self._rest = bytearray()
         self._texts: dict[str, Text] = {}
         self._string: bytearray | None = None  # where one has begun and not ended
         self._long: Collected | None = None
         self._escaped = False
 
-    def append(self, piece: bytes) -> None:
+    def append(self, piece: bytes, line: bool = False) -> int:
+        """Add a piece, of a line or of what goes on behind the value; where the value has ended in it, else 0."""
         at = 0
         while at < len(piece):
             if self._string is None:
-                quote = piece.find(b'"', at)
-                end = len(piece) if quote < 0 else quote + 1
-                self._rest += piece[at:end]
-                self._string = None if quote < 0 else bytearray()
-                at = end
+                start = at
+                at, ended = self._next_string(piece, at, line)
+                self._rest += piece[start:at]
+                if ended:
+                    return at
                 continue
             if self._escaped:
                 self._string += piece[at : at + 1]
@@ -80,6 +104,18 @@ class _Value:
                 self._close()
         if self._string is not None and len(self._string) > _PIECE:
             self._put_aside(whole=False)
+        return 0
+
+    def _next_string(self, piece: bytes, at: int, line: bool) -> tuple[int, bool]:
+        """Go to behind the next quote, or to the value's end; whether it is that."""
+        for mark in (_QUOTE if line else _MARK).finditer(piece, at):
+            if mark[0] == b'"':
+                self._string = bytearray()
+                return mark.end(), False
+            self._depth += 1 if mark[0] in b"{[" else -1
+            if not self._depth:
+                return mark.end(), True
+        return len(piece), False
 
     def _put_aside(self, whole: bool) -> None:
         assert self._string is not None

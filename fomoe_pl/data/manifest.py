@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fomoe_pl.data.remote import AnyPath, RemotePath, location
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.remote import AnyPath, RemotePath, location
 
 VERSION = 2  # 1 had the bytes of each id of the vocabulary, not those of the text
 MANIFEST_FILE = "manifest.json"

@@ -32,7 +32,6 @@ from fomoe_pl.data.manifest import (
     TokenizerInfo,
     read_manifest,
 )
-from fomoe_pl.data.remote import AnyPath
 from fomoe_pl.data.segments import Encoded, Segments, SegmentWriter
 from fomoe_pl.data.shards import write_shard
 from fomoe_pl.data.sources import find_sources
@@ -52,6 +51,7 @@ from fomoe_pl.data.workers import Workers, n_cores
 from fomoe_pl.errors import ConfigError, check_range
 from fomoe_pl.files import alone, sha256_of, write_whole
 from fomoe_pl.files import prepare as prepare_file
+from fomoe_pl.remote import AnyPath
 
 _log = logging.getLogger(__name__)
 _MB = 1e6

@@ -18,8 +18,8 @@ import webdataset as wds
 from numpy.typing import NDArray
 
 from fomoe_pl.data.manifest import Manifest, ShardInfo
-from fomoe_pl.data.remote import RemotePath
 from fomoe_pl.data.segments import LongArray
+from fomoe_pl.remote import RemotePath
 
 Tokens = NDArray[np.unsignedinteger]
 

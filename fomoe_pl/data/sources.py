@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from fomoe_pl.data.remote import AnyPath, RemotePath, is_url, location
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.remote import AnyPath, RemotePath, is_url, location
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")

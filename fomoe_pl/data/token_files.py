@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fomoe_pl.data.remote import AnyPath, file_size
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.remote import AnyPath, file_size
 
 TokensDtype = Literal["uint16", "uint32"]
 _CHUNK = 1 << 20  # ids read at a time

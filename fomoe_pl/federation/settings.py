@@ -201,6 +201,10 @@ class FederationConfig:
             return n_sites
         return self.overlap
 
+    def copies_of(self, n_sites: int) -> int:
+        """Own disks on which each expert is stored; all, where there are no longer as many."""
+        return min(self.copies or 1, n_sites)
+
     def check(self, n_experts: int, n_sites: int, top_k: int = 1) -> None:
         """Check the settings against the model's experts and the sites that there are.
 
@@ -215,7 +219,8 @@ class FederationConfig:
         if self.places is not None and len(self.places) != n_sites:
             rule = f"there are {n_sites} sites"
             raise ConfigError("places", list(self.places), rule, "give the place of each of them")
-        check_range("copies", self.copies, f"there are {n_sites} sites", most=n_sites)
+        if self.min_sites is None:
+            check_range("copies", self.copies, f"there are {n_sites} sites", most=n_sites)
 
     def place(
         self, n_layers: int, n_experts: int, n_sites: int, draw: int = 0, loads: Sequence[Sequence[float]] | None = None

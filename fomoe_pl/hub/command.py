@@ -21,6 +21,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
 }
 
+_BEHIND = {"export": 1, "generate": 0, "evaluate": 0}
+"""Commands that take several folders, and what follows them."""
+
 
 class Parser(OneMessage, ArgumentParser):
     """A parser that reports one short error."""
@@ -32,11 +35,11 @@ def main(command: str, arguments: list[str]) -> None:
     description = (run.__doc__ or "").splitlines()[0]
     parser: Any = Parser(prog=f"fomoe {command}", description=description)
     parser.add_function_arguments(run, as_positional=True)
-    options = parser.parse_args(_as_one(arguments) if command == "export" else arguments)
+    options = parser.parse_args(_as_one(arguments, _BEHIND[command]) if command in _BEHIND else arguments)
     run(**options.as_dict())
 
 
-def _as_one(words: list[str]) -> list[str]:
-    """Of `FOLDER... OUTPUT` all folders as one argument."""
-    n = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    return words if n < 3 else [json.dumps(words[: n - 1]), *words[n - 1 :]]
+def _as_one(words: list[str], behind: int) -> list[str]:
+    """Of `FOLDER... OUTPUT`, or of `FOLDER...` with nothing behind, all folders as one argument."""
+    n = next((i for i, word in enumerate(words) if word.startswith("-")), len(words)) - behind
+    return words if n < 2 else [json.dumps(words[:n]), *words[n:]]

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_pl.callbacks.report import REPORT_NAME
-from fomoe_pl.checkpoint.format import MANIFEST
+from fomoe_pl.checkpoint.format import MANIFEST, read_manifest
 from fomoe_pl.errors import check_range
 from fomoe_pl.files import prepare, write_whole
 from fomoe_pl.hub import needs
 from fomoe_pl.hub.card import with_evaluations
+from fomoe_pl.hub.joined import local_of
 from fomoe_pl.hub.loading import Device, DTypeName, load
-from fomoe_pl.hub.source import read_source
+from fomoe_pl.hub.source import report_of, run_of
 
 RESULTS = "evaluations.json"
 
 
 def evaluate(
-    model: str,
+    model: str | list[str],
     tasks: str = "sample",
     site: int | None = None,
     num_fewshot: int | None = None,
@@ -36,7 +37,7 @@ def evaluate(
     exports read, or in an export's `evaluations.json` and model card.
 
     Args:
-        model: Checkpoint or export.
+        model: Checkpoint or export; where sites have disks of their own, the folders or URLs of one step of all sites.
         tasks: Separated by commas: `sample` is what is shipped, `sample_bpb` and `sample_choice`; paths of `.yaml`
             files; or names of the harness's tasks, which fetch their data from the network.
         site: Measure the model as this site of its run sees it, with that site's experts alone; null is the global
@@ -68,14 +69,19 @@ def evaluate(
     if num_fewshot is not None:
         found = {f"{task}, {num_fewshot} shots": metrics for task, metrics in found.items()}
     view = "global" if site is None else f"site {site}"
-    print(f"{model}, {view}:")
+    name = model if isinstance(model, str) else ", ".join(model)
+    print(f"{name}, {view}:")
     for task, metrics in found.items():
         print(f"  {task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if output is not None:
-        about = {"model": model, "view": view, "steps": loaded.steps, "num_fewshot": num_fewshot, "limit": limit}
+        about = {"model": name, "view": view, "steps": loaded.steps, "num_fewshot": num_fewshot, "limit": limit}
         write_whole(Path(output), json.dumps(about | {"tasks": found}, indent=2) + "\n")
-    if limit is None:
-        note(Path(model), view, loaded.steps, found)
+    if limit is not None:
+        return
+    if (local := local_of(model)) is None:
+        print("not stored: the model is on no disk of this machine; use --output FILE")
+    else:
+        note(local, view, loaded.steps, found)
 
 
 def note(model: Path, view: str, steps: int | None, found: dict[str, Any]) -> None:
@@ -88,11 +94,12 @@ def note(model: Path, view: str, steps: int | None, found: dict[str, Any]) -> No
         found: Task -> metric -> value.
     """
     if (model / MANIFEST).is_file():
-        source = read_source(model)
-        if source.run is None or not source.report:
+        manifest = read_manifest(model)
+        run = run_of(model, manifest)
+        if run is None or not report_of(run, manifest["optimizer_steps"]):
             print(f"not stored: {model} has no {REPORT_NAME} of its own step next to it; use --output FILE")
             return
-        path = source.run / REPORT_NAME
+        path = run / REPORT_NAME
         report = json.loads(path.read_text())
         report["evaluations"] = merged(report.get("evaluations", {}), view, steps, found)
         write_whole(path, json.dumps(report, indent=2) + "\n")

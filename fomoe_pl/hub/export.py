@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fomoe_pl.checkpoint.format import WeightFiles
-from fomoe_pl.data.remote import is_url
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.files import prepare_folder
 from fomoe_pl.hub.card import card
@@ -32,7 +31,7 @@ from fomoe_pl.hub.families import (
     targets,
     training_settings,
 )
-from fomoe_pl.hub.joined import joined
+from fomoe_pl.hub.joined import joined, local_of
 from fomoe_pl.hub.pieces import target_parts
 from fomoe_pl.hub.shards import Output, write_shards
 from fomoe_pl.hub.source import Source, read_source
@@ -75,10 +74,8 @@ def export(
         raise ConfigError("max_shard_gb", max_shard_gb, "must be positive", "5 is the default")
     folder, unfinished = Path(output), Path(f"{output.rstrip('/')}.partial")
     prepare_folder("output", folder)
-    folders = [checkpoint] if isinstance(checkpoint, str) else checkpoint
-    with joined(folders, folder) as whole:
-        local = next((place for place in folders if not is_url(place)), None)
-        source = read_source(whole, data, average=average, lies_in=None if local is None else Path(local))
+    with joined(checkpoint, folder) as whole:
+        source = read_source(whole, data, average=average, lies_in=local_of(checkpoint))
         _write(source, folder, unfinished, format, dtype, license, max_shard_gb)
 
 

@@ -12,7 +12,7 @@ from fomoe_pl.hub.loading import Device, DTypeName, Loaded, load
 
 
 def generate(
-    model: str,
+    model: str | list[str],
     prompt: str | None = None,
     max_new_tokens: int = 100,
     temperature: float = 1.0,
@@ -26,7 +26,7 @@ def generate(
     """Continue a text, printing it as it is made.
 
     Args:
-        model: Checkpoint or export.
+        model: Checkpoint or export; where sites have disks of their own, the folders or URLs of one step of all sites.
         prompt: What the text begins with. Null: lines are read from standard input; each is answered with a line, and
             what was said before is remembered.
         max_new_tokens: Most tokens of an answer.

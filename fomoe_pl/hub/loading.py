@@ -17,6 +17,7 @@ from fomoe_pl.codec import Codec
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.hub import needs
 from fomoe_pl.hub.families import OWN, Target, config_of, targets
+from fomoe_pl.hub.joined import joined, local_of
 from fomoe_pl.hub.pieces import target_parts
 from fomoe_pl.hub.shards import read_json
 from fomoe_pl.hub.source import read_source, site_view
@@ -52,7 +53,7 @@ class Loaded:
 
 
 def load(
-    path: str,
+    path: str | list[str],
     *,
     site: int | None = None,
     data: str | None = None,
@@ -63,7 +64,8 @@ def load(
     """Load a checkpoint or an export.
 
     Args:
-        path: Folder that `fomoe fit` or `fomoe export` has written.
+        path: Folder that `fomoe fit` or `fomoe export` has written, or a checkpoint's URL; of a checkpoint whose sites
+            have disks of their own the folders or URLs of all of them.
         site: See the model as this site of its run does; None is the global model.
         data: Folder of the corpus whose tokenizer a checkpoint has; None is the one that its run's settings name.
         device: `auto` is a GPU where there is one.
@@ -80,13 +82,15 @@ def load(
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", device, f"torch {torch.__version__} finds no CUDA device", "use cpu or auto")
-    if (Path(path) / MANIFEST).is_file():
-        loaded = _load_checkpoint(path, site, data)
-    elif (Path(path) / "config.json").is_file():
-        loaded = _load_export(path, site)
-    else:
-        rule = "is neither a checkpoint nor an export"
-        raise ConfigError("model", path, rule, "give a folder such as runs/quickstart/checkpoints/last.ckpt")
+    with joined(path) as folder:
+        if (folder / MANIFEST).is_file():
+            loaded = _load_checkpoint(folder, local_of(path), site, data)
+        elif (folder / "config.json").is_file():
+            loaded = _load_export(str(folder), site)
+        else:
+            rule = "is neither a checkpoint nor an export"
+            hint = "give a folder such as runs/quickstart/checkpoints/last.ckpt"
+            raise ConfigError("model", str(folder), rule, hint)
     bias = {name: tensor.clone() for name, tensor in loaded.model.named_buffers() if "correction_bias" in name}
     loaded.model.to(device=place, dtype=getattr(torch, dtype)).eval()
     for name, tensor in bias.items():  # choosing experts is float32 in any case
@@ -95,13 +99,13 @@ def load(
     return loaded
 
 
-def _load_checkpoint(path: str, site: int | None, data: str | None) -> Loaded:
+def _load_checkpoint(folder: Path, lies_in: Path | None, site: int | None, data: str | None) -> Loaded:
     from transformers import PreTrainedTokenizerFast
 
-    source = read_source(path, data)
+    source = read_source(folder, data, lies_in=lies_in)
     if source.tokenizer is None:
         rule = "has no tokenizer: the corpus that it was trained on is not found"
-        raise ConfigError("model", path, rule, "name the corpus: --data runs/data/sample")
+        raise ConfigError("model", str(lies_in or folder), rule, "name the corpus: --data runs/data/sample")
     model = model_of(source.files, source.config)
     if site is not None:
         apply_view(model, site_view(source.config, source.manifest, site))

@@ -14,12 +14,12 @@ from fomoe_pl.checkpoint.format import AVERAGE, WeightFiles, dense_name
 from fomoe_pl.checkpoint.loading import architecture
 from fomoe_pl.data.corpora import folder_of
 from fomoe_pl.data.manifest import Manifest, read_manifest
-from fomoe_pl.data.remote import is_url
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.placement import Placement
 from fomoe_pl.hub.tokenizer import ExportedTokenizer, corpus_tokenizer, imported_tokenizer
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency, Shadow
+from fomoe_pl.remote import is_url
 
 CONFIG_NAME = "config.yaml"
 UNKNOWN_LENGTH = 2048
@@ -88,19 +88,27 @@ def read_source(
         rule = "has no average of the global model"
         raise ConfigError("average", str(checkpoint), rule, "leave it out, or train with fomoe_pl.callbacks.GlobalEMA")
     config = architecture(files.folder, files.manifest)
-    imported = files.manifest["identity"].get("strategy") == IMPORTED  # wherever it was put
-    run = None if imported else _run_of(Path(checkpoint) if lies_in is None else lies_in)
+    run = run_of(Path(checkpoint) if lies_in is None else lies_in, files.manifest)
     settings = yaml.safe_load((run / CONFIG_NAME).read_text()) if run is not None else {}
-    report = json.loads((run / REPORT_NAME).read_text()) if run is not None and (run / REPORT_NAME).is_file() else {}
-    trained_with = report.get("data", {}).get("tokenizer")
-    if report.get("steps") != files.manifest["optimizer_steps"]:
-        report = {}
+    trained_with = report_of(run).get("data", {}).get("tokenizer")
+    report = report_of(run, files.manifest["optimizer_steps"])
     corpus = _corpus(config, settings, data, trained_with, files.manifest["n_sites"])
     tokenizer = imported_tokenizer(Path(checkpoint)) if corpus is None else corpus_tokenizer(corpus)
     return Source(files, config, run, settings, report, corpus, tokenizer)
 
 
-def _run_of(checkpoint: Path) -> Path | None:
+def report_of(run: Path | None, steps: int | None = None) -> dict[str, Any]:
+    """What a run's report says; empty without one, or if it is that of another step."""
+    if run is None or not (run / REPORT_NAME).is_file():
+        return {}
+    report: dict[str, Any] = json.loads((run / REPORT_NAME).read_text())
+    return report if steps in (None, report.get("steps")) else {}
+
+
+def run_of(checkpoint: Path, manifest: dict[str, Any]) -> Path | None:
+    """The folder of the run that wrote a checkpoint, where it still lies in one."""
+    if manifest["identity"].get("strategy") == IMPORTED:  # wherever it was put
+        return None
     for folder in list(checkpoint.resolve().parents)[:2]:
         if (folder / CONFIG_NAME).is_file():
             return folder

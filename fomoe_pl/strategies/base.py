@@ -491,5 +491,6 @@ class SiteStrategy(Strategy):
         if self.federation is not None:
             self.federation.transport.close()
         super().teardown()
+        self.content.close()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_pl.checkpoint.content import FederatedContent
+from fomoe_pl.checkpoint.disks import check_roots
+from fomoe_pl.checkpoint.format import read_manifest
 from fomoe_pl.checkpoint.own_disks import PartsContent
 from fomoe_pl.errors import ConfigError, check_choice, check_names, check_range
 from fomoe_pl.federation.federation import Federation
@@ -30,7 +33,7 @@ from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.federation.shadow import Copies
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
-from fomoe_pl.files import OfSites
+from fomoe_pl.files import SITE, OfSites
 from fomoe_pl.lightning_internals import SiteProcesses, end_children, move_optimizers, replace_signal_handling
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.parallel import check_shares, gather_root, hold_gathered, reshard, shard
@@ -57,9 +60,9 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         async_save: Write checkpoints while training goes on, from a copy in host memory.
         timeout_seconds: After which a collective that does not complete raises.
         stop_at: Where a signal ends the run: after its `round`, or after the next local `step` of all sites.
-        checkpoint_root: Where sites have no file system in common, the folder in which each stores its part of
-            checkpoints: a template with `{site}`, or a mapping from sites to folders. A name without `{site}` is
-            for machines that have the same path each. None: all write into one folder.
+        checkpoint_root: Where sites have no file system in common, the folder or the URL at which each stores its part
+            of checkpoints: a template with `{site}`, or a mapping from sites to folders and URLs. A folder without
+            `{site}` is for machines that have the same path each. None: all write into one folder.
         between: By what sites reach each other: `gloo` (TCP) or `nccl`; None is `nccl` on GPUs and `gloo` on CPUs. The
             ranks of a site use NCCL among each other on GPUs, whatever is between sites.
         parallel_devices: This machine's devices, one for each rank; None is the Trainer's.
@@ -126,16 +129,23 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         if self.checkpoint_root is None and copies is not None:
             rule = "is on how many sites' own disks each expert is stored, and the sites have none"
             raise ConfigError("copies", copies, rule, "give checkpoint_root too, or leave it out")
-        if self.checkpoint_root is not None and self.settings.min_sites is not None:
-            rule = "with checkpoints on disks of their own the number of sites cannot change by itself"
-            raise ConfigError("min_sites", self.settings.min_sites, rule, "leave it out, or leave out checkpoint_root "
-                              "where all sites have one file system")  # fmt: skip
+        if self.checkpoint_root is None:
+            return
+        check_roots(self.checkpoint_root)
+        roots = [self.checkpoint_root] if isinstance(self.checkpoint_root, str) else [*self.checkpoint_root.values()]
+        if self.settings.min_sites is not None and (len(set(roots)) > 1 or any(SITE in root for root in roots)):
+            rule = "sites get other numbers when machines are gone, and would look for their parts in other places"
+            raise ConfigError("checkpoint_root", str(self.checkpoint_root), rule, "name the folder alike on all "
+                              "machines, such as /disk/fomoe, or leave out min_sites")  # fmt: skip
 
     def check_run(self, trainer: Any, module: Any, data: Any, *, fitting: bool) -> None:
         """As for all strategies; on a disk of its own a site tells checkpoints apart by their names alone."""
         super().check_run(trainer, module, data, fitting=fitting)
         if self.checkpoint_root is None:
             return
+        if isinstance(self.checkpoint_root, str) and SITE not in self.checkpoint_root and trainer.num_devices > 1:
+            rule = f"is one folder for {trainer.num_devices} sites of a machine"
+            raise ConfigError("checkpoint_root", self.checkpoint_root, rule, f"put {SITE} into it")
         saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         places = {str(callback.dirpath) for callback in saving}
         if len(places) > 1 or any("/" in (callback.filename or "") for callback in saving):
@@ -147,6 +157,14 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             raise ConfigError(
                 "save_last", "link", rule, "type true, or leave it out: --ckpt_path auto finds the newest"
             )
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """As for all strategies; how far sites with disks of their own have come shows when they have met."""
+        state = super().load_checkpoint(checkpoint_path, weights_only)
+        if self.pace is not None and self.checkpoint_root is not None:
+            steps = read_manifest(Path(state["folder"]))["optimizer_steps"] if state else 0
+            self.pace.go_on(steps, state["tokens_of_all_sites"] if state else 0, self.trainer)
+        return state
 
     # -- who holds what -------------------------------------------------------------------------------------------
 
@@ -210,6 +228,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._join_site()
         if fitting:
+            self.content.open()
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if fitting:

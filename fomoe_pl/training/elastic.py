@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.placement import shares
 
 KEY = "min_sites"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pace:
     """Progress of a local step in a run with another number of sites than planned.
 
@@ -45,6 +47,20 @@ class Pace:
         """Local steps after which the planned tokens have been read: less than one step of all sites more."""
         left = self.planned * self.planned_sites * self.site_tokens - self.tokens
         return self.start + max(0, -(-left // (self.site_tokens * self.sites)))
+
+    def go_on(self, start: int, tokens: int, trainer: Any) -> None:
+        """Go on from a checkpoint, or from nothing: set the number of steps that the planned tokens take.
+
+        Args:
+            start: Local steps in it.
+            tokens: Tokens of all sites in it.
+            trainer: The Trainer that runs them.
+        """
+        self.start, self.tokens = start, tokens
+        if trainer.max_steps > 0 and self.last_step != trainer.max_steps:
+            rank_zero_info(f"{self.sites} of {self.planned_sites} sites: the planned tokens take until step "
+                           f"{self.last_step}")  # fmt: skip
+            trainer.fit_loop.epoch_loop.max_steps = self.last_step
 
 
 def nodes_left(

@@ -513,7 +513,7 @@ def test_progress_bar_items(run: Run) -> None:
     run.strategy.rounds_done = 2
     run.trainer.callback_metrics = {"train/loss": torch.tensor(1.23456), "val/bits_per_byte": torch.tensor(2.5)}
     shown = bar.get_metrics(run.trainer, run.module)
-    assert shown == {"loss": "1.235", "val_bits_per_byte": "2.500", "round": 2, "sent": "1.5 MiB"}
+    assert shown == {"loss": "1.235", "bpb": "2.500", "round": 2, "sent": "1.5 MiB"}
 
 
 def test_progress_bar_says_where_training_starts(
@@ -532,23 +532,58 @@ def test_human_bytes(n: int, text: str) -> None:
     assert human_bytes(n) == text
 
 
-def test_nothing_is_read_for_the_bar_between_its_updates(tmp_path: Path) -> None:
-    """A logged value with `prog_bar=True` is read after every step, and each time the host waits for the GPU."""
+class Zeros(LightningDataModule):
+    def train_dataloader(self) -> Any:
+        tokens = torch.zeros(2, 4, dtype=torch.int64)
+        batch = {"inputs": tokens, "targets": tokens, "domain": torch.zeros(2, dtype=torch.int64)}
+        return DataLoader([batch] * 8, batch_size=None)
 
-    class Data(LightningDataModule):
-        def train_dataloader(self) -> Any:
-            tokens = torch.zeros(2, 4, dtype=torch.int64)
-            batch = {"inputs": tokens, "targets": tokens, "domain": torch.zeros(2, dtype=torch.int64)}
-            return DataLoader([batch] * 2, batch_size=None)
 
+def trained(folder: Path, **settings: Any) -> Trainer:
     config = ModelConfig(d_model=8, n_layers=1, n_heads=1, d_expert=4, n_experts=2, top_k=1, vocab_size=8)
     trainer = Trainer(
-        accelerator="cpu", max_steps=2, log_every_n_steps=1, logger=False, enable_checkpointing=False,
-        enable_model_summary=False, default_root_dir=str(tmp_path), callbacks=[FoMoEProgressBar()],
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        default_root_dir=str(folder), **settings,
     )  # fmt: skip
-    trainer.fit(FoMoEModule(config), datamodule=Data())
+    trainer.fit(FoMoEModule(config), datamodule=Zeros())
+    return trainer
+
+
+def test_nothing_is_read_for_the_bar_between_its_updates(tmp_path: Path) -> None:
+    """A logged value with `prog_bar=True` is read after every step, and each time the host waits for the GPU."""
+    trainer = trained(tmp_path, max_steps=2, log_every_n_steps=1, callbacks=[FoMoEProgressBar()])
     assert "train/loss" in trainer.callback_metrics
     assert trainer.progress_bar_metrics == {}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_without_a_terminal_there_is_a_line_at_each_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], accumulate: int
+) -> None:
+    trained(tmp_path, max_steps=3, log_every_n_steps=2, accumulate_grad_batches=accumulate,
+            callbacks=[FoMoEProgressBar()])  # fmt: skip
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    assert [re.search(r"step (\d/3) ", line)[1] for line in lines] == ["2/3", "3/3"]  # type: ignore[index]
+    for line in lines:
+        assert re.fullmatch(
+            r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step \d/3  round 0  loss \S+  lr \S+  grad \S+  [\d,]+ tokens/s  "
+            r"memory [\d,]+ MiB  waited 0\.0 s  sent 0 B  left \d+:\d\d:\d\d",
+            line,
+        )
+    trained(tmp_path, max_steps=2, log_every_n_steps=1, callbacks=[FoMoEProgressBar(refresh_rate=0)])
+    assert "tokens/s" not in capsys.readouterr().out
+
+
+def test_a_bar_counts_the_runs_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fomoe_pl.callbacks.progress._on_terminal", lambda: True)
+    bar = FoMoEProgressBar(refresh_rate=2)
+    trained(tmp_path, max_steps=3, log_every_n_steps=1, accumulate_grad_batches=2, callbacks=[bar])
+    shown = capsys.readouterr().out
+    assert "tokens/s" not in shown
+    assert re.search(r"3/3 .* loss \d\.\d{3}, round 0, 0 B sent \[00:00 left\]", shown)
+    assert "2/3 " in shown
 
 
 def test_a_trainer_takes_them_all_and_the_bar_replaces_lightnings(tmp_path: Path) -> None:

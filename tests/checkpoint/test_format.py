@@ -219,3 +219,25 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     checkpoint.write(tmp_path / "a.ckpt", "trainer.pt", plain)
     with pytest.raises(ConfigError, match=r"room for plain values and tensors, and trainer.pt would have .*PosixPath"):
         checkpoint.write(tmp_path / "a.ckpt", "trainer.pt", {"callbacks": {"Mine": tmp_path}})
+
+
+def test_a_file_is_hashed_again_only_if_it_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    hashed = checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: (read.append(path), hashed(path))[1])
+    path, moved = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(b"1")
+    assert checkpoint.hash_of(path) == checkpoint.hash_of(path)
+    assert len(read) == 2  # it may change within the same tick
+    os.utime(path, ns=(1, 1))
+    before = checkpoint.hash_of(path)
+    path.rename(moved)
+    assert checkpoint.hash_of(moved) == before
+    assert len(read) == 3
+    moved.write_bytes(b"2")
+    assert checkpoint.hash_of(moved) != before
+    checkpoint.remember(moved, "told")
+    assert checkpoint.hash_of(moved) == "told"
+    os.utime(moved, ns=(2, 2))
+    assert checkpoint.hash_of(moved) == hashed(moved)
+    assert len(read) == 5

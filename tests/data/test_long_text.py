@@ -1,6 +1,8 @@
 """Texts that are too long for memory give the corpus that they give in memory, and two preparations do not meet."""
 
 import json
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +57,90 @@ def test_long_lines_of_json_are_read_in_pieces(
     whole = [text[:] for text in read_file(path, options)]
     assert whole[5] == texts[5]
     assert whole[3] == texts[3].replace("quote", "? half ?")
+    array = tmp_path / "a.json"
+    array.write_text(" [ " + " , ".join(lines) + "\n]\n", encoding="utf-8")
+    assert [text[:] for text in read_file(array, options)] == whole
     monkeypatch.setattr(long_text, "LONGEST", 100)
     monkeypatch.setattr(long_records, "_PIECE", size)
     found = list(read_file(path, options))
     assert [text[:] for text in found] == whole
     assert all(isinstance(text, LongText) for text in found[4:])
+    monkeypatch.setattr("fomoe_pl.data.documents._CHUNK", size)
+    found = list(read_file(array, options))
+    assert [text[:] for text in found] == whole
+    assert any(isinstance(text, LongText) for text in found)
+    for broken in ('[{"text": "' + "a" * 300, '[{"text": "' + "a" * 300 + '\\x"}]', '[{"text": "' + "a" * 300 + '"]',
+                   '[{"a": {"text": "' + "a" * 300 + '"}, "b": [}]'):  # fmt: skip
+        array.write_text(broken)
+        with pytest.raises(ConfigError, match="record 1 is not JSON"):
+            list(read_file(array, ReadOptions()))
     for broken in ('{"text": "' + "a" * 300, '{"text": "' + "a" * 300 + '\\x"}', '{"text": "' + "a" * 300 + '"]'):
         path.write_text(broken)
         with pytest.raises(ConfigError, match="line 1 is not JSON"):
             list(read_file(path, ReadOptions()))
+
+
+def test_an_array_is_read_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with path.open("w") as file:
+        for i in range(400):
+            file.write(("," if i else "[") + json.dumps({"text": str(i % 10) * 40_000}))  # 16 MB
+        file.write("]")
+    tracemalloc.start()
+    assert sum(len(text) for text in read_file(path, ReadOptions())) == 400 * 40_000
+    peak = tracemalloc.get_traced_memory()[1]
+    path.write_text('[{"text": "a"}, {"text": b' + "c" * 16_000_000)
+    tracemalloc.reset_peak()
+    with pytest.raises(ConfigError, match="record 2 is not JSON"):
+        list(read_file(path, ReadOptions()))
+    wrong = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000
+    assert wrong < 20_000_000  # what is above is the text that was written
+
+
+def test_a_row_group_is_read_in_pieces(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [random.Random(i).randbytes(5_000).hex() for i in range(4000)]  # 40 MB in one row group, pages of 1 MB
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet", row_group_size=10**6, write_batch_size=9)
+    length = sum(map(len, rows))
+    del rows
+    pool = pyarrow.default_memory_pool()
+    before, most = pool.bytes_allocated(), 0
+    found = 0
+    for text in read_file(tmp_path / "a.parquet", ReadOptions()):
+        found += len(text)
+        most = max(most, pool.bytes_allocated() - before)
+    assert found == length
+    assert most < 20_000_000
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_long_rows_are_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, nested: bool) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [TEXT[:n] for n in (900, 30, 2000, 99, 4000)]
+    texts[1:1] = [None, ""]
+    rows = pyarrow.array([{"n": 1, "text": text} for text in texts] if nested else texts)
+    table = pyarrow.table({"meta" if nested else "text": rows})
+    if not nested:
+        table = table.set_column(0, "text", rows.dictionary_encode())
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    options = ReadOptions("meta.text" if nested else "text", skip_empty=True)
+    monkeypatch.setattr(long_text, "LONGEST", 500)
+    monkeypatch.setattr("fomoe_pl.data.documents._CHUNK", 64)
+    found = list(read_file(path, options))
+    assert [text[:] for text in found] == [text for text in texts if text]
+    assert [isinstance(text, LongText) for text in found] == [True, False, True, False, True]
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])

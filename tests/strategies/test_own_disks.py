@@ -1,10 +1,11 @@
 """Sites without a common file system: each stores a part, and goes on from its own and others' disks."""
 
 import copy
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import pytest
@@ -14,16 +15,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fomoe_pl.callbacks import RoutingStability
 from fomoe_pl.checkpoint import format as files
-from fomoe_pl.cli import main
+from fomoe_pl.checkpoint import parts
+from fomoe_pl.checkpoint.loading import hyper_parameters, load_global_model
+from fomoe_pl.cli import _checkpoint_in_one, main
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.outer import Nesterov
+from fomoe_pl.hub.loading import load
 from fomoe_pl.model.sizes import expert_parameters
 from fomoe_pl.strategies import FederatedStrategy
+from fomoe_pl.training.elastic import Pace
 from tests.distributed import run_distributed
 from tests.federation.toy import digest
 from tests.strategies.test_checkpoint import differences
 from tests.strategies.test_resume import state
-from tests.training import Run, fit, launched_as
+from tests.training import Run, fit, launched_as, make_trainer
 
 pytestmark = pytest.mark.timeout(300)
 SITES, STEPS = 2, 6
@@ -32,6 +37,7 @@ RULES: dict[str, Any] = {"outer": Nesterov(lr=0.7), "inner_moments": "average"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "one": {"overlap": 1},
     "shared": {"overlap": 2, **RULES},
+    "alike": {"overlap": 1, "copies": 2, "min_sites": 1},
     "two": {"overlap": 1, "copies": 2, "placement": "random", "routing": "shadow", **RULES},
 }
 
@@ -48,7 +54,8 @@ class Saving(L.Callback):
 
 
 def make_run(root: str, folder: str, name: str, **more: Any) -> Run:
-    settings = {"checkpoint_root": f"{folder}/{name}/{{site}}", **SETTINGS[name], "local_steps": 2, **more}
+    root_of_sites = f"{'file://' if name == 'shared' else ''}{folder}/{name}/{{site}}"
+    settings = {"checkpoint_root": root_of_sites, **SETTINGS[name], "local_steps": 2, **more}
     return Run(root=root, folder=folder, settings=settings, architecture={"n_experts": 4},
                trainer={"max_steps": STEPS})  # fmt: skip
 
@@ -75,6 +82,16 @@ def _refused(run: Run, rank: int, path: str | None, *callbacks: L.Callback) -> s
     return str(error.value)
 
 
+def _fewer(run: Run, rank: int, n_sites: int, path: str | None, *saved: int) -> FederatedStrategy:
+    """As torchrun does where machines may go; all name their folders alike."""
+    run.settings["checkpoint_root"] = dict.fromkeys(range(SITES), f"{Path(run.folder).parent}/alike/{rank}")
+    trainer = make_trainer(run, rank % n_sites, n_sites, [Saving(run.folder, *saved)])
+    strategy = cast(FederatedStrategy, trainer.strategy)
+    strategy.pace = Pace(planned=STEPS, start=0, tokens=0, site_tokens=3 * 16, planned_sites=SITES, sites=n_sites)
+    trainer.fit(run.module(), run.datamodule(), ckpt_path=path, weights_only=False)
+    return strategy
+
+
 def _between_runs(rank: int, name: str, change: Callable[[], Any]) -> None:
     """Change the disks, in one process while no other does anything."""
     dist.init_process_group("gloo", init_method=f"file://{name}-store", rank=rank, world_size=SITES)
@@ -94,7 +111,7 @@ def _runs(rank: int, root: str, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with launched_as(rank, SITES, folder):
         found["common"] = _end(make_run(root, folder, "one", checkpoint_root=None), rank, None, 5)
-        runs = {name: make_run(root, folder, name) for name in SETTINGS}
+        runs = {name: make_run(root, folder, name) for name in SETTINGS if name != "alike"}
         for name, run in runs.items():
             found[name] = _end(run, rank, "auto" if name == "one" else None, *SAVED_AT)
         for name, step in (("one", 5), ("shared", 5), ("two", 4), ("two", 5)):
@@ -117,6 +134,13 @@ def _runs(rank: int, root: str, folder: str) -> dict[str, Any]:
         found["lost"] = trainer.strategy.optimizer_steps, digest(trainer.strategy.federation)  # type: ignore[attr-defined]
         _between_runs(rank, f"{folder}/gone", lambda: Path(folder, "one", "1").rename(Path(folder, "gone")))
         found["gone"] = _refused(runs["one"], rank, "auto")
+        Path(folder, "fewer").mkdir(exist_ok=True)
+        _fewer(make_run(root, f"{folder}/fewer", "alike"), rank, SITES, None, *SAVED_AT)
+    with launched_as(rank, SITES, folder):
+        os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        Path(folder, f"alone-{rank}").mkdir()
+        alone = _fewer(make_run(root, f"{folder}/alone-{rank}", "alike"), rank, 1, "auto")
+        found["fewer"] = alone.optimizer_steps, alone.content.origin(SITES), digest(alone.federation)
     return found
 
 
@@ -191,6 +215,18 @@ def test_other_runs_checkpoints_stay_and_there_is_no_other_name(found: list[Any]
         assert "no site has a checkpoint of this name" in site["unknown"]
 
 
+def test_fewer_sites_go_on_to_the_planned_tokens_each_from_its_own_state(found: list[Any]) -> None:
+    last = 5 + (STEPS - 5) * SITES  # of 6 planned steps 5 were of both sites
+    assert [site["fewer"][:2] for site in found] == [(last, 0), (last, 1)]
+
+
+def test_whose_own_state_a_site_goes_on_from() -> None:
+    has = {files.site_name(site): [site - 1] for site in range(1, 4)} | {files.site_name(0): []}
+    assert parts.origins({"n_sites": 4}, has, 3) == [1, 2, 3]  # the first machine is gone
+    assert parts.origins({"n_sites": 4}, has, 4) == [0, 1, 2, 3]
+    assert parts.origins({"n_sites": 4}, {}, 6) == [0, 1, 2, 3, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("callbacks", "told"),
     [
@@ -215,7 +251,7 @@ def test_names_alone_tell_checkpoints_apart(root: str, tmp_path: Path, callbacks
     [
         ({"copies": 2}, "Give checkpoint_root too"),
         ({"copies": 0, "checkpoint_root": "a"}, "at least 1"),
-        ({"checkpoint_root": "a", "min_sites": 1}, "min_sites = 1"),
+        ({"checkpoint_root": "a/{site}", "min_sites": 1}, "Name the folder alike on all machines"),
     ],
 )
 def test_settings_of_disks_that_cannot_work_are_refused(settings: dict[str, Any], told: str) -> None:
@@ -236,11 +272,32 @@ def test_an_export_from_several_folders_is_that_from_a_common_one(
     whole = _export([folder / "common" / "step-5.ckpt"], tmp_path / "whole")
     assert _export(own, tmp_path / "joined") == whole
     assert _export([f"file://{own[0]}", own[1]], tmp_path / "url") == whole
+    stored = _export([f"file://{folder}/shared/{site}/step-5.ckpt" for site in range(SITES)], tmp_path / "stored")
+    assert _export([folder / "shared" / "1" / "step-5.ckpt", folder / "shared" / "0" / "step-5.ckpt"],
+                   tmp_path / "copied") == stored  # fmt: skip
     assert [path.name for path in tmp_path.glob("*.parts")] == []
-    for folders, told in ((own[:1], "has no tensor 'layers.0.moe.experts.w_in#1'"),
+    for folders, told in ((own[:1], "experts 1, 3 of layer 0"),
                           ([own[0], folder / "gone" / "step-4.ckpt"], "is another checkpoint"),
                           ([own[0], own[0]], "experts 1, 3 of layer 0")):  # fmt: skip
         with pytest.raises(SystemExit):
             _export(folders, tmp_path / "refused")
         assert told in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
+
+
+def test_other_commands_take_several_folders_too(found: list[Any], folder: Path, root: str) -> None:
+    own = [str(folder / "one" / "0" / "step-5.ckpt"), f"file://{folder / 'gone' / 'step-5.ckpt'}"]
+    whole, joined = load(str(folder / "common" / "step-5.ckpt"), data=root), load(own, data=root)
+    assert joined.steps == whole.steps == 5
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in joined.model.state_dict().items())
+    with _checkpoint_in_one(["validate", "--ckpt_path", *own, "--data.root", root]) as words:
+        assert words is not None
+        assert [words[:2], words[3:]] == [["validate", "--ckpt_path"], ["--data.root", root]]
+        there = load_global_model(words[2])
+        assert set(hyper_parameters(words[2]))
+    assert not Path(words[2]).exists()
+    common = load_global_model(folder / "common" / "step-5.ckpt").state_dict()
+    assert all(torch.equal(value, common[name]) for name, value in there.state_dict().items())
+    with _checkpoint_in_one(["validate", "--ckpt_path", str(folder), "--data.root", root]) as words:
+        assert words is None

@@ -217,7 +217,7 @@ def use(folder: Path) -> None:
         own = parts.held(folder, manifest)
         has = parts.who_has(manifest, [json.dumps(sorted(own.names))])
         if not parts.lost(manifest, has):
-            parts.needed(manifest, has, 0, [[0, 1], [2]])
+            parts.needed(manifest, has, 0, parts.origins(manifest, has, 1)[0], [[0, 1], [2]])
     else:
         load_global_model(folder)
     for name in manifest["files"]:

@@ -1,10 +1,11 @@
-"""Files behind URLs, read through fsspec: S3, GCS, HTTP and what else it has a protocol for."""
+"""Files behind URLs, read and written through fsspec: S3, GCS, HTTP and what else it has a protocol for."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, ParamSpec, TypeVar, cast
@@ -37,12 +38,19 @@ def _reaching(call: Callable[_P, _R]) -> Callable[_P, _R]:
         except (ConfigError, OSError):
             raise
         except ImportError as error:
-            raise ConfigError("source", str(args[0]), f"reading it needs a library ({error})",
-                              "Run: pip install 'fomoe-pl[remote]'") from None  # fmt: skip
+            key = getattr(args[0], "key", "source")
+            raise ConfigError(key, str(args[0]), f"it needs a library ({error})", _install(str(args[0]))) from None
         except Exception as error:  # each protocol has errors of its own
             raise OSError(f"{args[0]} cannot be reached ({type(error).__name__}: {error})") from error
 
     return wrapped
+
+
+def _install(url: str) -> str:
+    """How to get what a protocol needs."""
+    if url.partition("://")[0].lower() in ("s3", "s3a", "gs", "gcs", "http", "https"):
+        return "Run: pip install 'fomoe-pl[remote]'"
+    return "Install it: the message says which"
 
 
 class RemotePath:
@@ -50,10 +58,11 @@ class RemotePath:
 
     Args:
         url: Its address, such as `s3://bucket/folder`.
+        key: The setting that names it, for messages.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, key: str = "source") -> None:
+        self.url, self.key = url.rstrip("/"), key
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
@@ -62,9 +71,12 @@ class RemotePath:
         try:
             filesystem, path = fsspec.core.url_to_fs(self.url)
         except ValueError as error:
-            raise ConfigError("source", self.url, f"is no URL that fsspec knows ({error})",
-                              "Use s3://, gs://, https:// or a local path") from None  # fmt: skip
+            raise self._unknown(error) from None
         return filesystem, path
+
+    def _unknown(self, error: ValueError) -> ConfigError:
+        return ConfigError(self.key, self.url, f"is no URL that fsspec knows ({error})",
+                           "Use s3://, gs://, https:// or a local path")  # fmt: skip
 
     def __str__(self) -> str:
         """The URL."""
@@ -88,12 +100,26 @@ class RemotePath:
 
     def __truediv__(self, name: str) -> RemotePath:
         """What lies below."""
-        return RemotePath(f"{self.url}/{name}")
+        return RemotePath(f"{self.url}/{name}", self.key)
 
     @property
     def name(self) -> str:
         """The last part of the URL, without a query."""
         return PurePosixPath(self.url.split("?")[0]).name
+
+    @_reaching
+    def find_library(self) -> None:
+        """Look for what the protocol needs, without reaching for the address.
+
+        Raises:
+            ConfigError: It is not installed, or fsspec does not know the protocol.
+        """
+        import fsspec
+
+        try:
+            fsspec.get_filesystem_class(fsspec.utils.get_protocol(self.url))
+        except ValueError as error:
+            raise self._unknown(error) from None
 
     @_reaching
     def is_dir(self) -> bool:
@@ -147,6 +173,7 @@ class RemotePath:
     def sizes(self) -> dict[str, int] | None:
         """Sizes of the files in the folder by name; None where the protocol lists no folders, as HTTP does not."""
         filesystem, path = self._place
+        filesystem.invalidate_cache()  # others write there, too
         if "http" in filesystem.protocol:
             return None
         listed = filesystem.ls(path, detail=True)
@@ -156,7 +183,39 @@ class RemotePath:
     def iterdir(self) -> list[RemotePath]:
         """What lies in the folder."""
         filesystem, path = self._place
+        filesystem.invalidate_cache()
         return [RemotePath(filesystem.unstrip_protocol(found)) for found in filesystem.ls(path, detail=False)]
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    @_reaching
+    def write_bytes(self, content: bytes) -> None:
+        """Write a small file; object stores have it as a whole or not at all."""
+        filesystem, path = self._place
+        self._write(lambda: filesystem.pipe_file(path, content))
+
+    @_reaching
+    def upload(self, source: Path) -> None:
+        """Write a file that is on this disk, of any size."""
+        filesystem, path = self._place
+        self._write(lambda: filesystem.put_file(str(source), path))
+
+    def _write(self, write: Callable[[], Any]) -> None:
+        filesystem, path = self._place
+        try:
+            write()
+        except FileNotFoundError:
+            if not path.startswith("/"):  # a bucket is not to be made because its name was mistyped
+                raise
+            filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+            write()
+
+    @_reaching
+    def remove(self) -> None:
+        """Remove a file, if it is there."""
+        filesystem, path = self._place
+        with suppress(FileNotFoundError):
+            filesystem.rm_file(path)
 
 
 AnyPath = Path | RemotePath
