@@ -157,6 +157,12 @@ class FederatedSite(Site, Protocol):
     federation: Federation | None
     settings: FederationConfig
 
+    def land(self) -> dict[str, Any]:
+        """Wait for averages that are on their way, and apply none of them; what a resumed run goes on with."""
+
+    def go_on_with(self, landed: dict[str, Any]) -> None:
+        """Take up what `land` gave."""
+
     def placed(self, config: ModelConfig) -> Placement:
         """Where experts are after the last time that they were placed."""
 
@@ -555,9 +561,11 @@ class FederatedContent(Content):
         """Local values, which differ from the anchors in mid-round, and the ledger."""
         federation = {slot: dict(self.whole(values)) for slot, values in self.federation.state_dict().items()}
         state = {**super().state(), "federation": federation}
-        copies = self.federation.copies
-        if copies is not None and self.site.settings.shadow_refresh > 1:  # else they are what the anchors are
+        copies, settings = self.federation.copies, self.site.settings
+        if copies is not None and (settings.shadow_refresh > 1 or settings.delay):  # else they are what the anchors are
             state["copies"] = dict(copies.tensors)
+        if landed := self.site.land():
+            state["landed"] = landed
         if self.site.settings.policy.sees_loads:
             state["loads"] = self.site.sum_in_site(self.site.mid_round.loads())
         return state
@@ -572,6 +580,7 @@ class FederatedContent(Content):
                 packed.copy_(state["copies"][name])
         if "loads" in state and self.site.topology.leads:
             self.site.mid_round.set_loads(state["loads"])
+        self.site.go_on_with(state.get("landed", {}))
 
     def load_trainer(self, folder: Path) -> dict[str, Any]:
         """Take the placement of the checkpoint's round with it: it says which weights are this site's."""

@@ -174,6 +174,11 @@ class Checkpointer:
             writing.write(contents)
         return writing
 
+    @property
+    def saving(self) -> Writing | None:
+        """What is being written."""
+        return self._saving
+
     # -- how it ends ----------------------------------------------------------------------------------------------
 
     def flags(self) -> tuple[bool, bool]:

@@ -7,7 +7,7 @@ collective that another does not issue.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby, product
 from operator import itemgetter
@@ -18,20 +18,25 @@ from torch import Tensor
 
 from fomoe_pl.codec import Codec, Root
 from fomoe_pl.federation.agreement import disagreements
-from fomoe_pl.federation.flight import Bucket, Flight, buckets
+from fomoe_pl.federation.flight import Arrived, Bucket, Flight, buckets
 from fomoe_pl.federation.inner import SECOND_MOMENT, RowAdamW, moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind
+from fomoe_pl.federation.left_out import LeftOut
 from fomoe_pl.federation.movement import AGREED, MEAN, OWN, Movement
 from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
 from fomoe_pl.federation.settings import InnerMoments
-from fomoe_pl.federation.shadow import Copies, owned_rows, refresh_layer
+from fomoe_pl.federation.shadow import Arriving, Copies, owned_rows, refresh_layer
 from fomoe_pl.federation.state import ANCHOR, RESIDUAL, Piece, State, cut, joined
 from fomoe_pl.federation.transport import Transport
 
 Due = tuple[bool, bool]
 """Whether a round averages first moments, and second ones."""
+
+
+Rows = dict[int, dict[tuple[int, str], Tensor]]
+"""Expert -> {(index of source, name): its row}."""
 
 
 class Group(NamedTuple):
@@ -95,6 +100,7 @@ class Federation:
         self.state = State(layout, slots=outer.slots, feedback=error_feedback, on_host=state_on_host)
         self.copies = copies
         self._stash: dict[str, Tensor] | None = None
+        self._alpha = 0.0
         self.movement: Movement | None = None
 
     @property
@@ -108,77 +114,103 @@ class Federation:
         self, optimizer: torch.optim.Optimizer, left_out: frozenset[int] = frozenset(), *, due: Due = (True, True)
     ) -> None:
         """A whole round at once: `begin` and `finish`."""
-        self.finish(self.begin(optimizer, left_out, due=due))
+        self.finish(self.begin(optimizer, LeftOut(left_out), due=due))
 
     @torch.no_grad()
     def begin(
-        self, optimizer: torch.optim.Optimizer, left_out: frozenset[int] = frozenset(), *, ahead: int | None = 1,
-        due: Due = (True, True),
+        self, optimizer: torch.optim.Optimizer, left_out: LeftOut = LeftOut(), *, ahead: int | None = 1,  # noqa: B008
+        due: Due = (True, True), names: frozenset[str] | None = None, arrived: Sequence[Arrived] | None = None,
     ) -> Flight:  # fmt: skip
         """Start to average this site's changes, and its moments if they are averaged.
 
         Args:
             optimizer: The inner optimizer, whose moments are kept, reset or averaged.
-            left_out: Sites that have nothing to give, the same on all sites. They take the agreed values; their
-                moments are the others' average, or start fresh. What all holders lack stays as it was.
+            left_out: Sites that have nothing to give. They take the agreed values; their moments are the others'
+                average, or start fresh. What all holders lack stays as it was.
             ahead: Buckets that travel while another is read or written; None starts all of them now, from today's
-                values, each with a buffer of its own.
-            due: Which of the moments are averaged in this round, if they are averaged; all are where a site is left
-                out, whose own may be no numbers.
+                values, each with a buffer of its own, to go on while the site computes.
+            due: Which of the moments are averaged, if they are averaged. Where it is known that a site is left out,
+                whose own may be no numbers, all are.
+            names: Of a fragment's tensors; None is all.
+            arrived: What a flight that was begun like this one gave when it landed: nothing is sent.
 
         Returns:
             What is on its way, for `finish`.
         """
         self.state.begin()
-        measured = self.movement is not None and self.movement.active
+        measured = self.movement is not None and self.movement.active and arrived is None
+        taken = frozenset(self.layout.tensors) if names is None else names
         if self.movement is not None and measured:
             with self.movement.watched():
-                self._note_movement()
-        planned = self._changes(left_out, measured)
-        averages = self.inner_moments == "average" and (any(due) or bool(left_out))
+                if names is None:
+                    self.movement.start()
+                self._note_movement(taken)
+        told = left_out.is_told
+        planned = self._changes(taken, left_out, measured)
+        averages = self.inner_moments == "average" and (any(due) or (bool(left_out.known) and not told))
         if averages:
-            planned += self._moments(optimizer, left_out, (True, True) if left_out else due)
-        forgets = self.inner_moments == "reset" or (not averages and self.site in left_out)
-        return Flight(planned, self.transport, left_out, ahead, forgotten=optimizer if forgets else None)
+            due = (True, True) if left_out.known and not told else due
+            planned += self._moments(optimizer, taken, left_out, due)
+        forgets = self.inner_moments == "reset" or (not (averages and all(due)) and self.site in left_out.known)
+        flight = Flight(planned, self.transport, left_out, ahead, taken, optimizer if forgets else None, arrived)
+        if ahead is None:
+            self.state.forget()
+        return flight
 
     @torch.no_grad()
-    def finish(self, flight: Flight) -> None:
-        """Wait for what `begin` has started: outer step, new anchors, new local values, new moments."""
-        flight.drain()
+    def finish(self, flight: Flight, left_out: frozenset[int] | None = None, *, alpha: float = 0.0) -> None:
+        """Wait for what `begin` has started: outer step, new anchors, new local values, new moments.
+
+        Args:
+            flight: What is on its way.
+            left_out: Sites that had nothing to give, where that was not known when it began.
+            alpha: Share of the site's own values in what it goes on from, beside the agreed ones.
+        """
+        self._alpha = alpha
+        flight.drain(left_out)
         if flight.forgotten is not None:
-            flight.forgotten.state.clear()
+            for name in flight.names & self.layout.trained:
+                flight.forgotten.state.pop(self.layout.tensors[name], None)
         self.state.settle()
+
+    @torch.no_grad()
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Go back to the agreed values with a fresh inner state: the site's own are no numbers."""
+        self.layout.fill(self.anchors)
+        for values in self.state.own.values():
+            for value in values.values():
+                value.zero_()
+        optimizer.state.clear()
 
     # -- what is averaged with whom, and what becomes of it ---------------------------------------------------------
 
-    def _groups(self, codec: Codec | None) -> list[Group]:
+    def _groups(self, codec: Codec | None, names: frozenset[str]) -> list[Group]:
         """Every average that this site takes part in, in the global order."""
-        return averaged(self.layout, self.placement, self.site, self.transport.bucket_numel, codec)
+        return averaged(self.layout, self.placement, self.site, self.transport.bucket_numel, codec, names)
 
-    def _changes(self, left_out: frozenset[int], measured: bool) -> list[Bucket]:
+    def _changes(self, names: frozenset[str], left_out: LeftOut, measured: bool) -> list[Bucket]:
         """A bucket after another of pseudo-gradients; its mean takes the outer step."""
         planned = []
-        for kind, sites, pieces, codec in self._groups(self.codec):
+        for kind, sites, pieces, codec in self._groups(self.codec, names):
             for indices in buckets([self._numel(piece) for piece in pieces], self.transport.bucket_numel):
                 taken = joined(pieces[i] for i in indices)
                 feeds = codec is not None and RESIDUAL in self.state.own
-                if left_out.issuperset(sites):
-                    planned.append(Bucket.of_nobody(partial(self._restore, taken)))
-                    continue
-                numel = sum(map(self._numel, taken))
-                read, write = partial(self._pseudo_gradients, taken), partial(self._outer_step, kind, taken, measured)
-                planned.append(
-                    Bucket(kind, sites, numel, read, write, codec, partial(self._note_lost, taken) if feeds else None)
-                )
+                planned.append(Bucket(
+                    kind, sites, sum(map(self._numel, taken)), partial(self._pseudo_gradients, taken),
+                    partial(self._outer_step, kind, taken, measured), codec,
+                    partial(self._note_lost, taken) if feeds else None, partial(self._restore, taken),
+                ))  # fmt: skip
         return planned
 
-    def _moments(self, optimizer: torch.optim.Optimizer, left_out: frozenset[int], due: Due) -> list[Bucket]:
+    def _moments(
+        self, optimizer: torch.optim.Optimizer, names: frozenset[str], left_out: LeftOut, due: Due
+    ) -> list[Bucket]:
         """The same of the inner optimizer's moments, which are replaced by their mean."""
-        if left_out and isinstance(optimizer, RowAdamW):
-            for name in sorted(self.layout.trained):
+        if left_out.known and isinstance(optimizer, RowAdamW):
+            for name in sorted(names & self.layout.trained):
                 optimizer.start_state(self.layout.tensors[name])  # a site that took no step yet has no moments
         planned = []
-        for _, sites, pieces, codec in self._groups(self.moments_codec):
+        for _, sites, pieces, codec in self._groups(self.moments_codec, names):
             found = [
                 (second, piece.of(moment))
                 for piece in pieces
@@ -189,12 +221,9 @@ class Federation:
             for coding, views in coded_apart(found, codec):
                 for indices in buckets([view.numel() for view in views], self.transport.bucket_numel):
                     taken = [views[i] for i in indices]
-                    if left_out.issuperset(sites):
-                        planned.append(Bucket.of_nobody(partial(_zero, taken)))
-                        continue
                     numel = sum(view.numel() for view in taken)
                     read, write = partial(_as_float32, taken), partial(_spread, taken)
-                    planned.append(Bucket("moments", sites, numel, read, write, coding))
+                    planned.append(Bucket("moments", sites, numel, read, write, coding, instead=partial(_zero, taken)))
         return planned
 
     def _numel(self, piece: Piece) -> int:
@@ -243,14 +272,14 @@ class Federation:
         for i in range(len(pieces)):
             if pieces[i].name not in self.layout.trained:
                 anchors[i].sub_(changes[i])
-        torch._foreach_copy_(self._locals(pieces), anchors)
+        locals_ = self._locals(pieces)
+        torch._foreach_copy_(locals_, mixed(locals_, anchors, self._alpha) if self._alpha else anchors)
         self.state.store(pieces)
 
-    def _note_movement(self) -> None:
+    def _note_movement(self, names: frozenset[str]) -> None:
         """This site's changes and what they started from: whole tensors, not expert by expert."""
         movement = cast(Movement, self.movement)
-        movement.start()
-        for name in sorted(self.layout.trained):
+        for name in sorted(names & self.layout.trained):
             layer, experts = self._experts_of(name)
             local = self.layout.tensors[name]
             anchor = self.anchors[name].to(local.device, non_blocking=True)
@@ -274,8 +303,15 @@ class Federation:
     def _exchange(
         self, kind: Kind, transfers: Sequence[Transfer], layer: int, sources: Sequence[dict[str, Tensor]],
         dtype: torch.dtype | None,
-    ) -> dict[int, dict[tuple[int, str], Tensor]]:  # fmt: skip
-        """Carry one layer's experts; returns expert -> {(index of source, name): its row}."""
+    ) -> Rows:  # fmt: skip
+        """Carry one layer's experts."""
+        return self._start_exchange(kind, transfers, layer, sources, dtype)()
+
+    def _start_exchange(
+        self, kind: Kind, transfers: Sequence[Transfer], layer: int, sources: Sequence[dict[str, Tensor]],
+        dtype: torch.dtype | None,
+    ) -> Callable[[], Rows]:  # fmt: skip
+        """As `_exchange`, of which the site does not wait; returns what does."""
         names = self.layout.sparse(layer)
         keys = [(i, name) for i, source in enumerate(sources) for name in names if name in source]
         row = {expert: r for r, expert in enumerate(self.placement.residents(self.site)[layer])}
@@ -288,10 +324,15 @@ class Federation:
         incoming: dict[int, int] = {}
         for t in mine:
             incoming[t.giver] = incoming.get(t.giver, 0) + per_expert
-        flat = self.transport.exchange(kind, outgoing, incoming, dtype or torch.float32)
-        cursors = {giver: iter(part.split([shapes[k].numel() for _ in range(part.numel() // per_expert) for k in keys]))
-                   for giver, part in flat.items()}  # fmt: skip
-        return {t.expert: {key: next(cursors[t.giver]).view(shapes[key]) for key in keys} for t in mine}
+        wait = self.transport.start_exchange(kind, outgoing, incoming, dtype or torch.float32)
+
+        def arrived() -> Rows:
+            flat = wait()
+            sizes = [shapes[key].numel() for key in keys]
+            cursors = {giver: iter(part.split(sizes * (part.numel() // per_expert))) for giver, part in flat.items()}
+            return {t.expert: {key: next(cursors[t.giver]).view(shapes[key]) for key in keys} for t in mine}
+
+        return arrived
 
     @torch.no_grad()
     def adopt(self, new: Placement, optimizer: torch.optim.Optimizer) -> int:
@@ -337,14 +378,37 @@ class Federation:
         """Give every site the agreed values of the experts that it lacks, packed; every site must call it."""
         if self.copies is None:
             return
-        lacking = self.placement.complement()
         with self.copies.refreshing() as fresh:
             for layer in range(len(self.placement.holders)):
-                transfers = refresh_layer(self.placement, layer)
-                arrived = self._exchange("shadow", transfers, layer, [self._packed(layer)], torch.uint8)
-                for row, expert in enumerate(lacking.residents_in(layer, self.site)):
-                    for (_, name), packed in arrived[expert].items():
-                        fresh[name][row].copy_(packed)
+                self._unpack(layer, self._start_refresh(layer)(), fresh)
+
+    def start_refresh(self, names: frozenset[str]) -> Arriving | None:
+        """As `refresh_copies`, of the layers of a fragment, for `finish_refresh`; None where no copies are kept."""
+        if self.copies is None:
+            return None
+        layers = sorted({self.layout.expert_layer[name] for name in names & self.copies.tensors.keys()})
+        return Arriving({layer: self._start_refresh(layer) for layer in layers})
+
+    @torch.no_grad()
+    def finish_refresh(self, arriving: Arriving) -> None:
+        """Wait for what `start_refresh` has started, and put the copies in their place."""
+        if self.copies is None:
+            return
+        arrived = arriving.land()
+        with self.copies.refreshing() as fresh:
+            for layer, found in arrived.items():
+                self._unpack(layer, found, fresh)
+
+    @torch.no_grad()
+    def _start_refresh(self, layer: int) -> Callable[[], Rows]:
+        return self._start_exchange(
+            "shadow", refresh_layer(self.placement, layer), layer, [self._packed(layer)], torch.uint8
+        )
+
+    def _unpack(self, layer: int, arrived: Rows, fresh: Mapping[str, Tensor]) -> None:
+        for row, expert in enumerate(self.placement.complement().residents_in(layer, self.site)):
+            for (_, name), packed in arrived[expert].items():
+                fresh[name][row].copy_(packed)
 
     def _packed(self, layer: int) -> dict[str, Tensor]:
         """The experts of a layer that this site owns, as copies; other rows are left as they happen to be."""
@@ -459,8 +523,9 @@ def coded_apart(found: Sequence[tuple[bool, Tensor]], codec: Codec | None) -> li
 
 
 def averaged(
-    layout: ParameterLayout, placement: Placement, site: int, bucket_numel: int, codec: Codec | None = None
-) -> list[Group]:
+    layout: ParameterLayout, placement: Placement, site: int, bucket_numel: int, codec: Codec | None = None,
+    names: frozenset[str] | None = None,
+) -> list[Group]:  # fmt: skip
     """Every average that a site takes part in, in the global order.
 
     Args:
@@ -469,8 +534,10 @@ def averaged(
         site: 0..M-1.
         bucket_numel: Most elements of a bucket, into which large dense tensors are cut.
         codec: Of what may be coded, which then makes groups of its own; None casts everything.
+        names: Of the tensors that are averaged; None is all.
     """
-    dense = [piece for name in layout.dense for piece in cut(name, layout.tensors[name], bucket_numel)]
+    taken = frozenset(layout.tensors) if names is None else names
+    dense = [piece for name in layout.dense if name in taken for piece in cut(name, layout.tensors[name], bucket_numel)]
     groups = [Group("dense", tuple(range(placement.n_sites)), dense, None)]
     rows = [{expert: row for row, expert in enumerate(layer)} for layer in placement.residents(site)]
     for sites in placement.holder_sets():
@@ -479,7 +546,7 @@ def averaged(
             pieces = [
                 Piece(name, (rows[layer][expert], rows[layer][expert] + 1))
                 for layer, experts in groupby(placement.experts_of(sites), key=itemgetter(0))
-                for name, (_, expert) in product(layout.sparse(layer), experts)
+                for name, (_, expert) in product([name for name in layout.sparse(layer) if name in taken], experts)
             ]
             groups.append(Group("expert", sites, pieces, None))
     if codec is None:
@@ -490,6 +557,11 @@ def averaged(
             some = [piece for piece in pieces if layout.may_be_coded(piece.name) == coded]
             parts.append(Group(kind, sites, some, codec if coded else None))
     return parts
+
+
+def mixed(local: list[Tensor], agreed: list[Tensor], alpha: float) -> list[Tensor]:
+    """What a site goes on from, alpha * local + (1 - alpha) * agreed of each, float32."""
+    return list(torch._foreach_lerp(agreed, [t.float() for t in local], alpha))
 
 
 def _changes(local: list[Tensor], anchors: list[Tensor]) -> list[Tensor]:

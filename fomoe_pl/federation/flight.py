@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fomoe_pl.codec import Codec
 from fomoe_pl.federation.ledger import Kind
+from fomoe_pl.federation.left_out import LeftOut
 from fomoe_pl.federation.transport import Pending, Transport
 
 
@@ -20,12 +22,13 @@ class Bucket:
 
     Attributes:
         kind: Ledger kind.
-        sites: Over whom; empty if nobody has anything to give, and then nothing is sent.
+        sites: Over whom.
         numel: Elements of all values together.
         read: Gives this site's values, float32, when the collective is started.
         write: Takes their mean, one flat float32 tensor.
         codec: Of the values on the wire; None is a cast to the transport's dtype.
         lost: Takes, before `write`, what coding has lost of this site's values, one flat float32 tensor.
+        instead: Called in the place of `write` where none of the sites had anything to give.
     """
 
     kind: Kind
@@ -35,55 +38,123 @@ class Bucket:
     write: Callable[[Tensor], None]
     codec: Codec | None = None
     lost: Callable[[Tensor], None] | None = None
+    instead: Callable[[], None] = lambda: None
 
-    @classmethod
-    def of_nobody(cls, instead: Callable[[], None]) -> Bucket:
-        """In the place of an average that nobody gives anything to."""
-        return cls("dense", (), 0, list, lambda _: instead())
+
+class Arrived(NamedTuple):
+    """What a bucket's collective gave: the mean, and what coding has lost of this site's values if that is kept."""
+
+    mean: Tensor
+    lost: Tensor | None
 
 
 class Flight:
-    """The averages of a round, of which some have been started.
+    """The averages of a round, or of a fragment's turn, of which some have been started.
 
     Args:
         planned: In the order in which all sites start them.
         transport: Starts them.
         left_out: Sites whose weight is zero.
         ahead: How many are started before the first of them is waited for, within one holder set; None is all of them,
-            at once.
-        forgotten: The inner optimizer, if it starts afresh when the round has ended.
+            at once, to go on while the site computes.
+        names: Of the tensors that it is about.
+        forgotten: The inner optimizer, if it starts afresh with these tensors when the averages are applied.
+        arrived: What each of the collectives gave, if that is known already.
     """
 
     def __init__(
-        self, planned: Sequence[Bucket], transport: Transport, left_out: frozenset[int], ahead: int | None,
-        forgotten: torch.optim.Optimizer | None = None,
+        self, planned: Sequence[Bucket], transport: Transport, left_out: LeftOut, ahead: int | None,
+        names: frozenset[str] = frozenset(), forgotten: torch.optim.Optimizer | None = None,
+        arrived: Sequence[Arrived] | None = None,
     ) -> None:  # fmt: skip
-        self.forgotten = forgotten
+        self.names, self.forgotten = names, forgotten
         self._planned = deque(planned)
         self._transport, self._left_out, self._ahead = transport, left_out, ahead
-        self._started: deque[tuple[Bucket, Pending | None]] = deque()
-        self._start_up_to(ahead)
+        self._started: deque[tuple[Bucket, Callable[[], Arrived] | None]] = deque()
+        self._wait_beside: Callable[[], None] | None = None
+        if arrived is not None:
+            self._started.extend(zip(planned, map(_given, arrived), strict=True))
+            self._planned.clear()
+            return
+        pending = self._start_up_to(ahead)
+        if ahead is None and any(p.has_middle for p in pending):
+            self._wait_beside = transport.beside(lambda: _go_on(pending))
 
-    def drain(self) -> None:
-        """Wait for all of them in their order, each written while the next one travels."""
+    def land(self) -> list[Arrived]:
+        """Wait until all of it is here, and apply none of it; only where all has been started.
+
+        Returns:
+            Of each bucket what its collective gave.
+        """
+        self._meet()
+        found: list[Arrived] = []
+        while len(found) < len(self._started):
+            bucket, wait = self._started.popleft()
+            found.append(wait() if wait else Arrived(torch.empty(0), None))
+            self._started.append((bucket, _given(found[-1])))
+        return found
+
+    def drain(self, left_out: frozenset[int] | None = None) -> None:
+        """Wait for all of them in their order, each written while the next one travels.
+
+        Args:
+            left_out: Sites whose weight was zero, all of which are known now; None: they were when it began.
+        """
+        self._meet()
+        left_out = self._left_out.known if left_out is None else left_out
         while self._started or self._planned:
             self._start_up_to(None if self._ahead is None else self._ahead + 1)
-            bucket, pending = self._started.popleft()
-            bucket.write(torch.empty(0) if pending is None else pending.wait())
+            bucket, wait = self._started.popleft()
+            arrived = wait() if wait else None
+            if arrived is None or left_out.issuperset(bucket.sites):
+                bucket.instead()
+                continue
+            if bucket.lost is not None and arrived.lost is not None:
+                bucket.lost(arrived.lost)
+            bucket.write(arrived.mean)
+            del arrived  # or it would be there while the next one comes
 
-    def _start_up_to(self, number: int | None) -> None:
+    def _meet(self) -> None:
+        wait, self._wait_beside = self._wait_beside, None
+        if wait is not None:
+            wait()
+
+    def _start_up_to(self, number: int | None) -> list[Pending]:
+        started = []
         while self._planned and (number is None or len(self._started) < number):
             bucket = self._planned[0]
             # Of several communicators one is used at a time, unless all are in flight anyway.
             if number is not None and self._started and self._started[0][0].sites != bucket.sites:
-                return
+                break
             self._planned.popleft()
-            pending = None
-            if bucket.sites:
-                pending = self._transport.average(
-                    bucket.kind, bucket.sites, bucket.numel, bucket.read, self._left_out, bucket.codec, bucket.lost
-                )
-            self._started.append((bucket, pending))
+            wait = None
+            if not self._left_out.known.issuperset(bucket.sites):
+                pending, wait = self._start(bucket)
+                started.append(pending)
+            self._started.append((bucket, wait))
+        return started
+
+    def _start(self, bucket: Bucket) -> tuple[Pending, Callable[[], Arrived]]:
+        lost: list[Tensor] = []
+        pending = self._transport.average(
+            bucket.kind, bucket.sites, bucket.numel, bucket.read, self._left_out, bucket.codec,
+            None if bucket.lost is None else lost.append,
+        )  # fmt: skip
+
+        def wait() -> Arrived:
+            mean = pending.wait()
+            return Arrived(mean, lost[0] if lost else None)
+
+        return pending, wait
+
+
+def _given(arrived: Arrived) -> Callable[[], Arrived]:
+    return lambda: arrived
+
+
+def _go_on(pending: Sequence[Pending]) -> None:
+    for one in pending:
+        one.go_on(beside=True)
 
 
 def buckets(numels: Sequence[int], limit: int) -> list[list[int]]:

@@ -43,6 +43,32 @@ class ParameterLayout:
         stacked = name in self.expert_layer
         return name in self.trained and self.tensors[name].dim() >= 2 + stacked and "router" not in name.split(".")
 
+    def fragment(self, index: int, fragments: int) -> frozenset[str]:
+        """Names of the tensors of a fragment: of several the first has what is outside layers, the others layers.
+
+        Layers are dealt out to the others in turns, so that each has some from all depths.
+
+        Args:
+            index: 0..fragments-1.
+            fragments: Number of them.
+        """
+        if fragments == 1:
+            return frozenset(self.tensors)
+
+        def of(name: str) -> int:
+            layer = self.layer(name)
+            return 0 if layer is None else 1 + layer % (fragments - 1)
+
+        return frozenset(name for name in self.tensors if of(name) == index)
+
+    def layer(self, name: str) -> int | None:
+        """The layer of a tensor, dense or not; None for what is outside layers."""
+        if name in self.expert_layer:
+            return self.expert_layer[name]
+        first, _, rest = name.partition(".")
+        number = rest.partition(".")[0]
+        return int(number) if first == "layers" and number.isdigit() else None
+
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Set every tensor to the value of its name, in the tensor's own dtype and on its own device."""

@@ -89,8 +89,9 @@ class Movement:
         """
         self.settle()
         sums = torch.zeros(4 + math.prod(self._shape), dtype=torch.float64)
-        squares = torch.stack(self._norms).cpu().double().square()
-        sums.index_add_(0, torch.tensor(self._places), squares)
+        if self._norms:  # none, where a run goes on after they were taken
+            squares = torch.stack(self._norms).cpu().double().square()
+            sums.index_add_(0, torch.tensor(self._places), squares)
         if self._total is not None:
             sums = self._total(sums)
         quadruples = sums.view(-1, 4)

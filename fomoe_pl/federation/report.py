@@ -75,19 +75,34 @@ def share(report: SiteReport, topology: Topology, total: Callable[[Tensor], Tens
         topology: Its place.
         total: Sums a tensor over all ranks.
     """
+    return shared(total(message(report, topology)), topology)
+
+
+def message(report: SiteReport, topology: Topology) -> Tensor:
+    """What a rank tells, to be added over all ranks; see `share`."""
     n_sites, site, n_ranks = topology.n_sites, topology.site, topology.world_size
     if not topology.leads:
         report = report._replace(skipped=0, saved=False)
-    message = torch.zeros(report_numbers(n_sites), dtype=torch.float64)
-    per_site, summed = message[: -len(SUMMED)].view(len(PER_SITE), n_sites), message[-len(SUMMED) :]
+    told = torch.zeros(report_numbers(n_sites), dtype=torch.float64)
+    per_site, summed = told[: -len(SUMMED)].view(len(PER_SITE), n_sites), told[-len(SUMMED) :]
     per_site[:, site] = torch.tensor([float(getattr(report, name)) for name in PER_SITE])
     # One number for both: a signal weighs more than all ranks' wishes.
     stop = report.stop * (n_ranks + 1) + report.ends
     flags = (report.loss_sum, report.loss_count, stop, report.save_failed, report.saved)  # as in SUMMED
     summed.copy_(torch.tensor(flags, dtype=torch.float64))
-    values = total(message)
-    skipped, left_out = values[: -len(SUMMED)].view(len(PER_SITE), n_sites)
-    loss_sum, loss_count, stop, save_failed, saved = values[-len(SUMMED) :].tolist()
+    return told
+
+
+def left_out_flags(total: Tensor, n_sites: int) -> Tensor:
+    """Of the sum of the sites' messages which of them are left out (M,), not zero where one is."""
+    return total[PER_SITE.index("left_out") * n_sites :][:n_sites]
+
+
+def shared(total: Tensor, topology: Topology) -> SharedReport:
+    """What the sum of the ranks' messages says."""
+    n_sites, n_ranks = topology.n_sites, topology.world_size
+    skipped, left_out = total[: -len(SUMMED)].view(len(PER_SITE), n_sites)
+    loss_sum, loss_count, stop, save_failed, saved = total[-len(SUMMED) :].tolist()
     return SharedReport(
         [int(n) for n in skipped.tolist()],
         frozenset(left_out.nonzero().flatten().tolist()),
@@ -97,6 +112,13 @@ def share(report: SiteReport, topology: Topology, total: Callable[[Tensor], Tens
         save_failed > 0,
         int(saved),
     )
+
+
+def without_orders(total: Tensor) -> Tensor:
+    """The same for a run that is resumed: whoever wanted it to stop, or was saving it, is gone."""
+    kept = total.clone()
+    kept[-len(SUMMED) + SUMMED.index("stop") :] = 0
+    return kept
 
 
 def check_skipped(of_sites: list[int], limit: int) -> None:

@@ -53,6 +53,12 @@ class FederationConfig:
         reshuffle_rounds: T, rounds between two placements of a policy that moves experts.
         placement_seed: Seed of the random placement.
         local_steps: K, optimizer steps of a round, or a schedule {first step: K} such as {0: 1, 64: 32}.
+        fragments: Parts of the model that take turns, one every K / fragments steps, each once in a round: what is
+            outside layers (embedding, head, last norm) is the first, layers are dealt out to the others. 1 is all at
+            once.
+        delay: Local steps that a site takes while an average is on its way, below K / fragments; 0 waits for it. The
+            average is of the values before these steps.
+        alpha: Share of the site's own values in what it goes on from, 0 to 1; 0 takes the agreed ones alone.
         outer: Outer rule, one of `fomoe_pl.federation.outer` or your own subclass of its `OuterRule`; None is
             `Average`.
         inner_moments: What a round does to the inner optimizer's moments: keep, reset or average them.
@@ -90,6 +96,9 @@ class FederationConfig:
     reshuffle_rounds: int = 1
     placement_seed: int = 0
     local_steps: int | dict[int, int] = 32
+    fragments: int = 1
+    delay: int = 0
+    alpha: float = 0.0
     outer: OuterRule | None = None
     inner_moments: InnerMoments = "keep"
     moments_every: int | tuple[int, int] = 1
@@ -133,11 +142,19 @@ class FederationConfig:
         if self.inside == "shard" and self.ranks_per_site == 1:
             rule = "shares a site's model out among its ranks, and there is one"
             raise ConfigError("inside", self.inside, rule, "type replicate, or ranks_per_site 2 or more")
+        if self.inside == "shard" and self.delay:
+            rule = "a checkpoint cannot hold slices of averages that are on their way"
+            raise ConfigError("delay", self.delay, rule, "type 0, or inside replicate")
         if self.inside == "shard" and self.routing == "shadow":
             rule = "cuts tensors into slices, and copies of absent experts are packed whole"
             raise ConfigError("inside", self.inside, rule, "type replicate, or routing ghost")
         self._check_formats()
+        check_range("alpha", self.alpha, "0 takes the agreed values alone", least=0, most=1)
         self.schedule, self.policy  # noqa: B018  both check themselves
+        if self.takes_turns and self.policy.moves and self.reshuffle_rounds == 1:
+            rule = "experts move after each round, whose averages then have to be there, of all fragments at once"
+            name, value = ("fragments", self.fragments) if self.fragments > 1 else ("delay", self.delay)
+            raise ConfigError(name, value, rule, "leave it out, or type a larger reshuffle_rounds")
 
     def _check_formats(self) -> None:
         if isinstance(self.wire_codec, str):
@@ -183,7 +200,25 @@ class FederationConfig:
     @cached_property
     def schedule(self) -> RoundSchedule:
         """When rounds end."""
-        return RoundSchedule.parse(self.local_steps)
+        return RoundSchedule.parse(self.local_steps, self.fragments, self.delay)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether there is more to a round than one average of everything, waited for, at its end."""
+        return self.fragments > 1 or self.delay > 0
+
+    def closes(self, rounds: int, step: int, last_step: int | None) -> bool:
+        """Whether the step that ends a round leaves nothing on its way, nor any fragment's turn to come.
+
+        With the run's last step, and where experts move, all that is on its way is applied, and all fragments are
+        averaged at once.
+
+        Args:
+            rounds: That have ended with it.
+            step: Optimizer steps taken.
+            last_step: The run's planned last step.
+        """
+        return step == last_step or not self.takes_turns or self.moves_after(rounds)
 
     @cached_property
     def policy(self) -> PlacementPolicy:
@@ -204,6 +239,15 @@ class FederationConfig:
     def copies_of(self, n_sites: int) -> int:
         """Own disks on which each expert is stored; all, where there are no longer as many."""
         return min(self.copies or 1, n_sites)
+
+    def check_fragments(self, n_layers: int) -> None:
+        """Check that there are no more fragments than layers and what is outside of them.
+
+        Raises:
+            ConfigError: Naming the most that would work.
+        """
+        rule = f"the model has {n_layers} layers, and what is outside of them is a fragment too"
+        check_range("fragments", self.fragments, rule, most=n_layers + 1)
 
     def check(self, n_experts: int, n_sites: int, top_k: int = 1) -> None:
         """Check the settings against the model's experts and the sites that there are.
@@ -284,9 +328,14 @@ class FederationConfig:
         routing = f"{self.routing} ({self.shadow_bits} bits)" if self.routing == "shadow" else self.routing
         return (
             f"{n_sites} sites, each expert on {self.overlap_of(n_sites)} ({self.policy}), {routing} routing, "
-            f"rounds of {self.schedule} local steps, outer rule {self.rule}, moments: {self._moments_told()}"
-            f"{self._formats_told()}"
+            f"rounds of {self.schedule} local steps{self._turns_told()}, outer rule {self.rule}, "
+            f"moments: {self._moments_told()}{self._formats_told()}"
         )
+
+    def _turns_told(self) -> str:
+        told = f" in {self.fragments} fragments" if self.fragments > 1 else ""
+        told += f", applied {self.delay} steps later" if self.delay else ""
+        return told + (f" (alpha {self.alpha:g})" if self.alpha else "")
 
     def _moments_told(self) -> str:
         every = self.moments_every

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,23 @@ class Copies:
         """The layout of the copies, of absent experts, whose placement is `Placement.complement`."""
         layers = {name: layout.expert_layer[name] for name in self.tensors}
         return ParameterLayout(self.tensors, layers, frozenset())
+
+
+class Arriving:
+    """Fresh copies on their way.
+
+    Args:
+        waits: Layer -> waits for its copies: absent expert -> its tensors' rows.
+    """
+
+    def __init__(self, waits: Mapping[int, Callable[[], Any]]) -> None:
+        self._waits = dict(waits)
+
+    def land(self) -> dict[int, Any]:
+        """Wait until all of them are here: layer -> absent expert -> {(0, name): packed row}."""
+        found = {layer: wait() for layer, wait in self._waits.items()}
+        self._waits = {layer: partial(found.__getitem__, layer) for layer in found}
+        return found
 
 
 def quantisation_errors(

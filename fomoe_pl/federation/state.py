@@ -104,6 +104,12 @@ class State:
         """Forget what a round that broke off has fetched."""
         self._on_their_way.clear()
 
+    def forget(self) -> None:
+        """Give back the memory of what was fetched and only read; it is fetched once more when it is written."""
+        if self._there is not None:  # whoever gets that memory next writes after today's readers
+            self._there.wait_stream(torch.cuda.current_stream())
+        self._on_their_way.clear()
+
     def fetch(self, pieces: Sequence[Piece]) -> Fetched:
         """The state of pieces on the device of their values: itself, or a copy, which stays there until `store`.
 

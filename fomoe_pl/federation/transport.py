@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -13,7 +14,8 @@ from fomoe_pl.codec import GROUP, Codec
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.inside import Inside
 from fomoe_pl.federation.ledger import Kind, Ledger
-from fomoe_pl.federation.liveness import PATIENCE, sites_watched, wait_watching
+from fomoe_pl.federation.left_out import LeftOut
+from fomoe_pl.federation.liveness import PATIENCE, raise_if_lost, sites_watched, wait_watching
 from fomoe_pl.federation.settings import WireDtype
 from fomoe_pl.federation.topology import Topology
 
@@ -44,10 +46,23 @@ class Pending:
 
     Args:
         wait: Waits for its end and returns the result.
+        middle: Of one that needs a second collective: waits for the first and starts that. It is told whether it runs
+            beside the site's computation, see `Transport.beside`.
     """
 
-    def __init__(self, wait: Callable[[], Tensor]) -> None:
-        self._wait = wait
+    def __init__(self, wait: Callable[[], Tensor], middle: Callable[[bool], None] | None = None) -> None:
+        self._wait, self._middle = wait, middle
+
+    @property
+    def has_middle(self) -> bool:
+        """Whether `go_on` has something to do."""
+        return self._middle is not None
+
+    def go_on(self, *, beside: bool = False) -> None:
+        """Start the second collective, if there is one and it has not been started."""
+        middle, self._middle = self._middle, None
+        if middle is not None:
+            middle(beside)
 
     def wait(self) -> Tensor:
         """The result; called once.
@@ -55,7 +70,35 @@ class Pending:
         Raises:
             SiteLostError: If a site does not answer any more.
         """
+        self.go_on()
         return self._wait()
+
+
+class Thread:
+    """Work that a thread does; what it raises is raised where it is waited for.
+
+    Args:
+        work: What is done.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work, self._error = work, list[Exception]()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="averages")  # which may wait for ever
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._error.append(error)
+
+    def join(self, meanwhile: Callable[[], None]) -> None:
+        """Wait for its end; `meanwhile` is called each second."""
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+            meanwhile()
+        if self._error:
+            raise self._error.pop()
 
 
 class Transport:
@@ -76,6 +119,8 @@ class Transport:
         slices: Whether each of them has slices of its own of all values: then ranks of the same place in their sites
             average with each other. Else they all have the same: the first one speaks for the site, and gives the
             others what it gets.
+        overlapped: Whether averages travel while the site computes: then those over all sites have a group of their
+            own, for what a thread sends in it must not get between the messages of others.
     """
 
     def __init__(
@@ -91,6 +136,7 @@ class Transport:
         home: torch.device | None = None,
         inside: Inside | None = None,
         slices: bool = False,
+        overlapped: bool = False,
     ) -> None:
         self.topology = topology
         self.speaks = slices or topology.leads
@@ -113,9 +159,17 @@ class Transport:
                     if place == topology.place:
                         self._groups[sites] = group
 
+        self._averages = dict(self._groups)
+        if overlapped and topology.n_sites > 1:
+            for place in range(topology.n_ranks if slices else 1):
+                group = dist.new_group(list(topology.peers(everyone, place)), timeout=timeout)
+                if place == topology.place:
+                    self._averages[everyone] = group
+        self._queue: torch.cuda.Stream | None = None
+
     def average(
         self, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
-        left_out: frozenset[int] = frozenset(), codec: Codec | None = None,
+        left_out: LeftOut = LeftOut(), codec: Codec | None = None,  # noqa: B008  never changed
         lost: Callable[[Tensor], None] | None = None,
     ) -> Pending:  # fmt: skip
         """Start to average values over the sites of a holder set; every site of it calls this in the same order.
@@ -125,8 +179,8 @@ class Transport:
             sites: The holder set; this rank's site is one of it.
             numel: Elements of all values together, equal on all holders.
             read: Gives the values, float32, on the tensors' own device; not called where this site is left out.
-            left_out: Sites whose weight is zero, the same on all sites, but not all of the holder set: the mean is
-                over the others.
+            left_out: Sites whose weight is zero, the same on all sites. The mean is over the others, and none of
+                numbers where there is no other.
             codec: Of the values on the wire; None is a cast to the transport's dtype.
             lost: Takes, before the mean is there, what coding has lost of this site's values, flat float32. The mean
                 over the sites of values less what was lost is the mean that all get; a site that is left out has
@@ -155,34 +209,28 @@ class Transport:
                 lost(self._told(kept[0] if kept else torch.empty_like(told)))
             return told
 
-        return Pending(mean)
+        if started is None or not started.has_middle:
+            return Pending(mean)
+        return Pending(mean, lambda beside: started.go_on(beside=beside))
 
     def _start_average(
         self, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
-        left_out: frozenset[int], codec: Codec | None, lost: Callable[[Tensor], None] | None,
+        left_out: LeftOut, codec: Codec | None, lost: Callable[[Tensor], None] | None,
     ) -> Pending:  # fmt: skip
         """As `average`, of several sites, on the rank that speaks for its site."""
         if codec is not None:
             average = self._average_of_two if len(sites) == 2 else self._average_coded
             return average(codec, kind, sites, numel, read, left_out, lost)
-        buffer = self._filled(numel, None if self.topology.site in left_out else read)
+        buffer = self._filled(numel, None if self.topology.site in left_out.known else read)
         wait = self._start_all_reduce(kind, buffer, sites)
 
         def mean() -> Tensor:
             wait()
             total = buffer.to(self.home, non_blocking=True).float()
-            total /= self._number_taken(sites, left_out)
+            total /= left_out.number(sites, self.home)
             return total
 
         return Pending(mean)
-
-    def _number_taken(self, sites: tuple[int, ...], left_out: frozenset[int]) -> Tensor:
-        """Sites that a mean is over: a tensor, by which all devices divide alike.
-
-        By a number a GPU multiplies with its inverse, and a site on a CPU would get other bits.
-        """
-        taken = len([site for site in sites if site not in left_out])
-        return torch.full((), taken, dtype=torch.float32, device=self.home)
 
     def _coded_values(
         self, codec: Codec, numel: int, shape: tuple[int, int], read: Callable[[], Sequence[Tensor]] | None,
@@ -212,15 +260,15 @@ class Transport:
 
     def _average_of_two(
         self, codec: Codec, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
-        left_out: frozenset[int], lost: Callable[[Tensor], None] | None,
+        left_out: LeftOut, lost: Callable[[Tensor], None] | None,
     ) -> Pending:  # fmt: skip
         """As `average`, of codes: both give each other theirs, and add in the order of the sites."""
-        own = None if self.topology.site in left_out else read
+        own = None if self.topology.site in left_out.known else read
         [outgoing], kept = self._coded_values(codec, numel, (1, numel), own, feeds_back=lost is not None)
         incoming = torch.empty(2, len(outgoing), dtype=torch.uint8, device=self.device)
         self.ledger.send(kind, len(outgoing))
         with sites_watched(self.topology, self.patience):
-            work = dist.all_gather(list(incoming.unbind()), outgoing, group=self._groups[sites], async_op=True)
+            work = dist.all_gather(list(incoming.unbind()), outgoing, group=self._averages[sites], async_op=True)
 
         def mean() -> Tensor:
             self._wait(work)
@@ -232,45 +280,70 @@ class Transport:
 
     def _average_coded(
         self, codec: Codec, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
-        left_out: frozenset[int], lost: Callable[[Tensor], None] | None,
+        left_out: LeftOut, lost: Callable[[Tensor], None] | None,
     ) -> Pending:  # fmt: skip
         """As `average`, of codes, which cannot be added: each site averages an equal slice, and gives it to all."""
         n, site = len(sites), self.topology.site
-        n_slice, own, out = slice_numel(numel, n), sites.index(site), site in left_out
+        n_slice, own, out = slice_numel(numel, n), sites.index(site), site in left_out.known
         outgoing, kept = self._coded_values(
             codec, numel, (n, n_slice), None if out else read, feeds_back=lost is not None
         )
         incoming = torch.empty_like(outgoing)
-        group, sent = self._groups[sites], (n - 1) * outgoing.shape[1]
+        group, sent = self._averages[sites], (n - 1) * outgoing.shape[1]
         self.ledger.send(kind, sent)
+        self.ledger.send(kind, sent)  # here too, for a ledger is no matter of threads
         with sites_watched(self.topology, self.patience):
             shared = dist.all_to_all_single(incoming, outgoing, group=group, async_op=True)
+        second: list[tuple[Tensor, dist.Work]] = []
+
+        def share_mean(beside: bool) -> None:
+            if beside:
+                shared.wait()
+            else:
+                self._wait(shared)
+            there = incoming.to(self.device if beside else self.home)
+            total = self._mean_of(codec.decode(there, n_slice), sites, left_out)
+            agreed = self._coded(codec, total[None])[0]
+            second.append((total, dist.all_gather(list(incoming.unbind()), agreed, group=group, async_op=True)))
 
         def mean() -> Tensor:
-            self._wait(shared)
-            total = self._mean_of(codec.decode(incoming.to(self.home), n_slice), sites, left_out)
-            self.ledger.send(kind, sent)
-            with sites_watched(self.topology, self.patience):
-                agreed = self._coded(codec, total[None])[0]
-                work = dist.all_gather(list(incoming.unbind()), agreed, group=group, async_op=True)
-                wait_watching(work, self.topology)
+            total, work = second.pop()
+            self._wait(work)
             # All decode the same codes, the slice's owner too: the same bits everywhere.
             decoded = codec.decode(incoming.to(self.home), n_slice)
             if lost is not None and kept is not None:
                 if not out:  # of the mean of its slice, which is of all of them: the owner makes up for it
-                    kept[own] += (total - decoded[own]) * self._number_taken(sites, left_out)
+                    kept[own] += (total.to(self.home) - decoded[own]) * left_out.number(sites, self.home)
                 lost(kept.view(-1)[:numel])
             return decoded.reshape(-1)[:numel]
 
-        return Pending(mean)
+        return Pending(mean, share_mean)
 
-    def _mean_of(self, decoded: Tensor, sites: tuple[int, ...], left_out: frozenset[int]) -> Tensor:
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Do something beside the site's computation; returns what waits until it is done.
+
+        Over gloo a thread does it. Over NCCL it is only queued, on a stream of its own: the host waits for nothing.
+
+        Args:
+            work: Touches no ledger. Over gloo it may use the wire's device alone.
+        """
+        if self.device.type == "cuda":
+            queue = self._queue = self._queue or torch.cuda.Stream(self.device)
+            with torch.cuda.stream(queue):
+                work()
+            return lambda: torch.cuda.current_stream().wait_stream(queue)
+        thread = Thread(work)
+
+        def wait() -> None:
+            with sites_watched(self.topology, self.patience):
+                thread.join(lambda: raise_if_lost(self.topology))
+
+        return wait
+
+    def _mean_of(self, decoded: Tensor, sites: tuple[int, ...], left_out: LeftOut) -> Tensor:
         """The mean of the sites' rows, added in the order of the sites; codes of zeros need not be zeros."""
-        total = torch.zeros_like(decoded[0])
-        for site, row in zip(sites, decoded, strict=True):
-            if site not in left_out:
-                total += row
-        total /= self._number_taken(sites, left_out)
+        total = left_out.sum(decoded, sites)
+        total /= left_out.number(sites, decoded.device)
         return total
 
     def _coded(self, codec: Codec, rows: Tensor) -> Tensor:
@@ -313,11 +386,38 @@ class Transport:
         """
         if self.topology.n_sites == 1:
             return values.clone()
+        return self.start_sum(kind, values, of_slices=of_slices)[1]()
+
+    def start_sum(
+        self, kind: Kind, values: Tensor, *, of_slices: bool = False
+    ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+        """As `sum`, of which the site does not wait.
+
+        Returns:
+            What gives the sum on the wire's device, also beside the site's computation (see `beside`); and what gives
+            it on the input's device, and tells which sites are gone if it does not come.
+        """
         buffer = values.to(self.device, copy=True)
+        if self.topology.n_sites == 1:
+            return lambda: buffer, lambda: buffer.to(values.device)
+        work: dist.Work | None = None
         each = of_slices and self._alone
         if each or self.topology.leads:
-            self._start_all_reduce(kind, buffer, self.everyone)()
-        return (buffer if each else self._inside.share_(buffer)).to(values.device)
+            self.ledger.all_reduce(kind, buffer.nbytes, self.topology.n_sites)
+            with sites_watched(self.topology, self.patience):
+                work = dist.all_reduce(buffer, group=self._groups[self.everyone], async_op=True)
+
+        def there() -> Tensor:
+            assert work is not None, "only the rank that speaks for its site has the sum by itself"
+            work.wait()
+            return buffer
+
+        def wait() -> Tensor:
+            if work is not None:
+                self._wait(work)
+            return (buffer if each else self._inside.share_(buffer)).to(values.device)
+
+        return there, wait
 
     def _told(self, values: Tensor) -> Tensor:
         """Values that the rank which speaks for its site has got, on all ranks that have nothing of their own."""
@@ -343,7 +443,7 @@ class Transport:
         """Begin to add a buffer over sites in place; returns what waits until it is done."""
         self.ledger.all_reduce(kind, buffer.nbytes, len(sites))
         with sites_watched(self.topology, self.patience):
-            work = dist.all_reduce(buffer, group=self._groups[sites], async_op=True)
+            work = dist.all_reduce(buffer, group=self._averages[sites], async_op=True)
 
         return lambda: self._wait(work)
 
@@ -370,17 +470,28 @@ class Transport:
         Returns:
             Giver site -> flat tensor of what it sent, in the order in which it listed it, on the wire's device.
         """
+        return self.start_exchange(kind, outgoing, incoming, dtype)()
+
+    def start_exchange(
+        self, kind: Kind, outgoing: Sequence[tuple[int, Tensor]], incoming: dict[int, int], dtype: torch.dtype
+    ) -> Callable[[], dict[int, Tensor]]:
+        """As `exchange`, of which the site does not wait; returns what does."""
         sites = self.everyone
         receives = [incoming.get(site, 0) for site in sites]
         target = torch.empty(sum(receives), dtype=dtype, device=self.device)
-        if self.speaks:
-            self._exchange_now(kind, outgoing, receives, target)
-        self._told(target)
-        return {site: part for site, part in zip(sites, target.split(receives), strict=True) if part.numel()}
+        work = self._send_parts(kind, outgoing, receives, target) if self.speaks else None
 
-    def _exchange_now(
+        def arrived() -> dict[int, Tensor]:
+            if work is not None:
+                self._wait(work)
+            self._told(target)
+            return {site: part for site, part in zip(sites, target.split(receives), strict=True) if part.numel()}
+
+        return arrived
+
+    def _send_parts(
         self, kind: Kind, outgoing: Sequence[tuple[int, Tensor]], receives: list[int], target: Tensor
-    ) -> None:
+    ) -> dist.Work:
         """As `exchange`, on the rank that speaks for its site."""
         sites, dtype = self.everyone, target.dtype
         ordered = sorted(outgoing, key=lambda pair: pair[0])  # stable: keeps each receiver's order
@@ -392,12 +503,13 @@ class Transport:
         with sites_watched(self.topology, self.patience):
             group = self._groups[self.everyone]
             work = dist.all_to_all_single(target, source, receives, sends, group=group, async_op=True)
-            wait_watching(work, self.topology)
+        return work
 
     def close(self) -> None:
         """Drop the process groups, so that the backend ends cleanly."""
-        for group in self._groups.values():
+        for group in {*self._groups.values(), *self._averages.values()}:
             if group is not None and dist.is_initialized():  # else they went with the world
                 dist.destroy_process_group(group)
         self._groups.clear()
         self._inside.close()
+        self._averages.clear()

@@ -193,6 +193,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         ranks = self.settings.ranks_per_site
         n_sites = check_processes(sites, ranks, n_processes, num_nodes, share_device=self.share_device)
         self.settings.check(config.n_experts, n_sites, config.top_k)
+        self.settings.check_fragments(config.n_layers)
         if self.settings.inside == "shard":
             check_shares(config, self.settings.routing, ranks)
         return n_sites
@@ -248,7 +249,9 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             home=self.root_device,
             inside=self.inside,
             slices=self.slices is not None,
+            overlapped=settings.delay > 0,
         )
+        self.rounds.reset()
         self.federation = Federation(
             self.content.layout(), self.placed(config), transport, outer=settings.rule,
             inner_moments=settings.inner_moments, codec=settings.codec, moments_codec=settings.codec_of_moments,
@@ -300,6 +303,14 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             reshard(self.transformer)  # observers have looked at the agreed values
             self.ledger_of_site()
 
+    def land(self) -> dict[str, Any]:
+        """Wait for averages that are on their way, and apply none of them; what a resumed run goes on with."""
+        return self.rounds.land()
+
+    def go_on_with(self, landed: dict[str, Any]) -> None:
+        """Take up what `land` gave."""
+        self.rounds.go_on(landed, self.optimizers[0])
+
     def sum_in_site(self, values: Tensor) -> Tensor:
         """Sum a small tensor over the ranks of this site."""
         return self.inside.sum(values)
@@ -342,8 +353,11 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
     # -- validation of the agreed model ---------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """In mid-round the agreed values stand in for the local ones."""
-        if self.federation is not None and self.optimizer_steps > 0 and not self.rounds.ends_here:
+        """In mid-round the agreed values stand in for the local ones; what is on its way arrives first."""
+        if self.federation is None:
+            return
+        self.land()
+        if self.optimizer_steps > 0 and not self.rounds.agreed_here:
             self.federation.enter_global()
         reshard(self.transformer)
         gather_root(self.transformer)

@@ -22,6 +22,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.flight import Bucket, Flight
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.left_out import LeftOut
 from fomoe_pl.federation.settings import FORMATS
 from fomoe_pl.federation.state import State
 from fomoe_pl.federation.topology import Topology
@@ -292,7 +293,7 @@ def test_what_averages_of_codes_hold_is_what_lives_in_them(transport: Transport,
             return Bucket("dense", sites, numel, read, partial(write, kept), coding, losing)
 
         before = bytes_.peak = bytes_.live
-        Flight([bucket(i) for i in range(4)], transport, frozenset(), ahead=1).drain()
+        Flight([bucket(i) for i in range(4)], transport, LeftOut(), ahead=1).drain()
         measured = bytes_.peak - before
     formats: Any = {"moments_codec": "int8"} if codec == "moments" else {"wire_codec": codec}
     load = Load(bucket_bytes=4 * numel, error_feedback=feedback, holders=(len(sites),), **formats)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fomoe_pl.federation.flight import Bucket, Flight, buckets
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.left_out import LeftOut
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
 from tests.distributed import run_distributed
@@ -54,7 +55,7 @@ def _average(
         numel = sum(NUMELS[i] for i in taken)
         planned.append(Bucket("expert", sites, numel, lambda taken=taken: [value(rank, i) for i in taken], write))
     if rank in sites:
-        Flight(planned, wire, frozenset(), ahead).drain()
+        Flight(planned, wire, LeftOut(), ahead).drain()
     wire.close()
     return [means[i] for i in sorted(means)], wire.ledger
 
@@ -100,7 +101,7 @@ def test_a_bucket_travels_while_its_neighbours_are_written_and_read(monkeypatch:
 
         return Bucket("dense", (0, 1), 1, read, lambda mean: done.append(f"write {i}"))
 
-    flight = Flight([bucket(i) for i in range(3)], wire, frozenset(), ahead=1)
+    flight = Flight([bucket(i) for i in range(3)], wire, LeftOut(), ahead=1)
     assert done == ["read 0", "send"]
     flight.drain()
     assert done == ["read 0", "send", "read 1", "send", "wait", "write 0", "read 2", "send", "wait", "write 1", "wait",

@@ -11,6 +11,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import moments
 from fomoe_pl.federation.ledger import Ledger
+from fomoe_pl.federation.left_out import LeftOut
 from fomoe_pl.federation.state import RESIDUAL
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport, coded_bytes, slice_numel
@@ -40,7 +41,7 @@ def _average(rank: int, sites: tuple[int, ...], codec: Codec, left_out: frozense
             assert rank not in left_out
             return [values(rank)[:400], values(rank)[400:]]
 
-        pending = [wire.average("dense", sites, NUMEL, read, left_out, codec, lost.append) for _ in range(2)]
+        pending = [wire.average("dense", sites, NUMEL, read, LeftOut(left_out), codec, lost.append) for _ in range(2)]
         first, mean = (p.wait() for p in pending)
         assert torch.equal(first, mean)
         assert torch.equal(*lost)

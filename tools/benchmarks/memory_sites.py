@@ -155,7 +155,7 @@ class WatchedStrategy(FederatedStrategy):
 
     def end_step(self, optimizer: torch.optim.Optimizer) -> None:
         """As ever, between two readings where a round ends."""
-        if not self.rounds.ends_here:
+        if self.settings.schedule.turn(self.optimizer_steps, self.rounds.last_step) is None:
             return
         self.note("steps", f"{self.optimizer_steps} steps")
         super().end_step(optimizer)

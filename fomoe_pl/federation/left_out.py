@@ -1,0 +1,52 @@
+"""Which sites give nothing to an average: known when it begins, or told by a message that travels with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class LeftOut:
+    """Sites whose weight in averages is zero.
+
+    Args:
+        known: Those that are known; with `told`, of this site alone whether it is one.
+        told: Gives flags of all sites (M,), not zero where one is left out, when they are there.
+    """
+
+    def __init__(self, known: frozenset[int] = frozenset(), told: Callable[[], Tensor] | None = None) -> None:
+        self.known, self._told = known, told
+
+    @property
+    def is_told(self) -> bool:
+        """Whether others than this site may turn out to be left out."""
+        return self._told is not None
+
+    def takes(self, sites: tuple[int, ...], device: torch.device) -> Tensor:
+        """Which of some sites are in the average, bool (g,)."""
+        if self._told is None:
+            return torch.tensor([site not in self.known for site in sites], device=device)
+        return self._told().to(device)[list(sites)] == 0
+
+    def sum(self, rows: Tensor, sites: tuple[int, ...]) -> Tensor:
+        """Add the rows (g, ...) of the sites that are in the average, in the order of sites."""
+        total = torch.zeros_like(rows[0])
+        taken = None if self._told is None else self.takes(sites, rows.device)
+        for i, site in enumerate(sites):
+            if taken is not None:
+                total += torch.where(taken[i], rows[i], 0.0)  # nobody on the host may know yet
+            elif site not in self.known:
+                total += rows[i]
+        return total
+
+    def number(self, sites: tuple[int, ...], device: torch.device) -> Tensor:
+        """How many of some sites are in the average: a tensor, by which all devices divide alike.
+
+        By a number a GPU multiplies with its inverse, and a site on a CPU would get other bits.
+        """
+        if self._told is None:
+            taken = len([site for site in sites if site not in self.known])
+            return torch.full((), taken, dtype=torch.float32, device=device)
+        return self.takes(sites, device).sum().float()
