@@ -20,7 +20,7 @@ from safetensors import safe_open
 from fomoe_pl.data.prepare import prepare
 from tests.conftest import _WORDS, make_documents
 from tests.distributed import run_distributed
-from tests.training import STRATEGIES, Run, fit, from_yaml, launched_as, parameters
+from tests.training import STRATEGIES, Run, fit, from_yaml, launched_as, parameters, short_rounds
 
 K, STEPS, SAVED = 2, 9, 5
 
@@ -62,7 +62,7 @@ def run_of(name: str, n_sites: int, root: str, folder: Path) -> Run:
     """A run of a strategy file with rounds of K steps."""
     kind, settings = from_yaml(name)
     if kind == "federated":
-        settings["local_steps"] = K
+        settings = short_rounds(settings, K)
     trainer = {"max_steps": STEPS, "val_check_interval": 3, "limit_val_batches": None, "gradient_clip_val": 1.0}
     return Run(root=root, folder=str(folder), strategy=kind, settings=settings, trainer=trainer)
 

@@ -85,6 +85,12 @@ def from_yaml(name: str) -> tuple[str, dict[str, Any]]:
     return ("ddp" if strategy["class_path"].endswith("CountedDDPStrategy") else "federated"), settings
 
 
+def short_rounds(settings: dict[str, Any], local_steps: int) -> dict[str, Any]:
+    """A strategy's settings with a short round, too short for the fragments of a file: all at once then."""
+    turns = {"fragments": 1, "delay": 1} if settings.get("delay") else {}
+    return {**settings, **turns, "local_steps": local_steps}
+
+
 def make_trainer(run: Run, rank: int, world_size: int, callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
     """The run's Trainer on this rank, joined to the others' process group (Lightning takes a group that exists)."""
     strategies = {"ddp": CountedDDPStrategy, "federated": FederatedStrategy, "single": SingleSiteStrategy}

@@ -23,7 +23,7 @@ from fomoe_pl.costs.rounds import (
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.federation import Due, averaged
 from fomoe_pl.federation.flight import buckets
-from fomoe_pl.federation.layout import ParameterLayout
+from fomoe_pl.federation.layout import ParameterLayout, fragment_of
 from fomoe_pl.federation.ledger import Kind, Ledger, ring_all_reduce_bytes
 from fomoe_pl.federation.packing import digits
 from fomoe_pl.federation.placement import Placement, gather_layer, migration
@@ -76,11 +76,11 @@ def predict_bytes(
     def placed(draw: int) -> Placement:
         return federation.place(architecture.n_layers, architecture.n_experts, n_sites, draw)
 
-    def averages(placement: Placement, due: Due) -> Ledger:
-        """What a round of this placement sends."""
+    def averages(placement: Placement, due: Due, fragment: int | None) -> Ledger:
+        """What a fragment's turn in this placement sends, or None: a whole round."""
         found = Ledger()
-        if federation.codec is not None or federation.codec_of_moments is not None:
-            _coded(found, architecture, federation, placement, site, due)
+        if fragment is not None or federation.codec is not None or federation.codec_of_moments is not None:
+            _by_bucket(found, architecture, federation, placement, site, due, fragment)
             return found
         calls = collectives(
             held_by(placement), sizes, n_sites=n_sites, wire_dtype=federation.wire_dtype,
@@ -90,23 +90,28 @@ def predict_bytes(
         return found
 
     current, rounds, draws, n_layers = placed(0), 0, 0, architecture.n_layers
-    by_due: dict[Due, Ledger] = {}
+    known: dict[tuple[Due, int | None], Ledger] = {}
     for step in range(steps + 1):
-        if step and federation.schedule.is_round_end(step, steps):
-            rounds += 1
-            due = federation.moments_due(rounds)
-            if due not in by_due:
-                by_due[due] = averages(current, due)
-            ledger.add(by_due[due])
-            moved = federation.moves_after(rounds) and step < steps
+        turn = federation.schedule.turn(step, steps) if step else None
+        if turn is not None:
+            closes = turn.ends_round and federation.closes(rounds + 1, step, steps)
+            what = federation.moments_due(rounds + 1), None if closes or federation.fragments == 1 else turn.fragment
+            if what not in known:
+                known[what] = averages(current, *what)
+            ledger.add(known[what])
+            moved = closes and federation.moves_after(rounds + 1) and step < steps
             if moved:
                 draws += 1
                 new = placed(draws)
                 _migration(ledger, current, new, site, sizes, n_slots=len(federation.rule.slots))
-                current, by_due = new, {}
-            if federation.refreshes_after(rounds, moved=moved):
-                given = sum(t.giver == site for layer in range(n_layers) for t in refresh_layer(current, layer))
+                current, known = new, {}
+            # What is applied only when the run ends is sent with all the others.
+            refreshes = federation.refreshes_after(rounds + 1, moved=moved)
+            if refreshes and (closes or step + federation.delay < steps):
+                layers = [i for i in range(n_layers) if closes or fragment_of(i, federation.fragments) == turn.fragment]
+                given = sum(t.giver == site for layer in layers for t in refresh_layer(current, layer))
                 ledger.send("shadow", given * copy_bytes(architecture, federation.shadow))
+            rounds += turn.ends_round
         for _ in range(list(validations).count(step)):
             for _ in range(evaluation_windows):
                 _evaluation(ledger, current, site, sizes, ITEMSIZE[param_dtype])
@@ -195,14 +200,16 @@ def replica_round_bytes(architecture: ModelConfig, n_sites: int, wire_dtype: Wir
     return ledger.total_wire
 
 
-def _coded(
-    ledger: Ledger, architecture: ModelConfig, federation: FederationConfig, placement: Placement, site: int, due: Due
-) -> None:
-    """A round with a codec, bucket by bucket: what each site sends of them depends on where they are cut."""
+def _by_bucket(
+    ledger: Ledger, architecture: ModelConfig, federation: FederationConfig, placement: Placement, site: int, due: Due,
+    fragment: int | None,
+) -> None:  # fmt: skip
+    """A round, or a fragment's turn, bucket by bucket: of codes a site sends what depends on where they are cut."""
     with torch.device("meta"):
         model = Transformer(architecture, federation.residency(placement.residents(site)), device=torch.device("meta"))
     layout = ParameterLayout.of(model, model.expert_tensors())
     limit = bucket_numel(federation.bucket_mib * 2**20, federation.wire_dtype)
+    names = None if fragment is None else layout.fragment(fragment, federation.fragments)
 
     def send(kind: Kind, sites: tuple[int, ...], numels: list[int], codec: Codec | None) -> None:
         if codec is None:
@@ -211,12 +218,12 @@ def _coded(
         for indices in buckets(numels, limit):
             ledger.send(kind, coded_bytes(codec, sum(numels[i] for i in indices), len(sites)))
 
-    for kind, sites, pieces, codec in averaged(layout, placement, site, limit, federation.codec):
+    for kind, sites, pieces, codec in averaged(layout, placement, site, limit, federation.codec, names):
         if len(sites) > 1:
             send(kind, sites, [piece.of(layout.tensors[piece.name]).numel() for piece in pieces], codec)
     if federation.inner_moments != "average":
         return
-    for _, sites, pieces, codec in averaged(layout, placement, site, limit, federation.codec_of_moments):
+    for _, sites, pieces, codec in averaged(layout, placement, site, limit, federation.codec_of_moments, names):
         numels = [piece.of(layout.tensors[piece.name]).numel() for piece in pieces if piece.name in layout.trained]
         if len(sites) > 1:
             for _ in range(sum(due)):

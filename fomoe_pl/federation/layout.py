@@ -11,6 +11,11 @@ from torch import Tensor
 from fomoe_pl.slices import local_of
 
 
+def fragment_of(layer: int | None, fragments: int) -> int:
+    """Index of the fragment of a layer, or of what is outside layers (None); see `ParameterLayout.fragment`."""
+    return 0 if layer is None or fragments == 1 else 1 + layer % (fragments - 1)
+
+
 @dataclass(frozen=True)
 class ParameterLayout:
     """The tensors that sites agree on.
@@ -52,14 +57,7 @@ class ParameterLayout:
             index: 0..fragments-1.
             fragments: Number of them.
         """
-        if fragments == 1:
-            return frozenset(self.tensors)
-
-        def of(name: str) -> int:
-            layer = self.layer(name)
-            return 0 if layer is None else 1 + layer % (fragments - 1)
-
-        return frozenset(name for name in self.tensors if of(name) == index)
+        return frozenset(name for name in self.tensors if fragment_of(self.layer(name), fragments) == index)
 
     def layer(self, name: str) -> int | None:
         """The layer of a tensor, dense or not; None for what is outside layers."""

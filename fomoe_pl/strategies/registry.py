@@ -34,6 +34,10 @@ REGISTERED: dict[str, tuple[type, str, dict[str, Any]]] = {
     ),
     "fomoe_shadow": (FederatedStrategy, "fomoe with frozen 4-bit copies of absent experts", _SHADOW),
     "fomoe_lean": (FederatedStrategy, "fomoe_shadow in few bits", {**_SHADOW, **_LEAN}),
+    "fomoe_overlapped": (
+        FederatedStrategy, "fomoe_lean, averaged in turns while sites train",
+        {**_SHADOW, **_LEAN, "fragments": 4, "delay": 1},
+    ),
     "fomoe_random": (
         FederatedStrategy, "fomoe with experts dealt anew every fourth round",
         {**_FOMOE, "placement": "random", "reshuffle_rounds": 4},

@@ -112,31 +112,32 @@ class Rounds:
             return False
         site.wait_for_device()  # else the queue of local work would be charged to the round
         start, watched = time.perf_counter(), site.watch_seconds
-        if copies_due:
-            self._put_copies()
-        if average_due:
-            self._apply(optimizer)
-        if turn is not None:
-            self._take_turn(optimizer, turn)
+        if turn is not None and turn.ends_round and self._settings.closes(site.rounds_done + 1, step, self.last_step):
+            self._close(optimizer)
+        else:
+            if copies_due:
+                self._put_copies()
+            if average_due:
+                self._apply(optimizer)
+            if turn is not None:
+                self._take_turn(optimizer, turn)
         site.sync_seconds += time.perf_counter() - start - (site.watch_seconds - watched)
         return True
 
     def _take_turn(self, optimizer: torch.optim.Optimizer, turn: Turn) -> None:
-        site, settings = self._site, self._settings
-        if turn.ends_round and settings.closes(site.rounds_done + 1, site.optimizer_steps, self.last_step):
-            self._close(optimizer)
-        elif settings.delay:
+        settings = self._settings
+        if settings.delay:
             self._begin(optimizer, turn)
-        else:
-            self._watch_begin()
-            left_out = self._restored(self._report(), optimizer)
-            names = self._names(turn)
-            flight = self._federation.begin(optimizer, LeftOut(left_out), due=self._due, names=names)
-            self._federation.finish(flight, alpha=settings.alpha)
-            if settings.refreshes_after(site.rounds_done + 1, moved=False):
-                self._send_copies(names)
-                self._put_copies()
-            self._end_turn(turn)
+            return
+        self._watch_begin()
+        left_out = self._restored(self._report(), optimizer)
+        names = self._names(turn)
+        flight = self._federation.begin(optimizer, LeftOut(left_out), due=self._due, names=names)
+        self._federation.finish(flight, alpha=settings.alpha)
+        if settings.refreshes_after(self._site.rounds_done + 1, moved=False):
+            self._send_copies(names)
+            self._put_copies()
+        self._end_turn(turn)
 
     def _close(self, optimizer: torch.optim.Optimizer) -> None:
         """End a round with everything agreed, and nothing on its way."""
@@ -174,14 +175,14 @@ class Rounds:
         self._on_its_way = OnItsWay(turn, site.optimizer_steps, self._due, flight, report, saving)
 
     def _apply(self, optimizer: torch.optim.Optimizer, *, closes: bool = False) -> None:
-        """Apply the average that is on its way; `closes` if the round is closed at once anyway."""
+        """Apply the average that is on its way; `closes` if the round is closed at once, and sends all copies."""
         site, settings = self._site, self._settings
         on_its_way, self._on_its_way = self._on_its_way, None
         assert on_its_way is not None
         report = shared(on_its_way.report().cpu(), site.topology)
         self._take_note(report, same_save=on_its_way.saving is site.checkpoints.saving)
         self._federation.finish(on_its_way.flight, report.left_out, alpha=settings.alpha)
-        if settings.refreshes_after(site.rounds_done + 1, moved=False):
+        if settings.refreshes_after(site.rounds_done + 1, moved=False) and not closes:
             self._put_copies()
             self._send_copies(on_its_way.flight.names)
         self._end_turn(on_its_way.turn)

@@ -15,7 +15,7 @@ from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
 from tests.distributed import run_distributed
 from tests.strategies.observers import Save
 from tests.test_cli import STRATEGY, report, run, small
-from tests.training import ROOT, STRATEGIES, Run, fit, from_yaml, launched_as, parameters
+from tests.training import ROOT, STRATEGIES, Run, fit, from_yaml, launched_as, parameters, short_rounds
 
 N_GPUS = torch.cuda.device_count()
 SITES = 2
@@ -26,7 +26,7 @@ def make_run(name: str, root: str, folder: str, accelerator: str) -> Run:
     kind, settings = from_yaml(name)
     if kind == "federated":
         overlap = settings["overlap"]
-        settings |= {"local_steps": 2, "overlap": overlap and 1, "check_agreement": True}
+        settings = short_rounds(settings, 2) | {"overlap": overlap and 1, "check_agreement": True}
         if settings["placement"] == "random":
             settings["reshuffle_rounds"] = 1
     trainer = {"max_steps": 7, "val_check_interval": 7, "limit_val_batches": None, "gradient_clip_val": 1.0,

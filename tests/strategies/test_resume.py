@@ -15,7 +15,7 @@ from fomoe_pl.federation.outer import Nesterov
 from tests.distributed import run_distributed
 from tests.strategies.observers import snapshot
 from tests.strategies.test_checkpoint import differences
-from tests.training import STRATEGIES, Run, fit, from_yaml, launched_as, parameters
+from tests.training import STRATEGIES, Run, fit, from_yaml, launched_as, parameters, short_rounds
 
 pytestmark = pytest.mark.timeout(900)  # a fixture starts dozens of runs
 SITES = 2
@@ -31,6 +31,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fomoe_random unlike": {"settings": {"overlap": 1, "capacities": (5, 3), "reshuffle_rounds": 1}},
     # Saved while copies are older than the anchors.
     "fomoe_shadow older": {"settings": {"shadow_refresh": 3, "shadow_bits": 2}},
+    # The file's own is saved with an average on its way, these with copies, a fragment, and after the others' turns.
+    "fomoe_shadow copies": {"settings": {"local_steps": 3, "delay": 1}},
+    "fomoe_diloco turns": {"settings": {"local_steps": 6, "fragments": 3, "delay": 1, "alpha": 0.25}},
+    "fomoe_random turns": {"settings": {"fragments": 2, "reshuffle_rounds": 2}},
     "fomoe_shadow random": {"settings": {"placement": "random", "reshuffle_rounds": 1, "shadow_refresh": 3}},
 }
 
@@ -80,8 +84,8 @@ def make_run(name: str, root: str, folder: str) -> Run:
     file, *_ = name.split()
     kind, settings = from_yaml(file)
     if kind == "federated":
-        settings |= {"local_steps": K, "overlap": settings.get("overlap") and 1}
-        settings |= {"reshuffle_rounds": 1} if "reshuffle_rounds" in settings else {}
+        settings = short_rounds(settings, K) | {"overlap": settings.get("overlap") and 1}
+        settings |= {"reshuffle_rounds": 1} if settings.get("placement") == "random" else {}
     more = VARIANTS[name]
     settings |= more.get("settings", {})
     return Run(root=root, folder=folder, strategy=kind, settings=settings, data=more.get("data", {}),
