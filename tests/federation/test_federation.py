@@ -343,3 +343,33 @@ def test_what_bfloat16_rounds_off_an_anchor_is_no_change() -> None:
         tensors["dense"] -= 0.5
     federation.synchronize(optimizer)
     torch.testing.assert_close(federation.anchors["dense"], exact["dense"] - 0.7 * 1.9 * 0.5)
+
+
+@pytest.mark.parametrize("fragments", [1, 2, 3, 4])
+def test_each_tensor_is_in_one_fragment_and_layers_are_dealt_out(fragments: int) -> None:
+    names = [
+        "embedding",
+        "norm",
+        *(f"layers.{i}.{name}" for i in range(3) for name in ("attention.w", "moe.experts.w")),
+    ]
+    layers = {name: int(name[7]) for name in names if "experts" in name}
+    layout = ParameterLayout({name: torch.zeros(1) for name in names}, layers, frozenset(names))
+    parts = [layout.fragment(i, fragments) for i in range(fragments)]
+    assert sorted(name for part in parts for name in part) == sorted(names)
+    assert [sorted({layout.layer(name) for name in part}, key=str) for part in parts] == {
+        1: [[0, 1, 2, None]], 2: [[None], [0, 1, 2]], 3: [[None], [0, 2], [1]], 4: [[None], [0], [1], [2]]
+    }[fragments]  # fmt: skip
+
+
+def _restored(rank: int) -> bool:
+    federation, optimizer = make(Case(2), rank)
+    local_step(Case(2), federation, optimizer, 0)
+    with torch.no_grad():
+        federation.layout.tensors["norm"].fill_(float("nan"))
+    federation.restore(optimizer)
+    agreed = all(torch.equal(v, initial(k)) for k, v in rows(federation, dict(federation.layout.tensors)).items())
+    return agreed and not optimizer.state
+
+
+def test_values_that_are_no_numbers_go_back_to_the_agreed_ones() -> None:
+    assert run_distributed(_restored, SITES) == [True] * SITES

@@ -33,6 +33,25 @@ def test_rounds_are_the_ends(local_steps: Any, steps: int, rounds: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("local_steps", "fragments", "turns"),
+    [
+        (4, 1, {4: 0, 8: 0}),
+        (4, 2, {2: 0, 4: 1, 6: 0, 8: 1, 10: 0}),
+        (6, 3, {2: 0, 4: 1, 6: 2, 8: 0, 10: 1}),
+        ({0: 2, 4: 4}, 2, {1: 0, 2: 1, 3: 0, 4: 1, 6: 0, 8: 1, 10: 0}),
+    ],
+)
+def test_fragments_take_turns(local_steps: Any, fragments: int, turns: dict[int, int]) -> None:
+    schedule = RoundSchedule.parse(local_steps, fragments)
+    found = {step: turn for step in range(1, 11) if (turn := schedule.turn(step)) is not None}
+    assert {step: turn.fragment for step, turn in found.items()} == turns
+    assert [step for step, turn in found.items() if turn.ends_round] == [
+        step for step in range(1, 11) if schedule.is_round_end(step)
+    ]
+    assert schedule.turn(9, last_step=9) == (fragments - 1, True)
+
+
+@pytest.mark.parametrize(
     ("local_steps", "message"),
     [
         (0, "at least 1"),

@@ -28,6 +28,15 @@ ROOT = Path(__file__).parents[2]
         ({"moments_codec": "int8"}, "moments_codec", "set inner_moments to average"),
         ({"moments_every": 2}, "moments_every", "set inner_moments to average"),
         ({"moments_every": (1, 0), "inner_moments": "average"}, "moments_every", "type 1 or more"),
+        ({"fragments": 0}, "fragments", "at least 1"),
+        ({"fragments": 3, "local_steps": 8}, "fragments", "Type one of 1, 2, 4, 8, or another local_steps"),
+        ({"fragments": 2, "local_steps": {0: 1, 4: 8}}, "fragments", "must divide the 1 steps of a round"),
+        ({"delay": 4, "fragments": 2, "local_steps": 8}, "delay", "Type 0 to 3, or fewer fragments"),
+        ({"delay": -1}, "delay", "at least 0"),
+        ({"alpha": 1.5}, "alpha", "at most 1"),
+        ({"alpha": -0.1}, "alpha", "0 takes the agreed values alone"),
+        ({"delay": 1, "placement": "random"}, "delay", "type a larger reshuffle_rounds"),
+        ({"fragments": 2, "placement": "random"}, "fragments", "experts move after each round"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], key: str, told: str) -> None:
@@ -49,6 +58,19 @@ def test_the_description_names_formats_and_periods() -> None:
         inner_moments="average", moments_every=(1, 4), moments_codec="int8", wire_codec="int4", error_feedback=True
     ).describe(4)
     assert "moments: average every [1, 4] rounds in int8, changes in int4 with error feedback" in told
+
+
+def test_there_are_no_more_fragments_than_layers_and_what_is_outside() -> None:
+    settings = FederationConfig(fragments=4)
+    settings.check(3, 8, 2)
+    with pytest.raises(ConfigError, match=r"fragments = 4: .*2 layers, and what is outside of them is a fragment too"):
+        settings.check(2, 8, 2)
+
+
+def test_a_round_is_closed_where_nothing_may_be_on_its_way() -> None:
+    turns = FederationConfig(fragments=2, placement="random", reshuffle_rounds=3)
+    assert [turns.closes(rounds, 8 * rounds, 40) for rounds in range(1, 6)] == [False, False, True, False, True]
+    assert FederationConfig().closes(1, 32, 64)
 
 
 @pytest.mark.parametrize("routing", ["ghost", "partitioned", "shadow"])
