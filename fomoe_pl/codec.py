@@ -1,4 +1,4 @@
-"""Numbers as bytes: casts, and low-bit integers in groups that share a scale.
+"""Numbers as bytes: casts, low-bit integers in groups that share a scale, and the largest numbers alone.
 
 A codec works on the last axis; each row of it becomes a fixed number of bytes, so an expert's matrix has its place
 among others'. The same numbers give the same bits on every device. All that is used is exact or correctly rounded
@@ -17,9 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fomoe_pl.errors import ConfigError
+
 GROUP = 64
 """Numbers that share a scale."""
 SCALE_BYTES = 2
+CHUNK = 4096
+"""Numbers of which the largest are kept, where only these are."""
 _GROUPS_CPU = 4096  # 1 MiB of float32
 SMALLEST = 2.0**-100
 """A group in which nothing is as large decodes to zeros."""
@@ -208,6 +212,85 @@ class Root:
     def decode(self, data: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """As of `Codec`."""
         return self.codec.decode(data, numel).square().to(dtype)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The largest numbers of each chunk of 4096, by magnitude; the others decode to zero (after arXiv 2508.15706).
+
+    Of what is kept the place in its chunk takes 12 bits and the value 2: its sign, and which of two magnitudes it is
+    nearer to, a quarter and three quarters of the way from the smallest to the largest that are kept; these two are
+    in bfloat16. So most of the numbers' size is lost, and comes later with error feedback. Numbers below `SMALLEST`
+    count as zeros. A chunk with a number that is not finite decodes to none that is.
+
+    A row is for each chunk the places, two in three bytes, then the values, four in a byte, the first in the lowest
+    bits, then both magnitudes. The last chunk is filled up with zeros. A chunk with fewer numbers that are not zero
+    repeats its largest.
+
+    Attributes:
+        kept: Numbers of a chunk, a multiple of 4.
+        is_sparse: A mean has more numbers that are not zero than what it is of, and is not coded once more.
+
+    Raises:
+        ConfigError: If `kept` is no multiple of 4 from 4 to 4096.
+    """
+
+    kept: int = 64
+    is_sparse = True
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if self.kept % 4 or not 4 <= self.kept <= CHUNK:
+            rule = f"is how many of {CHUNK} numbers are kept, a multiple of 4"
+            raise ConfigError("wire_codec.kept", self.kept, rule, "type 64, say")
+
+    def nbytes(self, numel: int) -> int:
+        """As of `Codec`."""
+        return math.ceil(numel / CHUNK) * (self.kept * 14 // 8 + 2 * SCALE_BYTES)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """As of `Codec`; of equally large numbers devices may keep others."""
+        missing = -values.shape[-1] % CHUNK
+        flat = values.detach().float()
+        flat = F.pad(flat, (0, missing)) if missing else flat
+        x_CN = flat.unflatten(-1, (flat.shape[-1] // CHUNK, CHUNK))
+        size_CN = x_CN.abs()
+        finite_C1 = (size_CN.amax(-1, keepdim=True) < math.inf) & ~size_CN.isnan().any(-1, keepdim=True)
+        size_CK, place_CK = size_CN.topk(self.kept, dim=-1)
+        live_CK = (size_CK >= SMALLEST) & finite_C1
+        place_CK = torch.where(live_CK, place_CK, torch.where(live_CK[..., :1], place_CK[..., :1], 0))
+        kept_CK = x_CN.gather(-1, place_CK)
+        size_CK = kept_CK.abs()
+        largest_C1 = torch.where(live_CK[..., :1], size_CK[..., :1], 0.0)
+        smallest_C1 = torch.where(live_CK, size_CK, math.inf).amin(-1, keepdim=True)
+        ends = torch.cat([torch.where(live_CK[..., :1], smallest_C1, 0.0), largest_C1], -1)
+        ends = ends.clamp(max=torch.finfo(torch.bfloat16).max)  # what is finite is told as such
+        ends = torch.where(finite_C1, ends, math.inf).to(torch.bfloat16)
+        middle_C1 = (ends.float() * 0.5).sum(-1, keepdim=True)
+        codes_CK = (kept_CK < 0).to(torch.int32) | (size_CK > middle_C1).to(torch.int32) << 1
+        first, second = place_CK.to(torch.int32).unflatten(-1, (self.kept // 2, 2)).unbind(-1)
+        places = torch.stack([first & 255, first >> 8 | (second & 15) << 4, second >> 4], -1).flatten(-2)
+        four = codes_CK.unflatten(-1, (self.kept // 4, 4))
+        packed = four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6
+        coded = torch.cat([places.to(torch.uint8), packed.to(torch.uint8), ends.view(torch.uint8)], -1)
+        return coded.flatten(-2)
+
+    def decode(self, data: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As of `Codec`."""
+        n_chunks = math.ceil(numel / CHUNK)
+        chunks = data[..., : self.nbytes(numel)].unflatten(-1, (n_chunks, self.nbytes(CHUNK)))
+        places, packed, ends = chunks.split([self.kept * 3 // 2, self.kept // 4, 2 * SCALE_BYTES], -1)
+        three = places.to(torch.int32).unflatten(-1, (self.kept // 2, 3))
+        first, second = three[..., 0] | (three[..., 1] & 15) << 8, three[..., 1] >> 4 | three[..., 2] << 4
+        place_CK = torch.stack([first, second], -1).flatten(-2)
+        four = packed.to(torch.int32)
+        codes_CK = torch.stack([four >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)
+        smallest_C1, largest_C1 = _as_type(ends, torch.bfloat16).float().split(1, -1)
+        quarter_C1 = (largest_C1 - smallest_C1) * 0.25  # exact, so that fused products round like others
+        size_CK = torch.where(codes_CK > 1, largest_C1 - quarter_C1, smallest_C1 + quarter_C1)
+        value_CK = torch.where(codes_CK % 2 == 1, -size_CK, size_CK)
+        values = torch.where(largest_C1 < math.inf, 0.0, math.nan).expand(*place_CK.shape[:-1], CHUNK)
+        return values.scatter(-1, place_CK.long(), value_CK).flatten(-2)[..., :numel].to(dtype)
 
 
 def codec_of(bits: int) -> Codec:

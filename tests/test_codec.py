@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fomoe_pl.codec import GROUP, SMALLEST, Cast, Codec, Groups, codec_of
+from fomoe_pl.codec import CHUNK, GROUP, SMALLEST, Cast, Codec, Groups, TopK, codec_of
+from fomoe_pl.errors import ConfigError
 
 GROUPED = [2, 4, 8]
 
@@ -149,3 +150,70 @@ def test_a_gpu_writes_and_reads_the_same_bits(bits: int) -> None:
         n = values.shape[-1]
         for dtype in (torch.float32, torch.bfloat16):
             assert torch.equal(codec.decode(data.cuda(), n, dtype).cpu(), codec.decode(data, n, dtype))
+
+
+def largest_one_by_one(values: list[float], kept: int) -> tuple[bytes, list[float]]:
+    """A row of the largest numbers of each chunk, and the numbers that it stands for."""
+    data, numbers = b"", []
+    for start in range(0, len(values), CHUNK):
+        chunk = values[start : start + CHUNK]
+        if not all(map(math.isfinite, chunk)):
+            numbers += [math.nan] * len(chunk)
+            data += b"?" * (kept * 14 // 8 + 4)
+            continue
+        order = sorted(range(len(chunk)), key=lambda i: -abs(chunk[i]))[:kept]
+        live = [i for i in order if abs(chunk[i]) >= SMALLEST]
+        places = live + (live[:1] or [0]) * (kept - len(live))
+        bits = [bfloat16_bits(abs(chunk[live[end]])) if live else 0 for end in (-1, 0)]
+        smallest, largest = (struct.unpack("<f", struct.pack("<I", end << 16))[0] for end in bits)
+        decoded, codes = [0.0] * len(chunk), []
+        for place in places:
+            value = chunk[place]
+            high = abs(value) > smallest * 0.5 + largest * 0.5
+            codes.append((value < 0) + 2 * high)
+            quarter = (largest - smallest) * 0.25
+            size = single(largest - quarter if high else smallest + quarter)
+            decoded[place] = -size if value < 0 else size
+        triples = [(a | b << 12).to_bytes(3, "little") for a, b in zip(places[::2], places[1::2], strict=True)]
+        fours = [sum(code << 2 * i for i, code in enumerate(codes[j : j + 4])) for j in range(0, kept, 4)]
+        data += b"".join(triples) + bytes(fours) + struct.pack("<HH", *bits)
+        numbers += decoded
+    return data, numbers
+
+
+@pytest.mark.parametrize("kept", [4, 64])
+def test_the_largest_numbers_are_the_reference_in_bytes_and_numbers(kept: int) -> None:
+    codec, generator = TopK(kept), torch.Generator().manual_seed(3)
+    spread = torch.randn(CHUNK, generator=generator).pow(3)
+    infinite = torch.randn(2 * CHUNK, generator=generator)
+    infinite[5] = math.inf
+    missing = torch.randn(100, generator=generator)
+    missing[7] = math.nan
+    rows = [
+        *(torch.randn(n, generator=generator) * 1e-3 for n in (kept, 100, CHUNK, CHUNK + 1, 9000)), spread,
+        torch.zeros(CHUNK + 3), torch.tensor([-2.5]), torch.tensor([0.0, 3.0, 0.0, -1.0, 2.0**-101]),
+        infinite, missing, torch.tensor([3.4e38, -3.39e38, 1.0]),
+    ]  # fmt: skip
+    for row in rows:
+        found = codec.encode(row)
+        assert found.dtype == torch.uint8
+        assert len(found) == codec.nbytes(len(row)) == math.ceil(len(row) / CHUNK) * (kept * 14 // 8 + 4)
+        decoded = codec.decode(found, len(row))
+        if row.isfinite().all() and row.abs().max() < 3.3e38:
+            expected, numbers = largest_one_by_one(row.tolist(), kept)
+            assert bytes(found.tolist()) == expected
+            assert decoded.tolist() == numbers
+        elif row.isfinite().all():
+            assert decoded.isfinite().all()
+        else:
+            whole = row[: CHUNK if len(row) > CHUNK else None]
+            assert decoded[: len(whole)].isnan().all()
+            assert decoded[len(whole) :].isfinite().all()
+    both = torch.stack([rows[4], -rows[4]])
+    assert torch.equal(codec.decode(codec.encode(both), 9000)[0], -codec.decode(codec.encode(both), 9000)[1])
+
+
+@pytest.mark.parametrize("kept", [0, 6, 4100])
+def test_so_many_cannot_be_kept(kept: int) -> None:
+    with pytest.raises(ConfigError, match="a multiple of 4"):
+        TopK(kept)

@@ -67,6 +67,7 @@ class Federation:
         codec: Of the changes that may be coded; None casts them.
         moments_codec: Of the moments of what may be coded; None casts them.
         error_feedback: What coding has lost of a change is added to the next one.
+        feedback_decay: Which share of it.
         state_on_host: Anchors and the outer rule's state live in memory of the host, page-locked where there is a GPU,
             and come to the device piece by piece.
         copies: Of the experts that this site does not hold, if there are any.
@@ -87,6 +88,7 @@ class Federation:
         codec: Codec | None = None,
         moments_codec: Codec | None = None,
         error_feedback: bool = False,
+        feedback_decay: float = 1.0,
         state_on_host: bool = False,
         copies: Copies | None = None,
     ) -> None:
@@ -94,7 +96,7 @@ class Federation:
         self.placement = placement
         self.transport = transport
         self.outer = outer
-        self.inner_moments = inner_moments
+        self.inner_moments, self.feedback_decay = inner_moments, feedback_decay
         self.codec, self.moments_codec = codec, moments_codec
         self.site = transport.topology.site
         self.state = State(layout, slots=outer.slots, feedback=error_feedback, on_host=state_on_host)
@@ -249,7 +251,7 @@ class Federation:
         state = self.state.fetch(pieces)
         changes = _changes(self._locals(pieces), state[ANCHOR])
         if residuals := state.get(RESIDUAL):
-            torch._foreach_add_(changes, residuals)
+            torch._foreach_add_(changes, residuals, alpha=self.feedback_decay)
         return changes
 
     def _outer_step(self, kind: Kind, pieces: Sequence[Piece], measured: bool, mean: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -30,15 +30,18 @@ class LeftOut:
             return torch.tensor([site not in self.known for site in sites], device=device)
         return self._told().to(device)[list(sites)] == 0
 
-    def sum(self, rows: Tensor, sites: tuple[int, ...]) -> Tensor:
-        """Add the rows (g, ...) of the sites that are in the average, in the order of sites."""
-        total = torch.zeros_like(rows[0])
-        taken = None if self._told is None else self.takes(sites, rows.device)
-        for i, site in enumerate(sites):
+    def sum(self, rows: Iterable[Tensor], sites: tuple[int, ...]) -> Tensor:
+        """Add the rows of the sites that are in the average, in the order of sites; the rows are of the sites."""
+        total: Tensor | None = None
+        taken: Tensor | None = None
+        for i, (site, row) in enumerate(zip(sites, rows, strict=True)):
+            if total is None:
+                total, taken = torch.zeros_like(row), None if self._told is None else self.takes(sites, row.device)
             if taken is not None:
-                total += torch.where(taken[i], rows[i], 0.0)  # nobody on the host may know yet
+                total += torch.where(taken[i], row, 0.0)  # nobody on the host may know yet
             elif site not in self.known:
-                total += rows[i]
+                total += row
+        assert total is not None
         return total
 
     def number(self, sites: tuple[int, ...], device: torch.device) -> Tensor:

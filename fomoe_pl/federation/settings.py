@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
-from fomoe_pl.codec import Codec, Groups
+from fomoe_pl.codec import Codec, Groups, TopK
 from fomoe_pl.errors import ConfigError, check_choice, check_range, check_seed
 from fomoe_pl.federation.outer import Average, OuterRule
 from fomoe_pl.federation.placement import (
@@ -26,9 +26,9 @@ InnerMoments = Literal["keep", "reset", "average"]
 OuterPlace = Literal["device", "host"]
 Sharing = Literal["replicate", "shard"]
 WireDtype = Literal["float32", "bfloat16", "float16"]
-WireFormat = Literal["int8", "int4"]
-FORMATS: dict[str, Codec] = {"int8": Groups(8), "int4": Groups(4)}
-"""Integers in groups of 64 that share a scale."""
+WireFormat = Literal["int8", "int4", "topk"]
+FORMATS: dict[str, Codec] = {"int8": Groups(8), "int4": Groups(4), "topk": TopK()}
+"""Integers in groups of 64 that share a scale; the 64 largest of each 4096 numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,11 @@ class FederationConfig:
         inner_moments: What a round does to the inner optimizer's moments: keep, reset or average them.
         moments_every: Rounds between two averages of the moments, or of the first and of the second ones.
         wire_dtype: dtype on the wire of averaged values that are not coded; anchors and outer state are always float32.
-        wire_codec: Of the sites' changes on the wire: `int8` or `int4`, groups of 64 that share a scale, or your own
-            `fomoe_pl.codec.Codec`; None is a cast to `wire_dtype`, which routers, norms and biases always are.
+        wire_codec: Of the sites' changes on the wire: `int8` or `int4`, groups of 64 that share a scale; `topk`, the
+            64 largest of each 4096 numbers, or another `fomoe_pl.codec.TopK`; or your own `fomoe_pl.codec.Codec`. None
+            is a cast to `wire_dtype`, which routers, norms and biases always are.
         error_feedback: Add what coding has lost of a change to the site's next one.
+        feedback_decay: Share of what was lost that is added, above 0 to 1.
         moments_codec: The same of averaged moments: `int8`, the second as their square roots.
         bucket_mib: Size of a communication buffer, MiB; one travels while another is read or written.
         outer_state: Where anchors and the outer rule's state live between rounds: on the `device`, or on the `host`,
@@ -105,6 +107,7 @@ class FederationConfig:
     wire_dtype: WireDtype = "float32"
     wire_codec: Codec | WireFormat | None = None
     error_feedback: bool = False
+    feedback_decay: float = 1.0
     moments_codec: WireFormat | None = None
     bucket_mib: int = 64
     outer_state: OuterPlace = "device"
@@ -162,8 +165,17 @@ class FederationConfig:
         if self.error_feedback and self.wire_codec is None:
             rule = "has no effect without wire_codec: a cast loses too little to be made up for"
             raise ConfigError("error_feedback", True, rule, "leave it out, or type wire_codec int4")
-        if self.moments_codec == "int4":
-            rule = "averages of moments in 4 bits make runs diverge"
+        if self.wire_codec is not None and getattr(self.codec, "is_sparse", False) and not self.error_feedback:
+            rule = "leaves out most of a change, which would be lost without error feedback"
+            raise ConfigError("wire_codec", self.wire_codec, rule, "set error_feedback to true, or type int4")
+        check_range("feedback_decay", self.feedback_decay, "1 adds all that was lost", above=0, most=1)
+        if self.feedback_decay != 1 and not self.error_feedback:
+            rule = "has no effect without error_feedback"
+            raise ConfigError(
+                "feedback_decay", self.feedback_decay, rule, "leave it out, or set error_feedback to true"
+            )
+        if self.moments_codec in ("int4", "topk"):
+            rule = "averages of moments in so few bits make runs diverge"
             raise ConfigError("moments_codec", self.moments_codec, rule, "type int8")
         if self.moments_codec is not None:
             check_choice("moments_codec", self.moments_codec, WireFormat)

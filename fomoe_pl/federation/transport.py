@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -34,11 +34,17 @@ def slice_numel(numel: int, n_sites: int) -> int:
 def coded_bytes(codec: Codec, numel: int, n_sites: int) -> int:
     """Bytes that a site sends in an average of coded values over a holder set of several sites.
 
-    Two sites give each other all values. More give each other site its slice, and the mean of their own one.
+    Two sites, and more where the codec is sparse, give each other all values. Else they give each other site its slice,
+    and the mean of their own one.
     """
-    if n_sites == 2:
-        return codec.nbytes(numel)
+    if are_gathered(codec, n_sites):
+        return (n_sites - 1) * codec.nbytes(numel)
     return 2 * (n_sites - 1) * codec.nbytes(slice_numel(numel, n_sites))
+
+
+def are_gathered(codec: Codec, n_sites: int) -> bool:
+    """Whether each site gets the codes of all others, in one collective."""
+    return n_sites == 2 or bool(getattr(codec, "is_sparse", False))
 
 
 class Pending:
@@ -219,7 +225,7 @@ class Transport:
     ) -> Pending:  # fmt: skip
         """As `average`, of several sites, on the rank that speaks for its site."""
         if codec is not None:
-            average = self._average_of_two if len(sites) == 2 else self._average_coded
+            average = self._average_gathered if are_gathered(codec, len(sites)) else self._average_coded
             return average(codec, kind, sites, numel, read, left_out, lost)
         buffer = self._filled(numel, None if self.topology.site in left_out.known else read)
         wait = self._start_all_reduce(kind, buffer, sites)
@@ -258,15 +264,16 @@ class Transport:
             return codes, None
         return codes, torch.zeros_like(values) if read is None else values - codec.decode(codes.to(self.home), shape[1])
 
-    def _average_of_two(
+    def _average_gathered(
         self, codec: Codec, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
         left_out: LeftOut, lost: Callable[[Tensor], None] | None,
     ) -> Pending:  # fmt: skip
-        """As `average`, of codes: both give each other theirs, and add in the order of the sites."""
+        """As `average`, of codes: all give each other theirs, and add in the order of the sites."""
         own = None if self.topology.site in left_out.known else read
         [outgoing], kept = self._coded_values(codec, numel, (1, numel), own, feeds_back=lost is not None)
-        incoming = torch.empty(2, len(outgoing), dtype=torch.uint8, device=self.device)
-        self.ledger.send(kind, len(outgoing))
+        g = len(sites)
+        incoming = torch.empty(g, len(outgoing), dtype=torch.uint8, device=self.device)
+        self.ledger.send(kind, (g - 1) * len(outgoing))
         with sites_watched(self.topology, self.patience):
             work = dist.all_gather(list(incoming.unbind()), outgoing, group=self._averages[sites], async_op=True)
 
@@ -274,7 +281,10 @@ class Transport:
             self._wait(work)
             if lost is not None and kept is not None:
                 lost(kept[0])
-            return self._mean_of(codec.decode(incoming.to(self.home), numel), sites, left_out)
+            arrived = incoming.to(self.home)
+            # Of a pair both at once; of more one at a time, as there may be many.
+            rows = codec.decode(arrived, numel) if g == 2 else (codec.decode(row, numel) for row in arrived)
+            return self._mean_of(rows, sites, left_out)
 
         return Pending(mean)
 
@@ -340,10 +350,10 @@ class Transport:
 
         return wait
 
-    def _mean_of(self, decoded: Tensor, sites: tuple[int, ...], left_out: LeftOut) -> Tensor:
+    def _mean_of(self, decoded: Iterable[Tensor], sites: tuple[int, ...], left_out: LeftOut) -> Tensor:
         """The mean of the sites' rows, added in the order of the sites; codes of zeros need not be zeros."""
         total = left_out.sum(decoded, sites)
-        total /= left_out.number(sites, decoded.device)
+        total /= left_out.number(sites, total.device)
         return total
 
     def _coded(self, codec: Codec, rows: Tensor) -> Tensor:

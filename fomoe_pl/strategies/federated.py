@@ -255,7 +255,8 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         self.federation = Federation(
             self.content.layout(), self.placed(config), transport, outer=settings.rule,
             inner_moments=settings.inner_moments, codec=settings.codec, moments_codec=settings.codec_of_moments,
-            error_feedback=settings.error_feedback, state_on_host=settings.outer_state == "host",
+            error_feedback=settings.error_feedback, feedback_decay=settings.feedback_decay,
+            state_on_host=settings.outer_state == "host",
             copies=copies_of(self.transformer),
         )  # fmt: skip
         rank_zero_info(self.describe())

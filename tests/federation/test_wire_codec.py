@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fomoe_pl.codec import GROUP, Codec, Groups, Root
+from fomoe_pl.codec import GROUP, Codec, Groups, Root, TopK
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import moments
@@ -71,6 +71,17 @@ def test_of_three_it_is_the_mean_of_decoded_slices_coded_once_more(left_out: tup
     check_lost(found, taken, expected, owned)
     for site in left_out:
         assert not found[site][1][0].any()
+
+
+def test_sparse_codes_are_given_to_all_and_not_coded_once_more() -> None:
+    codec, sites = TopK(8), (0, 1, 2)
+    found = run_distributed(_average, 3, sites, codec, frozenset({1}))
+    expected = (coded(codec, values(0)) + coded(codec, values(2))) / 2
+    for site in sites:
+        assert torch.equal(found[site][0], expected)
+        assert found[site][2] == 2 * coded_bytes(codec, NUMEL, 3) == 2 * 2 * codec.nbytes(NUMEL)
+    check_lost(found, [0, 2], expected, torch.ones(NUMEL, dtype=torch.bool))
+    assert (expected != 0).sum() <= 16
 
 
 @pytest.mark.parametrize(("codec", "left_out"), [(Groups(4), ()), (Groups(4), (2,)), (Groups(2), ())])
