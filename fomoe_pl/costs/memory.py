@@ -250,7 +250,7 @@ def _bytes_encoding(codec: Codec) -> float:
 
     In groups its magnitude, later its level as float32 and as a byte, shifted onto others' below 8 bits; their scales.
     """
-    return 8 + 1 + (codec.bits < 8) + GROUP_BYTES / GROUP if isinstance(codec, Groups) else 4
+    return 8 + 1 + (codec.bits < 8) + GROUP_BYTES / GROUP if isinstance(codec, Groups) else 8
 
 
 def _validation_bytes(config: ModelConfig, load: Load, types: Types, n_resident: int, routing: Routing) -> int:

@@ -121,8 +121,8 @@ def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
         lines.append(f"shadow: picks of absent experts are computed with copies of {request.shadow_bits} bits, "
                      f"refreshed {often}; ghost: they are skipped.")  # fmt: skip
     if any(plan.choice.wire_codec for plan in plans):
-        lines.append("int8, int4: changes in that code with error feedback, averaged moments in int8; norms, routers "
-                     "and biases in float32. Codes are timed by their bytes, coding itself is not.")  # fmt: skip
+        lines.append("int8, int4, topk: changes in that code with error feedback, averaged moments in int8; norms, "
+                     "routers and biases in float32. Codes are timed by their bytes, not by coding.")  # fmt: skip
     for layout in sorted({plan.choice.layout for plan in plans if plan.why_not_today}):
         lines.append(f"fit today: {layout} {RUNS_TODAY[layout]}.")
     measured = {(p.quality.model, p.quality.source) for p in plans if p.quality is not None}

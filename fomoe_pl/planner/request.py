@@ -15,7 +15,7 @@ from fomoe_pl.model.residency import Routing, Shadow, ShadowBits
 
 Method = Literal["local_adamw", "diloco", "local_sgd", "ddp"]
 Layout = Literal["one", "each", "sharded"]
-Wire = Literal["float32", "bfloat16", "int8", "int4"]
+Wire = Literal["float32", "bfloat16", "int8", "int4", "topk"]
 LAYOUTS = {
     "one": "one device of each site",
     "each": "every device a site of its own",
@@ -46,8 +46,9 @@ class PlanRequest:
         shadow_refresh: Rounds between two refreshes of the copies.
         methods: `local_adamw` averages parameters and moments, `diloco` has an outer momentum, `local_sgd` averages
             parameters, `ddp` averages gradients in every step.
-        wire_dtypes: Of averaged values on the wire: `float32`, `bfloat16`, or `int8` and `int4`, in which sites'
-            changes are coded with error feedback, and averaged moments in int8 (norms, routers and biases in float32).
+        wire_dtypes: Of averaged values on the wire: `float32`, `bfloat16`, or `int8`, `int4` and `topk`, in which
+            sites' changes are coded with error feedback, and averaged moments in int8 (norms, routers and biases in
+            float32).
         moments_every: Rounds between two averages of the moments, with `local_adamw`.
         layouts: `one` device per site; `each` device a site of its own; `sharded`: a site's devices share its
             model, which `fomoe fit` cannot run yet.

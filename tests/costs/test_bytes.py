@@ -69,6 +69,11 @@ CASES: list[tuple[ModelConfig, dict[str, Any]]] = [
     (SWIGLU, {"overlap": 2, "outer": NESTEROV, "placement": "random", "capacities": (6, 4, 2), "validations": [4]}),
     (SWIGLU, {"overlap": 2, "outer": AVERAGE, "routing": "shadow", "places": ("a", "a", "b"),
               "validations": [4]}),
+    (SWIGLU, {"overlap": 2, "outer": AVERAGE, "wire_codec": "topk", "error_feedback": True}),
+    # Fragments' turns and copies, and a run that ends with an average on its way.
+    (SWIGLU, {"overlap": 2, "outer": AVERAGE, "routing": "shadow", "wire_codec": "int4", "inner_moments": "average",
+              "moments_every": 2, "fragments": 2, "delay": 1}),
+    (ARCHITECTURE, {"overlap": 3, "outer": NESTEROV, "fragments": 2, "placement": "random", "reshuffle_rounds": 2}),
     # The embedding is cut.
     (replace(ARCHITECTURE, vocab_size=40_037), {"overlap": 1, "outer": AVERAGE, "moments_codec": "int8",
                                                 "inner_moments": "average", "bucket_mib": 1}),
@@ -118,15 +123,20 @@ def _count(
             for p in model.parameters():
                 p.grad = torch.ones_like(p)
             optimizer.step()
-        if step and settings.schedule.is_round_end(step, steps):
-            rounds += 1
-            federation.synchronize(optimizer, due=settings.moments_due(rounds))
-            moved = settings.moves_after(rounds) and step != steps
+        if step and (turn := settings.schedule.turn(step, steps)) is not None:
+            closes = turn.ends_round and settings.closes(rounds + 1, step, steps)
+            names = None if closes else layout.fragment(turn.fragment, settings.fragments)
+            federation.finish(federation.begin(optimizer, due=settings.moments_due(rounds + 1), names=names))
+            moved = closes and settings.moves_after(rounds + 1) and step != steps
             if moved:
                 draws += 1
                 federation.adopt(settings.place(*sizes, draws), optimizer)
-            if settings.refreshes_after(rounds, moved=moved):
-                federation.refresh_copies()
+            if settings.refreshes_after(rounds + 1, moved=moved):
+                if closes:
+                    federation.refresh_copies()
+                elif step + settings.delay < steps and (sent := federation.start_refresh(names)) is not None:
+                    federation.finish_refresh(sent)
+            rounds += turn.ends_round
         if step in validations:
             for _ in range(evaluation_windows):
                 for layer in range(architecture.n_layers):
