@@ -35,11 +35,14 @@ from fomoe_pl.costs.network import Links, framed
 from fomoe_pl.costs.rounds import Collective, count, refresh_bytes, round_collectives
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.federation.federation import Federation
+from fomoe_pl.federation.flight import Flight
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.placement import all_holder_sets
+from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.federation.settings import FederationConfig, InnerMoments
+from fomoe_pl.federation.shadow import Arriving
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
 from fomoe_pl.files import write_whole
@@ -113,7 +116,7 @@ def work(settings: dict[str, Any]) -> None:
     layout = ParameterLayout.of(model, model.expert_tensors())
     arcs = all_holder_sets(ARCHITECTURE.n_experts, ARCHITECTURE.n_layers, n_sites, overlap)
     wire = TimedTransport(Topology(n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"),
-                     bucket_bytes=settings["bucket_bytes"])  # fmt: skip
+                     bucket_bytes=settings["bucket_bytes"], overlapped=True)  # fmt: skip
     federation = Federation(
         layout, placement, wire, outer=method.rule, inner_moments=method.inner_moments, codec=method.codec,
         moments_codec=method.codec_of_moments, error_feedback=method.error_feedback, copies=copies_of(model),
@@ -127,7 +130,10 @@ def work(settings: dict[str, Any]) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         what, n = line.split()
-        readings = [probe() if what == "probe" else one_round(federation, wire, optimizer) for _ in range(int(n))]
+        if what.startswith("turns:"):
+            readings = [turns(federation, optimizer, **json.loads(what.removeprefix("turns:")))]
+        else:
+            readings = [probe() if what == "probe" else one_round(federation, wire, optimizer) for _ in range(int(n))]
         print(json.dumps(readings), flush=True)
     wire.close()
     dist.destroy_process_group()
@@ -140,6 +146,41 @@ def probe() -> dict[str, float]:
     start = time.perf_counter()
     dist.all_reduce(values)
     return {"seconds": time.perf_counter() - start}
+
+
+def turns(
+    federation: Federation, optimizer: RowAdamW, *, step: float, local_steps: int, fragments: int, delay: int,
+    rounds: int,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds that a round takes longer than its steps, in which the host sleeps; see `overlap.py`."""
+    schedule = RoundSchedule.parse(local_steps, fragments, delay)
+    flight: Flight | None = None
+    copies: Arriving | None = None
+    begun, sent, start = 0, 0, 0.0
+    dist.barrier()
+    for number in range(1, (rounds + 1) * local_steps + 1):
+        time.sleep(step)
+        if copies is not None and number == sent + delay:
+            federation.finish_refresh(copies)
+            copies = None
+        turn = schedule.turn(number)
+        if turn is not None:
+            names = federation.layout.fragment(turn.fragment, fragments)
+            flight, begun = federation.begin(optimizer, ahead=None if delay else 1, names=names), number
+        if flight is not None and number == begun + delay:
+            federation.finish(flight)
+            copies, sent = federation.start_refresh(flight.names), number
+            flight = None
+            if copies is not None and not delay:
+                federation.finish_refresh(copies)
+        if number == local_steps:
+            start = time.perf_counter()
+    seconds = (time.perf_counter() - start) / rounds
+    if flight is not None:
+        federation.finish(flight)
+    if copies is not None and delay:
+        federation.finish_refresh(copies)
+    return {"seconds": seconds, "waited": seconds - local_steps * step}
 
 
 def one_round(federation: Federation, wire: TimedTransport, optimizer: RowAdamW) -> dict[str, float]:
