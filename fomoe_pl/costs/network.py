@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from fomoe_pl.costs.rounds import Collective
 from fomoe_pl.costs.sites import Site
-from fomoe_pl.errors import ConfigError
+from fomoe_pl.errors import ConfigError, check_choice
 
 FRAME_HEADER, PACKET_HEADERS = 14, 52
 """Bytes of an Ethernet header as interfaces count it, and of IPv4's and TCP's with time stamps."""
@@ -17,6 +18,10 @@ LARGEST_SEGMENT = 2**20
 """Bytes of the pieces in which gloo's ring sends a buffer; of two it sends the second before the first is there."""
 LATENCIES_OF_A_SEGMENT = 2
 """The receiver says that it is ready, then the segment comes."""
+NCCL_WINDOW = 5 * 2**20
+"""Bytes that NCCL has on the way at once, from a site to the next: they are acknowledged a round trip later."""
+
+Backend = Literal["gloo", "nccl"]
 
 
 def framed(payload: float, *, received: float = 0.0, mtu: int = 1500) -> float:
@@ -49,6 +54,9 @@ class Links:
             step), from one measured run.
         transport_seconds_per_byte: What the host's transport takes for it while the link sends: the slower of the two
             counts. From the same run.
+        host_seconds_per_byte: What the host takes for it while the link waits, with gloo.
+        coding_seconds_per_byte: What coding and decoding takes for a byte of float32; like copies.
+        backend: What carries the averages: gloo waits for each pair of segments, NCCL for its window.
         round_overhead_seconds: Overhead of every round: control messages, waiting for the slowest. Measured.
         bucket_bytes: Size of one buffer.
         mtu: Largest packet of the links, bytes.
@@ -58,6 +66,9 @@ class Links:
     place_of: tuple[int, ...]
     copy_seconds_per_byte: float = 0.0
     transport_seconds_per_byte: float = 0.0
+    host_seconds_per_byte: float = 0.0
+    coding_seconds_per_byte: float = 0.0
+    backend: Backend = "gloo"
     round_overhead_seconds: float = 0.0
     bucket_bytes: int = 64 * 2**20
     mtu: int = 1500
@@ -68,7 +79,9 @@ class Links:
         Raises:
             ConfigError: For negative costs, buckets without bytes, or places that do not exist.
         """
-        for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "round_overhead_seconds"):
+        check_choice("backend", self.backend, Backend)
+        for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "host_seconds_per_byte",
+                     "coding_seconds_per_byte", "round_overhead_seconds"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "must be a number of seconds, not negative",
                                   "give 0, or what was measured")  # fmt: skip
@@ -80,9 +93,9 @@ class Links:
                               f"use 0 to {len(self.places) - 1}")  # fmt: skip
 
     @classmethod
-    def between(cls, places: Sequence[Site], **kwargs: float) -> Links:
+    def between(cls, places: Sequence[Site], **kwargs: Any) -> Links:
         """One site of the federation at each place."""
-        return cls(tuple(places), tuple(range(len(places))), **kwargs)  # type: ignore[arg-type]
+        return cls(tuple(places), tuple(range(len(places))), **kwargs)
 
     def seconds(self, call: Collective) -> float:
         """Seconds of one ring all-reduce, if nothing else uses the links.
@@ -90,7 +103,7 @@ class Links:
         Each of g sites sends 2(g-1)/g of the payload. The ring goes through the sites in order, so that it leaves each
         place once; the slowest link is the ring's. Buffers are pipelined: each is copied while another one
         travels, so the slower of the two counts, plus the copy of the first and of the last. Codes are timed as a ring
-        of as many bytes, and are copied as the values that they stand for; coding itself is left out.
+        of as many bytes, and are copied, and coded once and decoded, as the values that they stand for.
         """
         g = len(call.sites)
         if g < 2:
@@ -99,28 +112,34 @@ class Links:
         whole, rest = divmod(call.payload, bucket)
         places = [self.places[i] for i in sorted({self.place_of[site] for site in call.sites})]
         copied = 2 * (g - 1) / g * self.copy_seconds_per_byte / call.share
+        if call.share != 1:
+            copied += self.coding_seconds_per_byte / call.share
         ring = whole * self._ring_seconds(bucket, g, places)
         ring += self._ring_seconds(rest, g, places) if rest else 0.0
         alone = min(call.payload, bucket) * copied
         return alone + max(ring, call.payload * copied - alone)
 
     def _ring_seconds(self, payload: int, g: int, places: Sequence[Site]) -> float:
-        """Seconds of a ring with one buffer, as gloo runs it; `tools/network/shaped_links.py --latencies` measures it.
+        """Seconds of a ring with one buffer; `tools/network/shaped_links.py --latencies` measures gloo's.
 
-        The buffer is cut into segments, at least two for each site. Both halves of the ring send (g-1)/g of them to the
-        next site, two at a time: a pair takes as long as the link needs for it, or as its first segment needs to get
-        there. So 4(g-1) latencies are the least.
+        Of NCCL a site sends as much as the link takes, or a window in each round trip, and each of the 2(g-1) steps of
+        a buffer adds a latency. Of gloo the buffer is cut into segments, at least two for each site. Both halves of the
+        ring send (g-1)/g of them to the next site, two at a time: a pair takes as long as the link needs for it, or as
+        its first segment needs to get there. So 4(g-1) latencies are the least.
         """
-        per_site = max(2, -(-payload // (LARGEST_SEGMENT * g)))
-        segment = payload / (g * per_site)
-        transport = segment * self.transport_seconds_per_byte
-        bits = framed(segment, received=segment, mtu=self.mtu) * 8
         if len(places) == 1:
             rate, wait = places[0].inner_bandwidth_mbit, 0.0
         else:
             rate = min(place.bandwidth_mbit for place in places)
             wait = max(place.latency_ms for place in places) / 1e3
-        sending = max(transport, bits / (rate * 1e6))
+        if self.backend == "nccl":
+            sent = 2 * (g - 1) / g * payload
+            link = framed(sent, received=sent, mtu=self.mtu) * 8 / (rate * 1e6)
+            return max(link, sent * self.transport_seconds_per_byte, sent / NCCL_WINDOW * 2 * wait) + 2 * (g - 1) * wait
+        per_site = max(2, -(-payload // (LARGEST_SEGMENT * g)))
+        segment = payload / (g * per_site)
+        link = framed(segment, received=segment, mtu=self.mtu) * 8 / (rate * 1e6)
+        sending = max(segment * self.transport_seconds_per_byte, link + segment * self.host_seconds_per_byte)
         return (g - 1) * per_site * max(2 * sending, LATENCIES_OF_A_SEGMENT * wait + sending)
 
     def round_seconds(self, calls: Sequence[Collective]) -> float:
@@ -162,7 +181,8 @@ class Links:
                 left * self.transport_seconds_per_byte)
             for left, place in zip(out, self.places, strict=True)
         )  # fmt: skip
-        wait = LATENCIES_OF_A_SEGMENT * max(place.latency_ms for place in self.places) / 1e3
+        latencies = LATENCIES_OF_A_SEGMENT if self.backend == "gloo" else 1
+        wait = latencies * max(place.latency_ms for place in self.places) / 1e3
         return seconds + sent * self.copy_seconds_per_byte + messages * wait
 
     def sent_by_place(self, calls: Sequence[Collective]) -> list[float]:
