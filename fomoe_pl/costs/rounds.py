@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fomoe_pl.codec import Codec
+from fomoe_pl.federation.layout import fragment_of
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.placement import Placement, place, shares, side_by_side
 from fomoe_pl.federation.report import report_numbers
@@ -88,8 +90,16 @@ def held_by(placement: Placement) -> dict[tuple[int, ...], int]:
     return {sites: len(placement.experts_of(sites)) for sites in placement.holder_sets()}
 
 
-def held_when_fixed(architecture: ModelConfig, n_sites: int, overlap: int) -> dict[tuple[int, ...], int]:
+def held_when_fixed(
+    architecture: ModelConfig, n_sites: int, overlap: int, layers: Sequence[int] | None = None
+) -> dict[tuple[int, ...], int]:
     """What `held_by` gives for the fixed placement, without placing every expert of a large model.
+
+    Args:
+        architecture: The model.
+        n_sites: Number of sites M.
+        overlap: Sites that hold each expert.
+        layers: Of which the experts are counted; None is all.
 
     Raises:
         ConfigError: If the sizes cannot be placed.
@@ -100,10 +110,10 @@ def held_when_fixed(architecture: ModelConfig, n_sites: int, overlap: int) -> di
     some = place(
         "fixed", n_layers=min(n_layers, period), n_experts=architecture.n_experts, n_sites=n_sites, overlap=overlap
     )
+    alike = Counter(layer % period for layer in (range(n_layers) if layers is None else layers))
     held: Counter[tuple[int, ...]] = Counter()
-    for layer, experts in enumerate(some.holders):
-        times = len(range(layer, n_layers, period))
-        for sites in experts:
+    for layer, times in alike.items():
+        for sites in some.holders[layer]:
             held[sites] += times
     return {sites: held[sites] for sites in side_by_side(held, n_sites)}
 
@@ -183,6 +193,37 @@ def round_collectives(
         held, sizes, n_sites=n_sites, wire_dtype=wire_dtype, codec=codec, moments_codec=moments_codec,
         moments=ADAMW_MOMENTS if inner_moments == "average" else 0,
     )  # fmt: skip
+
+
+def fragment_collectives(
+    architecture: ModelConfig,
+    fragments: int,
+    *,
+    n_sites: int,
+    overlap: int,
+    routing: Routing = "ghost",
+    wire_dtype: WireDtype = "float32",
+    inner_moments: InnerMoments = "keep",
+    codec: Codec | None = None,
+    moments_codec: Codec | None = None,
+) -> list[list[Collective]]:
+    """As `round_collectives`, of each fragment; what is outside layers is the first, without its few norms."""
+    sizes, outside = SynchronizedSizes.of(architecture, routing), parameter_counts(architecture).embeddings
+    found = []
+    for index in range(fragments):
+        layers = [i for i in range(architecture.n_layers) if fragment_of(i, fragments) == index]
+        n, whole = len(layers), architecture.n_layers
+        own = outside if index == 0 else 0
+        part = replace(
+            sizes, dense=own + (sizes.dense - outside) * n // whole, dense_buffers=sizes.dense_buffers * n // whole,
+            dense_matrices=own + (sizes.dense_matrices - outside) * n // whole,
+        )  # fmt: skip
+        held = held_when_fixed(architecture, n_sites, overlap, layers)
+        found.append(collectives(
+            held, part, n_sites=n_sites, wire_dtype=wire_dtype, codec=codec, moments_codec=moments_codec,
+            moments=ADAMW_MOMENTS if inner_moments == "average" else 0,
+        ))  # fmt: skip
+    return found
 
 
 def ddp_collectives(architecture: ModelConfig, n_sites: int, itemsize: int = 4) -> list[Collective]:

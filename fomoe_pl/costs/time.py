@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fomoe_pl.costs.activations import Precision, Types, expert_activation_bytes, layer_activation_bytes
@@ -123,6 +124,17 @@ def step_seconds(work: StepWork, site: Site) -> float:
     return work.flops / (site.peak_flops(work.precision) * site.mfu)
 
 
+def waiting_seconds(of_fragments: Sequence[float], *, delay: int, seconds_per_step: float) -> float:
+    """Seconds of a round in which sites wait: what fragments' averages take longer than the steps that hide them.
+
+    Args:
+        of_fragments: Seconds that the average of each takes.
+        delay: Local steps that a site takes meanwhile.
+        seconds_per_step: Of the slowest site.
+    """
+    return sum(max(0.0, seconds - delay * seconds_per_step) for seconds in of_fragments)
+
+
 def run_seconds(
     *, steps: int, local_steps: int, seconds_per_step: float, seconds_per_round: float, hidden: float = 0.0
 ) -> float:
@@ -133,7 +145,7 @@ def run_seconds(
         local_steps: K; a last, shorter round counts as one.
         seconds_per_step: Of the slowest site.
         seconds_per_round: Of the synchronisation.
-        hidden: alpha, the share of communication behind computation; `fomoe fit` hides none.
+        hidden: alpha, the share of communication behind computation; see `waiting_seconds` for what `fomoe fit` hides.
 
     Raises:
         ConfigError: For K below 1 or alpha outside 0..1.

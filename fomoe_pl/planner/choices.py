@@ -88,6 +88,8 @@ class Choice:
     wire_dtype: Wire
     local_steps: int
     moments_every: int = 1
+    fragments: int = 1
+    delay: int = 0
 
     @property
     def wire_codec(self) -> WireFormat | None:
@@ -130,6 +132,7 @@ class Plan:
         checkpoint: Bytes on disk, see `checkpoint_bytes`.
         step_seconds: Of the slowest site.
         round_seconds: Of a round's synchronisation (DDP: a step's), the same mean.
+        waiting_seconds: Of it what sites wait for, the rest travels while they compute.
         validation_seconds: Of a validation of the global model.
         hours: Of the run, validations included.
         price: Of all places for these hours; None if a price is missing.
@@ -150,6 +153,7 @@ class Plan:
     checkpoint: dict[str, int]
     step_seconds: float
     round_seconds: float
+    waiting_seconds: float
     validation_seconds: float
     hours: float
     price: float | None

@@ -54,6 +54,7 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
                 **(copies if c.routing == "shadow" else {}),
                 "placement": "fixed",
                 "local_steps": c.local_steps,
+                **({"fragments": c.fragments, "delay": c.delay} if c.fragments > 1 or c.delay else {}),
                 "outer": _NESTEROV if nesterov else None,
                 "inner_moments": "average" if c.averages_moments else "keep",
                 **(moments if c.averages_moments else {}),

@@ -58,11 +58,13 @@ def setting_text(plan: Plan) -> str:
     """A plan's choice in words."""
     c = plan.choice
     wire = c.wire_dtype if c.moments_every == 1 else f"{c.wire_dtype}, moments every {c.moments_every} rounds"
+    turns = f", {c.fragments} fragments" if c.fragments > 1 else ""
+    turns += f", delay {c.delay}" if c.delay else ""
     saved = "" if plan.saving.checkpointing == "none" else f", {plan.saving.checkpointing} checkpointed"
     if plan.saving.outer_state == "host":
         saved += f", outer state on the host ({plan.on_host / GIB:.1f} GiB a device)"
     return (
-        f"{c.sites} sites ({c.layout}), overlap {c.overlap}, {c.method}, K {c.local_steps}, {c.routing}, "
+        f"{c.sites} sites ({c.layout}), overlap {c.overlap}, {c.method}, K {c.local_steps}{turns}, {c.routing}, "
         f"{wire}, batch {plan.batch_size}×{plan.accumulate} of {plan.global_batch}{saved}"
     )
 
@@ -122,7 +124,7 @@ def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
                      f"refreshed {often}; ghost: they are skipped.")  # fmt: skip
     if any(plan.choice.wire_codec for plan in plans):
         lines.append("int8, int4, topk: changes in that code with error feedback, averaged moments in int8; norms, "
-                     "routers and biases in float32. Codes are timed by their bytes, not by coding.")  # fmt: skip
+                     "routers and biases in float32.")  # fmt: skip
     for layout in sorted({plan.choice.layout for plan in plans if plan.why_not_today}):
         lines.append(f"fit today: {layout} {RUNS_TODAY[layout]}.")
     measured = {(p.quality.model, p.quality.source) for p in plans if p.quality is not None}

@@ -17,11 +17,11 @@ from fomoe_pl.costs.rounds import (
     control_collectives,
     ddp_collectives,
     evaluation_bytes,
+    fragment_collectives,
     refresh_bytes,
-    round_collectives,
     stored_elsewhere_bytes,
 )
-from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work
+from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work, waiting_seconds
 from fomoe_pl.federation.placement import shares, valid_overlaps
 from fomoe_pl.federation.settings import FORMATS, OuterPlace
 from fomoe_pl.model.config import Checkpointing, ModelConfig
@@ -138,13 +138,23 @@ class Planner:
                 for k in self.request.local_steps:
                     choice = Choice(self.name, layout, m, overlap, method, routing, wire_dtype, k)
                     for rounds in self.request.moments_every if choice.averages_moments else (1,):
-                        yield replace(choice, moments_every=rounds)
+                        for fragments, delay in self._turns(k):
+                            yield replace(choice, moments_every=rounds, fragments=fragments, delay=delay)
 
-    def _averages_of(self, choice: Choice) -> list[Collective]:
+    def _turns(self, local_steps: int) -> Iterator[tuple[int, int]]:
+        """Fragments and delays that rounds of so many steps, and the layers, allow."""
+        for n in self.request.fragments:
+            if local_steps % n == 0 and n <= self.config.n_layers + 1:
+                for delay in self.request.delays:
+                    if delay < local_steps // n:
+                        yield n, delay
+
+    def _averages_of(self, choice: Choice) -> list[list[Collective]]:
+        """Of each fragment."""
         if choice.method == "ddp":
-            return ddp_collectives(self.config, choice.sites, ITEMSIZE[self.param_dtype])
-        return round_collectives(
-            self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
+            return [ddp_collectives(self.config, choice.sites, ITEMSIZE[self.param_dtype])]
+        return fragment_collectives(
+            self.config, choice.fragments, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
             wire_dtype=choice.cast_dtype, inner_moments="average" if choice.averages_moments else "keep",
             codec=FORMATS.get(choice.wire_codec or ""), moments_codec=FORMATS.get(choice.moments_codec or ""),
         )  # fmt: skip
@@ -307,7 +317,8 @@ class Planner:
         asked = math.ceil(request.tokens / (global_batch * request.sequence_length))
         length = RunLength.of(asked, k, request.validations)
         links = request.links(choice.layout)
-        calls = self._averages(replace(choice, local_steps=1, moments_every=1))
+        parts = self._averages(replace(choice, local_steps=1, moments_every=1, delay=0))
+        calls = [call for part in parts for call in part]
         changes = [call for call in calls if call.kind != "moments"]
         rounds = -(-length.steps // k)
         due = rounds // choice.moments_every / rounds  # share of rounds that average moments, if any do
@@ -317,16 +328,32 @@ class Planner:
             """Over the run's rounds."""
             return of(calls) if due == 1 else due * of(calls) + (1 - due) * of(changes)
 
+        def waiting(kinds: Callable[[Collective], bool]) -> float:
+            """What the average of each fragment takes longer than the steps that hide it."""
+            found = [links.round_seconds([*filter(kinds, part), *control]) for part in parts]
+            return waiting_seconds(found, delay=choice.delay, seconds_per_step=seconds)
+
+        def all_kinds(call: Collective) -> bool:
+            return True
+
+        def no_moments(call: Collective) -> bool:
+            return call.kind != "moments"
+
+        waited = waiting(all_kinds) if due == 1 else due * waiting(all_kinds) + (1 - due) * waiting(no_moments)
         round_seconds = mean(lambda some: links.round_seconds([*some, *control]))
         sent = mean(lambda some: max(links.sent_by_place(some)))
         # State on the host is fetched and stored, both ways at once, while averages travel.
         bus = max(own.on_host / (site.host_gbps * 1e9) for own, site in zip(memory, request.sites, strict=True))
         if bus:
-            round_seconds += max(0.0, bus - links.round_seconds(changes))
+            more = max(0.0, bus - links.round_seconds(changes))
+            round_seconds, waited = round_seconds + more, waited + more
         if choice.routing == "shadow":
             copies = refresh_bytes(self.config, request.shadow, n_sites=choice.sites, overlap=choice.overlap)
             seconds_of_copies = links.exchange_seconds(copies, messages=self.config.n_layers)
             round_seconds += seconds_of_copies / request.shadow_refresh
+            one = seconds_of_copies / max(1, choice.fragments - 1)  # each fragment but the first has copies
+            hidden = waiting_seconds([one], delay=choice.delay, seconds_per_step=seconds) / one if one else 0.0
+            waited += hidden * seconds_of_copies / request.shadow_refresh
             sent += max(links.leaving(copies)) / request.shadow_refresh
         windows = -(-self._validation_batches(choice, batch) // request.evaluation_window)
         gathered = 0.0 if choice.method == "ddp" else evaluation_bytes(
@@ -345,7 +372,7 @@ class Planner:
             )  # fmt: skip
             validation += links.exchange_seconds(stored, messages=1)
         sent_validating = max(links.leaving(gathered), default=0.0) + max(links.leaving(stored), default=0.0)
-        run = run_seconds(steps=length.steps, local_steps=k, seconds_per_step=seconds, seconds_per_round=round_seconds)
+        run = run_seconds(steps=length.steps, local_steps=k, seconds_per_step=seconds, seconds_per_round=waited)
         hours = (run + length.validations * validation) / 3600
         prices = [site.price_per_hour for site in request.sites]
         return Plan(
@@ -359,11 +386,13 @@ class Planner:
                 param_dtype=self.param_dtype, momentum=choice.method == "diloco", rounds=choice.method != "ddp",
                 error_feedback=choice.wire_codec is not None,
             ),
-            step_seconds=seconds, round_seconds=round_seconds, validation_seconds=validation, hours=hours,
+            step_seconds=seconds, round_seconds=round_seconds, waiting_seconds=waited,
+            validation_seconds=validation, hours=hours,
             price=None if None in prices else hours * sum(p for p in prices if p is not None),
             quality=measured_quality(
                 method=choice.method, routing=choice.routing, sites=choice.sites, overlap=choice.overlap,
                 local_steps=k, wire_dtype=choice.wire_dtype, moments_every=choice.moments_every,
                 shadow_bits=request.shadow_bits, shadow_refresh=request.shadow_refresh,
+                turns=choice.fragments > 1 or choice.delay > 0,
             ),
         )  # fmt: skip

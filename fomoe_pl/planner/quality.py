@@ -95,7 +95,7 @@ MEASUREMENTS: tuple[Measurement, ...] = (
 
 def measured_quality(
     *, method: str, routing: Routing, sites: int, overlap: int, local_steps: int, wire_dtype: str = "float32",
-    moments_every: int = 1, shadow_bits: int = 4, shadow_refresh: int = 1,
+    moments_every: int = 1, shadow_bits: int = 4, shadow_refresh: int = 1, turns: bool = False,
 ) -> Measurement | None:  # fmt: skip
     """The measurement for these settings; None if there is none.
 
@@ -109,9 +109,10 @@ def measured_quality(
         moments_every: Rounds between two averages of the moments; all measurements are of every round.
         shadow_bits: Bits of a number in a copy, with shadow routing.
         shadow_refresh: Rounds between two refreshes of the copies; all measurements are of every round.
+        turns: Whether fragments take turns, or averages are applied later; no measurement is of such a run.
     """
     copied = routing == "shadow" and overlap < sites
-    if wire_dtype != "float32" or moments_every != 1 or (copied and shadow_refresh != 1):
+    if wire_dtype != "float32" or moments_every != 1 or turns or (copied and shadow_refresh != 1):
         return None
     bits = shadow_bits if copied else None
     wanted = (method, sites, overlap, local_steps)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fomoe_pl.costs.activations import Precision
-from fomoe_pl.costs.network import Links
+from fomoe_pl.costs.network import Backend, Links
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError, check_choice, check_range
 from fomoe_pl.federation.settings import OuterPlace
@@ -50,6 +50,8 @@ class PlanRequest:
             sites' changes are coded with error feedback, and averaged moments in int8 (norms, routers and biases in
             float32).
         moments_every: Rounds between two averages of the moments, with `local_adamw`.
+        fragments: Numbers of parts of the model that take turns in a round, where K and the layers allow them.
+        delays: Local steps that a site takes while an average is on its way, where they are below K / fragments.
         layouts: `one` device per site; `each` device a site of its own; `sharded`: a site's devices share its
             model, which `fomoe fit` cannot run yet.
         outer_states: Where anchors and outer momentum may live; on the `host` where memory is short.
@@ -65,6 +67,9 @@ class PlanRequest:
         mtu: Largest packet of the links between sites, bytes.
         copy_seconds_per_byte: measured: what a wire byte costs before and after its collective.
         transport_seconds_per_byte: measured: what the host takes to send a wire byte, if that is slower than the link.
+        host_seconds_per_byte: measured: what the host takes for a wire byte while the link waits, with gloo.
+        coding_seconds_per_byte: measured: what coding and decoding takes for a byte of float32.
+        backend: What carries the averages between sites.
         round_overhead_seconds: measured: overhead of every round.
         data_root: Prepared corpus for the written file.
         accelerator: Of the written file: gpu, or cpu to try it out.
@@ -83,6 +88,8 @@ class PlanRequest:
     methods: list[Method] = field(default_factory=lambda: ["local_adamw", "diloco", "ddp"])
     wire_dtypes: list[Wire] = field(default_factory=lambda: ["float32", "bfloat16"])
     moments_every: list[int] = field(default_factory=lambda: [1])
+    fragments: list[int] = field(default_factory=lambda: [1])
+    delays: list[int] = field(default_factory=lambda: [0])
     layouts: list[Layout] = field(default_factory=lambda: ["one", "each", "sharded"])
     outer_states: list[OuterPlace] = field(default_factory=lambda: ["device", "host"])
     precision: Precision = "bf16-mixed"
@@ -95,6 +102,9 @@ class PlanRequest:
     mtu: int = 1500
     copy_seconds_per_byte: float = 0.0
     transport_seconds_per_byte: float = 0.0
+    host_seconds_per_byte: float = 0.0
+    coding_seconds_per_byte: float = 0.0
+    backend: Backend = "gloo"
     round_overhead_seconds: float = 0.0
     data_root: str = "runs/data/sample"
     accelerator: Literal["gpu", "cpu"] = "gpu"
@@ -106,7 +116,7 @@ class PlanRequest:
             ConfigError: For empty lists, sizes below 1, and an overlap above the number of sites.
         """
         for name in ("models", "sites", "local_steps", "routings", "methods", "wire_dtypes", "moments_every", "layouts",
-                     "outer_states"):  # fmt: skip
+                     "outer_states", "fragments", "delays"):  # fmt: skip
             if not getattr(self, name):
                 raise ConfigError(name, getattr(self, name), "must not be empty", "give at least one")
         if self.overlaps is not None and not self.overlaps:
@@ -115,13 +125,22 @@ class PlanRequest:
                      "bucket_mib", "shadow_refresh", "checkpoint_copies"):  # fmt: skip
             check_range(name, getattr(self, name), "give a positive one", above=0)
         check_range("mtu", self.mtu, "1500 is Ethernet's", least=68, most=65535)  # IPv4's least and largest
-        for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "round_overhead_seconds"):
+        for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "host_seconds_per_byte",
+                     "coding_seconds_per_byte", "round_overhead_seconds"):  # fmt: skip
             check_range(name, getattr(self, name), "0 adds nothing", least=0)
         check_range("headroom", self.headroom, "it is a share of the memory, such as 0.08", least=0, below=1)
         for k in self.local_steps:
             check_range("local_steps", k, "K is in optimizer steps: give 32, say", least=1)
         for rounds in self.moments_every:
             check_range("moments_every", rounds, "it is in rounds: give 4, say", least=1)
+        for n in self.fragments:
+            check_range("fragments", n, "1 is the whole model at once", least=1)
+        for delay in self.delays:
+            check_range("delays", delay, "it is in steps, and 0 waits", least=0)
+        if not any(delay < k // n for k in self.local_steps for n in self.fragments if k % n == 0
+                   for delay in self.delays):  # fmt: skip
+            rule = "fit no K of local_steps: fragments must divide it, and delays be below K / fragments"
+            raise ConfigError("fragments", self.fragments, rule, "add 1, and 0 to delays")
         for wire in self.wire_dtypes:
             check_choice("wire_dtypes", wire, Wire)
         check_choice("shadow_bits", self.shadow_bits, ShadowBits)
@@ -155,5 +174,7 @@ class PlanRequest:
         return Links(
             tuple(self.sites), self.place_of(layout), copy_seconds_per_byte=self.copy_seconds_per_byte,
             transport_seconds_per_byte=self.transport_seconds_per_byte,
+            host_seconds_per_byte=self.host_seconds_per_byte, coding_seconds_per_byte=self.coding_seconds_per_byte,
+            backend=self.backend,
             round_overhead_seconds=self.round_overhead_seconds, bucket_bytes=self.bucket_mib * 2**20, mtu=self.mtu,
         )  # fmt: skip

@@ -14,19 +14,28 @@ from fomoe_pl.costs.rounds import (
     Collective,
     checkpoint_bytes,
     evaluation_bytes,
+    fragment_collectives,
     held_by,
     held_when_fixed,
     round_collectives,
 )
 from fomoe_pl.costs.sites import ACCELERATORS, Site
-from fomoe_pl.costs.time import StepWork, calibration, run_seconds, step_seconds, step_work, validation_work
+from fomoe_pl.costs.time import (
+    StepWork,
+    calibration,
+    run_seconds,
+    step_seconds,
+    step_work,
+    validation_work,
+    waiting_seconds,
+)
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.federation.placement import place
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
-from fomoe_pl.model.residency import Shadow
+from fomoe_pl.model.residency import Routing, Shadow
 from fomoe_pl.model.sizes import expert_parameters, flops_by_part, parameter_counts
 from tests.tools import load
 
@@ -133,6 +142,61 @@ def test_the_slower_of_link_and_transport_counts_and_copies_are_added() -> None:
     quick = replace(links, transport_seconds_per_byte=1e-9)
     assert slow.seconds(call) == pytest.approx(1.0 + 0.2)
     assert quick.seconds(call) == links.seconds(call)
+
+
+def test_with_gloo_a_part_of_the_host_is_in_series_with_the_link() -> None:
+    call = Collective("dense", (0, 1), 1_000_000)
+    links = Links.between([site()] * 2)
+    assert replace(links, host_seconds_per_byte=1e-7).seconds(call) == pytest.approx(links.seconds(call) + 0.1)
+    both = replace(links, host_seconds_per_byte=1e-7, transport_seconds_per_byte=1e-6)
+    assert both.seconds(call) == pytest.approx(1.0)
+
+
+def test_nccl_waits_for_its_window_and_each_step_of_a_ring() -> None:
+    """40 MiB to the neighbour at 25 ms: eight windows, of a round trip each, and two steps."""
+    slow = [site(latency_ms=25, bandwidth_mbit=1e6)] * 2
+    nccl = Links.between(slow, backend="nccl", bucket_bytes=2**30)
+    call = Collective("dense", (0, 1), 40 * 2**20)
+    assert nccl.seconds(call) == pytest.approx(8 * 0.05 + 2 * 0.025, rel=0.01)
+    near = Links.between([site(latency_ms=0)] * 2, backend="nccl", bucket_bytes=2**30)
+    gloo = replace(near, backend="gloo")
+    assert near.seconds(call) == pytest.approx(gloo.seconds(call))
+    assert replace(gloo, places=tuple(slow)).seconds(call) > 2 * nccl.seconds(call)
+    with pytest.raises(ConfigError, match="gloo, nccl"):
+        Links.between(slow, backend="mpi")
+
+
+def test_coding_is_of_values_and_of_codes_alone() -> None:
+    links = Links.between([site()] * 2, bucket_bytes=2**30)
+    coding = replace(links, coding_seconds_per_byte=1e-7)
+    coded, cast = Collective("dense", (0, 1), 125_000, share=0.125), Collective("dense", (0, 1), 125_000)
+    assert coding.seconds(coded) == pytest.approx(links.seconds(coded) + 0.1)
+    assert coding.seconds(cast) == links.seconds(cast)
+
+
+def test_what_steps_do_not_hide_is_waiting() -> None:
+    assert waiting_seconds([1.0, 3.0, 2.5], delay=2, seconds_per_step=1.0) == pytest.approx(1.0 + 0.5)
+    assert waiting_seconds([1.0, 3.0], delay=0, seconds_per_step=1.0) == 4.0
+
+
+@pytest.mark.parametrize("routing", ["ghost", "partitioned"])
+@pytest.mark.parametrize("fragments", [1, 2, 3, 4])
+def test_fragments_together_are_the_round(fragments: int, routing: Routing) -> None:
+    config, settings = replace(SMALL, balance="bias"), {"n_sites": 4, "overlap": 2, "routing": routing}
+    whole = round_collectives(config, inner_moments="average", **settings)
+    parts = fragment_collectives(config, fragments, inner_moments="average", **settings)
+
+    def payloads(calls: Any) -> dict[Any, int]:
+        found: dict[Any, int] = {}
+        for call in calls:
+            found[call.kind, call.sites] = found.get((call.kind, call.sites), 0) + call.payload
+        return {key: n for key, n in found.items() if n}
+
+    assert len(parts) == fragments
+    assert payloads(call for part in parts for call in part) == pytest.approx(payloads(whole), rel=1e-3)
+    if fragments > 1:
+        embeddings = 4 * parameter_counts(config).embeddings
+        assert [call.payload for call in parts[0] if call.payload] == [embeddings, 2 * embeddings]
 
 
 def test_a_buffer_is_copied_while_another_one_travels() -> None:

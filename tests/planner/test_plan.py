@@ -118,6 +118,28 @@ def test_copies_are_offered_beside_ghosts_and_full_replicas() -> None:
     assert "shadow_bits" not in ghosts
 
 
+def test_turns_hide_what_steps_are_long_enough_for() -> None:
+    settings = {"methods": ["local_adamw"], "overlaps": [2], "routings": ["shadow"], "wire_dtypes": ["float32"],
+                "local_steps": [8], "fragments": [1, 3, 4], "delays": [0, 1, 2, 3]}  # fmt: skip
+    plans, _ = planned(**settings)
+    by = {(p.choice.fragments, p.choice.delay): p for p in plans}
+    assert sorted(by) == [*((1, d) for d in range(4)), (4, 0), (4, 1)]  # 3 does not divide, 2 is not below 8 / 4
+    assert by[1, 0].waiting_seconds == pytest.approx(by[1, 0].round_seconds)
+    for n, d in by:
+        assert by[n, d].sent_per_round == pytest.approx(by[1, 0].sent_per_round, rel=1e-3)
+        hidden = by[n, 0].waiting_seconds - by[n, d].waiting_seconds
+        assert 0 <= hidden <= 2 * n * d * by[n, d].step_seconds + 1e-9
+        assert (hidden > 0) == (d > 0)
+        assert by[n, d].hours == pytest.approx(by[n, 0].hours - by[n, d].length.steps / 8 * hidden / 3600)
+    asked = request(**settings)
+    written = fit_settings(by[4, 1], asked, plan_command.read_settings(TINY))["trainer"]["strategy"]["init_args"]
+    assert (written["fragments"], written["delay"]) == (4, 1)
+    FederatedStrategy(**written)
+    assert "K 8, 4 fragments, delay 1, shadow" in setting_text(by[4, 1])
+    with pytest.raises(ConfigError, match="fit no K"):
+        request(local_steps=[8], fragments=[3])
+
+
 def test_formats_and_periods_are_those_of_the_ledger() -> None:
     """Bytes of the mean round of a run of nine, the last moments' round being the eighth; overlap 2 averages in pairs.
 

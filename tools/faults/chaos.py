@@ -256,6 +256,7 @@ def main(
     output: str, kills: int = 100, others: int = 20, torchrun: int = 2, seed: int = 0, sites: int = 4, faults: int = 12,
     parallel: int = 3, quiet: float = 120.0, minutes: float = 120.0, root: str | None = None, keep: bool = False,
     ranks: int = 1, inside: str = "replicate",
+    strategies: list[str] | None = None,
 ) -> int:  # fmt: skip
     """Inject faults until there were enough.
 
@@ -274,12 +275,18 @@ def main(
         keep: Keep the folders of runs.
         ranks: Processes of a site.
         inside: What each of them has of its site's model: `replicate` or `shard`.
+        strategies: Of the runs; null is all that the tool knows.
     """
     folder, started = Path(output), time.time()
     folder.mkdir(parents=True)
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell in the background ignores the second
         signal.signal(number, signal.default_int_handler)
-    worlds = tuple(replace(world, ranks=ranks, inside=inside) for world in WORLDS)
+    # Slices of averages that are on their way cannot be saved.
+    able = [world for world in WORLDS if inside != "shard" or not world.settings]
+    worlds = tuple(
+        replace(world, ranks=ranks, inside=inside)
+        for world in able if strategies is None or world.strategy in strategies
+    )  # fmt: skip
     corpus = None if root is None else Path(root)
     campaign = Campaign(folder, seed, sites, faults, parallel, quiet, corpus, worlds)
     try:

@@ -61,6 +61,7 @@ class World:
         poison: (process, step) whose gradients are infinite.
         ranks: Processes of a site.
         inside: What each of them has of its site's model.
+        settings: Of the strategy, beside the file's.
     """
 
     strategy: str
@@ -68,6 +69,7 @@ class World:
     poison: tuple[tuple[int, int], ...] = ()
     ranks: int = 1
     inside: str = "replicate"
+    settings: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         """A name for folders and lines."""
@@ -80,6 +82,8 @@ WORLDS = (
     World("fomoe"), World("fomoe_random", "truncated"), World("diloco", "corrupt"),
     World("fomoe_partitioned", None, ((1, 9), (1, 10), (3, 22))), World("fomoe_overlap1", "vanished"),
     World("local_adamw", "empty"), World("fomoe_diloco"),
+    World("fomoe_overlapped", None, ((1, 9), (1, 10), (3, 22)),
+          settings=(("fragments", "2"), ("delay", "1"))),
 )  # fmt: skip
 
 
@@ -263,6 +267,7 @@ class Run:
             f"{strategy}.ranks_per_site", str(self.world.ranks),
             f"{strategy}.async_save", str(self.in_background).lower(),
             f"{strategy}.stop_at", "step" if self.number % 2 else "round",
+            *(word for name, value in self.world.settings for word in (f"{strategy}.{name}", value)),
         ]  # fmt: skip
 
     def plan(self, attempt: int, site: int, faults: list[dict[str, Any]]) -> dict[str, Any]:
