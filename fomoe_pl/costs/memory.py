@@ -30,7 +30,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.settings import FORMATS, WireFormat
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing, Shadow
-from fomoe_pl.model.sizes import expert_parameters, resident_counts, scored_experts
+from fomoe_pl.model.sizes import expert_parameters, parameter_counts, resident_counts, scored_experts
 
 MIB, GIB = 2**20, 2**30
 
@@ -67,6 +67,9 @@ class Load:
         recorded: Steps are replayed (`model/recorded.py`), from memory that stays reserved while sites average.
         bf16_gradients: Experts' gradients are of the type of products where that is another and they run in our
             kernels, and so are lasting copies of their weights, unless activations are recomputed (`model/copies.py`).
+        fragments: Parts of the model that take turns in a round.
+        delay: Local steps while an average of them is on its way.
+        averaged_moments: How many of the moments are averaged too.
     """
 
     precision: Precision = "bf16-mixed"
@@ -88,6 +91,9 @@ class Load:
     accumulate: int = 1
     recorded: bool = False
     bf16_gradients: bool = False
+    fragments: int = 1
+    delay: int = 0
+    averaged_moments: int = 0
 
     def __post_init__(self) -> None:
         """Refuse empty batches.
@@ -107,7 +113,7 @@ class Load:
         return self.batch_size * self.sequence_length
 
 
-LASTING = ("weights", "copies", "moments", "anchors", "outer_momentum", "residual", "library")
+LASTING = ("weights", "copies", "moments", "anchors", "outer_momentum", "residual", "flight", "library")
 OF_MOMENT = {
     "end of the forward pass": ("gradients_kept", "activations", "logits"),
     "backward pass": ("backward",),
@@ -120,7 +126,7 @@ OF_MOMENT = {
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank. The parts down to `residual` last as long as the run, the others are of one moment.
+    """Bytes of one rank. The parts down to `flight` last as long as the run, the others are of one moment.
 
     Attributes:
         weights: Parameters, and copies of experts' that last.
@@ -132,6 +138,7 @@ class RankMemory:
         anchors: The last agreed values, float32.
         outer_momentum: Of the outer rule, float32.
         residual: What coding has lost of the changes of matrices, float32.
+        flight: Averages that are on their way while the site computes, as float32 where they have arrived.
         activations: What the forward pass keeps for the backward pass, the logits' part excluded.
         logits: The loss's buffers: a chunk of logits and the output matrix's gradient.
         wire: Buffers and temporary values of a round's averaging.
@@ -154,6 +161,7 @@ class RankMemory:
     anchors: int
     outer_momentum: int
     residual: int
+    flight: int
     activations: int
     logits: int
     wire: int
@@ -187,6 +195,17 @@ class RankMemory:
         moment = max(self.moments_of_peak, key=self.moments_of_peak.__getitem__)
         parts = {name.removesuffix("_kept"): getattr(self, name) for name in (*LASTING, *OF_MOMENT[moment])}
         return moment, dict(sorted(parts.items(), key=lambda part: -part[1]))
+
+
+def _flight_bytes(config: ModelConfig, load: Load, parameters: int, coded: int) -> int:
+    """Of the largest fragment: means, and what coding has lost of the changes."""
+    outside = parameter_counts(config).embeddings
+    share = 1.0
+    if load.fragments > 1:
+        layers = -(-config.n_layers // (load.fragments - 1)) / config.n_layers
+        share = max(outside, layers * (parameters - outside)) / parameters
+    lost = coded if load.error_feedback else 0
+    return math.ceil(4 * share * (parameters * (1 + load.averaged_moments) + lost))
 
 
 def _wire_bytes(config: ModelConfig, load: Load, resident_elements: int, coded_elements: int, shards: int) -> int:
@@ -376,6 +395,7 @@ def rank_memory(
         anchors=0 if load.state_on_host else agreed,
         outer_momentum=0 if load.state_on_host else momentum,
         residual=0 if load.state_on_host else lost,
+        flight=_flight_bytes(config, load, parameters, coded) if federated and load.delay else 0,
         activations=activations,
         logits=logits,
         wire=_wire_bytes(config, load, parameters, coded, shards) if federated else 0,

@@ -184,6 +184,7 @@ class Planner:
             evaluation_window=min(request.evaluation_window, self._validation_batches(choice, batch)),
             accumulate=accumulate, recorded=whole_steps and self.cuda_graphs,
             bf16_gradients=whole_steps and self.bf16_gradients,
+            fragments=choice.fragments, delay=choice.delay, averaged_moments=2 if choice.averages_moments else 0,
             state_on_host=saving.outer_state == "host", kernels=all(site.kernels for site in request.sites),
         )  # fmt: skip
         return replace(self.config, activation_checkpointing=saving.checkpointing), load

@@ -323,6 +323,19 @@ def test_what_coding_has_lost_is_kept_for_each_trained_matrix(routing: Any) -> N
     assert rank_memory(SMALL, replace(load, error_feedback=True, method="ddp"), n_resident=8).residual == 0
 
 
+def test_what_is_on_its_way_is_the_largest_fragment_with_its_moments() -> None:
+    load = Load(averaged_moments=2, wire_codec="int4", error_feedback=True)
+    assert rank_memory(SMALL, load, n_resident=4).flight == 0
+    counts = resident_counts(SMALL, 4, "ghost")
+    whole = rank_memory(SMALL, replace(load, delay=1), n_resident=4)
+    coded = counts.total - counts.norms - counts.router
+    assert whole.flight == 4 * (3 * counts.total + coded)
+    assert whole.lasting - rank_memory(SMALL, load, n_resident=4).lasting == whole.flight
+    parts = [rank_memory(SMALL, replace(load, delay=1, fragments=n), n_resident=4).flight for n in (1, 2, 3)]
+    assert parts == sorted(parts, reverse=True)
+    assert parts[2] >= 4 * 3 * counts.embeddings
+
+
 def test_the_peak_grows_with_what_a_site_holds() -> None:
     load = Load(batch_size=4, sequence_length=128)
     peaks = [rank_memory(SMALL, load, n_resident=r).peak for r in range(1, 9)]
