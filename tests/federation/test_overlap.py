@@ -15,7 +15,7 @@ from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.left_out import LeftOut
 from fomoe_pl.federation.outer import Average, Nesterov
-from fomoe_pl.federation.placement import all_arcs
+from fomoe_pl.federation.placement import all_holder_sets
 from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.federation.settings import InnerMoments
 from fomoe_pl.federation.state import RESIDUAL
@@ -103,7 +103,7 @@ def _run(rank: int) -> list[list[dict[str, Tensor]]]:
 
 
 def run_on(rank: int, of: Overlap) -> list[dict[str, Tensor]]:
-    arcs = all_arcs(EXPERTS, LAYERS, SITES, CASE.overlap)
+    arcs = all_holder_sets(EXPERTS, LAYERS, SITES, CASE.overlap)
     wire = Transport(Topology(SITES, 1, rank), arcs, Ledger(), device=torch.device("cpu"), bucket_bytes=4 * BUCKET,
                      overlapped=of.delay > 0)  # fmt: skip
     layout = layout_of(rank)

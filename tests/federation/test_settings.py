@@ -66,9 +66,9 @@ def test_the_description_names_formats_and_periods() -> None:
 
 def test_there_are_no_more_fragments_than_layers_and_what_is_outside() -> None:
     settings = FederationConfig(fragments=4)
-    settings.check(3, 8, 2)
+    settings.check_fragments(3)
     with pytest.raises(ConfigError, match=r"fragments = 4: .*2 layers, and what is outside of them is a fragment too"):
-        settings.check(2, 8, 2)
+        settings.check_fragments(2)
 
 
 def test_a_round_is_closed_where_nothing_may_be_on_its_way() -> None:
