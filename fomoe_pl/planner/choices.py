@@ -11,7 +11,7 @@ from fomoe_pl.federation.settings import FORMATS, OuterPlace, WireFormat
 from fomoe_pl.model.config import Checkpointing
 from fomoe_pl.model.residency import Routing
 from fomoe_pl.planner.quality import Measurement
-from fomoe_pl.planner.request import RUNS_TODAY, Layout, Method, Wire
+from fomoe_pl.planner.request import Layout, Method, Wire
 
 MORE_FOR_LARGER_BATCHES = 0.02
 """Share of a step that may be spent on larger micro-batches."""
@@ -118,6 +118,7 @@ class Plan:
 
     Attributes:
         choice: The setting.
+        shards: Devices of each place that share a model.
         batch_size: Sequences of a micro-batch of one device.
         accumulate: Micro-batches of a local step.
         saving: How memory is saved.
@@ -140,6 +141,7 @@ class Plan:
     """
 
     choice: Choice
+    shards: tuple[int, ...]
     batch_size: int
     accumulate: int
     saving: Saving
@@ -172,7 +174,13 @@ class Plan:
     @property
     def why_not_today(self) -> str | None:
         """Why `fomoe fit` cannot run it today; None if it can."""
-        return RUNS_TODAY[self.choice.layout]
+        if max(self.shards) == 1:
+            return None
+        if len(set(self.shards)) > 1:
+            return "needs as many devices at each site: `inside: shard` has no others yet"
+        if self.choice.routing == "shadow":
+            return "keeps no copies of absent experts yet: `inside: shard` refuses them"
+        return None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ def processes(plan: Plan, request: PlanRequest) -> tuple[int, int]:
     """Devices of a node and number of nodes: with `each` the greatest common divisor, so that all nodes are alike."""
     if plan.choice.layout == "one":
         return (1, len(request.sites)) if request.accelerator == "gpu" else (len(request.sites), 1)
+    if plan.choice.layout == "sharded":  # a node is a site
+        devices, sites = request.sites[0].devices, len(request.sites)
+        return (devices, sites) if request.accelerator == "gpu" else (devices * sites, 1)
     # Written out, the divisor of 8, 8 and 4 is 4: the larger sites start two nodes.
     devices = min(site.devices for site in request.sites)
     while any(site.devices % devices for site in request.sites):
@@ -38,7 +41,7 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
         request: The request.
         model: The `model` section of the model's file; settings that are not planned are kept.
     """
-    c = plan.choice
+    c, n_ranks = plan.choice, plan.shards[0]
     devices, nodes = processes(plan, request)
     strategy: Any = "ddp_counted" if c.sites > 1 else "single_site"
     if c.method != "ddp":
@@ -49,6 +52,7 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
         strategy = {
             "class_path": "fomoe_pl.strategies.FederatedStrategy",
             "init_args": {
+                **({"ranks_per_site": n_ranks, "inside": "shard"} if n_ranks > 1 else {}),
                 "overlap": c.overlap,
                 "routing": c.routing,
                 **(copies if c.routing == "shadow" else {}),
@@ -111,8 +115,8 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
         "data": {
             "root": request.data_root,
             "sequence_length": request.sequence_length,
-            "batch_size": plan.batch_size,
-            "val_batch_size": plan.batch_size,
+            "batch_size": n_ranks * plan.batch_size,
+            "val_batch_size": n_ranks * plan.batch_size,
             "val_sequences": request.val_sequences,
         },
     }

@@ -12,7 +12,7 @@ from rich.table import Table
 from fomoe_pl.costs.memory import GIB, MIB
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.planner.choices import Plan, Refusal
-from fomoe_pl.planner.request import LAYOUTS, RUNS_TODAY, PlanRequest
+from fomoe_pl.planner.request import LAYOUTS, PlanRequest
 
 OF_OTHER_SHAPE = ("choice", "saving", "length", "memory", "quality")
 
@@ -125,8 +125,8 @@ def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
     if any(plan.choice.wire_codec for plan in plans):
         lines.append("int8, int4, topk: changes in that code with error feedback, averaged moments in int8; norms, "
                      "routers and biases in float32.")  # fmt: skip
-    for layout in sorted({plan.choice.layout for plan in plans if plan.why_not_today}):
-        lines.append(f"fit today: {layout} {RUNS_TODAY[layout]}.")
+    for layout, why in sorted({(p.choice.layout, p.why_not_today) for p in plans if p.why_not_today}):
+        lines.append(f"fit today: {layout} {why}.")
     measured = {(p.quality.model, p.quality.source) for p in plans if p.quality is not None}
     lines += [f"quality of {model}: {source}" for model, source in sorted(measured)]
     if any(plan.quality is None for plan in plans):

@@ -311,8 +311,10 @@ class Planner:
             # The site with the fewest devices has the most micro-batches to go through.
             local = -(-request.global_batch // choice.sites)
             accumulate = [-(-local // (site.devices * batch)) for site in request.sites]
-            global_batch = choice.sites * local
             shards = [site.devices for site in request.sites]
+            # Sites of as many devices each have whole micro-batches, as `fomoe fit` reads them.
+            even = len(set(shards)) == 1
+            global_batch = choice.sites * (accumulate[0] * batch * shards[0] if even else local)
         seconds = max(n * step_seconds(work, site) for n, site in zip(accumulate, request.sites, strict=True))
         k = choice.local_steps
         asked = math.ceil(request.tokens / (global_batch * request.sequence_length))
@@ -377,7 +379,7 @@ class Planner:
         hours = (run + length.validations * validation) / 3600
         prices = [site.price_per_hour for site in request.sites]
         return Plan(
-            choice=choice, batch_size=batch, accumulate=max(accumulate), saving=saving,
+            choice=choice, shards=tuple(shards), batch_size=batch, accumulate=max(accumulate), saving=saving,
             global_batch=global_batch, length=length, tokens=length.steps * global_batch * request.sequence_length,
             memory=memory, sent_per_round=sent,
             sent_per_validation=sent_validating,

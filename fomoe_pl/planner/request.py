@@ -21,12 +21,6 @@ LAYOUTS = {
     "each": "every device a site of its own",
     "sharded": "a site's devices share its model",
 }
-RUNS_TODAY = {
-    "one": None,
-    "each": None,
-    "sharded": "needs several ranks in a site (`ranks_per_site` above 1), which `fomoe fit` does not have yet",
-}
-"""Why `fomoe fit` cannot run a layout today; None if it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +47,7 @@ class PlanRequest:
         fragments: Numbers of parts of the model that take turns in a round, where K and the layers allow them.
         delays: Local steps that a site takes while an average is on its way, where they are below K / fragments.
         layouts: `one` device per site; `each` device a site of its own; `sharded`: a site's devices share its
-            model, which `fomoe fit` cannot run yet.
+            model, which `fomoe fit` runs where all sites have as many, without copies of absent experts.
         outer_states: Where anchors and outer momentum may live; on the `host` where memory is short.
         precision: Of the Trainer.
         headroom: Share of a device's memory that stays free for the driver's context, communicators and fragments: an

@@ -329,7 +329,7 @@ def test_every_device_a_site_of_its_own() -> None:
     assert processes(each, request(sites=sites, accelerator="gpu")) == (2, 3)
     assert each.why_not_today is None
     sharded = [p for p in plans if p.choice.layout == "sharded"]
-    assert all("ranks_per_site" in (p.why_not_today or "") for p in sharded)
+    assert all("as many devices at each site" in (p.why_not_today or "") for p in sharded)
     assert all(p.held_bytes[0] < p.held_bytes[1] for p in sharded)  # spread over more devices
     assert all(p.memory[0].weights < p.memory[1].weights for p in sharded)
 
@@ -513,13 +513,29 @@ def test_fit_takes_the_written_file_of_every_layout(
 
 
 def test_what_fit_cannot_run_is_not_written(tmp_path: Path) -> None:
-    plans, _ = planned(sites=[dict(site, devices=2) for site in SITES], layouts=["sharded"])
-    with pytest.raises(ConfigError, match="ranks_per_site"):
+    plans, _ = planned(sites=[dict(site, devices=1 + (i == 0)) for i, site in enumerate(SITES)], layouts=["sharded"])
+    with pytest.raises(ConfigError, match="as many devices at each site"):
         plan_command.chosen(plans[:3], 1)
     with pytest.raises(ConfigError, match="can be run"):
         plan_command.chosen(plans[:3], None)
     with pytest.raises(ConfigError, match="no row"):
         plan_command.chosen(plans[:3], 4)
+
+
+def test_a_sharded_plan_is_written_with_its_ranks() -> None:
+    sites = [dict(site, devices=2) for site in SITES]
+    plans, _ = planned(sites=sites, layouts=["sharded"], routings=["ghost"])
+    plan, model = plans[0], plan_command.read_settings(TINY)
+    assert plan_command.chosen(plans[:3], 1) is plan
+    for accelerator, where in (("gpu", (2, len(SITES))), ("cpu", (2 * len(SITES), 1))):
+        written = fit_settings(plan, request(sites=sites, accelerator=accelerator), model)
+        assert (written["trainer"]["devices"], written["trainer"]["num_nodes"]) == where
+        settings, data = written["trainer"]["strategy"]["init_args"], written["data"]
+        assert (settings["ranks_per_site"], settings["inside"]) == (2, "shard")
+        read = data["batch_size"] * written["trainer"]["accumulate_grad_batches"] * len(SITES)
+        assert (data["batch_size"], read) == (2 * plan.batch_size, plan.global_batch)
+    copied, _ = planned(sites=sites, layouts=["sharded"], routings=["shadow"], overlaps=[1])
+    assert all("no copies" in (p.why_not_today or "") for p in copied)
 
 
 def test_settings_name_what_was_planned() -> None:
