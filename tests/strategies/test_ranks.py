@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import lightning.pytorch as L
@@ -27,7 +26,8 @@ from tests.training import ARCHITECTURE, STRATEGIES, Run, fit, from_yaml, launch
 
 pytestmark = pytest.mark.timeout(900)
 BATCH = {"batch_size": 4, "val_batch_size": 4, "val_sequences": 14}
-FEDERATED = [name for name in STRATEGIES if name not in ("ddp", "local_adamw_lean")]
+FEDERATED = [name for name in STRATEGIES if from_yaml(name)[0] == "federated" and name != "local_adamw_lean"]
+QUICK = ("fomoe_random", "fomoe_partitioned", "fomoe_overlapped")  # the others' test is a slow one
 
 
 class Losses(L.Callback):
@@ -77,13 +77,11 @@ def told(found: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if found is None else {name: value for name, value in found.items() if name != "trainer"}
 
 
-def _two_sites(rank: int, root: str, folder: str) -> dict[str, Any]:
+def _two_sites(rank: int, root: str, folder: str, names: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with launched_as(rank, 4, folder):
-        for name in FEDERATED:
-            kind, settings = from_yaml(name)
-            if kind != "federated":
-                continue
+        for name in names:
+            settings = from_yaml(name)[1]
             run = Run(
                 root=root, folder=folder, settings=short_rounds(settings, 2) | {"check_agreement": True}, data=BATCH,
                 trainer={"max_steps": 6, "gradient_clip_val": 0.5, "limit_val_batches": None, "val_check_interval": 5},
@@ -98,15 +96,32 @@ def _two_sites(rank: int, root: str, folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two_sites(root: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_distributed(_two_sites, 4, root, str(tmp_path_factory.mktemp("two")))
+def quick(root: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_distributed(_two_sites, 4, root, str(tmp_path_factory.mktemp("two")), list(QUICK))
+
+
+@pytest.fixture(scope="module")
+def others(root: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    names = [name for name in FEDERATED if name not in QUICK]
+    return run_distributed(_two_sites, 4, root, str(tmp_path_factory.mktemp("two")), names)
 
 
 @pytest.mark.parametrize("inside", ["replicate", "shard"])
-@pytest.mark.parametrize("name", [name for name in FEDERATED if from_yaml(name)[0] == "federated"])
-def test_two_sites_of_two_ranks_are_two_sites(two_sites: list[dict[str, Any]], name: str, inside: str) -> None:
-    if (name, 2, inside) not in two_sites[0]:
-        pytest.skip("refused: copies are packed whole")
+@pytest.mark.parametrize("name", QUICK)
+def test_two_sites_of_two_ranks_are_two_sites(quick: list[dict[str, Any]], name: str, inside: str) -> None:
+    if (name, 2, inside) in quick[0]:  # copies are packed whole: cut they are refused
+        check_two_sites(quick, name, inside)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", ["replicate", "shard"])
+@pytest.mark.parametrize("name", [name for name in FEDERATED if name not in QUICK])
+def test_so_they_are_with_the_other_strategies(others: list[dict[str, Any]], name: str, inside: str) -> None:
+    if (name, 2, inside) in others[0]:
+        check_two_sites(others, name, inside)
+
+
+def check_two_sites(two_sites: list[dict[str, Any]], name: str, inside: str) -> None:
     # Codes of numbers that differ in their last bits may differ by a level.
     coded = name in ("fomoe_lean", "fomoe_overlapped")
     within = 1e-2 if coded else 1e-3 if name == "photon" else 2e-6  # first steps of moments divide small by small
@@ -146,7 +161,7 @@ def _one_site(rank: int, root: str, folder: str) -> dict[str, Any]:
                 root=root, folder=folder, settings={"local_steps": 5}, data=BATCH, trainer=trainer,
                 architecture=changes.get("architecture", {}), optimizer={"lr": 1e-3},
             )  # fmt: skip
-            for n_ranks, inside in ((1, "replicate"), *product((2, 4), ("replicate", "shard"))):
+            for n_ranks, inside in ((1, "replicate"), (2, "replicate"), (2, "shard"), (4, "shard")):
                 results[name, n_ranks, inside] = told(trained(run, rank, 1, n_ranks, inside))
     return results
 
@@ -156,8 +171,7 @@ def one_site(root: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     return run_distributed(_one_site, 4, root, str(tmp_path_factory.mktemp("one")))
 
 
-@pytest.mark.parametrize("inside", ["replicate", "shard"])
-@pytest.mark.parametrize("n_ranks", [2, 4])
+@pytest.mark.parametrize(("n_ranks", "inside"), [(2, "replicate"), (2, "shard"), (4, "shard")])
 @pytest.mark.parametrize("name", ONE_SITE)
 def test_a_site_of_several_ranks_trains_as_one_rank_with_the_whole_batch(
     one_site: list[dict[str, Any]], name: str, n_ranks: int, inside: str
