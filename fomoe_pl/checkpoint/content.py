@@ -258,8 +258,12 @@ class Content:
     def close(self) -> None:
         """Leave nothing behind but checkpoints."""
 
-    def start_training(self) -> None:
-        """All that a run goes on from has been read; all sites call it together."""
+    def start_training(self, fresh: bool) -> None:
+        """All that a run goes on from has been read; all sites call it together.
+
+        Args:
+            fresh: Whether it starts from scratch.
+        """
 
     @property
     def n_writers(self) -> int:

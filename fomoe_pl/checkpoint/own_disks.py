@@ -61,13 +61,13 @@ class PartsContent(FederatedContent):
         """This site's part."""
         self.disk.remove(Path(path).name)
 
-    def start_training(self) -> None:
+    def start_training(self, fresh: bool) -> None:
         """Look, where the run starts from scratch, whether all disks have no checkpoints yet.
 
         Raises:
             ConfigError: On all sites, if one has some.
         """
-        if self._folder is None:
+        if fresh:
             found, wrong = self.disk.found(None)
             if float(self.site.sum_over_sites(torch.tensor([float(bool(found or wrong))]), "control")) > 0:
                 rule = "has checkpoints of another run, on this site or another"
@@ -158,6 +158,7 @@ class PartsContent(FederatedContent):
             print(f"fomoe: site {self.site.topology.site}: not used: {message}", file=sys.stderr, flush=True)
         whole = not auto and (folder / files.MANIFEST).is_file() and not files.is_part(files.read_manifest(folder))
         every, all_whole = parts.understand(self.site.texts_of_sites(parts.tell(found, whole)))
+        self._folder = self._origin = None
         if all_whole and not auto:  # one of another run, or of `fomoe import`, that every site has
             self._folder = folder
         elif not every and auto:

@@ -270,7 +270,7 @@ class Checkpointer:
                 cannot be written.
         """
         self._training = True
-        self.content.start_training()
+        self.content.start_training(self.last_saved is None)
 
     def end_training(self) -> None:
         """A run ends when a checkpoint of its last step is complete, where it saves checkpoints at all."""
