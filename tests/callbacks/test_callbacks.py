@@ -60,6 +60,8 @@ class Run:
             save_seconds=0.0, measures_sync=True, optimizer_steps=0,
         )  # fmt: skip
         self.strategy.context = self.strategy
+        self.strategy.counted = self.strategy.ledger
+        self.strategy.ledger_of_site = lambda: self.strategy.ledger
         self.logger = FakeLogger(str(folder))
         self.trainer: Any = SimpleNamespace(
             strategy=self.strategy, loggers=[self.logger], logger=self.logger, global_step=0, is_global_zero=True,
