@@ -397,7 +397,6 @@ def test_data_sheets_fill_what_is_not_given() -> None:
         (lambda: Site(accelerator="abacus"), "accelerator"),
         (lambda: Site(name="x"), "tflops"),
         (lambda: round_collectives(SMALL, n_sites=4, overlap=5), "overlap"),
-        (lambda: round_collectives(SMALL, n_sites=3, overlap=1), "overlap"),
         (lambda: run_seconds(steps=1, local_steps=0, seconds_per_step=1, seconds_per_round=1), "local_steps"),
         (lambda: run_seconds(steps=1, local_steps=1, seconds_per_step=1, seconds_per_round=1, hidden=2), "hidden"),
         (lambda: executed_picks(SMALL, 9, "ghost"), "n_resident"),
