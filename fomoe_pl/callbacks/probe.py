@@ -11,6 +11,7 @@ from torch import Tensor
 from fomoe_pl.callbacks.observed import observed_module
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.metrics.probe import row_similarity
+from fomoe_pl.model.parallel import reshard
 from fomoe_pl.slices import whole
 from fomoe_pl.training.context import ProbedData
 
@@ -64,6 +65,7 @@ class Probe:
         with trainer.precision_plugin.forward_context():
             hidden_BSD, stats = model(self._batch["inputs"])
             losses_BS = model.token_losses(hidden_BSD, self._batch["targets"])
+        reshard(model)  # the averages that follow change what was gathered
         routers = [block.moe.router for block in model.layers]
         picks_LTK = torch.stack([r.expert_ids(s.picks_TK) for r, s in zip(routers, stats, strict=True)])
         gates_LTK = torch.stack([s.gates_TK for s in stats])

@@ -289,8 +289,14 @@ def _by_nccl() -> bool:
 
 def _abandon_collectives() -> None:
     """Take NCCL's unfinished work off the GPU: whoever waits for the device next would wait for ever."""
-    if _by_nccl():
+    if not _by_nccl():
+        return
+    if "nccl" in dist.get_backend():
         dist.distributed_c10d._abort_process_group()
+        return
+    for group, (backend, _) in dist.distributed_c10d._world.pg_map.items():  # of the ranks of a site alone
+        if "nccl" in str(backend):
+            group.abort()
 
 
 def roll_call(topology: Topology, patience: float) -> Conclusion:

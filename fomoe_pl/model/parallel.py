@@ -49,11 +49,16 @@ def shard(model: Transformer, mesh: DeviceMesh, place: int) -> Slices:
         model: On its device, the same on all ranks.
         mesh: Of the site's ranks.
         place: Of this rank.
+
+    Raises:
+        RuntimeError: If it has been cut before, by a run whose processes have parted.
     """
+    if isinstance(model, FSDPModule):
+        raise RuntimeError("this model was cut into slices by an earlier run: give the Trainer a new module")
     n_ranks, stacked = mesh.size(), model.expert_tensors()
     cut = {}
     for name, parameter in model.named_parameters():
-        # The last axis that can be cut evenly: rows of a slice stay as long as they can.
+        # Of experts the first axis that can be cut evenly: FSDP pads no other than axis 0.
         axes = [i for i in range(1, parameter.dim()) if parameter.shape[i] % n_ranks == 0] if name in stacked else [0]
         cut[name] = axes[0], parameter.shape[axes[0]]
     axis_of = {parameter: cut[name][0] for name, parameter in model.named_parameters()}
@@ -75,8 +80,7 @@ def reshard(model: nn.Module) -> None:
 
 def gather_root(model: nn.Module) -> None:
     """Gather what is outside of the blocks, for evaluations that go through them one by one, until `reshard`."""
-    if isinstance(model, FSDPModule):
-        model.unshard()
+    _fsdp(model).unshard()
 
 
 def hold_gathered(block: nn.Module, *, hold: bool) -> None:

@@ -299,9 +299,9 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
 
     def end_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The K-th step ends the round."""
-        reshard(self.transformer)
-        if self.rounds.end_step(optimizer):
-            reshard(self.transformer)  # observers have looked at the agreed values
+        ended = self.rounds.end_step(optimizer)
+        if self.slices is not None and ended:
+            reshard(self.transformer)  # if an observer has looked at the agreed values
             self.ledger_of_site()
 
     def land(self) -> dict[str, Any]:
@@ -360,14 +360,16 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         self.land()
         if self.optimizer_steps > 0 and not self.rounds.agreed_here:
             self.federation.enter_global()
-        reshard(self.transformer)
-        gather_root(self.transformer)
+        if self.slices is not None:
+            reshard(self.transformer)
+            gather_root(self.transformer)
 
     def on_validation_end(self) -> None:
         """Back to the local values."""
         if self.federation is not None:
             self.federation.leave_global()
-        reshard(self.transformer)
+        if self.slices is not None:
+            reshard(self.transformer)
         self.ledger_of_site()
         super().on_validation_end()
 
