@@ -24,7 +24,7 @@ K, STEPS, VALIDATIONS = 2, 9, (3, 6, 9)  # the first validation is in mid-round,
 KINDS = ("dense", "expert", "moments", "migration", "shadow", "evaluation")
 # Beside the files: ghost experts on one site each, and full replicas through FoMoE's settings.
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
-    "partitioned_overlap1_random": ("fomoe_random", {"routing": "partitioned", "overlap": 1, "reshuffle_rounds": 1}),
+    "partitioned_random": ("fomoe_random", {"routing": "partitioned", "overlap": 2, "reshuffle_rounds": 1}),
     "shadow_random": (
         "fomoe_shadow",
         {"placement": "random", "reshuffle_rounds": 2, "shadow_bits": 2, "shadow_refresh": 3},
