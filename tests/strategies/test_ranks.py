@@ -215,6 +215,7 @@ def resumed(root: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[d
     return run_distributed(_resumed, 4, root, folder), folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "saved", "then"), PAIRS)
 def test_a_checkpoint_does_not_tell_how_many_ranks_a_site_had(
     resumed: tuple[list[dict[str, Any]], str], name: str, saved: str, then: str

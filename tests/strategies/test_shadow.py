@@ -59,17 +59,18 @@ def _train(rank: int, root: str, folder: str) -> dict[str, Any]:
 
 def _broken(federation: Federation, rank: int) -> str:
     """A refresh that fails on one site after some layers, once values have changed."""
-    exchange, calls = federation.transport.exchange, 0
+    start, calls = federation.transport.start_exchange, 0
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        arrived = exchange(*args, **kwargs)
+        wait = start(*args, **kwargs)
         if calls == 2 and rank == 1:
+            wait()
             raise RuntimeError("broken")
-        return arrived
+        return wait
 
-    federation.transport.exchange = fails  # type: ignore[method-assign]
+    federation.transport.start_exchange = fails  # type: ignore[method-assign]
     for anchor in federation.anchors.values():
         anchor.add_(1)
     try:
@@ -77,7 +78,7 @@ def _broken(federation: Federation, rank: int) -> str:
     except RuntimeError as error:
         return str(error)
     finally:
-        federation.transport.exchange = exchange  # type: ignore[method-assign]
+        federation.transport.start_exchange = start  # type: ignore[method-assign]
     return ""
 
 

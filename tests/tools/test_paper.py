@@ -80,7 +80,7 @@ def test_local_adamw_sends_three_times_as_much() -> None:
         lambda c: paper.bytes_per_round(c, n_sites=4, overlap=5),
         lambda c: paper.bytes_per_round(c, n_sites=4, overlap=2, reshuffled=1.5),
         lambda c: paper.run_hours(c, paper.Budget(1e9), n_sites=4, overlap=2, bandwidth_mbit=0),
-        lambda c: paper.ffn_share(c, 128, n_sites=3, overlap=1),
+        lambda c: paper.ffn_share(c, 128, n_sites=3, overlap=4),
     ],
 )
 def test_nonsense_is_refused(call: object) -> None:

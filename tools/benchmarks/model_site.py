@@ -46,12 +46,13 @@ class MirrorTransport(Transport):
         self.ledger.all_reduce(kind, buffer.nbytes, len(sites))
         return partial(buffer.mul_, len(sites))
 
-    def exchange(
+    def start_exchange(
         self, kind: Kind, outgoing: Sequence[tuple[int, Tensor]], incoming: dict[int, int], dtype: torch.dtype
-    ) -> dict[int, Tensor]:
+    ) -> Callable[[], dict[int, Tensor]]:
         """As of `Transport`."""
         self.ledger.send(kind, sum(tensor.nbytes for _, tensor in outgoing))
-        return {site: torch.zeros(numel, dtype=dtype, device=self.device) for site, numel in incoming.items()}
+        arrived = {site: torch.zeros(numel, dtype=dtype, device=self.device) for site, numel in incoming.items()}
+        return lambda: arrived
 
 
 @dataclass(frozen=True)
