@@ -264,7 +264,7 @@ class TopK:
         largest_C1 = torch.where(live_CK[..., :1], size_CK[..., :1], 0.0)
         smallest_C1 = torch.where(live_CK, size_CK, math.inf).amin(-1, keepdim=True)
         ends = torch.cat([torch.where(live_CK[..., :1], smallest_C1, 0.0), largest_C1], -1)
-        ends = ends.clamp(max=torch.finfo(torch.bfloat16).max)  # what is finite is told as such
+        ends = ends.clamp(max=torch.finfo(torch.bfloat16).max)  # finite numbers stay finite
         ends = torch.where(finite_C1, ends, math.inf).to(torch.bfloat16)
         middle_C1 = (ends.float() * 0.5).sum(-1, keepdim=True)
         codes_CK = (kept_CK < 0).to(torch.int32) | (size_CK > middle_C1).to(torch.int32) << 1

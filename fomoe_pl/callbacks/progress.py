@@ -70,7 +70,7 @@ class FoMoEProgressBar(TQDMProgressBar):
         return {**items, "round": strategy.rounds_done, "sent": human_bytes(strategy.counted.total_wire)}
 
     def line(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Return what is told of the steps since the last line."""
+        """Return the numbers of the steps since the last line."""
         strategy, metrics = observed_strategy(trainer), trainer.callback_metrics
         window, step = self._clock.trained - self._before, trainer.global_step
         last = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""

@@ -22,13 +22,13 @@ from fomoe_pl.costs.rounds import (
 )
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.federation import Due, averaged
-from fomoe_pl.federation.flight import buckets
 from fomoe_pl.federation.layout import ParameterLayout, fragment_of
 from fomoe_pl.federation.ledger import Kind, Ledger, ring_all_reduce_bytes
 from fomoe_pl.federation.packing import digits
 from fomoe_pl.federation.placement import Placement, gather_layer, migration
 from fomoe_pl.federation.settings import FederationConfig, WireDtype
 from fomoe_pl.federation.shadow import refresh_layer
+from fomoe_pl.federation.state import buckets
 from fomoe_pl.federation.transport import bucket_numel, coded_bytes
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.transformer import Transformer

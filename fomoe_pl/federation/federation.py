@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fomoe_pl.codec import Codec, Root
 from fomoe_pl.federation.agreement import disagreements
-from fomoe_pl.federation.flight import Arrived, Bucket, Flight, buckets
+from fomoe_pl.federation.flight import Arrived, Bucket, Flight
 from fomoe_pl.federation.inner import SECOND_MOMENT, RowAdamW, moments
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind
@@ -28,7 +28,7 @@ from fomoe_pl.federation.outer import OuterRule
 from fomoe_pl.federation.placement import Placement, Transfer, gather_layer, migration
 from fomoe_pl.federation.settings import InnerMoments
 from fomoe_pl.federation.shadow import Arriving, Copies, owned_rows, refresh_layer
-from fomoe_pl.federation.state import ANCHOR, RESIDUAL, Piece, State, cut, joined
+from fomoe_pl.federation.state import ANCHOR, RESIDUAL, Piece, State, buckets, cut, joined
 from fomoe_pl.federation.transport import Transport
 
 Due = tuple[bool, bool]

@@ -155,20 +155,3 @@ def _given(arrived: Arrived) -> Callable[[], Arrived]:
 def _go_on(pending: Sequence[Pending]) -> None:
     for one in pending:
         one.go_on(beside=True)
-
-
-def buckets(numels: Sequence[int], limit: int) -> list[list[int]]:
-    """Cut a list of pieces, in order, into buckets of at most `limit` elements (or one larger piece).
-
-    Returns:
-        Indices of the pieces of each bucket.
-    """
-    found: list[list[int]] = []
-    filled = 0
-    for i, numel in enumerate(numels):
-        if not found or filled + numel > limit:
-            found.append([])
-            filled = 0
-        found[-1].append(i)
-        filled += numel
-    return found

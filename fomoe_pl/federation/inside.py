@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fomoe_pl.federation.liveness import PATIENCE, sites_watched, wait_watching
+from fomoe_pl.federation.state import buckets
 from fomoe_pl.federation.topology import Topology
 
 
@@ -106,14 +107,10 @@ class Inside:
         if self._last is not None:
             last = self._last
             self._wait(lambda: last)  # done long ago, or its site has lost a rank
-        flat: list[Tensor] = []
-        for value in values:
-            if flat and (value.dtype != flat[0].dtype or sum(f.numel() for f in flat) + value.numel() > numel):
-                self._average_together(flat)
-                flat = []
-            flat.append(value)
-        if flat:
-            self._average_together(flat)
+        for dtype in sorted({value.dtype for value in values}, key=str):
+            alike = [value for value in values if value.dtype == dtype]
+            for indices in buckets([value.numel() for value in alike], numel):
+                self._average_together([alike[i] for i in indices])
 
     def _average_together(self, values: Sequence[Tensor]) -> None:
         direct = len(values) == 1 and values[0].is_contiguous() and values[0].device == self.device

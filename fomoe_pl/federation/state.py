@@ -52,6 +52,23 @@ def joined(pieces: Iterable[Piece]) -> list[Piece]:
     return found
 
 
+def buckets(numels: Sequence[int], limit: int) -> list[list[int]]:
+    """Cut a list of pieces, in order, into buckets of at most `limit` elements (or one larger piece).
+
+    Returns:
+        Indices of the pieces of each bucket.
+    """
+    found: list[list[int]] = []
+    filled = 0
+    for i, numel in enumerate(numels):
+        if not found or filled + numel > limit:
+            found.append([])
+            filled = 0
+        found[-1].append(i)
+        filled += numel
+    return found
+
+
 class State:
     """Slots of values by the layout's names, float32 in any training precision: bfloat16 would lose small updates.
 

@@ -52,8 +52,8 @@ class Pending:
 
     Args:
         wait: Waits for its end and returns the result.
-        middle: Of one that needs a second collective: waits for the first and starts that. It is told whether it runs
-            beside the site's computation, see `Transport.beside`.
+        middle: Of one that needs a second collective: waits for the first and starts that. Its argument is whether it
+            runs beside the site's computation, see `Transport.beside`.
     """
 
     def __init__(self, wait: Callable[[], Tensor], middle: Callable[[bool], None] | None = None) -> None:
@@ -89,7 +89,7 @@ class Thread:
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work, self._error = work, list[Exception]()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="averages")  # which may wait for ever
+        self._thread = threading.Thread(target=self._run, daemon=True, name="averages")  # it may wait without end
         self._thread.start()
 
     def _run(self) -> None:
@@ -160,18 +160,20 @@ class Transport:
         for sites in sorted({*holder_sets, everyone}):
             self._groups[sites] = None  # of one site nothing is sent; None is the world
             if len(sites) > 1 and len(sites) < topology.world_size:
-                for place in range(topology.n_ranks if slices else 1):  # all ranks make all groups
-                    group = dist.new_group(list(topology.peers(sites, place)), timeout=timeout)
-                    if place == topology.place:
-                        self._groups[sites] = group
+                self._groups[sites] = self._new_group(sites, slices, timeout)
 
         self._averages = dict(self._groups)
         if overlapped and topology.n_sites > 1:
-            for place in range(topology.n_ranks if slices else 1):
-                group = dist.new_group(list(topology.peers(everyone, place)), timeout=timeout)
-                if place == topology.place:
-                    self._averages[everyone] = group
+            self._averages[everyone] = self._new_group(everyone, slices, timeout)
         self._queue: torch.cuda.Stream | None = None
+
+    def _new_group(self, sites: tuple[int, ...], slices: bool, timeout: timedelta | None) -> dist.ProcessGroup | None:
+        """The group of this rank's place in the sites; None where the first ranks alone have one."""
+        own = None
+        for place in range(self.topology.n_ranks if slices else 1):  # all ranks make all groups
+            group = dist.new_group(list(self.topology.peers(sites, place)), timeout=timeout)
+            own = group if place == self.topology.place else own
+        return own
 
     def average(
         self, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],

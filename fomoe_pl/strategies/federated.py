@@ -333,6 +333,8 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
 
     def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Average gradients over the ranks of this site."""
+        if self.inside.group is None:
+            return
         raise_if_lost(self.topology)
         if self.slices is not None:  # FSDP has averaged them in the backward pass
             take_gradients(self.transformer)

@@ -1,7 +1,6 @@
 """A site's checkpoints behind a URL: at each moment one of them is whole, and nothing half-written is taken for one."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ NAME, SITES = "last.ckpt", 2
 
 class Killed(BaseException):
     """Not an error that anything expects."""
-
-
-@pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
-    filesystem = fsspec.filesystem("memory")
-    yield filesystem
-    filesystem.store.clear()
-    filesystem.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture

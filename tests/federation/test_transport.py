@@ -5,9 +5,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fomoe_pl.federation.flight import Bucket, Flight, buckets
+from fomoe_pl.federation.flight import Bucket, Flight
 from fomoe_pl.federation.ledger import Ledger
 from fomoe_pl.federation.left_out import LeftOut
+from fomoe_pl.federation.state import buckets
 from fomoe_pl.federation.topology import Topology
 from fomoe_pl.federation.transport import Transport
 from tests.distributed import run_distributed

@@ -418,13 +418,8 @@ class Run:
 
     def is_whole(self) -> bool:
         """Whether the run has all its steps and tokens."""
-        tokens = (
-            self.steps
-            * self.sites
-            // self.world.ranks
-            * CONFIG["data"]["batch_size"]
-            * CONFIG["data"]["sequence_length"]
-        )
+        data, n_sites = CONFIG["data"], self.sites // self.world.ranks
+        tokens = self.steps * n_sites * data["batch_size"] * data["sequence_length"]
         if (self.folder / "report.json").exists():
             report = json.loads((self.folder / "report.json").read_text())
             ended = report["steps"], report["tokens"]["global"]
