@@ -12,6 +12,7 @@ from statistics import median
 import pytest
 import torch
 
+from fomoe_pl.federation.settings import FORMATS
 from tests.tools import load
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,16 @@ def test_waits_are_counted_by_step_and_place(monkeypatch: pytest.MonkeyPatch) ->
     assert alternate.waits_of_steps == [2 if step == 2 else 0 for step in range(bench.LOG_EVERY)]
     assert [(place.split(":")[0], n) for place, n in alternate.waits.items()] == [("test_benchmarks.py", 2)]
     assert modes == ["warn", "default"]
+
+
+def test_bench_codec_times_every_format(tmp_path: Path) -> None:
+    bench, threads = load("bench_codec"), torch.get_num_threads()
+    bench.bench(mib=1, rows=2, repeats=1, seconds=0, output=str(tmp_path))
+    torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "bench_codec.json").read_text())["GB_per_second"]
+    assert set(FORMATS) < set(found)
+    for name, speed in found.items():
+        assert 0 < speed["both"][0] < min(speed["encode"][0], speed["decode"][0]), name
 
 
 @pytest.mark.parametrize("script", ["gpu_four_sites", "gpu_routing"])
