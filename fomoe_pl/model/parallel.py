@@ -7,12 +7,12 @@ first axis. The inner optimizer and the rounds see plain tensors, which are the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from fomoe_pl.errors import ConfigError
@@ -42,13 +42,15 @@ def check_shares(config: ModelConfig, routing: Routing, n_ranks: int) -> None:
                           f"type one of {near}, or inside: replicate")  # fmt: skip
 
 
-def shard(model: Transformer, mesh: DeviceMesh, place: int) -> Slices:
+def shard(model: Transformer, mesh: DeviceMesh, place: int, products: torch.dtype | None = None) -> Slices:
     """Share a model out among the ranks of a site: afterwards each keeps its slices.
 
     Args:
         model: On its device, the same on all ranks.
         mesh: Of the site's ranks.
         place: Of this rank.
+        products: Type in which experts' products run, if it is not that of the weights: experts are gathered in it,
+            which is what products would cast them to; their gradients are summed in float32.
 
     Raises:
         RuntimeError: If it has been cut before, by a run whose processes have parted.
@@ -62,7 +64,11 @@ def shard(model: Transformer, mesh: DeviceMesh, place: int) -> Slices:
         axes = [i for i in range(1, parameter.dim()) if parameter.shape[i] % n_ranks == 0] if name in stacked else [0]
         cut[name] = axes[0], parameter.shape[axes[0]]
     axis_of = {parameter: cut[name][0] for name, parameter in model.named_parameters()}
-    for block in cast(Sequence[nn.Module], model.layers):
+    policy = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.layers:
+        if products is not None:  # all else is small, and routers and norms are used as float32
+            fully_shard(block.moe.experts, mesh=mesh, mp_policy=policy,
+                        shard_placement_fn=lambda parameter: Shard(axis_of[parameter]))  # fmt: skip
         fully_shard(block, mesh=mesh, shard_placement_fn=lambda parameter: Shard(axis_of[parameter]))
     # The output matrix is used after the forward pass, too, by the loss.
     fully_shard(model, mesh=mesh, shard_placement_fn=lambda parameter: Shard(axis_of[parameter]),
@@ -85,12 +91,13 @@ def gather_root(model: nn.Module) -> None:
 
 def hold_gathered(block: nn.Module, *, hold: bool) -> None:
     """Gather a block's weights and keep them, or forget them and go on as in training."""
-    fsdp = _fsdp(block)
-    fsdp.set_reshard_after_forward(not hold)
-    if hold:
-        fsdp.unshard()
-    else:
-        fsdp.reshard()
+    for module in block.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(not hold, recurse=False)
+            if hold:
+                module.unshard()
+            else:
+                module.reshard()
 
 
 def _fsdp(module: nn.Module) -> Any:

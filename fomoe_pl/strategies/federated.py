@@ -277,7 +277,8 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         if self.settings.inside == "shard":
             assert self.inside.group is not None
             mesh = DeviceMesh.from_group(self.inside.group, self.root_device.type)
-            self.slices = shard(self.transformer, mesh, self.topology.place)
+            mixed = str(self.precision_plugin.precision) == "bf16-mixed"
+            self.slices = shard(self.transformer, mesh, self.topology.place, torch.bfloat16 if mixed else None)
 
     def copy_age(self) -> int | None:
         """Of the copies that the last round had."""

@@ -1,5 +1,6 @@
 """On GPUs: a process on each over NCCL, several processes on one over gloo, and memory of the largest vocabulary."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
 from tests.distributed import run_distributed
 from tests.strategies.observers import Save
 from tests.test_cli import STRATEGY, report, run, small
-from tests.training import ROOT, STRATEGIES, Run, fit, from_yaml, launched_as, parameters, short_rounds
+from tests.training import ROOT, STRATEGIES, Run, fit, from_yaml, launched_as, parameters, short_rounds, skip_run
 
 N_GPUS = torch.cuda.device_count()
 SITES = 2
@@ -71,6 +72,38 @@ def test_a_gpu_each_over_nccl_is_the_cpu_run(gloo_and_nccl: tuple[list[Any], lis
             # As a whole: where a gradient is all but zero, AdamW makes a step of its sign.
             distance = (ours["parameters"][key] - tensor).norm() / tensor.norm()
             assert distance < 0.02, f"{key}: {distance}"
+
+
+def _fit_one_site(rank: int, root: str, folder: str) -> dict[str, Any]:
+    found = {}
+    trainer = {"max_steps": 5, "val_check_interval": 5, "limit_val_batches": None, "gradient_clip_val": 1.0}
+    with launched_as(rank, SITES, folder):
+        for precision in ("32-true", "bf16-mixed"):
+            for n_ranks, inside in ((1, "replicate"), (2, "replicate"), (2, "shard")):
+                settings = {"overlap": None, "local_steps": 2, "ranks_per_site": n_ranks, "inside": inside}
+                run = Run(root=root, folder=folder, settings=settings, data={"batch_size": 4},
+                          trainer=trainer | {"accelerator": "gpu", "precision": precision})  # fmt: skip
+                if n_ranks == 1 and rank:
+                    skip_run()
+                    continue
+                os.environ["WORLD_SIZE"] = str(n_ranks)
+                fitted = fit(run, rank, n_ranks)
+                found[precision, n_ranks, inside] = float(fitted.callback_metrics["val/loss"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_site(root: str, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, float]:
+    return run_distributed(_fit_one_site, SITES, root, str(tmp_path_factory.mktemp("one")))[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.skipif(N_GPUS < SITES, reason=f"fewer than {SITES} CUDA devices")
+@pytest.mark.parametrize("inside", ["replicate", "shard"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-3), ("bf16-mixed", 2e-2)])
+def test_two_gpus_of_a_site_train_as_one(
+    one_site: dict[Any, float], precision: str, tolerance: float, inside: str
+) -> None:
+    assert one_site[precision, 2, inside] == pytest.approx(one_site[precision, 1, "replicate"], rel=tolerance)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-3), ("bf16-mixed", 2e-2)])

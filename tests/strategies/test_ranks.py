@@ -163,6 +163,9 @@ def _one_site(rank: int, root: str, folder: str) -> dict[str, Any]:
             )  # fmt: skip
             for n_ranks, inside in ((1, "replicate"), (2, "replicate"), (2, "shard"), (4, "shard")):
                 results[name, n_ranks, inside] = told(trained(run, rank, 1, n_ranks, inside))
+        mixed = replace(run, trainer={"max_steps": 4, "precision": "bf16-mixed"}, architecture={})
+        for inside in ("replicate", "shard"):
+            results["mixed", 2, inside] = told(trained(mixed, rank, 1, 2, inside))
     return results
 
 
@@ -185,6 +188,14 @@ def test_a_site_of_several_ranks_trains_as_one_rank_with_the_whole_batch(
         assert part["tokens"] == whole["tokens"]
     for i, loss in enumerate(whole["losses"]):
         assert sum(part["losses"][i] for part in parts) / n_ranks == pytest.approx(loss, abs=1e-5)
+
+
+def test_experts_gathered_in_the_type_of_products_train_as_whole_ones(one_site: list[dict[str, Any]]) -> None:
+    whole, cut = (one_site[0]["mixed", 2, inside] for inside in ("replicate", "shard"))
+    assert cut["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    for key, value in whole["model"].items():
+        torch.testing.assert_close(cut["model"][key], value, atol=1e-6, rtol=0, msg=key)
+    assert cut["metrics"] == pytest.approx(whole["metrics"], rel=1e-4)
 
 
 SHAPES = {"one": (1, "replicate"), "alike": (2, "replicate"), "cut": (2, "shard")}

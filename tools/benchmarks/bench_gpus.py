@@ -160,7 +160,7 @@ def bench(
     for name in (*(only or ()), *(gloo or ()), *(save or ())):
         if name not in known:
             raise SystemExit(f"{name} is no variant for {n} GPUs; there are {', '.join(known)}")
-    alternating = [name for name in ("single", "local_adamw") if name in chosen]
+    alternating = [name for name in ("single", "local_adamw", "site_replicate", "site_shard") if name in chosen]
     order = alternating * repeats + [name for name in chosen if name not in alternating]
     settings = {"gpus": n, "batch_size": batch_size, "sequence_length": sequence_length, "local_steps": local_steps,
                 "rounds": rounds, "lr": lr, "warmup_steps": warmup_steps}  # fmt: skip
@@ -205,12 +205,14 @@ def conclude(job: Job, results: dict[str, Any]) -> list[str]:
     rows = [summary(job, name, [seen for again in runs[name] for seen in again]) for name in runs]
     results["summary"] = rows
     tables = [markdown(COLUMNS, [cells(row) for row in rows])]
-    if {"single", "local_adamw"} <= set(runs):
-        pairs = zip(runs["local_adamw"], runs["single"], strict=True)
+    for name in ("local_adamw", "site_replicate", "site_shard") if "single" in runs else ():
+        pairs = zip(runs.get(name, ()), runs["single"], strict=False)
         ratios = [summary(job, "", a)["local_tokens_per_second"] / summary(job, "", b)["local_tokens_per_second"]
                   for a, b in pairs]  # fmt: skip
-        results["scaling_efficiency"] = {"median": statistics.median(ratios), "pairs": ratios}
-        tables.append(f"Local steps on all GPUs against one: {results['scaling_efficiency']}")
+        if ratios:
+            found = results.setdefault("scaling_efficiency", {})
+            found[name] = {"median": statistics.median(ratios), "pairs": ratios}
+            tables.append(f"{name}: local steps on all GPUs against one: {found[name]}")
     distances = {f"{name}: the same again": distance(*seen[:2]) for name, seen in runs.items() if len(seen) > 1}
     distances |= {
         f"{name}: gloo against nccl": distance(seen, runs[name][0])

@@ -33,7 +33,7 @@ BLOCKS_OF_ROUND = 4
 
 
 def variants(n_sites: int, local_steps: int) -> dict[str, dict[str, Any]]:
-    """Settings of FederatedStrategy by variant; those of `ddp` are empty.
+    """Settings of FederatedStrategy by variant; those of `ddp` are empty. In `site_*` the GPUs are one site's ranks.
 
     Args:
         n_sites: Sites M, at least 2.
@@ -45,7 +45,10 @@ def variants(n_sites: int, local_steps: int) -> dict[str, dict[str, Any]]:
 
     partial = sorted({1, n_sites // 2})
     return {
-        "single": of("local_adamw"), "ddp": {}, "diloco": of("diloco"), "local_adamw": of("local_adamw"),
+        "single": of("local_adamw"),
+        **{f"site_{inside}": of("local_adamw", ranks_per_site=n_sites, inside=inside)
+           for inside in ("replicate", "shard")},
+        "ddp": {}, "diloco": of("diloco"), "local_adamw": of("local_adamw"),
         **{f"fomoe_{overlap}": of("fomoe", overlap=overlap) for overlap in (*partial, n_sites)},
         **{f"fomoe_partitioned_{overlap}": of("fomoe_partitioned", overlap=overlap) for overlap in partial},
         # Experts are dealt again after every round: the most expensive case.
@@ -130,9 +133,9 @@ class Job:
         """Where a run is saved."""
         return self.output / f"{label}.ckpt"
 
-    def data(self) -> FoMoEData:
-        """The corpus, divided again for each run."""
-        return FoMoEData(self.root, sequence_length=self.sequence_length, batch_size=self.batch_size,
+    def data(self, n_ranks: int = 1) -> FoMoEData:
+        """The corpus, divided again for each run; a site's ranks share its batch."""
+        return FoMoEData(self.root, sequence_length=self.sequence_length, batch_size=self.batch_size * n_ranks,
                          val_sequences=16 * self.batch_size, num_workers=self.num_workers)  # fmt: skip
 
     def module(self) -> FoMoEModule:
@@ -184,6 +187,8 @@ def expected_bytes(job: Job, settings: dict[str, Any], rank: int, n: int, n_doma
         formula = Ledger()
         formula.all_reduce(gradients.kind, job.steps * gradients.payload, n)
         return {"dense": [formula.payload("dense"), formula.wire("dense")]}
+    if settings.get("ranks_per_site", 1) > 1:
+        return {}  # of one site: nothing crosses
     formula = predict_bytes(
         job.architecture, FederationConfig(**settings), n_sites=n, site=rank, steps=job.steps,
         validations=(job.steps,), metric_bytes=metric_bytes,
@@ -223,7 +228,7 @@ def train(job: Job, label: str, settings: dict[str, Any], rank: int, n: int, bac
         num_sanity_val_steps=0, log_every_n_steps=job.local_steps, default_root_dir=job.output, callbacks=[clock],
         **BARE,
     )  # fmt: skip
-    module, data = job.module(), job.data()
+    module, data = job.module(), job.data(settings.get("ranks_per_site", 1))
     trainer.fit(module, data)
     peak = torch.cuda.max_memory_allocated() / MIB if job.accelerator == "gpu" else 0.0
     return Seen(

@@ -245,6 +245,11 @@ def train_all(
             lane.close()
 
 
+def run_name(run: Run) -> str:
+    """What `--runs` calls a run."""
+    return f"{run.split} {run.local_steps} {run.arm} {run.seed}"
+
+
 def run(
     root: str,
     results: Path,
@@ -254,6 +259,7 @@ def run(
     only: list[str] | None = None,
     splits: list[str] | None = None,
     seeds: list[int] | None = None,
+    runs: list[str] | None = None,
     accelerator: Literal["gpu", "cpu"] = "gpu",
     compile_blocks: bool = False,
     num_workers: int = 0,
@@ -270,6 +276,7 @@ def run(
         only: Arms to train, such as full and ghost_2; null is all of the study.
         splits: Divisions of the data; null is all of the study.
         seeds: Seeds; null is all of the study.
+        runs: Single runs in this order, such as "iid 8 full+lean 0" (data, K, arm, seed); null is all of the others.
         accelerator: Gpu, which all processes share, or cpu.
         compile_blocks: As the model's setting: faster steps, after a compilation in each run's first.
         num_workers: As the data's setting.
@@ -286,7 +293,8 @@ def run(
     if lanes < 1:
         raise ConfigError("lanes", lanes, "must be at least 1", "4 is the default")
     for key, given, known in (
-        ("only", only, chosen.arms), ("splits", splits, chosen.splits), ("seeds", seeds, chosen.seeds)
+        ("only", only, chosen.arms), ("splits", splits, chosen.splits), ("seeds", seeds, chosen.seeds),
+        ("runs", runs, [run_name(r) for r in chosen.runs()]),
     ):  # fmt: skip
         if unknown := [value for value in given or () if value not in known]:
             raise ConfigError(key, unknown, f"is not in the study {study}", f"Choose among {list(known)}")
@@ -298,6 +306,8 @@ def run(
     done = kept.of(study)
     wanted = [r for r in chosen.runs() if (only is None or r.arm in only) and (splits is None or r.split in splits)
               and (seeds is None or r.seed in seeds)]  # fmt: skip
+    if runs is not None:
+        wanted = sorted((r for r in wanted if run_name(r) in runs), key=lambda r: runs.index(run_name(r)))
     missing = [r for r in wanted if r not in done]
     todo = [r for r in missing if is_available(r.arm)]
     print(f"{study}: {len(wanted)} runs, {len(wanted) - len(missing)} are done, {len(todo)} to train", flush=True)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.data.partition import SplitKind
 from fomoe_pl.federation.ledger import KINDS
+from fomoe_pl.federation.outer import Nesterov
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing
 from fomoe_pl.module import FoMoEModule
@@ -43,7 +44,7 @@ class Run(NamedTuple):
         split: How the sites' data differs.
         local_steps: K.
         arm: What is compared: `full`, `synchronous`, or ROUTING_OVERLAP such as `ghost_2`; `shadow4` is shadow routing
-            with copies of 4 bits.
+            with copies of 4 bits. What is added after a `+` is of `WAYS`, or `diloco` with the outer learning rate.
         seed: Of initial weights and of the order of the data.
     """
 
@@ -137,8 +138,10 @@ STUDIES = {
     # which a run does so, 700 to 1,500, decides its rank.
     "16m_long": Study(
         architecture=_SMALL, optimizer=OptimizerConfig(lr=3e-3, warmup_steps=96, cooldown_steps=2 * _STEPS // 5),
-        steps=2 * _STEPS, batch_size=24, sequence_length=256, val_sequences=1536,
-        arms=(FULL, "shadow4_2", "shadow4_1", "ghost_2", "partitioned_2", "shadow2_2"),
+        steps=2 * _STEPS, batch_size=24, sequence_length=256, val_sequences=1536, local_steps=(32, 8, 128),
+        arms=(FULL, "shadow4_2", "shadow4_1", "ghost_2", "partitioned_2", "shadow2_2", SYNCHRONOUS, "full+lean",
+              "shadow4_2+lean", "shadow4_1+lean", "shadow4_2+overlapped", "full+topk",
+              *(f"full+diloco{lr}" for lr in (0.1, 0.2, 0.4, 0.7, 1.0))),
     ),
     # Five times as large. CompleteP carries the learning rate over from the small one.
     "80m": Study(
@@ -157,21 +160,36 @@ STUDIES = {
     "tiny": Study(
         architecture={"d_model": 64, "n_layers": 2, "n_heads": 2, "n_experts": 4, "top_k": 2, "d_expert": 64},
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=2), steps=8, batch_size=2, sequence_length=16, val_sequences=12,
-        arms=(FULL, "ghost_1", "partitioned_1", "shadow4_1", SYNCHRONOUS), sites=2, local_steps=(4,), splits=("iid",),
+        arms=(FULL, "ghost_1", "partitioned_1", "shadow4_1", SYNCHRONOUS, "shadow4_1+lean", "full+diloco0.4"), sites=2,
+        local_steps=(4,), splits=("iid",),
         seeds=(0, 1),
     ),
 }  # fmt: skip
 
 
+_LEAN = {"wire_codec": "int4", "error_feedback": True, "moments_codec": "int8"}
+WAYS: dict[str, dict[str, Any]] = {
+    "lean": _LEAN,
+    "overlapped": _LEAN | {"fragments": 4, "delay": 1},
+    "topk": {"wire_codec": "topk", "error_feedback": True, "moments_codec": "int8"},
+}
+"""What an arm may add after a `+`: formats of what is sent, and whether it travels while sites compute."""
+
+
 def strategy_settings(arm: str, sites: int, local_steps: int) -> dict[str, Any]:
-    """Arguments of FederatedStrategy: LocalAdamW's, with the arm's overlap and routing.
+    """Arguments of FederatedStrategy: LocalAdamW's, with the arm's overlap, routing and way of sending.
 
     Args:
         arm: As for `Run`, but not `synchronous`.
         sites: M.
         local_steps: K.
     """
+    arm, _, way = arm.partition("+")
     settings = REGISTERED["local_adamw"][2] | {"local_steps": local_steps, "routing": "ghost"}
+    if way.startswith("diloco"):
+        settings |= {"outer": Nesterov(float(way.removeprefix("diloco")), 0.9), "inner_moments": "keep"}
+    elif way:
+        settings |= WAYS[way]
     if arm == FULL:
         return settings
     found = re.fullmatch(r"(ghost|partitioned|shadow)(\d*)_(\d+)", arm)
