@@ -1,5 +1,7 @@
 """Numbers as bytes: casts, low-bit integers in groups that share a scale, and the largest numbers alone.
 
+On GPUs that run Triton groups are coded in one pass (`codec_kernels.py`), else in torch's operations; the same bits.
+
 A codec works on the last axis; each row of it becomes a fixed number of bytes, so an expert's matrix has its place
 among others'. The same numbers give the same bits on every device. All that is used is exact or correctly rounded
 there: no division by a constant, which some devices turn into a product with its inverse, and no numbers so small that
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fomoe_pl import codec_kernels
 from fomoe_pl.errors import ConfigError
 
 GROUP = 64
@@ -115,6 +118,8 @@ class Groups:
 
     def encode(self, values: Tensor) -> Tensor:
         """As of `Codec`."""
+        if values.numel() and codec_kernels.run_on(values.device):
+            return codec_kernels.encode(values, self.bits, GROUP, self.highest)
         missing = -values.shape[-1] % GROUP
         flat = values.detach().float()
         flat = F.pad(flat, (0, missing)) if missing else flat
@@ -161,6 +166,8 @@ class Groups:
 
     def decode(self, data: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """As of `Codec`."""
+        if data.numel() and codec_kernels.run_on(data.device):
+            return codec_kernels.decode(data, numel, self.bits, GROUP, dtype)
         n_groups = math.ceil(numel / GROUP)
         split = n_groups * GROUP * self.bits // 8
         codes = data[..., :split].unflatten(-1, (n_groups, GROUP * self.bits // 8))

@@ -32,6 +32,7 @@ ORDER = (
     "model",
     "lightning_internals",
     "codec",
+    "codec_kernels",
     "files",
     "slices",
     "remote",

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fomoe_pl.codec import CHUNK, GROUP, SMALLEST, Cast, Codec, Groups, TopK, codec_of
+from fomoe_pl import codec_kernels
+from fomoe_pl.codec import CHUNK, GROUP, SMALLEST, Cast, Codec, GroupBits, Groups, TopK, codec_of
 from fomoe_pl.errors import ConfigError
 
 GROUPED = [2, 4, 8]
@@ -57,6 +59,7 @@ def rows() -> Iterator[Tensor]:
     yield torch.tensor([2.0**-101, -(2.0**-110)])
     yield torch.tensor([2.0**-99, 2.0**-101, 0.0])
     yield torch.tensor([3e38, -3.3e38, 1.0])
+    yield torch.tensor([1.0, -1e-40, 1e-40, -1e-45])
 
 
 @pytest.mark.parametrize("bits", GROUPED)
@@ -135,6 +138,23 @@ def test_results_are_rounded_once(bits: int) -> None:
 def test_two_bits_keep_the_largest_number() -> None:
     row = torch.tensor([1.5, -1.5, 0.1, -0.1, 1.0, -1.0, 0.9])
     assert Groups(2).decode(Groups(2).encode(row), 7).tolist() == [1.5, -1.5, 0.5, -0.5, 1.5, -0.5, 0.5]
+
+
+@pytest.mark.skipif(
+    codec_kernels.triton is None or torch.cuda.is_available(), reason="needs triton, which interprets kernels on a CPU"
+)
+@pytest.mark.parametrize("bits", GROUPED)
+def test_kernels_write_and_read_the_same_bits(bits: GroupBits) -> None:
+    codec, generator = Groups(bits), torch.Generator().manual_seed(5)
+    wide = torch.randn(3, 2, 4200, generator=generator) * torch.randn(3, 2, 4200, generator=generator).mul(15).exp()
+    spoiled = torch.ones(3 * GROUP)
+    spoiled[[5, GROUP + 5]] = torch.tensor([math.nan, -math.inf])
+    for values in (*rows(), wide, spoiled, wide[0, :, :100].half(), wide[0, :, :100].t()):
+        data, n = codec.encode(values), values.shape[-1]
+        assert torch.equal(codec_kernels.encode(values, bits, GROUP, codec.highest), data)
+        buffer = F.pad(data, (1, 2))[..., 1:]  # rows need not be next to each other, or begin anywhere
+        found = codec_kernels.decode(buffer, n, bits, GROUP, torch.float32)
+        torch.testing.assert_close(found, codec.decode(data, n), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu

@@ -11,9 +11,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fomoe_pl.codec import GROUP
+from fomoe_pl import codec_kernels
+from fomoe_pl.codec import GROUP, Groups
 from fomoe_pl.model.backends import triton_kernels as on_device
-from fomoe_pl.model.backends.frozen import PROGRAM
 from fomoe_pl.model.backends.tuning import DESCRIPTORS_FROM, Tiles, tuned
 
 D, F, R, K, ROWS = 1024, 512, 64, 8, 2048  # of the 1.3B preset, whose tiles are the largest
@@ -46,15 +46,21 @@ def shared_bytes(
     return found
 
 
-def unpacking(capability: int) -> int:
-    """The most shared memory that unpacking copies takes, of all numbers of bits."""
-    signature = {"packed": "*u8", "w": "*bf16", "n_groups": "i32", "n_numbers": "i32"}
-    sizes = {"GROUP": GROUP, "PROGRAM": PROGRAM}
+def coding(capability: int) -> int:
+    """The most shared memory that codecs' kernels take, of all numbers of bits."""
+    sizes = {"GROUP": GROUP, "PROGRAM": codec_kernels.PROGRAM}
+    numbers = {"n_groups": "i32", "n_numbers": "i32"}
+    reading = {"packed": "*u8", "w": "*bf16", **numbers, "stride": "i32"}
+    writing = {"values": "*fp32", "coded": "*u8", **numbers, "step": "fp32"}
     most = 0
     for bits in (2, 4, 8):
-        constants = {"BITS": bits, **sizes}
-        source = ASTSource(on_device.unpack_groups, signature | dict.fromkeys(constants, "constexpr"), constants)
-        most = max(most, triton.compile(source, target=GPUTarget("cuda", capability, 32)).metadata.shared)
+        levels = {"HIGHEST": Groups(bits).highest, "SMALLEST": codec_kernels.SMALLEST_BITS}
+        for kernel, signature, more in (
+            (codec_kernels.encode_groups, writing, levels), (codec_kernels.decode_groups, reading, {}),
+        ):  # fmt: skip
+            constants = {**more, "BITS": bits, **sizes}
+            source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+            most = max(most, triton.compile(source, target=GPUTarget("cuda", capability, 32)).metadata.shared)
     return most
 
 
@@ -79,7 +85,7 @@ def of_kernels(major: int, minor: int, shared: int) -> dict[str, int]:
         blocks = {"a": [tiles.rows, tiles.depth], "w": weight}
         sizes = {"C": channels, "N": columns, "TRANSPOSED": transposed}
         found[name] = shared_bytes(on_device.rows_times_weight_by_descriptor, at, tiles, descriptors=blocks, **sizes)
-    found["unpack"] = unpacking(at)
+    found["coding"] = coding(at)
     for name, a, b, gathered in (("of w_in", D, 2 * F, "a"), ("of w_out", F, D, "b")):
         sizes = {"A": a, "B": b, "K": K, "GATHER_A": gathered == "a", "GATHER_B": gathered == "b"}
         found[name] = shared_bytes(on_device.weight_gradient, at, tuning.weights, "BA BB BK", **sizes)

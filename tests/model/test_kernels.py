@@ -162,7 +162,7 @@ def test_what_is_compiled_fits_every_generation(tmp_path: Path) -> None:
     assert [len(kernels_) for kernels_ in found] == [7] * len(SHARED)
     for capability, of_kernels in zip(SHARED, found, strict=True):
         for name, used in of_kernels.items():
-            least = 0 if name == "unpack" else 32 * 1024
+            least = 0 if name == "coding" else 32 * 1024
             assert least < used <= SHARED[capability], (capability, name, used)
 
 

@@ -13,16 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fomoe_pl import codec_kernels
 from fomoe_pl.codec import GROUP, Groups, codec_of
-
-try:
-    import triton
-
-    from fomoe_pl.model.backends import triton_kernels as on_device
-except ImportError:
-    triton = None
-
-PROGRAM = 64  # groups that one program unpacks
 
 
 class Frozen(NamedTuple):
@@ -71,13 +63,10 @@ def unpack(packed: Tensor, shape: torch.Size, bits: int, dtype: torch.dtype, *, 
     numel, codec = shape.numel(), codec_of(bits)
     if not isinstance(codec, Groups) or packed.dim() == 1:
         return codec.decode(packed, numel, dtype).view(*packed.shape[:-1], *shape)
-    w_ACN = torch.empty(len(packed), *shape, dtype=dtype, device=packed.device)
     if in_kernel:
-        n_groups = triton.cdiv(numel, GROUP)
-        grid = (triton.cdiv(n_groups, PROGRAM), len(packed))
-        on_device.unpack_groups[grid](packed, w_ACN, n_groups, numel, BITS=bits, GROUP=GROUP, PROGRAM=PROGRAM)
-    else:
-        # Expert by expert: torch's operations have several times a result's memory in between.
-        for w_CN, row in zip(w_ACN, packed, strict=True):
-            w_CN.copy_(codec.decode(row, numel, dtype).view(shape))
+        return codec_kernels.decode(packed, numel, codec.bits, GROUP, dtype).view(len(packed), *shape)
+    w_ACN = torch.empty(len(packed), *shape, dtype=dtype, device=packed.device)
+    # Expert by expert: torch's operations have several times a result's memory in between.
+    for w_CN, row in zip(w_ACN, packed, strict=True):
+        w_CN.copy_(codec.decode(row, numel, dtype).view(shape))
     return w_ACN

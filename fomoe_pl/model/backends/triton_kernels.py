@@ -346,35 +346,3 @@ def _rows(
     if width % BLOCK != 0:
         return tl.load(at, mask=(columns < width)[None, :], other=0.0)
     return tl.load(at)
-
-
-@triton.jit
-def unpack_groups(
-    packed, w, n_groups, n_numbers, BITS: tl.constexpr, GROUP: tl.constexpr, PROGRAM: tl.constexpr
-):  # fmt: skip
-    """w[expert] = level · scale of each number of a row of bytes, as `codec.Groups` writes it; rounded once.
-
-    One program unpacks PROGRAM groups of one expert. The scale is put together of its bytes: nothing asks where in
-    memory a row may begin.
-    """
-    BYTES: tl.constexpr = GROUP * BITS // 8
-    HALF: tl.constexpr = 1 << (BITS - 1)
-    expert = tl.program_id(1).to(tl.int64)
-    row = packed + expert * n_groups * (BYTES + 2)
-    g_G = tl.program_id(0) * PROGRAM + tl.arange(0, PROGRAM)
-    live_G = g_G < n_groups
-    at_GB = g_G[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-    codes = tl.load(row + at_GB, mask=live_G[:, None], other=0).to(tl.int32)
-    if BITS == 4:
-        codes = tl.interleave(codes & 15, codes >> 4)
-    if BITS == 2:
-        even = tl.interleave(codes & 3, (codes >> 4) & 3)
-        codes = tl.interleave(even, tl.interleave((codes >> 2) & 3, codes >> 6))
-    at_G = row + n_groups * BYTES + g_G * 2
-    low_G = tl.load(at_G, mask=live_G, other=0).to(tl.int32)
-    high_G = tl.load(at_G + 1, mask=live_G, other=0).to(tl.int32)
-    scale_G = ((low_G << 16) | (high_G << 24)).to(tl.float32, bitcast=True)
-    levels = (codes ^ HALF).to(tl.float32) - (HALF - 0.5 if BITS == 2 else HALF)
-    number_GN = g_G[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    at_GN = w + expert * n_numbers + number_GN
-    tl.store(at_GN, (levels * scale_G[:, None]).to(w.dtype.element_ty), mask=number_GN < n_numbers)
