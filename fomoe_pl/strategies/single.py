@@ -39,10 +39,13 @@ class SingleSiteStrategy(SiteStrategy, SingleDeviceStrategy):
 
     def check_run(self, trainer: Any, module: Any, data: Any, *, fitting: bool) -> None:
         """As for all strategies; of several devices all but the first would do nothing."""
-        requested = requested_devices(trainer)
-        if str(requested) not in ("1", "auto"):
+        requested = requested_devices(trainer)  # of GPUs a list of their numbers
+        if str(requested) not in ("1", "auto") and not (isinstance(requested, list) and len(requested) == 1):
             raise ConfigError("trainer.devices", requested, "`single_site` is one process",
                               "set it to 1, or choose a strategy of several sites")  # fmt: skip
+        if isinstance(requested, list) and requested != [0] and not self._device_is_given:
+            raise ConfigError("trainer.devices", requested, "`single_site` takes the first GPU",
+                              f"give the strategy device: cuda:{requested[0]}")  # fmt: skip
         super().check_run(trainer, module, data, fitting=fitting)
 
     def setup(self, trainer: Any) -> None:

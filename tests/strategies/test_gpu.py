@@ -81,7 +81,7 @@ def _fit_one_site(rank: int, root: str, folder: str) -> dict[str, Any]:
         for precision in ("32-true", "bf16-mixed"):
             for n_ranks, inside in ((1, "replicate"), (2, "replicate"), (2, "shard")):
                 settings = {"overlap": None, "local_steps": 2, "ranks_per_site": n_ranks, "inside": inside}
-                run = Run(root=root, folder=folder, settings=settings, data={"batch_size": 4},
+                run = Run(root=root, folder=folder, settings=settings, data={"batch_size": 4, "val_batch_size": 4},
                           trainer=trainer | {"accelerator": "gpu", "precision": precision})  # fmt: skip
                 if n_ranks == 1 and rank:
                     skip_run()

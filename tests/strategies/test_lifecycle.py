@@ -3,6 +3,7 @@
 import copy
 import pickle
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -389,6 +390,17 @@ def test_two_devices_for_one_site_are_refused(root: str, tmp_path: Path) -> None
     trainer = L.Trainer(strategy="single_site", devices=2, accelerator="cpu", max_steps=2, logger=False)
     with pytest.raises(ConfigError, match=r"trainer.devices = 2"):
         trainer.fit(run.module(), run.datamodule())
+
+
+@pytest.mark.parametrize(("given", "rule"), [([0], None), ([3], "device: cuda:3"), ([0, 1], "is one process")])
+def test_one_site_takes_the_first_of_the_gpus(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[int], rule: str | None
+) -> None:
+    run = alone(root, tmp_path)
+    trainer = L.Trainer(strategy="single_site", devices=1, accelerator="cpu", max_steps=1, logger=False)
+    monkeypatch.setattr("fomoe_pl.strategies.single.requested_devices", lambda _: given)  # as Lightning notes GPUs
+    with nullcontext() if rule is None else pytest.raises(ConfigError, match=rule):
+        trainer.strategy.check_run(trainer, run.module(), run.datamodule(), fitting=False)
 
 
 def test_seed_everything_is_the_seed_of_what_has_none(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
