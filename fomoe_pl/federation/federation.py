@@ -71,6 +71,8 @@ class Federation:
         state_on_host: Anchors and the outer rule's state live in memory of the host, page-locked where there is a GPU,
             and come to the device piece by piece.
         copies: Of the experts that this site does not hold, if there are any.
+        joined: Joins the slices that the site's ranks have of rows of a tensor, which is given by its name; None
+            where they are whole.
 
     Attributes:
         state: Anchors, the outer rule's slots, and what coding has lost.
@@ -91,6 +93,7 @@ class Federation:
         feedback_decay: float = 1.0,
         state_on_host: bool = False,
         copies: Copies | None = None,
+        joined: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         self.layout = layout
         self.placement = placement
@@ -100,7 +103,7 @@ class Federation:
         self.codec, self.moments_codec = codec, moments_codec
         self.site = transport.topology.site
         self.state = State(layout, slots=outer.slots, feedback=error_feedback, on_host=state_on_host)
-        self.copies = copies
+        self.copies, self._joined_rows = copies, joined
         self._stash: dict[str, Tensor] | None = None
         self._alpha = 0.0
         self.movement: Movement | None = None
@@ -408,22 +411,46 @@ class Federation:
         )
 
     def _unpack(self, layer: int, arrived: Rows, fresh: Mapping[str, Tensor]) -> None:
-        for row, expert in enumerate(self.placement.complement().residents_in(layer, self.site)):
-            for (_, name), packed in arrived[expert].items():
-                fresh[name][row].copy_(packed)
+        absent = self.placement.complement().residents_in(layer, self.site)
+        for name in self._copied(layer) if absent else ():
+            rows = [arrived[expert][0, name] for expert in absent]
+            if self._joined_rows is None:
+                for row, packed in enumerate(rows):
+                    fresh[name][row].copy_(packed)
+            else:
+                n_bytes = fresh[name].shape[1]
+                fresh[name].copy_(self.transport.inside.joined(torch.stack(rows).to(fresh[name].device), 1, n_bytes))
+
+    def _copied(self, layer: int) -> list[str]:
+        copies = cast(Copies, self.copies)
+        return [name for name in copies.tensors if self.layout.expert_layer[name] == layer]
 
     def _packed(self, layer: int) -> dict[str, Tensor]:
-        """The experts of a layer that this site owns, as copies; other rows are left as they happen to be."""
+        """The experts of a layer that this site owns, as copies; other rows are left as they happen to be.
+
+        Where the site's ranks have slices, they join the experts, all pack them, and each gives its part of the bytes.
+        """
         copies = cast(Copies, self.copies)
         n_residents = len(self.placement.residents_in(layer, self.site))
         owned = owned_rows(self.placement, layer, self.site)
         packed = {}
-        for name, tensor in copies.tensors.items():
-            if self.layout.expert_layer[name] == layer:
-                packed[name] = tensor.new_empty(n_residents, tensor.shape[1])
-                values = self.anchors[name][owned].to(tensor.device)
-                packed[name][owned] = copies.encode(values)
+        for name in self._copied(layer):
+            n_bytes = copies.tensors[name].shape[1]
+            packed[name] = copies.tensors[name].new_empty(n_residents, n_bytes)
+            packed[name][owned] = copies.encode(self.owned_values(name, owned))
+            if self._joined_rows is not None:
+                packed[name] = self.transport.topology.own_part(packed[name], 1)
         return packed
+
+    def owned_values(self, name: str, rows: Sequence[int]) -> Tensor:
+        """The agreed values of whole experts of a stacked tensor that copies are kept of, where those are.
+
+        Args:
+            name: Of the tensor.
+            rows: Of experts that this site owns.
+        """
+        values = self.anchors[name][list(rows)].to(cast(Copies, self.copies).tensors[name].device)
+        return values if self._joined_rows is None else self._joined_rows(name, values)
 
     @torch.no_grad()
     def gather(self, layer: int) -> dict[str, Tensor]:

@@ -148,9 +148,6 @@ class FederationConfig:
         if self.inside == "shard" and self.delay:
             rule = "a checkpoint cannot hold slices of averages that are on their way"
             raise ConfigError("delay", self.delay, rule, "type 0, or inside replicate")
-        if self.inside == "shard" and self.routing == "shadow":
-            rule = "cuts tensors into slices, and copies of absent experts are packed whole"
-            raise ConfigError("inside", self.inside, rule, "type replicate, or routing ghost")
         self._check_formats()
         check_range("alpha", self.alpha, "0 takes the agreed values alone", least=0, most=1)
         self.schedule, self.policy  # noqa: B018  both check themselves

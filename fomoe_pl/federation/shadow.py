@@ -69,8 +69,9 @@ class Arriving:
 
 
 def quantisation_errors(
-    copies: Copies, layout: ParameterLayout, placement: Placement, site: int, anchors: Mapping[str, Tensor]
-) -> Tensor:
+    copies: Copies, layout: ParameterLayout, placement: Placement, site: int,
+    values_of: Callable[[str, list[int]], Tensor],
+) -> Tensor:  # fmt: skip
     """How far copies of today's agreed values would be from these, of the experts that this site owns.
 
     Added over the sites every expert counts once. Where experts are, a tensor at a time is encoded, of a layer.
@@ -80,16 +81,15 @@ def quantisation_errors(
         layout: Which layer a tensor belongs to.
         placement: Who holds what.
         site: This one.
-        anchors: Agreed values by name.
+        values_of: Gives agreed values: those of whole experts of a tensor, by its name and their rows.
 
     Returns:
         Squares of the differences and of the values, float64 (L,2), on the CPU.
     """
     sums = torch.zeros(len(placement.holders), 2, dtype=torch.float64)
     found = []
-    for name, tensor in copies.tensors.items():
-        owned = owned_rows(placement, layout.expert_layer[name], site)
-        found.append(copies.error(anchors[name][owned].to(tensor.device)))
+    for name in copies.tensors:
+        found.append(copies.error(values_of(name, owned_rows(placement, layout.expert_layer[name], site))))
     layers = torch.tensor([layout.expert_layer[name] for name in copies.tensors])
     return sums.index_add_(0, layers, torch.stack(found).cpu().double())
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -59,6 +61,12 @@ class Topology:
     def leads(self) -> bool:
         """Whether this is the first rank of its site, which speaks and writes for it."""
         return self.place == 0
+
+    def own_part(self, values: Tensor, axis: int) -> Tensor:
+        """This rank's part of what is cut among its site's ranks, as a view: equal ones, the last shorter or empty."""
+        chunk = -(-values.shape[axis] // self.n_ranks)
+        start = min(self.place * chunk, values.shape[axis])
+        return values.narrow(axis, start, min(chunk, values.shape[axis] - start))
 
     def peers(self, sites: tuple[int, ...], place: int) -> tuple[int, ...]:
         """Global ranks of the given sites at one place inside them."""

@@ -147,7 +147,7 @@ class Transport:
         self.topology = topology
         self.speaks = slices or topology.leads
         self._alone = slices or topology.n_ranks == 1  # in what it does between sites
-        self._inside = Inside(topology, device) if inside is None else inside
+        self.inside = Inside(topology, device) if inside is None else inside
         self.home = device if home is None else home
         self.pinned = self.home.type == "cuda" and device.type == "cpu"
         self.ledger = ledger
@@ -427,17 +427,17 @@ class Transport:
         def wait() -> Tensor:
             if work is not None:
                 self._wait(work)
-            return (buffer if each else self._inside.share_(buffer)).to(values.device)
+            return (buffer if each else self.inside.share_(buffer)).to(values.device)
 
         return there, wait
 
     def _told(self, values: Tensor) -> Tensor:
         """Values that the rank which speaks for its site has got, on all ranks that have nothing of their own."""
-        return values if self._alone else self._inside.share_(values)
+        return values if self._alone else self.inside.share_(values)
 
     def largest(self, kind: Kind, values: Tensor) -> Tensor:
         """Elementwise maximum of a small tensor over all ranks; a new tensor on the input's device."""
-        buffer = (values.clone() if self._alone else self._inside.largest(values)).to(self.device)
+        buffer = (values.clone() if self._alone else self.inside.largest(values)).to(self.device)
         if self.topology.n_sites > 1 and self.speaks:
             self.ledger.all_reduce(kind, buffer.nbytes, self.topology.n_sites)
             with sites_watched(self.topology, self.patience):
@@ -447,7 +447,7 @@ class Transport:
 
     def anywhere(self, found: list[str]) -> list[str]:
         """What a rank has found in its slices, or that another rank of the site has found something in its own."""
-        if not self._inside.largest(torch.tensor([len(found)])):
+        if not self.inside.largest(torch.tensor([len(found)])):
             return []
         return found or ["slices of other ranks"]
 
@@ -523,5 +523,5 @@ class Transport:
             if group is not None and dist.is_initialized():  # else they went with the world
                 dist.destroy_process_group(group)
         self._groups.clear()
-        self._inside.close()
+        self.inside.close()
         self._averages.clear()

@@ -336,7 +336,7 @@ class SiteStrategy(Strategy):
         of = self.federation
         if of is None or of.copies is None:
             return None
-        return quantisation_errors(of.copies, of.layout, of.placement, of.site, of.anchors)
+        return quantisation_errors(of.copies, of.layout, of.placement, of.site, of.owned_values)
 
     def copy_age(self) -> int | None:
         """Without rounds there are no copies."""

@@ -257,7 +257,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             inner_moments=settings.inner_moments, codec=settings.codec, moments_codec=settings.codec_of_moments,
             error_feedback=settings.error_feedback, feedback_decay=settings.feedback_decay,
             state_on_host=settings.outer_state == "host",
-            copies=copies_of(self.transformer),
+            copies=copies_of(self.transformer), joined=None if self.slices is None else self.joined,
         )  # fmt: skip
         rank_zero_info(self.describe())
         if settings.places is not None:

@@ -27,7 +27,7 @@ from tests.training import ARCHITECTURE, STRATEGIES, Run, fit, from_yaml, launch
 pytestmark = pytest.mark.timeout(900)
 BATCH = {"batch_size": 4, "val_batch_size": 4, "val_sequences": 14}
 FEDERATED = [name for name in STRATEGIES if from_yaml(name)[0] == "federated" and name != "local_adamw_lean"]
-QUICK = ("fomoe_random", "fomoe_partitioned", "fomoe_overlapped")  # the others' test is a slow one
+QUICK = ("fomoe_random", "fomoe_shadow", "fomoe_overlapped")  # the others' test is a slow one
 
 
 class Losses(L.Callback):
@@ -87,7 +87,7 @@ def _two_sites(rank: int, root: str, folder: str, names: list[str]) -> dict[str,
                 trainer={"max_steps": 6, "gradient_clip_val": 0.5, "limit_val_batches": None, "val_check_interval": 5},
             )  # fmt: skip
             for n_ranks, inside in ((1, "replicate"), (2, "replicate"), (2, "shard")):
-                if inside == "shard" and settings.get("routing") == "shadow":
+                if inside == "shard" and settings.get("delay"):
                     continue
                 callbacks = [CommunicationMonitor(), RoutingStability(probe_sequences=2, probe_tokens=8)]
                 found = told(trained(run, rank, 2, n_ranks, inside, callbacks=callbacks))
@@ -109,7 +109,7 @@ def others(root: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
 @pytest.mark.parametrize("inside", ["replicate", "shard"])
 @pytest.mark.parametrize("name", QUICK)
 def test_two_sites_of_two_ranks_are_two_sites(quick: list[dict[str, Any]], name: str, inside: str) -> None:
-    if (name, 2, inside) in quick[0]:  # copies are packed whole: cut they are refused
+    if (name, 2, inside) in quick[0]:  # averages on their way are refused where ranks have slices
         check_two_sites(quick, name, inside)
 
 
@@ -264,7 +264,7 @@ def test_a_launch_is_told_and_a_torn_site_is_warned_of() -> None:
     ("settings", "parts"),
     [
         ({"inside": "shard"}, ["inside = 'shard'", "there is one", "ranks_per_site 2"]),
-        ({"inside": "shard", "ranks_per_site": 2, "routing": "shadow"}, ["packed whole", "replicate"]),
+        ({"inside": "shard", "ranks_per_site": 2, "delay": 1}, ["delay = 1", "slices", "replicate"]),
         ({"inside": "split", "ranks_per_site": 2}, ["inside = 'split'", "replicate", "shard"]),
         ({"ranks_per_site": 0}, ["ranks_per_site = 0", "1 or more"]),
     ],

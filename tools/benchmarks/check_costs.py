@@ -45,6 +45,8 @@ def case_text(case: Case) -> str:
     )
     if case.routing != "ghost":
         where += f", {case.routing}" + (f" ({case.shadow_bits} bits)" if case.routing == "shadow" else "")
+    if case.ranks > 1:
+        where += f", {case.ranks} ranks each, {case.inside}"
     return (f"{case.model}{changed}, overlap {case.overlap or case.sites} of {case.sites} sites{where}, "
             f"batch {case.batch_size}, {case.outer}")  # fmt: skip
 
@@ -141,9 +143,9 @@ def main(arguments: list[str] | None = None) -> None:
         be_a_site(cases)
         return
     gpus = torch.cuda.device_count()
-    most = max(1 if case.host_wire or options.what == "step" else case.sites for case in cases)
+    most = max(1 if case.host_wire or options.what == "step" else case.processes for case in cases)
     if 0 < gpus < most:
-        parser.error(f'{most} sites need as many GPUs, and there are {gpus}; with "host_wire": true they share one')
+        parser.error(f'{most} processes need as many GPUs, and there are {gpus}; with "host_wire": true they share one')
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.what == "memory":
         run_memory(cases, options.output, options.limit)

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from fomoe_pl.costs.activations import Precision
 from fomoe_pl.costs.memory import Load, RankMemory, rank_memory
 from fomoe_pl.federation.outer import Average, Nesterov
-from fomoe_pl.federation.settings import OuterPlace
+from fomoe_pl.federation.settings import OuterPlace, Sharing
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing, Shadow, ShadowBits
 from fomoe_pl.module import Batch, FoMoEModule
@@ -48,8 +48,10 @@ class Case:
         model: Name of a file in configs/model.
         architecture: Fields of the model that are replaced.
         overlap: Sites that hold each expert; None for all.
-        sites: Number of sites M; of a `memory` case each is a process, with a GPU of its own unless `host_wire`.
-        batch_size: Sequences of a micro-batch.
+        sites: Number of sites M; of a `memory` case each rank is a process, with a GPU of its own unless `host_wire`.
+        ranks: Ranks of a site.
+        inside: What they share of it.
+        batch_size: Sequences of a micro-batch of a rank.
         sequence_length: Tokens of a sequence.
         precision: The Trainer's.
         outer: Rule of the outer step.
@@ -64,6 +66,8 @@ class Case:
     architecture: dict[str, Any] = field(default_factory=dict)
     overlap: int | None = None
     sites: int = 2
+    ranks: int = 1
+    inside: Sharing = "replicate"
     batch_size: int = 8
     sequence_length: int = 2048
     precision: Precision = "bf16-mixed"
@@ -77,6 +81,11 @@ class Case:
     def config(self) -> ModelConfig:
         """The architecture."""
         return architecture(self.model, **self.architecture)
+
+    @property
+    def processes(self) -> int:
+        """Of all sites."""
+        return self.sites * self.ranks
 
     def load(self) -> Load:
         """What the system model is told."""
@@ -182,18 +191,20 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
     """Train a case, and compare peaks; every process calls it."""
     config = case.config()
     predicted = rank_memory(config, case.load(), n_resident=case.resident(), routing=case.routing,
-                            shadow=Shadow(case.shadow_bits))  # fmt: skip
-    where: dict[str, Any] = {"parallel_devices": [device] * case.sites}
+                            shadow=Shadow(case.shadow_bits), shards=case.ranks if case.inside == "shard" else 1
+                            )  # fmt: skip
+    where: dict[str, Any] = {"parallel_devices": [device] * case.processes}
     if case.host_wire and device.type == "cuda":
         where = {"sites": case.sites, "share_device": True}
     strategy = WatchedStrategy(
         overlap=case.overlap or case.sites, local_steps=K, inner_moments="average",
         outer=Nesterov() if case.outer == "nesterov" else Average(), outer_state=case.outer_state,
-        routing=case.routing, **({"shadow_bits": case.shadow_bits} if case.routing == "shadow" else {}), **where,
+        routing=case.routing, ranks_per_site=case.ranks, inside=case.inside,
+        **({"shadow_bits": case.shadow_bits} if case.routing == "shadow" else {}), **where,
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
-        devices=1 if "share_device" in where else case.sites,
+        devices=1 if "share_device" in where else case.processes,
         strategy=strategy, precision=case.precision, gradient_clip_val=CLIP_NORM, max_steps=K * ROUNDS,
         val_check_interval=K * ROUNDS, check_val_every_n_epoch=None, num_sanity_val_steps=0, **BARE,
     )  # fmt: skip
@@ -239,7 +250,7 @@ def be_a_site(cases: list[Case]) -> None:
             print(NEXT, flush=True)
         with drawn_on_device():
             result = train_case(case, device)
-        gathered: list[Any] = [None] * case.sites
+        gathered: list[Any] = [None] * case.processes
         dist.all_gather_object(gathered, result, group=names)
         if rank == 0:
             print(ROW + json.dumps({"case": asdict(case), "sites": gathered}), flush=True)
@@ -254,7 +265,7 @@ def be_a_site(cases: list[Case]) -> None:
 def processes(cases: list[Case], script: Path) -> Iterator[queue.Queue[str | None]]:
     """Start a process for each site; gives the lines that the first one prints, None at their end."""
     port = find_free_network_port()
-    n = cases[0].sites
+    n = cases[0].processes
     told: queue.Queue[str | None] = queue.Queue()
     started: list[subprocess.Popen[str]] = []
 
@@ -295,7 +306,7 @@ def measured(cases: list[Case], script: Path, limit: float) -> Iterator[dict[str
     waiting = list(cases)
     while waiting:
         first = waiting[0]
-        alike = [(case.sites, case.host_wire) == (first.sites, first.host_wire) for case in waiting] + [False]
+        alike = [(case.processes, case.host_wire) == (first.processes, first.host_wire) for case in waiting] + [False]
         own = waiting[: alike.index(False)]
         with processes(own, script) as told:
             deadline, last = time.monotonic() + limit, "starting"

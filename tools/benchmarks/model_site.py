@@ -11,6 +11,7 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -41,6 +42,9 @@ OUTER = Nesterov(lr=0.7, momentum=0.9)
 
 class MirrorTransport(Transport):
     """A wire whose far ends answer with this site's own values, and with zeros for what only they have."""
+
+    def _new_group(self, sites: tuple[int, ...], slices: bool, timeout: timedelta | None) -> None:
+        """There is nobody to meet."""
 
     def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], Any]:
         self.ledger.all_reduce(kind, buffer.nbytes, len(sites))
