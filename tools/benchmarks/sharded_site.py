@@ -14,7 +14,7 @@ import statistics
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -86,7 +86,8 @@ def bench(
     inside = Inside(Topology(1, n, rank), device, "nccl" if gpu else "gloo", SITE_TIMEOUT)
     assert inside.group is not None, "start it with two processes or more"
     placement = place("fixed", n_layers=config.n_layers, n_experts=config.n_experts, n_sites=sites, overlap=overlap)
-    shadow, routing = Shadow(shadow_bits or 4), cast(Routing, "ghost" if shadow_bits is None else "shadow")
+    shadow = Shadow(shadow_bits or 4)
+    routing: Routing = "ghost" if shadow_bits is None else "shadow"
     torch.manual_seed(0)
     with drawn_on_device():
         model = Transformer(config, Residency(routing, placement.residents(0), shadow), device=device)
