@@ -29,8 +29,7 @@ help:
 
 quickstart: $(VENV)/.stamp-install
 	$(BIN)/fomoe prepare --source data/sample --output $(DATA)
-	rm -rf $(RUN) # curves of two runs in one folder would be drawn as one
-	$(BIN)/fomoe fit -c configs/quickstart.yaml
+	$(BIN)/fomoe fit -c configs/quickstart.yaml --overwrite
 	$(BIN)/fomoe validate -c configs/quickstart.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt
 	$(BIN)/fomoe compare $(RUN)
 	@echo
@@ -39,8 +38,8 @@ quickstart: $(VENV)/.stamp-install
 compare: $(VENV)/.stamp-install
 	$(BIN)/fomoe prepare --source data/sample --output $(DATA)
 	for file in configs/strategy/*.yaml; do \
-	  name=$$(basename $$file .yaml); rm -rf runs/compare/$$name; \
-	  $(BIN)/fomoe fit -c configs/quickstart.yaml -c $$file --trainer.logger.init_args.name compare/$$name || exit 1; \
+	  $(BIN)/fomoe fit -c configs/quickstart.yaml -c $$file --overwrite \
+	    --trainer.logger.init_args.name compare/$$(basename $$file .yaml) || exit 1; \
 	done
 	$(BIN)/fomoe compare --markdown runs/compare/*
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pkgutil
 import re
 import shlex
 import signal
 import sys
-import warnings
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -26,11 +25,14 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, M
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fomoe_pl import __version__
+from fomoe_pl import __version__, completion, console, new
+from fomoe_pl.adjust import KEY, changed_callbacks, changes_in_steps, in_steps, merged_changes, steps_for
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk, ResumedRows
 from fomoe_pl.callbacks.report import RunReport
 from fomoe_pl.checkpoint.resuming import check_weights, resolve, tokens_in
+from fomoe_pl.console import Talk
 from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import (
@@ -47,10 +49,12 @@ from fomoe_pl.errors import (
 )
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.files import ForgivingStream, check_local
+from fomoe_pl.folders import RunFolders, check_fixed, clear
 from fomoe_pl.lightning_internals import PlainCLI, given_version
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.module import FoMoEModule
 from fomoe_pl.planner import command as plan_command
+from fomoe_pl.shipped import NamedConfig, config_names
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy, SiteStrategy
 from fomoe_pl.strategies.checks import check_precision
 from fomoe_pl.training.elastic import Pace, nodes_left
@@ -60,7 +64,9 @@ KEY_PATHS |= dict.fromkeys(
     {*signature(FederationConfig).parameters, *signature(FederatedStrategy).parameters}, "trainer.strategy.init_args."
 ) | dict.fromkeys(signature(ModelConfig).parameters, "model.architecture.")
 HUB_COMMANDS = ("export", "import", "generate", "evaluate")
+OTHERS = ("new", "prepare", "plan", "compare", "completion")
 COMMANDS = {
+    "new": "a commented file for a run of your own; --list: which configurations there are",
     "prepare": "make a corpus from text",
     "plan": "which settings a federation can run, and what they cost",
     "fit": "train",
@@ -70,6 +76,7 @@ COMMANDS = {
     "import": "a Hugging Face folder as a checkpoint to train on",
     "generate": "text from a checkpoint or an export",
     "evaluate": "scores of tasks, by lm-evaluation-harness",
+    "completion": "what bash or zsh need to complete commands, options and names",
 }
 ELSEWHERE = {"train": "fit", "pretrain": "fit", "run": "fit", "test": "validate", "eval": "evaluate", "data": "prepare"}
 """What commands of other programs are called here."""
@@ -77,19 +84,6 @@ SERVERS = ("url", "uri", "host", "endpoint", "address", "init_method", "artifact
 """Ends of the settings that may be URLs."""
 URLS = ("data.root", "trainer.strategy.init_args.checkpoint_root", "ckpt_path")
 """Beginnings of others; `ckpt_path` where checkpoints are behind URLs."""
-
-QUIET = (
-    ".*recommended to use `self.log.*sync_dist=True.*",  # validation sums are reduced by the strategy, counted
-    ".*does not have many workers.*",  # reading is not the bottleneck at the shipped sizes
-    ".*Checkpoint directory .* exists and is not empty.*",  # a run folder holds curves and checkpoints side by side
-    ".*dirpath has changed from.*",  # validating reads a checkpoint wherever it lies
-    ".*isinstance.treespec, LeafSpec.*",  # between Lightning and torch
-    ".*not recommended to provide both args and command line arguments.*",  # a checkpoint's parts become one folder
-)
-
-
-def _has_news(record: logging.LogRecord) -> bool:
-    return "💡" not in record.getMessage() and "stopped: `max_steps=" not in record.getMessage()
 
 
 class Parser(OneMessage, LightningArgumentParser):
@@ -99,16 +93,9 @@ class Parser(OneMessage, LightningArgumentParser):
         """Print the message and end."""
         unknown = re.match(r"[Uu]nrecognized arguments: --([\w.]+)", message)
         if unknown is not None:
-            near = get_close_matches(unknown[1], [option[2:] for option in self._options()], 1)
+            near = get_close_matches(unknown[1], [option[2:] for option in self.options()], 1)
             message += f". Did you mean --{near[0]}?" if near else ""
         super().error(message, ex)
-
-    def _options(self) -> set[str]:
-        found = {option for action in self._actions for option in action.option_strings if option.startswith("--")}
-        for action in self._actions:
-            for parser in action.choices.values() if isinstance(action.choices, dict) else ():
-                found |= parser._options()
-        return found
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -123,7 +110,9 @@ class SaveTrainingConfig(SaveConfigCallback):
 class FoMoECLI(PlainCLI):
     """LightningCLI that checks the whole configuration before any process starts."""
 
-    def __init__(self, args: Any = None) -> None:
+    def __init__(self, args: Any = None, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._replaced: list[Path] = []
         super().__init__(
             FoMoEModule,
             FoMoEData,
@@ -138,8 +127,20 @@ class FoMoECLI(PlainCLI):
         """A parser with short errors."""
         kwargs.setdefault("dump_header", ["fomoe-pl"])
         parser = Parser(**kwargs)
-        parser.add_argument("-c", "--config", action="config", help="Path to a YAML file; may be given several times.")
+        what = "A YAML file, or the name of one that is installed (`fomoe new --list`); may be given several times."
+        parser.add_argument("-c", "--config", action=NamedConfig, help=what)
         return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Settings of this command line alone."""
+        what = "Replace the run that the folder holds; else a numbered folder is taken."
+        parser.add_argument("--overwrite", action="store_true", help=what)
+        what = "Tokens of all sites after which the run ends, instead of trainer.max_steps."
+        parser.add_argument("--max_tokens", type=float | None, default=None, help=what)
+        what = (
+            "Changes to callbacks, by class: --callbacks.ModelCheckpoint.every_n_train_steps '20 rounds'; null: none."
+        )
+        parser.add_argument(f"--{KEY}", type=dict[str, dict[str, Any] | None], default={}, help=what)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -150,6 +151,7 @@ class FoMoECLI(PlainCLI):
         """Check settings that are used before classes are instantiated."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
+        _write_out(config)
         if not isinstance(config.seed_everything, bool):
             check_seed("seed_everything", config.seed_everything)
         _check_paths("", config)
@@ -172,7 +174,11 @@ class FoMoECLI(PlainCLI):
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigError("trainer.accelerator", accelerator, f"torch {torch.__version__} finds no CUDA device",
                               "use cpu, or install a CUDA build of torch where there is a GPU")  # fmt: skip
+        if self._quiet:
+            config.trainer.enable_progress_bar = config.trainer.enable_model_summary = False
         _drop_disabled(config.trainer)
+        if self.subcommand == "fit":
+            self._choose_folder(config)
         self._planned_nodes = config.trainer.num_nodes
         if isinstance(config.trainer.strategy, str):
             config.trainer.strategy = self._own_strategy(config.trainer)
@@ -180,6 +186,31 @@ class FoMoECLI(PlainCLI):
             ranks = config.trainer.strategy.init_args.get("ranks_per_site", 1)
             nodes = nodes_left(os.environ, config.trainer.devices, config.trainer.num_nodes, least, ranks)
             config.trainer.num_nodes = nodes
+
+    def _choose_folder(self, config: Any) -> None:
+        """Leave a run alone that lies where this one would be written.
+
+        Only the first process has to choose: all others ask it where checkpoints go, and nothing else of theirs lies in
+        a run's folder. Those that go on from a checkpoint all look where it is.
+        """
+        folders, path = RunFolders(config.trainer.logger), config.ckpt_path
+        if path == "auto":
+            folders.choose_newest()
+            return
+        if path is not None and folders.choose_that_of(Path(path)):
+            if config.overwrite:
+                raise ConfigError("overwrite", True, f"the checkpoint to go on from lies in {folders.paths[0]}",
+                                  "leave it out: a resumed run goes on in its folder")  # fmt: skip
+            return
+        if not speaks():
+            return
+        if config.overwrite:
+            self._replaced = folders.paths
+        elif folders.choose_free():
+            print(f"A run lies in the folder of that name already: this one is written to {folders.paths[0]} "
+                  "(--overwrite replaces the old one)", flush=True)  # fmt: skip
+        if not config.overwrite:
+            check_fixed(_fixed_folders(config.trainer))
 
     @staticmethod
     def _own_strategy(trainer: Any) -> str:
@@ -195,6 +226,8 @@ class FoMoECLI(PlainCLI):
     def before_fit(self) -> None:
         """Check the configuration."""
         self._check()
+        for folder in self._replaced:  # nothing is removed before all settings are found to work
+            clear(folder)
         cast(Any, self.trainer).callbacks[:0] = [CurvesOnFullDisk(), ResumedRows(self.trainer.loggers)]
 
     def after_fit(self) -> None:
@@ -211,6 +244,8 @@ class FoMoECLI(PlainCLI):
         strategy = trainer.strategy
         if not isinstance(strategy, SiteStrategy):
             raise _unknown_strategy(f"{type(strategy).__module__}.{type(strategy).__qualname__}")
+        if self.subcommand == "fit":
+            self._plan_tokens(strategy, data)
         path = self.config[self.subcommand].ckpt_path
         own_disks = isinstance(strategy, FederatedStrategy) and strategy.checkpoint_root is not None
         if path is not None and not own_disks:
@@ -225,6 +260,23 @@ class FoMoECLI(PlainCLI):
         if path is not None and not own_disks:  # which of them a site lacks shows when all have met
             check_weights(path, module.config)
 
+    def _plan_tokens(self, strategy: SiteStrategy, data: FoMoEData) -> None:
+        """Set the number of steps that the tokens take which were given instead."""
+        trainer, tokens = self.trainer, self.config[self.subcommand].max_tokens
+        if trainer.max_epochs not in (None, -1) and not isinstance(trainer.limit_train_batches, int):
+            whole = sum(domain.train.tokens for domain in data.manifest.domains) * (trainer.max_epochs or 1)
+            rule = "the data is an endless stream, and an epoch would end the run in the middle of a round"
+            raise ConfigError("trainer.max_epochs", trainer.max_epochs, rule,
+                              f"leave it -1 and give the tokens of all sites, --max_tokens {whole}")  # fmt: skip
+        if tokens is None:
+            return
+        settings = strategy.settings if isinstance(strategy, FederatedStrategy) else None
+        readers = trainer.num_devices * self._planned_nodes // (1 if settings is None else settings.ranks_per_site)
+        step_tokens = readers * trainer.accumulate_grad_batches * data.batch_size * data.sequence_length
+        steps = steps_for(tokens, step_tokens, None if settings is None else settings.local_steps)
+        cast(Any, trainer).fit_loop.epoch_loop.max_steps = steps
+        rank_zero_info(f"max_tokens = {tokens:g}: {steps} steps of {step_tokens} tokens")
+
     def _keep_pace(self, strategy: FederatedStrategy, n_sites: int, path: str | None) -> None:
         """Set the number of steps that the planned tokens take with the sites that are present."""
         trainer, data = self.trainer, cast(FoMoEData, self.datamodule)
@@ -235,6 +287,35 @@ class FoMoECLI(PlainCLI):
         )  # fmt: skip
         if strategy.checkpoint_root is None or path is None:  # else it goes on when all have met
             strategy.pace.go_on(*((0, 0) if path is None else tokens_in(Path(path))), trainer)
+
+
+def _local_steps(strategy: Any) -> Any:
+    """K as it was given, for a strategy by name or by class; None where there are no rounds."""
+    if isinstance(strategy, str):
+        return REGISTERED[strategy][2].get("local_steps") if strategy in REGISTERED else None
+    return vars(strategy.get("init_args", Namespace())).get("local_steps")
+
+
+def _write_out(config: Any) -> None:
+    """Replace what only this command line knows by what the Trainer takes: intervals in rounds, changed callbacks."""
+    trainer, k = config.trainer, _local_steps(config.trainer.strategy)
+    micro = trainer.accumulate_grad_batches
+    in_batches = k * micro if isinstance(k, int) and isinstance(micro, int) else k
+    trainer.val_check_interval = in_steps("trainer.val_check_interval", trainer.val_check_interval, in_batches)
+    if config[KEY]:
+        given = trainer.callbacks
+        listed = given if isinstance(given, list) else [] if given is None else [given]
+        trainer.callbacks = changed_callbacks(listed, changes_in_steps(config[KEY], k))
+        config[KEY] = {}  # they are in the list now
+
+
+def _fixed_folders(trainer: Any) -> list[tuple[str, Path]]:
+    """Folders of a run's report that no logger names, with the settings that do."""
+    reports = [c for c in trainer.callbacks or () if pkgutil.resolve_name(c.class_path) is RunReport]
+    given = [c.init_args.get("folder") for c in reports]
+    if trainer.logger is False:
+        given = [folder or trainer.default_root_dir or "." for folder in given]
+    return [("trainer.callbacks.RunReport.folder", Path(folder)) for folder in given if folder is not None]
 
 
 def _check_paths(key: str, value: Any) -> None:
@@ -359,12 +440,14 @@ def _checkpoint_in_one(words: list[str]) -> Iterator[list[str] | None]:
 
 def overview() -> str:
     """The overview of commands."""
-    lines = [f"  {name:10}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:12}{what}" for name, what in COMMANDS.items()]
     return "\n".join((
         "usage: fomoe COMMAND ...", "",
         "Federated mixture-of-experts pre-training: sites train one model, and none of them holds all experts.", "",
         *lines, "",
         "fomoe COMMAND --help lists a command's settings; fomoe --version.",
+        "-v with any command: what libraries say, and where an error comes from; -q: warnings and results alone.", "",
+        "First run:  fomoe prepare --source sample --output runs/data/sample && fomoe fit -c quickstart",
     ))  # fmt: skip
 
 
@@ -375,9 +458,78 @@ def unknown_command(word: str) -> str:
     return f"{word!r} is no command. {hint}There are {', '.join(COMMANDS)}"
 
 
+def _run(words: list[str], talk: Talk) -> None:
+    """Run a command; those that need a lot of libraries import them only now."""
+    name, rest = words[0], words[1:]
+    if name == "completion":
+        print(completion.script(_shell(rest), _all_options(), config_names()), end="")
+    elif name in HUB_COMMANDS:
+        from fomoe_pl.hub import command
+
+        command.main(name, rest)
+    elif name == "compare":
+        from fomoe_pl import compare  # TensorBoard's reader is slow to import
+
+        compare.main(rest)
+    elif name in ("new", "plan", "prepare"):
+        {"new": new, "plan": plan_command, "prepare": prepare_command}[name].main(rest)
+    else:
+        merged = merged_changes(words)
+        with (
+            redirect_stdout(ForgivingStream.of(sys.stdout)),
+            redirect_stderr(ForgivingStream.of(sys.stderr)),
+            _checkpoint_in_one(merged) as changed,
+        ):
+            FoMoECLI(args=merged if changed is None else changed, quiet=talk.quiet)
+
+
+def _shell(words: list[str]) -> str:
+    if len(words) != 1 or words[0] not in completion.SHELLS:
+        fail(f"fomoe completion takes one of {', '.join(completion.SHELLS)}: "
+             "fomoe completion bash > ~/.local/share/bash-completion/completions/fomoe")  # fmt: skip
+    return words[0]
+
+
+def _all_options() -> dict[str, set[str]]:
+    """Options of each command, dashes included."""
+    from fomoe_pl import compare
+    from fomoe_pl.hub import command
+
+    found: dict[str, set[str]] = {name: set() for name in COMMANDS}
+    parsers: dict[str, Any] = {
+        "new": new.make_parser(), "plan": plan_command.make_parser(), "prepare": prepare_command.make_parser(),
+        "compare": compare.make_parser(), **{name: command.make_parser(name) for name in HUB_COMMANDS},
+        **dict.fromkeys(FoMoECLI.subcommands(), _fit_parser()),
+    }  # fmt: skip
+    found |= {name: parser.options() for name, parser in parsers.items()}
+    for name in FoMoECLI.subcommands():  # a strategy has its options only once it is chosen
+        found[name] |= {f"--{path}{key}" for key, path in KEY_PATHS.items() if path.startswith("trainer.strategy")}
+    return found
+
+
+class _ParserOnly(FoMoECLI):
+    """The command line before it reads anything."""
+
+    def __init__(self) -> None:
+        with suppress(_Made):
+            super().__init__()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """No more."""
+        raise _Made
+
+
+class _Made(Exception):  # noqa: N818  not an error
+    """The parser is there."""
+
+
+def _fit_parser() -> Parser:
+    return cast(Parser, _ParserOnly().parser)
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console command."""
-    words = sys.argv[1:] if args is None else args
+    talk, words = console.split(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return
@@ -386,37 +538,11 @@ def main(args: list[str] | None = None) -> None:
         return
     if not words[0].startswith("-") and words[0] not in COMMANDS:
         fail(unknown_command(words[0]))
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_has_news)
-    # It tells of its own default; checkpoints here are read without unpickling anything but plain values.
-    checkpoints = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
-    checkpoints.addFilter(lambda record: "weights_only" not in record.getMessage())
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)  # for a user's own classes, as with `python -m`; every process begins here
     try:
-        if words[:1] == ["plan"]:  # needs no trainer
-            plan_command.main(words[1:])
-            return
-        if words[:1] == ["prepare"]:
-            prepare_command.main(words[1:])
-            return
-        if words[:1] == ["compare"]:
-            from fomoe_pl import compare  # TensorBoard's reader is slow to import
-
-            compare.main(words[1:])
-            return
-        if words[:1] and words[0] in HUB_COMMANDS:
-            from fomoe_pl.hub import command  # not needed for training
-
-            command.main(words[0], words[1:])
-            return
-        with (
-            redirect_stdout(ForgivingStream.of(sys.stdout)),
-            redirect_stderr(ForgivingStream.of(sys.stderr)),
-            _checkpoint_in_one(words) as changed,
-        ):
-            FoMoECLI(args=args if changed is None else changed)
+        with console.heard(talk):
+            _run(words, talk)
     except SIGTERMException as stopped:
         checkpoint, number = stopped.args or (None, signal.SIGTERM)
         if speaks():
@@ -432,6 +558,8 @@ def main(args: list[str] | None = None) -> None:
             problem = str(error)  # Lightning's message for a missing file
         if problem is None:
             raise  # not caused by a setting: keep the traceback
+        if talk.verbose:
+            traceback.print_exc()
         found = config_error_in(error)
         fail(problem, found.speaks if isinstance(found, MeetingError) else None)
 

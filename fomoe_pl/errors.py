@@ -222,6 +222,16 @@ def fail(message: str, show: bool | None = None) -> NoReturn:
 class OneMessage:
     """For a command line's parser, first among its bases: errors are one message, without a page of usage."""
 
+    _actions: list[Any]
+
+    def options(self) -> set[str]:
+        """All options, dashes included, those of subcommands too."""
+        found = {option for action in self._actions for option in action.option_strings}
+        for action in self._actions:
+            for parser in action.choices.values() if isinstance(action.choices, dict) else ():
+                found |= parser.options()
+        return found
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and end."""
         fail(config_message(ex) or " ".join(message.split()))

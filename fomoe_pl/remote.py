@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, ParamSpec, TypeVar, cast
 
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.shipped import how_to_install
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -49,7 +50,7 @@ def _reaching(call: Callable[_P, _R]) -> Callable[_P, _R]:
 def _install(url: str) -> str:
     """How to get what a protocol needs."""
     if url.partition("://")[0].lower() in ("s3", "s3a", "gs", "gcs", "http", "https"):
-        return "Run: pip install 'fomoe-pl[remote]'"
+        return how_to_install("remote")
     return "Install it: the message says which"
 
 

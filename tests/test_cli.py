@@ -257,6 +257,45 @@ def test_every_name_has_a_file() -> None:
     assert {*REGISTERED} - {"single_site", "ddp_counted"} == {*STRATEGIES} - {"ddp"}
 
 
+def in_folder(root: str, folder: Path, patch: pytest.MonkeyPatch, *more: str) -> FoMoECLI:
+    """The small run, about to start in a folder."""
+    patch.chdir(folder)
+    return build(["fit", *small(root, folder), *more], patch)
+
+
+def test_a_run_is_written_beside_another(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def folder(*more: str) -> str:
+        cli = in_folder(root, tmp_path, monkeypatch, *more)
+        monkeypatch.undo()
+        return str(cli.trainer.logger.log_dir)  # type: ignore[union-attr]
+
+    first = tmp_path / "runs/run"
+    assert folder() == "runs/run/"
+    first.mkdir(parents=True)
+    (first / "report.json").touch()
+    assert (folder(), folder("--overwrite")) == ("runs/run-2/", "runs/run/")
+    assert "this one is written to runs/run-2 (--overwrite replaces" in capsys.readouterr().out
+    assert (first / "report.json").exists(), "nothing is removed before all is checked"
+    monkeypatch.setenv("RANK", "1")
+    assert folder() == "runs/run/", "other ranks ask the first one"
+    assert "run-2" not in capsys.readouterr().out
+
+
+def test_intervals_in_rounds_and_one_setting_of_a_callback(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--trainer.val_check_interval", "3 rounds", "--callbacks.ModelCheckpoint.every_n_train_steps", "2 rounds",
+            "--callbacks.ModelCheckpoint.save_top_k=1", "--trainer.accumulate_grad_batches", "5",
+            "--callbacks.CommunicationMonitor", "null", "--max_tokens", "3000"]  # fmt: skip
+    trainer: Any = in_folder(root, tmp_path, monkeypatch, *more).trainer
+    assert trainer.val_check_interval == 3 * 2 * 5
+    assert (trainer.checkpoint_callback._every_n_train_steps, trainer.checkpoint_callback.filename) == (4, "last")
+    assert "CommunicationMonitor" not in {type(callback).__name__ for callback in trainer.callbacks}
+    assert trainer.max_steps == 10, "3000 tokens at 2 sites x 5 x 2 x 16 are 9.4 steps, and a round has 2"
+
+
 def test_one_seed_is_for_all_that_have_none_of_their_own(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["fit", *QUICKSTART, "--data.root", root, "--trainer.logger", "false", "--seed_everything", "7"]
     built = build(arguments, monkeypatch)
@@ -294,7 +333,8 @@ def refused(
     monkeypatch.setattr(_SubprocessScriptLauncher, "launch", _not_reached)
 
     def message(command: str) -> str:
-        arguments = shlex.split(command.replace("CHECKPOINT", str(trained / CHECKPOINT)))
+        command = command.replace("CHECKPOINT", str(trained / CHECKPOINT)).replace("LOGS", str(trained / "runs"))
+        arguments = shlex.split(command)
         with pytest.raises(SystemExit) as end:
             cli.main([arguments[0], *small(root, tmp_path), *arguments[1:]])
         assert end.value.code == 2
@@ -330,7 +370,11 @@ ARCHITECTURE = "--model.architecture"
         (f"fit {STRATEGY}.share_device true", ["init_args.sites = None", "must be given"]),
         (f"fit {STRATEGY}.wire_dtype float16 {STRATEGY}.inner_moments average", ["wire_dtype = 'float16'", "bfloat16"]),
         ("fit --trainer.max_steps -1", ["trainer.max_steps = -1", "such as 480"]),
-        ("fit --trainer.max_epochs 1", ["trainer.max_epochs = 1", "middle of a round"]),
+        ("fit --trainer.max_epochs 1", ["trainer.max_epochs = 1", "middle of a round", "--max_tokens "]),
+        ("fit --max_tokens 0", ["max_tokens = 0", "above 0"]),
+        ("fit --trainer.strategy ddp_counted --trainer.val_check_interval '2 rounds'", ["has no rounds"]),
+        ("fit --callbacks.RunReprt.folder x", ["callbacks.RunReprt", "Did you mean RunReport"]),
+        ("fit --overwrite --ckpt_path CHECKPOINT --trainer.logger.init_args.save_dir LOGS", ["overwrite", "lies in"]),
         ("fit --trainer.max_time 00:00:01:00", ["trainer.max_time", "middle of a round"]),
         ("fit --trainer.accumulate_grad_batches 0", ["accumulate_grad_batches = 0", "at least 1"]),
         ("fit --trainer.val_check_interval 0", ["val_check_interval = 0", "positive"]),
@@ -393,7 +437,7 @@ def test_a_missing_shard_is_named(refused: Any, root: str, tmp_path: Path) -> No
 def test_the_overview_names_every_command_that_there_is(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(words)
     told = capsys.readouterr().out
-    assert [name for name in (*FoMoECLI.subcommands(), *cli.HUB_COMMANDS, "prepare", "plan") if name not in told] == []
+    assert [name for name in (*FoMoECLI.subcommands(), *cli.HUB_COMMANDS, *cli.OTHERS) if name not in told] == []
     assert max(map(len, told.splitlines())) <= 110
 
 
@@ -402,12 +446,28 @@ def test_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("fomoe-pl 0.")
 
 
+def test_completion_knows_commands_options_and_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cli.main(["completion", "bash"])
+    script = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=script, text=True, timeout=60, check=False).returncode == 0
+    asked = "; ".join(
+        f"COMP_WORDS=(fomoe {words}) COMP_CWORD={words.count(' ') + 1}; _fomoe; echo ${{COMPREPLY[*]}}"
+        for words in ("ev", "fit --model.optimizer.l", "fit --trainer.strategy.init_args.local", "fit -c strategy/dil")
+    )
+    done = subprocess.run(
+        ["bash"], input=f"{script}\n{asked}\n", text=True, capture_output=True, cwd=tmp_path, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "evaluate", "--model.optimizer.lr", "--trainer.strategy.init_args.local_steps", "strategy/diloco",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("train", "'train' is no command. Did you mean fit? There are prepare, plan"),
+        ("train", "'train' is no command. Did you mean fit? There are new, prepare, plan"),
         ("evalute model", "Did you mean evaluate?"),
-        ("xyzzy", "'xyzzy' is no command. There are prepare"),
+        ("xyzzy", "'xyzzy' is no command. There are new, prepare"),
         ("fit --trainer.max_stepz 3", "--trainer.max_stepz 3. Did you mean --trainer.max_steps?"),
         ("fit --modl.optimizer.lr=3", "Did you mean --model.optimizer.lr?"),
     ],

@@ -16,6 +16,7 @@ import yaml
 
 from fomoe_pl.callbacks import RoutingStability, RunPictures
 from fomoe_pl.cli import HUB_COMMANDS, FoMoECLI, main
+from fomoe_pl.console import split
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
@@ -74,8 +75,8 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
     if program != "python" and rest[0] in own_parsers:
         own_parsers[rest[0]]().parse_args(rest[1:])
         return
-    patch.setattr(sys, "argv", rest if program == "python" else words)
-    if program != "python" and rest[0] not in ("compare", *HUB_COMMANDS):
+    patch.setattr(sys, "argv", rest if program == "python" else split(words)[1])
+    if program != "python" and rest[0] not in ("compare", "new", *HUB_COMMANDS):
         ParsedOnly()
         return
     for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):

@@ -17,6 +17,7 @@ from fomoe_pl.callbacks.history import LoadHistory, relative_load
 from fomoe_pl.callbacks.observed import RoundCallback, observed_module, observed_strategy, watching
 from fomoe_pl.callbacks.stability import RoundView, RoutingStability, stability_of
 from fomoe_pl.errors import ConfigError, check_range
+from fomoe_pl.shipped import how_to_install
 
 
 def next_drawing(drawn_after: int, draw_every: int) -> int:
@@ -40,7 +41,7 @@ class RunPictures(RoundCallback):
       of each layer's loads, domain by expert maps of the last validation; histograms of the gates on the probe.
 
     Must come after `RoutingStability`, whose measurements it draws; without it there are no pictures of routing. Other
-    loggers get nothing. Pictures need matplotlib (`pip install "fomoe-pl[plots]"`).
+    loggers get nothing. Pictures need matplotlib (the extra `plots`).
 
     Args:
         draw_every: Fewest rounds between two drawings, which become rarer: each comes after at least half as many
@@ -72,7 +73,7 @@ class RunPictures(RoundCallback):
         self._stability = self._find_stability(trainer)
         self._draws = find_spec("matplotlib") is not None
         if not self._draws:
-            rank_zero_warn('RunPictures draws nothing without matplotlib: pip install "fomoe-pl[plots]"')
+            rank_zero_warn(f"RunPictures draws nothing without matplotlib: {how_to_install('plots')}")
         for writer, folder in _writers(trainer):
             writer.add_custom_scalars(board.layout(trainer, pl_module))
             saved = Path(folder, "config.yaml")

@@ -1,5 +1,5 @@
 """Comparison of runs: tables, plots, CSV, and one self-contained HTML page."""
 
-from fomoe_pl.compare.command import main
+from fomoe_pl.compare.command import main, make_parser
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]

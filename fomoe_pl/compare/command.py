@@ -12,14 +12,15 @@ from fomoe_pl.compare.runs import check_comparable, read_runs
 from fomoe_pl.compare.table import failures, markdown, print_table, tables, write_csv
 from fomoe_pl.errors import ConfigError, OneMessage
 from fomoe_pl.files import check_local, prepare
+from fomoe_pl.shipped import how_to_install
 
 
 class Parser(OneMessage, argparse.ArgumentParser):
     """A parser that reports one short error."""
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Read the command line; print tables, write what was asked for, check the limit."""
+def make_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         prog="fomoe compare",
         description="Runs side by side: quality, bytes, speed, memory, health of the routing.",
@@ -30,9 +31,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with tables, plots and pictures")
     parser.add_argument("--any_data", action="store_true", help="compare runs of different corpora or tokenizers too")
     parser.add_argument("--max_bits_per_byte", type=float, metavar="X", help="exit with 1 if a run is not below X")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line; print tables, write what was asked for, check the limit."""
+    options = make_parser().parse_args(arguments)
     if options.html is not None and find_spec("matplotlib") is None:
-        raise ConfigError("html", str(options.html), "needs matplotlib", 'pip install "fomoe-pl[plots]"')
+        raise ConfigError("html", str(options.html), "needs matplotlib", how_to_install("plots"))
     for key, path in (("csv", options.csv), ("html", options.html)):
         if path is not None:
             prepare(key, path)

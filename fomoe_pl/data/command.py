@@ -1,4 +1,4 @@
-"""`fomoe prepare --source data/sample --output runs/data/sample`."""
+"""`fomoe prepare --source sample --output runs/data/sample`."""
 
 import logging
 import sys
@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 from fomoe_pl.data.index import Progress
 from fomoe_pl.data.prepare import collect_statistics, prepare
 from fomoe_pl.errors import ConfigError, OneMessage
+from fomoe_pl.shipped import source_path
 
 
 class Parser(OneMessage, ArgumentParser):
@@ -28,7 +29,8 @@ def make_parser() -> Parser:
         nargs="+",
         action="extend",
         required=True,
-        help="domains: NAME=PATH (a file or a folder), or the path of a folder with one domain per entry",
+        help="domains: NAME=PATH (a file or a folder), or the path of a folder with one domain per entry; `sample` is "
+        "the texts that are installed",
     )
     parser.add_argument(
         "--validation_source",
@@ -94,6 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         ConfigError: As :func:`fomoe_pl.data.prepare.prepare`.
     """
     settings = make_parser().parse_args(arguments).as_dict()
+    settings["source"] = [source_path(given) for given in settings["source"]]
     statistics, min_count = settings.pop("statistics"), settings.pop("min_count")
     if (statistics is None) == (settings["output"] is None):
         raise ConfigError("output", settings["output"], "either a corpus is prepared or statistics are written",

@@ -17,6 +17,7 @@ Split = Literal["train", "val"]
 _log = logging.getLogger(__name__)
 _ADDRESS = "Check the address, the network and what the protocol needs to log in"
 _PREPARE = "fomoe prepare --source PATH --output"
+_PREPARE_SAMPLE = "fomoe prepare --source sample --output"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,12 @@ def read_manifest(root: str | Path) -> Manifest:
     except ConfigError as error:  # of a URL
         raise ConfigError("data.root", str(root), error.rule, error.hint) from None
     if not there:
-        raise ConfigError("data.root", str(root), f"there is no {path}", f"Prepare a corpus: {_PREPARE} {root}")
+        raise ConfigError(
+            "data.root",
+            str(root),
+            f"there is no {path}",
+            f"Prepare a corpus: {_PREPARE_SAMPLE if str(root).endswith('sample') else _PREPARE} {root}",
+        )
     again = f"Prepare it again: {_PREPARE} {root} --overwrite"
     try:
         content = json.loads(path.read_text("utf-8"))

@@ -6,6 +6,7 @@ transformers and lm-evaluation-harness are optional; `needs` says what to instal
 from importlib.util import find_spec
 
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.shipped import how_to_install
 
 EXTRAS = {"transformers": "export", "lm_eval": "evaluate"}
 
@@ -22,4 +23,4 @@ def needs(package: str, command: str) -> None:
     """
     if find_spec(package) is None:
         rule = f"needs {package}, which is not installed"
-        raise ConfigError("fomoe", command, rule, f'install it: pip install "fomoe-pl[{EXTRAS[package]}]"')
+        raise ConfigError("fomoe", command, rule, how_to_install(EXTRAS[package]))

@@ -29,14 +29,20 @@ class Parser(OneMessage, ArgumentParser):
     """A parser that reports one short error."""
 
 
-def main(command: str, arguments: list[str]) -> None:
-    """Read a command line and do what it says."""
+def make_parser(command: str) -> Any:
+    """The command line of one of `COMMANDS`."""
     run = COMMANDS[command]
     description = (run.__doc__ or "").splitlines()[0]
     parser: Any = Parser(prog=f"fomoe {command}", description=description)
     parser.add_function_arguments(run, as_positional=True)
+    return parser
+
+
+def main(command: str, arguments: list[str]) -> None:
+    """Read a command line and do what it says."""
+    parser = make_parser(command)
     options = parser.parse_args(_as_one(arguments, _BEHIND[command]) if command in _BEHIND else arguments)
-    run(**options.as_dict())
+    COMMANDS[command](**options.as_dict())
 
 
 def _as_one(words: list[str], behind: int) -> list[str]:

@@ -23,6 +23,7 @@ from fomoe_pl.planner.fit_yaml import fit_yaml
 from fomoe_pl.planner.output import answers, as_json, notes, one_of_each, pareto, plan_table, refusal_table
 from fomoe_pl.planner.plan import Planner
 from fomoe_pl.planner.request import PlanRequest
+from fomoe_pl.shipped import NamedConfig, config_path, how_to_install
 
 PLOTS = (".svg", ".png", ".pdf")
 WIDTH = 150
@@ -34,9 +35,9 @@ def read_settings(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: If it has none, or another optimizer than AdamW, whose state is counted.
     """
-    hint = "name files such as configs/model/fomoe-153m.yaml"
+    hint = "name one as `-c` of fomoe fit takes it, such as model/fomoe-153m"
     try:
-        settings: dict[str, Any] = yaml.safe_load(Path(path).read_text())["model"]
+        settings: dict[str, Any] = yaml.safe_load(Path(config_path(path, "models")).read_text())["model"]
         ModelConfig(**settings["architecture"])
     except OSError as error:
         raise ConfigError("models", path, f"cannot be read: {error.strerror}", hint) from error
@@ -65,7 +66,7 @@ def make_parser() -> Parser:
         prog="fomoe plan",
         description="What a federation can train: settings that fit, ranked by time, and why others do not.",
     )
-    parser.add_argument("-c", "--config", action="config", help="a YAML file; may be given several times")
+    parser.add_argument("-c", "--config", action=NamedConfig, help="a YAML file; may be given several times")
     parser.add_class_arguments(PlanRequest)
     parser.add_argument("--rows", type=int, default=6, help="settings shown of each model")
     parser.add_argument(
@@ -131,7 +132,7 @@ def check_files(options: Namespace) -> None:
         if Path(options.plot).suffix not in PLOTS:
             raise ConfigError("plot", options.plot, "has no ending of a picture", f"end it in {', '.join(PLOTS)}")
         if find_spec("matplotlib") is None:
-            raise ConfigError("plot", options.plot, "needs matplotlib", 'pip install "fomoe-pl[plots]"')
+            raise ConfigError("plot", options.plot, "needs matplotlib", how_to_install("plots"))
 
 
 def run(options: Namespace) -> None:
