@@ -19,6 +19,8 @@ from fomoe_pl.costs.rounds import (
     count,
     ddp_collectives,
     held_by,
+    router_collectives,
+    router_layers,
 )
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.federation import Due, averaged
@@ -93,6 +95,7 @@ def predict_bytes(
     known: dict[tuple[Due, int | None], Ledger] = {}
     for step in range(steps + 1):
         turn = federation.schedule.turn(step, steps) if step else None
+        closes = False
         if turn is not None:
             closes = turn.ends_round and federation.closes(rounds + 1, step, steps)
             what = federation.moments_due(rounds + 1), None if closes or federation.fragments == 1 else turn.fragment
@@ -112,6 +115,13 @@ def predict_bytes(
                 given = sum(t.giver == site for layer in layers for t in refresh_layer(current, layer))
                 ledger.send("shadow", given * copy_bytes(architecture, federation.shadow))
             rounds += turn.ends_round
+        if not closes and (layers := router_layers(federation.schedule, step, n_layers, steps)):
+            held = {sites: sum(layer in layers for layer, _ in current.experts_of(sites))
+                    for sites in current.holder_sets()}  # fmt: skip
+            count(ledger, router_collectives(
+                architecture, held, len(layers), n_sites=n_sites, routing=federation.routing,
+                wire_dtype=federation.wire_dtype,
+            ), site)  # fmt: skip
         for _ in range(list(validations).count(step)):
             for _ in range(evaluation_windows):
                 _evaluation(ledger, current, site, sizes, ITEMSIZE[param_dtype])

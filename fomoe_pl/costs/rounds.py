@@ -12,6 +12,7 @@ from fomoe_pl.federation.layout import fragment_of
 from fomoe_pl.federation.ledger import Kind, Ledger
 from fomoe_pl.federation.placement import Placement, place, shares, side_by_side
 from fomoe_pl.federation.report import report_numbers
+from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.federation.settings import InnerMoments, WireDtype
 from fomoe_pl.federation.transport import coded_bytes
 from fomoe_pl.model.config import ModelConfig
@@ -226,6 +227,36 @@ def fragment_collectives(
     return found
 
 
+def router_collectives(
+    architecture: ModelConfig, held: dict[tuple[int, ...], int], layers: int, *, n_sites: int, routing: Routing,
+    wire_dtype: WireDtype = "float32",
+) -> list[Collective]:  # fmt: skip
+    """What an average of routers within a round sends (`router_every`), without the message of who is left out.
+
+    Args:
+        architecture: The model.
+        held: Holder set -> number of its experts in the layers that are averaged.
+        layers: Number of these.
+        n_sites: Number of sites M.
+        routing: The routing mode: in partitioned mode an expert's row goes to its holders.
+        wire_dtype: dtype on the wire.
+    """
+    row = ITEMSIZE[wire_dtype] * (architecture.d_model + (architecture.balance == "bias"))
+    if routing == "partitioned":
+        return [Collective("expert", sites, n * row) for sites, n in held.items() if len(sites) > 1 and n]
+    if n_sites < 2 or not layers:
+        return []
+    return [Collective("dense", tuple(range(n_sites)), layers * architecture.n_experts * row)]
+
+
+def router_layers(schedule: RoundSchedule, step: int, n_layers: int, last_step: int | None = None) -> list[int]:
+    """Layers whose routers are averaged within a round after a step: those whose turn it is take that."""
+    if not schedule.routers_due(step, last_step):
+        return []
+    turn = schedule.turn(step, last_step)
+    return [i for i in range(n_layers) if turn is None or fragment_of(i, schedule.fragments) != turn.fragment]
+
+
 def ddp_collectives(architecture: ModelConfig, n_sites: int, itemsize: int = 4) -> list[Collective]:
     """What data parallelism over slow links averages in every step: all gradients, over all sites."""
     if n_sites < 2:
@@ -242,6 +273,11 @@ def control_collectives(n_sites: int) -> list[Collective]:
         return []
     everyone = tuple(range(n_sites))
     return [Collective("control", everyone, 8 * report_numbers(n_sites)), Collective("control", everyone, 8 * n_sites)]
+
+
+def left_out_collective(n_sites: int) -> Collective:
+    """The message that travels beside an average of routers: a float32 flag of each site."""
+    return Collective("control", tuple(range(n_sites)), 4 * n_sites)
 
 
 def copy_bytes(architecture: ModelConfig, shadow: Shadow) -> int:

@@ -179,6 +179,33 @@ class Federation:
         self.state.settle()
 
     @torch.no_grad()
+    def average_routers(
+        self, names: frozenset[str], left_out: LeftOut, told: Callable[[], frozenset[int]] | None = None
+    ) -> None:
+        """Average routers within a round: sites go on from the mean of their changes since the anchors.
+
+        Anchors, the outer rule's state and moments stay: the round's pseudo-gradient is still the whole way from the
+        anchors.
+
+        Args:
+            names: Of their tensors.
+            left_out: Sites that have nothing to give. They take the others' mean.
+            told: Waits for these sites, where they are not known now.
+        """
+        self.state.begin()
+        planned = [
+            Bucket(
+                kind, sites, sum(map(self._numel, taken)), partial(self._pseudo_gradients, taken),
+                partial(self._go_on_from, taken), between=True,
+            )
+            for kind, sites, pieces, _ in self._groups(None, names) if len(sites) > 1
+            for indices in buckets([self._numel(piece) for piece in pieces], self.transport.bucket_numel)
+            for taken in [joined(pieces[i] for i in indices)]
+        ]  # fmt: skip
+        Flight(planned, self.transport, left_out, 1).drain(None if told is None else told())
+        self.state.forget()
+
+    @torch.no_grad()
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Go back to the agreed values with a fresh inner state: the site's own are no numbers."""
         self.layout.fill(self.anchors)
@@ -257,6 +284,13 @@ class Federation:
             torch._foreach_add_(changes, residuals, alpha=self.feedback_decay)
         return changes
 
+    def _go_on_from(self, pieces: Sequence[Piece], mean: Tensor) -> None:
+        """Local values are the anchors less the mean of the sites' changes."""
+        locals_, anchors = self._locals(pieces), self.state.fetch(pieces)[ANCHOR]
+        parts = mean.split([anchor.numel() for anchor in anchors])
+        for local, anchor, part in zip(locals_, anchors, parts, strict=True):
+            local.copy_(anchor.to(local.dtype).float() - part.view_as(anchor))
+
     def _outer_step(self, kind: Kind, pieces: Sequence[Piece], measured: bool, mean: Tensor) -> None:
         """Anchors move by the mean of the sites' changes, and the local values are the anchors again."""
         state = self.state.fetch(pieces)
@@ -297,10 +331,12 @@ class Federation:
         layer = self.layout.expert_layer.get(name)
         return layer, () if layer is None else self.placement.residents_in(layer, self.site)
 
-    def is_finite(self) -> bool:
-        """Whether all local values of this site are finite; waits for the device."""
+    def is_finite(self, names: frozenset[str] | None = None) -> bool:
+        """Whether this site's local values of all tensors, or of some, are finite; waits for the device."""
+        tensors = self.layout.tensors
+        values = [tensors[name].detach() for name in (tensors if names is None else sorted(names))]
         # Of each the largest magnitude: isfinite would make a copy of the largest tensor, and more.
-        largest = torch._foreach_norm([t.detach() for t in self.layout.tensors.values() if t.numel()], torch.inf)
+        largest = torch._foreach_norm([t for t in values if t.numel()], torch.inf)
         return bool(torch.stack([norm.float() for norm in largest]).isfinite().all())
 
     # -- moving experts -------------------------------------------------------------------------------------------

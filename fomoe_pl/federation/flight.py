@@ -29,6 +29,7 @@ class Bucket:
         codec: Of the values on the wire; None is a cast to the transport's dtype.
         lost: Takes, before `write`, what coding has lost of this site's values, one flat float32 tensor.
         instead: Called in the place of `write` where none of the sites had anything to give.
+        between: Whether it is of no round, and may be sent while one's average is on its way; see `Transport.average`.
     """
 
     kind: Kind
@@ -39,6 +40,7 @@ class Bucket:
     codec: Codec | None = None
     lost: Callable[[Tensor], None] | None = None
     instead: Callable[[], None] = lambda: None
+    between: bool = False
 
 
 class Arrived(NamedTuple):
@@ -138,7 +140,7 @@ class Flight:
         lost: list[Tensor] = []
         pending = self._transport.average(
             bucket.kind, bucket.sites, bucket.numel, bucket.read, self._left_out, bucket.codec,
-            None if bucket.lost is None else lost.append,
+            None if bucket.lost is None else lost.append, between=bucket.between,
         )  # fmt: skip
 
         def wait() -> Arrived:

@@ -46,7 +46,12 @@ class ParameterLayout:
         Norms, biases and routers are few numbers, of which each matters.
         """
         stacked = name in self.expert_layer
-        return name in self.trained and self.tensors[name].dim() >= 2 + stacked and "router" not in name.split(".")
+        return name in self.trained and self.tensors[name].dim() >= 2 + stacked and name not in self.routers
+
+    @property
+    def routers(self) -> frozenset[str]:
+        """Names of the tensors of routers, balance biases among them."""
+        return frozenset(name for name in self.tensors if "router" in name.split("."))
 
     def fragment(self, index: int, fragments: int) -> frozenset[str]:
         """Names of the tensors of a fragment: of several the first has what is outside layers, the others layers.

@@ -32,24 +32,30 @@ class RoundSchedule:
         segments: Sorted (first step, K): from that optimizer step on, rounds are K steps long.
         fragments: That take turns within a round, one after each K / fragments steps.
         delay: Optimizer steps between the beginning of an average and the step with which it is applied.
+        router_every: Steps between two averages of the routers within a round; None: with their round alone.
     """
 
     segments: tuple[tuple[int, int], ...]
     fragments: int = 1
     delay: int = 0
+    router_every: int | None = None
 
     @classmethod
-    def parse(cls, local_steps: int | dict[int, int], fragments: int = 1, delay: int = 0) -> RoundSchedule:
+    def parse(
+        cls, local_steps: int | dict[int, int], fragments: int = 1, delay: int = 0, router_every: int | None = None
+    ) -> RoundSchedule:
         """Read the settings.
 
         Args:
             local_steps: A number K, or a mapping {first step: K} such as {0: 1, 64: 32}.
             fragments: Number of them.
             delay: In steps.
+            router_every: In steps.
 
         Raises:
             ConfigError: If K < 1, the mapping does not start at 0, or a segment is no whole number of rounds; if
-                fragments do not divide a K, or an average would not be there when the next one begins.
+                fragments do not divide a K, or an average would not be there when the next one begins; if the routers'
+                period does not divide a K above it, or there is none.
         """
         given = local_steps if isinstance(local_steps, dict) else {0: local_steps}
         numbers: list[Any] = list(given.values())
@@ -80,7 +86,22 @@ class RoundSchedule:
                     "average is applied before the next one begins"  # fmt: skip
                 hint = f"type 0 to {k // fragments - 1}, or fewer fragments, or a larger local_steps"
                 raise ConfigError("delay", delay, rule, hint)
-        return cls(segments, fragments, delay)
+        cls._check_routers(router_every, [k for _, k in segments])
+        return cls(segments, fragments, delay, router_every)
+
+    @staticmethod
+    def _check_routers(every: int | None, numbers: list[int]) -> None:
+        check_range("router_every", every, "it is in local steps: type 8, say", least=1)
+        if every is None:
+            return
+        longest = max(numbers)
+        odd = next((k for k in numbers if every < k and k % every), longest if every >= longest else None)
+        if odd is not None:
+            divisors = ", ".join(str(n) for n in range(1, min(odd, 64)) if odd % n == 0)
+            rule = (
+                f"must divide the {odd} steps of a round (local_steps), and be below them: each round averages routers"
+            )
+            raise ConfigError("router_every", every, rule, f"type one of {divisors}" if divisors else "leave it out")
 
     def __str__(self) -> str:
         """`8`, or `1 (from step 64: 32)`."""
@@ -97,6 +118,10 @@ class RoundSchedule:
         turn = self.turn(step, last_step)
         return turn is not None and turn.ends_round
 
+    def _segment(self, step: int) -> tuple[int, int]:
+        """First step and K of the part that the `step`-th step is in."""
+        return self.segments[bisect_right([s for s, _ in self.segments], step - 1) - 1]
+
     def turn(self, step: int, last_step: int | None = None) -> Turn | None:
         """Whose turn it is after `step` optimizer steps have been taken (1-based count); None between turns.
 
@@ -106,12 +131,24 @@ class RoundSchedule:
         """
         if step == last_step:
             return Turn(self.fragments - 1, True)
-        start, k = self.segments[bisect_right([s for s, _ in self.segments], step - 1) - 1]
+        start, k = self._segment(step)
         turns, between = divmod(step - start, k // self.fragments)
         if between:
             return None
         fragment = (turns - 1) % self.fragments
         return Turn(fragment, fragment == self.fragments - 1)
+
+    def routers_due(self, step: int, last_step: int | None = None) -> bool:
+        """Whether routers are averaged after `step` optimizer steps, but for those whose turn it is.
+
+        Args:
+            step: Optimizer steps taken so far.
+            last_step: The run's planned last step, with which everything is averaged.
+        """
+        if self.router_every is None or step == last_step:
+            return False
+        start, k = self._segment(step)
+        return self.router_every < k and (step - start) % self.router_every == 0
 
     def rounds(self, steps: int) -> int:
         """Number of rounds in a run of `steps` optimizer steps."""

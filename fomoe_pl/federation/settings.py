@@ -59,6 +59,8 @@ class FederationConfig:
         delay: Local steps that a site takes while an average is on its way, below K / fragments; 0 waits for it. The
             average is of the values before these steps.
         alpha: Share of the site's own values in what it goes on from, 0 to 1; 0 takes the agreed ones alone.
+        router_every: Local steps between two averages of routers, balance biases included, within a round; divides K.
+            Sites go on from the mean; anchors, the outer rule and moments wait for the round. None: with rounds alone.
         outer: Outer rule, one of `fomoe_pl.federation.outer` or your own subclass of its `OuterRule`; None is
             `Average`.
         inner_moments: What a round does to the inner optimizer's moments: keep, reset or average them.
@@ -101,6 +103,7 @@ class FederationConfig:
     fragments: int = 1
     delay: int = 0
     alpha: float = 0.0
+    router_every: int | None = None
     outer: OuterRule | None = None
     inner_moments: InnerMoments = "keep"
     moments_every: int | tuple[int, int] = 1
@@ -151,6 +154,9 @@ class FederationConfig:
         self._check_formats()
         check_range("alpha", self.alpha, "0 takes the agreed values alone", least=0, most=1)
         self.schedule, self.policy  # noqa: B018  both check themselves
+        if self.router_every is not None and self.delay and self.routing == "partitioned":
+            rule = "averages routers' rows with their experts' holders, which may be busy with an average on its way"
+            raise ConfigError("router_every", self.router_every, rule, "leave it out, or type delay 0 or routing ghost")
         if self.takes_turns and self.policy.moves and self.reshuffle_rounds == 1:
             rule = "experts move after each round, whose averages then have to be there, of all fragments at once"
             name, value = ("fragments", self.fragments) if self.fragments > 1 else ("delay", self.delay)
@@ -209,7 +215,7 @@ class FederationConfig:
     @cached_property
     def schedule(self) -> RoundSchedule:
         """When rounds end."""
-        return RoundSchedule.parse(self.local_steps, self.fragments, self.delay)
+        return RoundSchedule.parse(self.local_steps, self.fragments, self.delay, self.router_every)
 
     @property
     def takes_turns(self) -> bool:
@@ -344,6 +350,7 @@ class FederationConfig:
     def _turns_told(self) -> str:
         told = f" in {self.fragments} fragments" if self.fragments > 1 else ""
         told += f", applied {self.delay} steps later" if self.delay else ""
+        told += f", routers every {self.router_every}" if self.router_every else ""
         return told + (f" (alpha {self.alpha:g})" if self.alpha else "")
 
     def _moments_told(self) -> str:

@@ -178,7 +178,7 @@ class Transport:
     def average(
         self, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
         left_out: LeftOut = LeftOut(), codec: Codec | None = None,  # noqa: B008  never changed
-        lost: Callable[[Tensor], None] | None = None,
+        lost: Callable[[Tensor], None] | None = None, *, between: bool = False,
     ) -> Pending:  # fmt: skip
         """Start to average values over the sites of a holder set; every site of it calls this in the same order.
 
@@ -193,6 +193,8 @@ class Transport:
             lost: Takes, before the mean is there, what coding has lost of this site's values, flat float32. The mean
                 over the sites of values less what was lost is the mean that all get; a site that is left out has
                 lost nothing, nor is anybody told what coding the mean of its slice has lost.
+            between: Keep out of the groups in which averages travel beside the site's computation; for values that are
+                not coded, and are waited for at once.
 
         Returns:
             What waits for the mean: one flat float32 tensor, on the tensors' own device.
@@ -203,12 +205,12 @@ class Transport:
                 lost(torch.zeros_like(alone))
             return Pending(lambda: alone)
         if self._alone:
-            return self._start_average(kind, sites, numel, read, left_out, codec, lost)
+            return self._start_average(kind, sites, numel, read, left_out, codec, lost, between=between)
         kept: list[Tensor] = []
         note = None if lost is None else kept.append
         started = None
         if self.speaks:
-            started = self._start_average(kind, sites, numel, read, left_out, codec, note)
+            started = self._start_average(kind, sites, numel, read, left_out, codec, note, between=between)
 
         def mean() -> Tensor:
             told = torch.empty(numel, dtype=torch.float32, device=self.home) if started is None else started.wait()
@@ -223,14 +225,14 @@ class Transport:
 
     def _start_average(
         self, kind: Kind, sites: tuple[int, ...], numel: int, read: Callable[[], Sequence[Tensor]],
-        left_out: LeftOut, codec: Codec | None, lost: Callable[[Tensor], None] | None,
+        left_out: LeftOut, codec: Codec | None, lost: Callable[[Tensor], None] | None, *, between: bool,
     ) -> Pending:  # fmt: skip
         """As `average`, of several sites, on the rank that speaks for its site."""
         if codec is not None:
             average = self._average_gathered if are_gathered(codec, len(sites)) else self._average_coded
             return average(codec, kind, sites, numel, read, left_out, lost)
         buffer = self._filled(numel, None if self.topology.site in left_out.known else read)
-        wait = self._start_all_reduce(kind, buffer, sites)
+        wait = self._start_all_reduce(kind, buffer, sites, between=between)
 
         def mean() -> Tensor:
             wait()
@@ -451,11 +453,14 @@ class Transport:
             return []
         return found or ["slices of other ranks"]
 
-    def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], None]:
+    def _start_all_reduce(
+        self, kind: Kind, buffer: Tensor, sites: tuple[int, ...], *, between: bool = False
+    ) -> Callable[[], None]:
         """Begin to add a buffer over sites in place; returns what waits until it is done."""
         self.ledger.all_reduce(kind, buffer.nbytes, len(sites))
         with sites_watched(self.topology, self.patience):
-            work = dist.all_reduce(buffer, group=self._averages[sites], async_op=True)
+            group = (self._groups if between else self._averages)[sites]
+            work = dist.all_reduce(buffer, group=group, async_op=True)
 
         return lambda: self._wait(work)
 

@@ -90,6 +90,7 @@ class Choice:
     moments_every: int = 1
     fragments: int = 1
     delay: int = 0
+    router_every: int | None = None
 
     @property
     def wire_codec(self) -> WireFormat | None:

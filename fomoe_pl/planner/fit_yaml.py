@@ -59,6 +59,7 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
                 "placement": "fixed",
                 "local_steps": c.local_steps,
                 **({"fragments": c.fragments, "delay": c.delay} if c.fragments > 1 or c.delay else {}),
+                **({"router_every": c.router_every} if c.router_every else {}),
                 "outer": _NESTEROV if nesterov else None,
                 "inner_moments": "average" if c.averages_moments else "keep",
                 **(moments if c.averages_moments else {}),

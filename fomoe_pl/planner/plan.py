@@ -18,13 +18,19 @@ from fomoe_pl.costs.rounds import (
     ddp_collectives,
     evaluation_bytes,
     fragment_collectives,
+    held_when_fixed,
+    left_out_collective,
     refresh_bytes,
+    router_collectives,
+    router_layers,
     stored_elsewhere_bytes,
 )
 from fomoe_pl.costs.time import run_seconds, step_seconds, step_work, validation_work, waiting_seconds
 from fomoe_pl.federation.placement import shares, valid_overlaps
+from fomoe_pl.federation.schedule import RoundSchedule
 from fomoe_pl.federation.settings import FORMATS, OuterPlace
 from fomoe_pl.model.config import Checkpointing, ModelConfig
+from fomoe_pl.model.residency import Routing
 from fomoe_pl.planner.choices import Choice, Plan, Refusal, RunLength, Saving, divisions
 from fomoe_pl.planner.quality import measured_quality
 from fomoe_pl.planner.request import Layout, Method, PlanRequest
@@ -139,7 +145,14 @@ class Planner:
                     choice = Choice(self.name, layout, m, overlap, method, routing, wire_dtype, k)
                     for rounds in self.request.moments_every if choice.averages_moments else (1,):
                         for fragments, delay in self._turns(k):
-                            yield replace(choice, moments_every=rounds, fragments=fragments, delay=delay)
+                            yield replace(choice, moments_every=rounds, fragments=fragments, delay=delay,
+                                          router_every=self._router_every(k, delay, routing))  # fmt: skip
+
+    def _router_every(self, local_steps: int, delay: int, routing: Routing) -> int | None:
+        every = self.request.router_every
+        if every is None or local_steps % every or every >= local_steps or (delay and routing == "partitioned"):
+            return None
+        return every
 
     def _turns(self, local_steps: int) -> Iterator[tuple[int, int]]:
         """Fragments and delays that rounds of so many steps, and the layers, allow."""
@@ -158,6 +171,22 @@ class Planner:
             wire_dtype=choice.cast_dtype, inner_moments="average" if choice.averages_moments else "keep",
             codec=FORMATS.get(choice.wire_codec or ""), moments_codec=FORMATS.get(choice.moments_codec or ""),
         )  # fmt: skip
+
+    def _routers_of(self, choice: Choice) -> list[list[Collective]]:
+        """Of each average of routers within a round, the message of who is left out among them."""
+        schedule = RoundSchedule.parse(choice.local_steps, choice.fragments, choice.delay, choice.router_every)
+        found = []
+        for step in range(1, choice.local_steps + 1) if choice.router_every else ():
+            if layers := router_layers(schedule, step, self.config.n_layers):
+                held = held_when_fixed(self.config, choice.sites, choice.overlap, layers)
+                found.append([
+                    left_out_collective(choice.sites),
+                    *router_collectives(
+                        self.config, held, len(layers), n_sites=choice.sites, routing=choice.routing,
+                        wire_dtype=choice.cast_dtype,
+                    ),
+                ])  # fmt: skip
+        return found
 
     def _resident(self, choice: Choice) -> int:
         return max(shares(self.config.n_experts, choice.sites, choice.overlap))
@@ -358,6 +387,9 @@ class Planner:
             hidden = waiting_seconds([one], delay=choice.delay, seconds_per_step=seconds) / one if one else 0.0
             waited += hidden * seconds_of_copies / request.shadow_refresh
             sent += max(links.leaving(copies)) / request.shadow_refresh
+        for routers in self._routers_of(choice) if choice.sites > 1 else ():
+            waited, round_seconds = (total + links.round_seconds(routers) for total in (waited, round_seconds))
+            sent += max(links.sent_by_place(routers))
         windows = -(-self._validation_batches(choice, batch) // request.evaluation_window)
         gathered = 0.0 if choice.method == "ddp" else evaluation_bytes(
             self.config, n_sites=choice.sites, overlap=choice.overlap, routing=choice.routing,
@@ -396,6 +428,6 @@ class Planner:
                 method=choice.method, routing=choice.routing, sites=choice.sites, overlap=choice.overlap,
                 local_steps=k, wire_dtype=choice.wire_dtype, moments_every=choice.moments_every,
                 shadow_bits=request.shadow_bits, shadow_refresh=request.shadow_refresh,
-                turns=choice.fragments > 1 or choice.delay > 0,
+                turns=choice.fragments > 1 or choice.delay > 0 or choice.router_every is not None,
             ),
         )  # fmt: skip

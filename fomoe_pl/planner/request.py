@@ -46,6 +46,8 @@ class PlanRequest:
         moments_every: Rounds between two averages of the moments, with `local_adamw`.
         fragments: Numbers of parts of the model that take turns in a round, where K and the layers allow them.
         delays: Local steps that a site takes while an average is on its way, where they are below K / fragments.
+        router_every: Local steps between two averages of routers within a round, where it divides K and is below it;
+            null is none.
         layouts: `one` device per site; `each` device a site of its own; `sharded`: a site's devices share its
             model, which `fomoe fit` runs where all sites have as many, without copies of absent experts.
         outer_states: Where anchors and outer momentum may live; on the `host` where memory is short.
@@ -84,6 +86,7 @@ class PlanRequest:
     moments_every: list[int] = field(default_factory=lambda: [1])
     fragments: list[int] = field(default_factory=lambda: [1])
     delays: list[int] = field(default_factory=lambda: [0])
+    router_every: int | None = None
     layouts: list[Layout] = field(default_factory=lambda: ["one", "each", "sharded"])
     outer_states: list[OuterPlace] = field(default_factory=lambda: ["device", "host"])
     precision: Precision = "bf16-mixed"
@@ -135,6 +138,10 @@ class PlanRequest:
                    for delay in self.delays):  # fmt: skip
             rule = "fit no K of local_steps: fragments must divide it, and delays be below K / fragments"
             raise ConfigError("fragments", self.fragments, rule, "add 1, and 0 to delays")
+        check_range("router_every", self.router_every, "it is in local steps: type 8, say", least=1)
+        if (every := self.router_every) and not any(every < k and k % every == 0 for k in self.local_steps):
+            rule = "divides no K of local_steps and is below it"
+            raise ConfigError("router_every", every, rule, "type half of one, say, or leave it out")
         for wire in self.wire_dtypes:
             check_choice("wire_dtypes", wire, Wire)
         check_choice("shadow_bits", self.shadow_bits, ShadowBits)

@@ -108,13 +108,16 @@ class Rounds:
         turn = self._settings.schedule.turn(step, self.last_step)
         copies_due = self._copies is not None and step == self._copies[0] + delay
         average_due = self._on_its_way is not None and step == self._on_its_way.begun + delay
-        if turn is None and not copies_due and not average_due:
+        routers_due = site.topology.n_sites > 1 and self._settings.schedule.routers_due(step, self.last_step)
+        if turn is None and not copies_due and not average_due and not routers_due:
             return False
         site.wait_for_device()  # else the queue of local work would be charged to the round
         start, watched = time.perf_counter(), site.watch_seconds
         if turn is not None and turn.ends_round and self._settings.closes(site.rounds_done + 1, step, self.last_step):
             self._close(optimizer)
         else:
+            if routers_due:
+                self._average_routers(turn)
             if copies_due:
                 self._put_copies()
             if average_due:
@@ -138,6 +141,19 @@ class Rounds:
             self._send_copies(names)
             self._put_copies()
         self._end_turn(turn)
+
+    def _average_routers(self, turn: Turn | None) -> None:
+        """Average all routers within a round, but those whose turn it is; who is left out travels beside them."""
+        site, federation, topology = self._site, self._federation, self._site.topology
+        names = federation.layout.routers - (frozenset() if turn is None else self._names(turn))
+        if not names:
+            return
+        bad = torch.zeros(topology.n_sites)
+        bad[topology.site] = not federation.is_finite(names)
+        bad = site.sum_in_site(bad)  # on any of its ranks
+        out = frozenset({topology.site} if bad[topology.site] else ())
+        there, told = federation.transport.start_sum("control", bad.to(federation.transport.home), of_slices=True)
+        federation.average_routers(names, LeftOut(out, there), lambda: frozenset(told().nonzero().flatten().tolist()))
 
     def _close(self, optimizer: torch.optim.Optimizer) -> None:
         """End a round with everything agreed, and nothing on its way."""

@@ -13,6 +13,7 @@ from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import RowAdamW
 from fomoe_pl.federation.layout import ParameterLayout
 from fomoe_pl.federation.ledger import Kind, Ledger
+from fomoe_pl.federation.left_out import LeftOut
 from fomoe_pl.federation.outer import Average, Nesterov, OuterRule
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.federation.shadow import Copies
@@ -74,6 +75,9 @@ CASES: list[tuple[ModelConfig, dict[str, Any]]] = [
     (SWIGLU, {"overlap": 2, "outer": AVERAGE, "routing": "shadow", "wire_codec": "int4", "inner_moments": "average",
               "moments_every": 2, "fragments": 2, "delay": 1}),
     (ARCHITECTURE, {"overlap": 3, "outer": NESTEROV, "fragments": 2, "placement": "random", "reshuffle_rounds": 2}),
+    # Routers within rounds.
+    (SWIGLU, {"overlap": 2, "outer": NESTEROV, "router_every": 1, "fragments": 2, "wire_dtype": "bfloat16"}),
+    (SWIGLU, {"overlap": 2, "outer": AVERAGE, "router_every": 2, "routing": "partitioned", "placement": "random"}),
     # The embedding is cut.
     (replace(ARCHITECTURE, vocab_size=40_037), {"overlap": 1, "outer": AVERAGE, "moments_codec": "int8",
                                                 "inner_moments": "average", "bucket_mib": 1}),
@@ -123,7 +127,12 @@ def _count(
             for p in model.parameters():
                 p.grad = torch.ones_like(p)
             optimizer.step()
-        if step and (turn := settings.schedule.turn(step, steps)) is not None:
+        turn = settings.schedule.turn(step, steps) if step else None
+        if step and settings.schedule.routers_due(step, steps):
+            done = frozenset() if turn is None else layout.fragment(turn.fragment, settings.fragments)
+            if not (turn and turn.ends_round and settings.closes(rounds + 1, step, steps)):
+                federation.average_routers(layout.routers - done, LeftOut())
+        if turn is not None:
             closes = turn.ends_round and settings.closes(rounds + 1, step, steps)
             names = None if closes else layout.fragment(turn.fragment, settings.fragments)
             federation.finish(federation.begin(optimizer, due=settings.moments_due(rounds + 1), names=names))

@@ -13,7 +13,7 @@ from fomoe_pl.federation.placement import Placement, PlacementKind, place
 
 LAYERS, EXPERTS, SITES = 2, 4, 4
 DENSE = {"embedding": (5, 3), "norm": (3,)}
-DENSE_BUFFER = {"dense_bias": (4,)}
+DENSE_BUFFER = {"router.dense_bias": (4,)}
 SPARSE = {"w_in": (3, 2), "w_out": (2, 3)}
 SPARSE_BUFFER = {"expert_bias": ()}
 LR, BETAS, EPS = 0.05, (0.9, 0.95), 1e-8

@@ -1,4 +1,4 @@
-"""Fragments that take turns, and averages applied some steps later, equal a simulation of all sites in one process."""
+"""Fragments' turns, averages applied later and routers' own period equal a simulation of all sites in one process."""
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -42,6 +42,7 @@ class Overlap:
     periods: tuple[int, int] = (1, 1)
     nesterov: bool = False
     local_steps: int = 4
+    router_every: int | None = None
     out: tuple[tuple[int, int], ...] = ()  # steps with whose turn a site has nothing to give
 
     @property
@@ -50,7 +51,7 @@ class Overlap:
 
     @property
     def schedule(self) -> RoundSchedule:
-        return RoundSchedule.parse(self.local_steps, self.fragments, self.delay)
+        return RoundSchedule.parse(self.local_steps, self.fragments, self.delay, self.router_every)
 
     def due(self, rounds: int) -> tuple[bool, bool]:
         return rounds % self.periods[0] == 0, rounds % self.periods[1] == 0
@@ -69,15 +70,19 @@ CASES = [
     replace(LEAN, delay=2, out=((4, 1), (8, 0))),
     Overlap(delay=2, out=((4, 2),)),
     Overlap(fragments=2, inner_moments="keep", nesterov=True, out=((4, 1), (4, 2), (6, 3))),
+    Overlap(router_every=2, nesterov=True, out=((2, 3), (6, 0))),
+    replace(LEAN, fragments=2, delay=1, router_every=1, alpha=0.5),
+    replace(LEAN, delay=3, router_every=2, out=((2, 1), (4, 2))),
 ]  # fmt: skip
 CASE = Case(overlap=2)
 
 
 def layout_of(site: int) -> ParameterLayout:
-    """The toy's tensors, and one of a layer that is no expert's."""
+    """The toy's tensors, and two of a layer that are no expert's."""
     layout = toy_layout(CASE.place(0), site)
-    tensors = {**layout.tensors, "layers.1.scale": draw("scale", shape=(3,)).requires_grad_()}
-    return ParameterLayout(tensors, layout.expert_layer, layout.trained | {"layers.1.scale"})
+    more = {"layers.1.scale": draw("scale", shape=(3,)), "layers.1.router.weight": draw("router", shape=(4, 2))}
+    tensors = {**layout.tensors, **{name: tensor.requires_grad_() for name, tensor in more.items()}}
+    return ParameterLayout(tensors, layout.expert_layer, layout.trained | more.keys())
 
 
 def adamw(layout: ParameterLayout) -> RowAdamW:
@@ -117,6 +122,14 @@ def run_on(rank: int, of: Overlap) -> list[dict[str, Tensor]]:
     for step in range(1, of.steps + 1):
         local_step(CASE, federation, optimizer, step)
         turn = of.schedule.turn(step, of.steps)
+        if of.schedule.routers_due(step, of.steps):
+            flags = torch.zeros(SITES)
+            flags[rank] = (step, rank) in of.out
+            known = LeftOut(frozenset({rank} if flags[rank] else ()), (sums := wire.start_sum("control", flags))[0])
+            names = layout.routers - (layout.fragment(turn.fragment, of.fragments) if turn else frozenset())
+            federation.average_routers(
+                names, known, lambda wait=sums[1]: frozenset(wait().nonzero().flatten().tolist())
+            )
         if flight is not None and step in (begun + of.delay, of.steps):
             out = frozenset(told()[1].nonzero().flatten().tolist())
             federation.finish(flight, out, alpha=of.alpha)
@@ -209,6 +222,11 @@ def simulate(of: Overlap) -> list[list[dict[str, Tensor]]]:
         for s in sites:
             local_step(CASE, s, s.optimizer, step)
         closes = step == of.steps
+        if of.schedule.routers_due(step, of.steps):
+            turn = of.schedule.turn(step, of.steps)
+            names = sites[0].layout.fragment(turn.fragment, of.fragments) if turn else frozenset()
+            average_routers(sites, {"layers.1.router.weight", "router.dense_bias"} - names,
+                            {site for at, site in of.out if at == step})  # fmt: skip
         if on_its_way and (closes or step == on_its_way[0] + of.delay):
             apply(sites, of, *on_its_way[1:], alpha=of.alpha)
             on_its_way = None
@@ -224,6 +242,14 @@ def simulate(of: Overlap) -> list[list[dict[str, Tensor]]]:
         for s, own in zip(sites, history, strict=True):
             own.append(state_of(s))
     return history
+
+
+def average_routers(sites: list[Simulated], names: set[str], out: set[int]) -> None:
+    """All sites go on from the mean of those that are not left out; nothing else changes."""
+    for name in names:
+        mean = sum(s.layout.tensors[name].detach() for s in sites if s.site not in out) / (len(sites) - len(out))
+        for s in sites:
+            s.layout.tensors[name].detach().copy_(mean)
 
 
 def begin(

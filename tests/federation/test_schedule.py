@@ -51,6 +51,28 @@ def test_fragments_take_turns(local_steps: Any, fragments: int, turns: dict[int,
     assert schedule.turn(9, last_step=9) == (fragments - 1, True)
 
 
+def test_routers_have_a_period_of_their_own() -> None:
+    schedule = RoundSchedule.parse({0: 2, 4: 6}, 2, 0, 3)
+    assert [step for step in range(1, 17) if schedule.routers_due(step, 16)] == [7, 10, 13]
+    assert not any(RoundSchedule.parse(4).routers_due(step) for step in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("local_steps", "every", "message"),
+    [
+        (8, 0, "at least 1"),
+        (8, 3, "must divide the 8 steps .* Type one of 1, 2, 4"),
+        ({0: 4, 8: 6}, 4, "must divide the 6 steps"),
+        (8, 8, "be below them"),
+        (1, 1, "Leave it out"),
+    ],
+)
+def test_periods_of_routers_that_cannot_work(local_steps: Any, every: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        RoundSchedule.parse(local_steps, router_every=every)
+    assert error.value.key == "router_every"
+
+
 @pytest.mark.parametrize(
     ("local_steps", "message"),
     [

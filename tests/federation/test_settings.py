@@ -41,6 +41,8 @@ ROOT = Path(__file__).parents[2]
         ({"alpha": -0.1}, "alpha", "0 takes the agreed values alone"),
         ({"delay": 1, "placement": "random"}, "delay", "type a larger reshuffle_rounds"),
         ({"fragments": 2, "placement": "random"}, "fragments", "experts move after each round"),
+        ({"router_every": 5}, "router_every", "Type one of 1, 2, 4, 8, 16"),
+        ({"router_every": 8, "delay": 2, "routing": "partitioned"}, "router_every", "type delay 0 or routing ghost"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], key: str, told: str) -> None:

@@ -182,6 +182,26 @@ def test_formats_and_periods_are_those_of_the_ledger() -> None:
     assert by["int4", 1].checkpoint["site"] - by["float32", 1].checkpoint["site"] == lost
 
 
+@pytest.mark.parametrize("routing", ["ghost", "partitioned"])
+def test_routers_within_rounds_are_those_of_the_ledger(routing: str) -> None:
+    settings = {"methods": ["local_sgd"], "overlaps": [2], "routings": [routing], "wire_dtypes": ["float32"],
+                "local_steps": [8], "fragments": [2], "validations": 1}  # fmt: skip
+    [[plain], [often]] = (planned(**settings, router_every=every)[0] for every in (None, 2))
+    written = fit_settings(often, request(**settings), plan_command.read_settings(TINY))
+    federation = FederationConfig(**written["trainer"]["strategy"]["init_args"])
+    assert (federation.router_every, plain.choice.router_every) == (2, None)
+    steps, config = often.length.steps, read_model(TINY)
+    with_routers, without = (
+        predict_bytes(config, one, n_sites=4, site=0, steps=steps).total_wire
+        for one in (federation, replace(federation, router_every=None))
+    )
+    # The run's last round has the routers of the first fragment's turn with all the others, and none for the last.
+    assert often.sent_per_round - plain.sent_per_round == pytest.approx((with_routers - without) / (steps / 8), rel=0.1)
+    assert often.waiting_seconds > plain.waiting_seconds
+    with pytest.raises(ConfigError, match="divides no K"):
+        request(router_every=3, local_steps=[8])
+
+
 def planned_of(config: ModelConfig, asked: PlanRequest) -> Plan:
     """The fastest."""
     return Planner("model", config, asked).results[0][0]

@@ -27,6 +27,7 @@ from tests.training import ARCHITECTURE, STRATEGIES, Run, fit, from_yaml, launch
 pytestmark = pytest.mark.timeout(900)
 BATCH = {"batch_size": 4, "val_batch_size": 4, "val_sequences": 14}
 FEDERATED = [name for name in STRATEGIES if from_yaml(name)[0] == "federated" and name != "local_adamw_lean"]
+WITH_ROUTERS = ("fomoe_random", "fomoe_partitioned")  # which are averaged within rounds too
 QUICK = ("fomoe_random", "fomoe_shadow", "fomoe_overlapped")  # the others' test is a slow one
 
 
@@ -81,7 +82,7 @@ def _two_sites(rank: int, root: str, folder: str, names: list[str]) -> dict[str,
     results: dict[str, Any] = {}
     with launched_as(rank, 4, folder):
         for name in names:
-            settings = from_yaml(name)[1]
+            settings = from_yaml(name)[1] | ({"router_every": 1} if name in WITH_ROUTERS else {})
             run = Run(
                 root=root, folder=folder, settings=short_rounds(settings, 2) | {"check_agreement": True}, data=BATCH,
                 trainer={"max_steps": 6, "gradient_clip_val": 0.5, "limit_val_batches": None, "val_check_interval": 5},

@@ -34,6 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # The file's own is saved with an average on its way, these with copies, a fragment, and after the others' turns.
     "fomoe_shadow copies": {"settings": {"local_steps": 3, "delay": 1}},
     "fomoe_diloco turns": {"settings": {"local_steps": 6, "fragments": 3, "delay": 1, "alpha": 0.25}},
+    "fomoe_diloco routers": {"settings": {"local_steps": 3, "router_every": 1}, "architecture": {"balance": "bias"}},
+    "fomoe_overlapped routers": {"settings": {"local_steps": 3, "delay": 2, "router_every": 1}},
     "fomoe_random turns": {"settings": {"fragments": 2, "reshuffle_rounds": 2}},
     "fomoe_shadow random": {"settings": {"placement": "random", "reshuffle_rounds": 1, "shadow_refresh": 3}},
 }

@@ -50,9 +50,11 @@ class NotedTransport(Transport):
         super().__init__(*arguments, **options)
         self.noted: list[tuple[Kind, int, tuple[int, ...]]] = []
 
-    def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], None]:
+    def _start_all_reduce(
+        self, kind: Kind, buffer: Tensor, sites: tuple[int, ...], *, between: bool = False
+    ) -> Callable[[], None]:
         self.noted.append((kind, buffer.numel(), sites))
-        return super()._start_all_reduce(kind, buffer, sites)
+        return super()._start_all_reduce(kind, buffer, sites, between=between)
 
     def alone(self) -> float:
         """Seconds of the noted averages, two of them on their way at a time, as in a round."""

@@ -46,7 +46,9 @@ class MirrorTransport(Transport):
     def _new_group(self, sites: tuple[int, ...], slices: bool, timeout: timedelta | None) -> None:
         """There is nobody to meet."""
 
-    def _start_all_reduce(self, kind: Kind, buffer: Tensor, sites: tuple[int, ...]) -> Callable[[], Any]:
+    def _start_all_reduce(
+        self, kind: Kind, buffer: Tensor, sites: tuple[int, ...], *, between: bool = False
+    ) -> Callable[[], Any]:
         self.ledger.all_reduce(kind, buffer.nbytes, len(sites))
         return partial(buffer.mul_, len(sites))
 

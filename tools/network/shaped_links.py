@@ -86,9 +86,9 @@ class TimedTransport(Transport):
 
     seconds = 0.0
 
-    def _start_all_reduce(self, *arguments: Any) -> Callable[[], None]:
+    def _start_all_reduce(self, *arguments: Any, **options: Any) -> Callable[[], None]:
         with self._timed():
-            wait = super()._start_all_reduce(*arguments)
+            wait = super()._start_all_reduce(*arguments, **options)
 
         def timed() -> None:
             with self._timed():
