@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fomoe_pl import __version__, completion, console, new
+from fomoe_pl import __version__, completion, console, new, sweep
 from fomoe_pl.adjust import KEY, changed_callbacks, changes_in_steps, in_steps, merged_changes, steps_for
 from fomoe_pl.callbacks.curves import CurvesOnFullDisk, ResumedRows
 from fomoe_pl.callbacks.report import RunReport
@@ -64,13 +64,14 @@ KEY_PATHS |= dict.fromkeys(
     {*signature(FederationConfig).parameters, *signature(FederatedStrategy).parameters}, "trainer.strategy.init_args."
 ) | dict.fromkeys(signature(ModelConfig).parameters, "model.architecture.")
 HUB_COMMANDS = ("export", "import", "generate", "evaluate")
-OTHERS = ("new", "prepare", "plan", "compare", "completion")
+OTHERS = ("new", "prepare", "plan", "sweep", "compare", "completion")
 COMMANDS = {
     "new": "a commented file for a run of your own; --list: which configurations there are",
     "prepare": "make a corpus from text",
     "plan": "which settings a federation can run, and what they cost",
     "fit": "train",
     "validate": "the global model of a checkpoint on the corpus' validation text",
+    "sweep": "a grid of runs, one after the other; goes on where it stopped",
     "compare": "runs side by side, in the terminal and on a page",
     "export": "a checkpoint as a Hugging Face folder",
     "import": "a Hugging Face folder as a checkpoint to train on",
@@ -471,8 +472,8 @@ def _run(words: list[str], talk: Talk) -> None:
         from fomoe_pl import compare  # TensorBoard's reader is slow to import
 
         compare.main(rest)
-    elif name in ("new", "plan", "prepare"):
-        {"new": new, "plan": plan_command, "prepare": prepare_command}[name].main(rest)
+    elif name in ("new", "plan", "prepare", "sweep"):
+        {"new": new, "plan": plan_command, "prepare": prepare_command, "sweep": sweep}[name].main(rest)
     else:
         merged = merged_changes(words)
         with (
@@ -497,7 +498,8 @@ def _all_options() -> dict[str, set[str]]:
 
     found: dict[str, set[str]] = {name: set() for name in COMMANDS}
     parsers: dict[str, Any] = {
-        "new": new.make_parser(), "plan": plan_command.make_parser(), "prepare": prepare_command.make_parser(),
+        "new": new.make_parser(), "sweep": sweep.make_parser(), "plan": plan_command.make_parser(),
+        "prepare": prepare_command.make_parser(),
         "compare": compare.make_parser(), **{name: command.make_parser(name) for name in HUB_COMMANDS},
         **dict.fromkeys(FoMoECLI.subcommands(), _fit_parser()),
     }  # fmt: skip

@@ -17,6 +17,7 @@ ORDER = (
     "__main__",
     "cli",
     "new",
+    "sweep",
     "completion",
     "console",
     "adjust",

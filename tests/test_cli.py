@@ -119,8 +119,9 @@ def test_a_checkpoint_is_the_model_that_python_loads(trained: Path, root: str) -
     assert loss == pytest.approx(report(trained)["validation"]["val/loss"], rel=1e-5)
 
 
-def test_the_readme_loads_it_too(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_documents_load_it_too(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/tutorials/to-hugging-face.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(code.replace("runs/quickstart/checkpoints/last.ckpt", str(trained / CHECKPOINT)), {})
     assert capsys.readouterr().out.count("tensor") == 2  # the load of each layer
 

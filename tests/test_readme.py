@@ -76,7 +76,7 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
         own_parsers[rest[0]]().parse_args(rest[1:])
         return
     patch.setattr(sys, "argv", rest if program == "python" else split(words)[1])
-    if program != "python" and rest[0] not in ("compare", "new", *HUB_COMMANDS):
+    if program != "python" and rest[0] not in ("compare", "new", "sweep", *HUB_COMMANDS):
         ParsedOnly()
         return
     for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):

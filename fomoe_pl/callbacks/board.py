@@ -11,57 +11,59 @@ from fomoe_pl.callbacks.stability import RoundView, stability_of
 from fomoe_pl.costs.memory import MIB
 from fomoe_pl.model.sizes import active_parameters, parameter_counts
 
-# Group -> chart -> tags; `*` stands for what follows.
-CHARTS: dict[str, dict[str, list[str]]] = {
+# Group -> chart -> tag. One tag a chart: each of several runs is one line in its colour.
+CHARTS: dict[str, dict[str, str]] = {
     "1 Quality": {
-        "loss (nats a token)": ["round/train_loss", "val/loss"],
-        "bits per byte": ["val/bits_per_byte"],
-        "bits per byte by domain": ["val/bits_per_byte/*"],
-        "what routing is worth (nats a token)": ["val/routing_necessity_nats", "val/own_view_gap_nats"],
+        "bits per byte": "val/bits_per_byte",
+        "validation loss (nats a token)": "val/loss",
+        "training loss, mean of the sites (nats a token)": "round/train_loss",
+        "what routing is worth (nats a token)": "val/routing_necessity_nats",
+        "what a site's own view lacks (nats a token)": "val/own_view_gap_nats",
     },
     "2 Are experts alive?": {
-        "load entropy (1 = even)": ["routing/load_entropy/mean", "routing/live_load_entropy/mean", "val/load_entropy"],
-        "load entropy by layer (1 = even)": ["routing/load_entropy/layer_*"],
-        "MaxVio (0 = even)": ["routing/max_violation/mean", "routing/live_max_violation/mean", "val/max_violation"],
-        "starved experts of a layer": ["routing/starved_experts/mean", "routing/live_starved_experts/mean"],
-        "ghost fraction": ["routing/ghost_fraction/mean"],
-        "ghost fraction beyond even routing": ["routing/ghost_excess/mean"],
-        "picks that copies served (share)": ["routing/copy_fraction/mean"],
-        "picks that copies served beyond even routing": ["routing/copy_excess/mean"],
+        "load entropy (1 = even)": "routing/load_entropy/mean",
+        "load entropy in validation (1 = even)": "val/load_entropy",
+        "MaxVio (0 = even)": "routing/max_violation/mean",
+        "starved experts of a layer": "routing/starved_experts/mean",
+        "load entropy of live experts (1 = even)": "routing/live_load_entropy/mean",
+        "starved live experts of a layer": "routing/live_starved_experts/mean",
+        "ghost fraction": "routing/ghost_fraction/mean",
+        "ghost fraction beyond even routing": "routing/ghost_excess/mean",
+        "picks that copies served (share)": "routing/copy_fraction/mean",
+        "picks that copies served beyond even routing": "routing/copy_excess/mean",
     },
     "3 Is the router settled?": {
-        "picks changed (share)": ["routing/churn/mean", "routing/sync_jump/mean"],
-        "churn by layer (share of picks)": ["routing/churn/layer_*"],
-        "saturation (share of the last picks)": ["routing/saturation/mean"],
-        "gates of the picks (quantiles)": ["routing/gate_q10/mean", "routing/gate_q50/mean", "routing/gate_q90/mean"],
-        "gate entropy (1 = undecided)": ["routing/gate_entropy/mean"],
-        "similarity of router rows (cosine)": ["routing/row_similarity/mean"],
-        "domain information of a pick (bits)": ["val/domain_information_bits"],
+        "churn: picks changed since the last look (share)": "routing/churn/mean",
+        "picks that an average changes (share)": "routing/sync_jump/mean",
+        "saturation (share of the last picks)": "routing/saturation/mean",
+        "median gate of the picks": "routing/gate_q50/mean",
+        "gate entropy (1 = undecided)": "routing/gate_entropy/mean",
+        "similarity of router rows (cosine)": "routing/row_similarity/mean",
+        "domain information of a pick (bits)": "val/domain_information_bits",
     },
     "4 Do sites stay together?": {
-        "agreement of routers before averaging": ["routing/site_agreement/mean"],
-        "drift of holders (relative)": ["routing/drift/mean", "pseudo_gradient/dense_drift"],
-        "cosine of pseudo-gradients": ["routing/drift_cosine/mean", "pseudo_gradient/dense_cosine"],
-        "norm of the averaged pseudo-gradient": ["pseudo_gradient/dense_norm", "pseudo_gradient/expert_norm/mean"],
-        "probe loss around averaging (nats)": ["routing/probe_loss_local_nats", "routing/probe_loss_nats"],
-        "error of copies by layer (relative)": ["routing/copy_error/layer_*"],
-        "age of copies (rounds)": ["routing/copy_age_rounds"],
+        "agreement of routers before averaging": "routing/site_agreement/mean",
+        "drift of holders (relative)": "routing/drift/mean",
+        "drift of dense parameters (relative)": "pseudo_gradient/dense_drift",
+        "cosine of experts' pseudo-gradients": "routing/drift_cosine/mean",
+        "cosine of dense pseudo-gradients": "pseudo_gradient/dense_cosine",
+        "norm of the averaged dense pseudo-gradient": "pseudo_gradient/dense_norm",
+        "probe loss before averaging (nats)": "routing/probe_loss_local_nats",
+        "probe loss after averaging (nats)": "routing/probe_loss_nats",
+        "error of copies (relative)": "routing/copy_error/mean",
+        "age of copies (rounds)": "routing/copy_age_rounds",
     },
     "5 Communication": {
-        "sent for training by site 0 (MiB)": [
-            "comm/training_wire_MiB",
-            "comm/ddp_wire_MiB",
-            "comm/replica_wire_MiB",
-        ],
-        "a round by kind (MiB)": ["comm/round_wire_MiB/*"],
-        "sent, over DDP and full replicas": ["comm/of_ddp", "comm/of_replica"],
-        "modelled time (s)": ["comm/modelled_s/*"],
-        "share of time in synchronisation": ["comm/sync_share"],
+        "sent for training by site 0 (MiB)": "comm/training_wire_MiB",
+        "sent, over full replicas": "comm/of_replica",
+        "sent, over DDP": "comm/of_ddp",
+        "share of time in synchronisation": "comm/sync_share",
     },
     "6 Speed and memory": {
-        "tokens a second of a site": ["throughput/local_tokens_per_s", "throughput/with_sync_tokens_per_s"],
-        "TFLOP/s": ["throughput/nominal_TFLOP_per_s", "throughput/executed_TFLOP_per_s"],
-        "memory (MiB)": ["memory/*"],
+        "tokens a second of a site": "throughput/with_sync_tokens_per_s",
+        "tokens a second without synchronisation": "throughput/local_tokens_per_s",
+        "TFLOP/s, skipped picks counted": "throughput/nominal_TFLOP_per_s",
+        "peak memory (MiB)": "memory/peak_MiB",
     },
 }
 
@@ -69,15 +71,18 @@ CHARTS: dict[str, dict[str, list[str]]] = {
 def layout(trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, list[Any]]]:
     """The charts as `SummaryWriter.add_custom_scalars` takes them, without those that this run leaves empty.
 
-    Tags are regular expressions. A chart keeps all of its tags, because TensorBoard shows charts of several runs as one
-    only if they are the same.
+    TensorBoard shows charts of several runs as one only if they are the same. Domains have a chart each; single layers
+    are in the tab "Scalars" and in the pictures.
     """
     absent = absent_tags(trainer, pl_module)
     found: dict[str, dict[str, list[Any]]] = {}
     for group, charts in CHARTS.items():
-        for chart, tags in charts.items():
-            if not all(tag.startswith(absent) for tag in tags):
-                found.setdefault(group, {})[chart] = ["Multiline", [_pattern(tag) for tag in tags]]
+        for chart, tag in charts.items():
+            if not tag.startswith(absent):
+                found.setdefault(group, {})[chart] = ["Multiline", [_pattern(tag)]]
+    for domain in getattr(getattr(trainer, "datamodule", None), "domains", ()):
+        tag = f"val/bits_per_byte/{domain}"
+        found["1 Quality"][f"bits per byte of {domain}"] = ["Multiline", [_pattern(tag)]]
     stability = stability_of(trainer)
     for own in stability.own_statistics if stability else ():
         tags = [_pattern(f"statistic/{own.name}/mean")]
@@ -102,6 +107,8 @@ def absent_tags(trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]
     if not strategy.has_rounds:
         absent += [f"routing/{name}" for name in ("sync_jump", "site_agreement", "drift", "probe_loss_local")]
         absent += ["pseudo_gradient/", "round/", "comm/replica", "comm/of_replica", "comm/sync_share"]
+    if not strategy.measures_sync:
+        absent += ["throughput/local"]
     if residency.is_full(module.config):
         absent += ["val/own_view_gap"]
     full = residency.is_full(module.config)
@@ -119,7 +126,7 @@ def absent_tags(trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]
 
 
 def _pattern(tag: str) -> str:
-    return "^" + re.escape(tag).replace(r"\*", ".*") + "$"
+    return f"^{re.escape(tag)}$"
 
 
 def introduction(trainer: Trainer, pl_module: LightningModule, configuration: str | None) -> str:
@@ -149,6 +156,18 @@ def final_values(trainer: Trainer, view: RoundView | None) -> dict[str, float]:
         if view is not None and f"routing/{name}/mean" in view.values:
             values[f"final/{name}"] = view.values[f"routing/{name}/mean"]
     return values
+
+
+def columns(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Settings as columns of the tab HParams, which shows the first five: those by which methods differ."""
+    strategy, hparams = observed_strategy(trainer), dict(pl_module.hparams)
+    settings = strategy.hyperparameters
+    first = {
+        "1 K": settings.get("local_steps"), "2 overlap": settings.get("overlap"), "3 routing": settings.get("routing"),
+        "4 rate": hparams.get("optimizer", {}).get("lr"), "5 seed": hparams.get("seed"),
+    }  # fmt: skip
+    told = {name: value for name, value in first.items() if value is not None}
+    return {**told, "method": strategy.describe(), **settings, **hparams}
 
 
 def summary(trainer: Trainer, values: dict[str, float]) -> str:

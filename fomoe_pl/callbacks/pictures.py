@@ -111,7 +111,7 @@ class RunPictures(RoundCallback):
             with watching(trainer):
                 self._draw(trainer, pl_module, view)
         values = board.final_values(trainer, view)
-        settings = {"method": observed_strategy(trainer).describe(), **pl_module.hparams}
+        settings = board.columns(trainer, pl_module)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("run/summary", board.summary(trainer, values), trainer.global_step - 1)

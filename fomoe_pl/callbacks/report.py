@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +50,26 @@ def _validated(trainer: Trainer) -> dict[str, Any]:
     return {"validated": part if given else "nothing", **overfit}
 
 
+_OF_DATA = ("batch_size", "split", "dirichlet_alpha", "weights", "shuffle_sequences", "seed")
+_OF_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "precision")
+
+
+def run_settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """What makes a run what it is, as plain values by dotted names: method, model, optimizer, data, seeds."""
+    settings = observed_strategy(trainer).hyperparameters | flat(pl_module.hparams)
+    data = cast(Any, trainer).datamodule
+    settings |= {f"data.{name}": getattr(data, name) for name in _OF_DATA if hasattr(data, name)}
+    return settings | {name: getattr(trainer, name) for name in _OF_TRAINER}
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
 def _routing(trainer: Trainer) -> dict[str, float | None]:
     """Means of the last round that measured them, by the tag's middle part; empty without `RoutingStability`."""
     stability = stability_of(trainer)
@@ -67,12 +88,13 @@ class RunReport(TimedCallback):
 
     Keys: `strategy` (its class), `method` (in words), `data` (corpus, tokenizer, and which sequences are validated),
     `sites`, `steps`, `rounds`, `tokens` (`site`, `global`), `validation` (the last `val/...` values, of the global
-    model),
+    model, measured after `validation_step` steps), `settings` (of method, model, optimizer, data, and seeds),
     `validation_before_training` (the same of the initial model; empty unless `num_sanity_val_steps` reads all that a
     validation reads), `round` (the
     last round's means over all sites), `routing` (its means over the layers, of `RoutingStability`),
     `evaluations` (by view, of `TaskEvaluation` and later of `fomoe evaluate`),
-    `other_views_step` (steps at the validation that measured routing necessity and own views), and of site 0:
+    `looked_step` (steps at the round that measured churn, agreement and drift), `other_views_step` (steps at the
+    validation that measured routing necessity and own views), and of site 0:
     `bytes` (`payload` and `wire` by kind and in total), `train_seconds` (without validation and checkpoints),
     `sync_seconds` and `watch_seconds` of this process, `tokens_per_second` (`local`, `with_sync`), `peak_memory_mib`,
     `resident_parameters`.
@@ -90,12 +112,26 @@ class RunReport(TimedCallback):
         super().__init__()
         self.folder = folder
         self.path: Path | None = None
+        self._validated_at: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the report of an earlier run, so that it is not mistaken for this run's."""
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
             (self._folder_of(trainer) / REPORT_NAME).unlink(missing_ok=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the numbers are from."""
+        if not trainer.sanity_checking:
+            self._validated_at = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the last validation was: a resumed run may end before its next."""
+        return {"validated_at": self._validated_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self._validated_at = state_dict.get("validated_at")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file; Lightning has torn the strategy down before `on_fit_end`."""
@@ -117,16 +153,19 @@ class RunReport(TimedCallback):
         return {
             "strategy": type(trainer.strategy).__name__,
             "method": strategy.describe(),
+            "settings": run_settings(trainer, pl_module),
             "data": _data_identity(trainer),
             "sites": strategy.topology.n_sites,
             "steps": trainer.global_step,
             "rounds": strategy.rounds_done,
             "tokens": {"site": tokens, "global": module.tokens_of_all_sites},
             "validation": validation,
+            "validation_step": self._validated_at,
             "validation_before_training": before,
             "round": {name: finite_or_none(value) for name, value in strategy.round_stats.items()},
             "routing": _routing(trainer),
             "evaluations": _evaluations(trainer),
+            "looked_step": None if stability is None else stability.looked_step,
             "other_views_step": None if stability is None else stability.other_views_step,
             "bytes": {"payload": payload_bytes(strategy.counted), "wire": wire_bytes(strategy.counted)},
             "train_seconds": self.trained.seconds,

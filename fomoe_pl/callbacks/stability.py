@@ -75,6 +75,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         view: The last round; None before the first.
         latest: Newest value of each tag.
         own_statistics: What was given as `statistics`.
+        looked_step: Optimizer steps at the end of the last round that looked at probe and drift; None before.
         other_views_step: Optimizer steps at the last validation that read the text twice more; None before.
     """
 
@@ -106,6 +107,7 @@ class RoutingStability(RoundCallback, RoundObserver):
         self.latest: dict[str, float] = {}
         self._looking = True
         self.other_views_step: int | None = None
+        self.looked_step: int | None = None
         self._validations = 0
         self._started = False
         self._resumed: dict[str, Any] | None = None
@@ -229,6 +231,8 @@ class RoutingStability(RoundCallback, RoundObserver):
             self._look_alone()
         assert self.view is not None
         self.latest |= self.view.values
+        if self._looking:
+            self.looked_step = trainer.global_step
         if trainer.is_global_zero:
             values = self.view.values
             log(trainer, values if self._looking else {k: v for k, v in values.items() if "/layer_" not in k})
@@ -290,7 +294,8 @@ class RoutingStability(RoundCallback, RoundObserver):
 
     def state_dict(self) -> dict[str, Any]:
         """State of this site; picks differ between sites."""
-        state: dict[str, Any] = {"validations": self._validations, "other_views_step": self.other_views_step}
+        state: dict[str, Any] = {"validations": self._validations, "other_views_step": self.other_views_step,
+                                 "looked_step": self.looked_step}  # fmt: skip
         if self._started:
             state |= {
                 "of": self._of(), "health": observed_module(self._module).routing_health.states().cpu(),
@@ -302,6 +307,7 @@ class RoutingStability(RoundCallback, RoundObserver):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`; most of it when training starts, if site and probe are still the same."""
         self._validations, self.other_views_step = state_dict["validations"], state_dict.get("other_views_step")
+        self.looked_step = state_dict.get("looked_step")
         self._resumed = state_dict if "of" in state_dict else None
 
     def _of(self) -> tuple[Any, ...]:

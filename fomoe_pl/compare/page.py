@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fomoe_pl.compare import plots
 from fomoe_pl.compare.runs import Run
-from fomoe_pl.compare.table import tables
+from fomoe_pl.compare.table import settings_table, tables
 from fomoe_pl.files import write_whole
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ tr:nth-child(even) td { background: #f4f4f4; } img { max-width: 100%; height: au
 CAPTIONS = {
     "sites": "Quality is that of the global model. Sent, speed and memory are of site 0; sent is what left it in "
     "rings, for training, and apart from it for evaluation and checkpoints.",
+    "n": "Mean and standard deviation of runs that differ in seeds alone, and their number.",
     "load entropy": "Means over the layers: loads, ghosts, churn, agreement and drift of the last round, all sites; "
     "necessity and domain bits of the last validation that measured them.",
 }
@@ -49,7 +50,7 @@ def page(runs: Sequence[Run]) -> str:
     """The page as HTML."""
     parts = [f"<h1>{len(runs)} runs side by side</h1>", _data(runs)]
     for headings, rows in tables(runs):
-        parts += [_table(headings, rows), f'<p class="note">{CAPTIONS.get(headings[1], EVALUATED)}</p>']
+        parts += [_table(headings, rows), f'<p class="note">{_caption(runs, headings)}</p>']
     for title, plot in PLOTS:
         figure = plot(runs)
         if figure is not None:
@@ -61,6 +62,12 @@ def page(runs: Sequence[Run]) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Runs side by side</title>'
         f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
+
+
+def _caption(runs: Sequence[Run], headings: Sequence[str]) -> str:
+    if [list(headings)] == [table[0] for table in settings_table(runs)]:
+        return "Settings in which the runs differ."
+    return CAPTIONS.get(headings[1], EVALUATED)
 
 
 def write_page(runs: Sequence[Run], path: Path) -> None:

@@ -6,7 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fomoe_pl.callbacks.communication import training_bytes
+from fomoe_pl.compare.events import Floats
+from fomoe_pl.compare.groups import Group, grouped
 from fomoe_pl.compare.runs import Run
 from fomoe_pl.costs.memory import MIB
 from fomoe_pl.planner.output import pareto_front
@@ -37,19 +41,22 @@ ROUTING = {
 
 
 def quality(runs: Sequence[Run]) -> Figure | None:
-    """Bits per byte against tokens, bytes and seconds; None without curves."""
-    drawn = [run.quality() for run in runs]
+    """Bits per byte against tokens, bytes and time; None without curves.
+
+    Runs that differ in seeds alone are one line, their mean, and a band of one standard deviation.
+    """
     tags = [tag for tag in AGAINST if any(tag in run.curves for run in runs)]
-    if not tags or not any(len(curve.steps) for curve in drawn):
+    if not tags or not any(len(run.quality().steps) for run in runs):
         return None
     figure = _figure(4.6 * len(tags), 3.6)
     panels = figure.subplots(1, len(tags), squeeze=False)[0]
     for axes, tag in zip(panels, tags, strict=True):
-        label, unit = AGAINST[tag]
-        for i, (run, curve) in enumerate(zip(runs, drawn, strict=True)):
-            x = run.at(tag, curve.steps)
-            if x is not None and len(x):
-                axes.plot(x * unit, curve.values, marker="o", markersize=3, label=_label(run), color=f"C{i}")
+        label, unit = _axis(tag, runs)
+        for i, group in enumerate(grouped(runs)):
+            for x, mean, std in _lines(group, tag):
+                axes.plot(x * unit, mean, marker="o", markersize=3, label=_label(group.name), color=f"C{i}")
+                if std is not None:
+                    axes.fill_between(x * unit, mean - std, mean + std, color=f"C{i}", alpha=0.2, linewidth=0)
         axes.set(xlabel=label, ylabel=BITS)
         axes.locator_params(axis="x", nbins=6)  # long numbers would run into each other
         axes.grid(alpha=0.3)
@@ -57,22 +64,47 @@ def quality(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
+def _axis(tag: str, runs: Sequence[Run]) -> tuple[str, float]:
+    """What an axis is called, and by how much its values are multiplied."""
+    most = max((float(run.curves[tag].values[-1]) for run in runs if tag in run.curves), default=0.0)
+    if tag == "time/train_s" and most > 7200:
+        return "training time (h)", 1 / 3600
+    return AGAINST[tag]
+
+
+def _lines(group: Group, tag: str) -> list[tuple[Floats, Floats, Floats | None]]:
+    """Abscissae, means and standard deviations; a line for each run where they were not validated at the same steps."""
+    found = [(curve := run.quality(), run.at(tag, curve.steps)) for run in group.runs]
+    drawn = [(curve, x) for curve, x in found if x is not None and len(x)]
+    if len(drawn) > 1 and all(np.array_equal(curve.steps, drawn[0][0].steps) for curve, _ in drawn):
+        values = np.stack([curve.values for curve, _ in drawn])
+        return [(np.mean([x for _, x in drawn], axis=0), values.mean(axis=0), values.std(axis=0, ddof=1))]
+    return [(x, curve.values, None) for curve, x in drawn]
+
+
 def pareto(runs: Sequence[Run]) -> Figure | None:
-    """Final bits per byte against bytes sent, with the runs that no other beats in both; None without either."""
+    """Final bits per byte against bytes sent, with the runs that no other beats in both; None without either.
+
+    Runs that differ in seeds alone are one point, their mean, with a bar of one standard deviation.
+    """
     points, shown = [], []
-    for i, run in enumerate(runs):
-        curve = run.quality()
-        if len(curve.values) and math.isfinite(curve.values[-1]):
-            points.append((training_bytes(run.report["bytes"]["wire"]) / MIB, float(curve.values[-1])))
-            shown.append(i)
+    for i, group in enumerate(grouped(runs)):
+        curves = [run.quality() for run in group.runs]
+        ends = np.array([c.values[-1] for c in curves if len(c.values) and math.isfinite(c.values[-1])])
+        if len(ends):
+            sent = np.mean([training_bytes(run.report["bytes"]["wire"]) / MIB for run in group.runs])
+            points.append((float(sent), float(ends.mean())))
+            shown.append((i, group.name, float(ends.std(ddof=1)) if len(ends) > 1 else None))
     if not points:
         return None
     figure = _figure(6.4, 4.0)
     axes = figure.subplots()
     front = [points[i] for i in pareto_front(points)]
     axes.plot(*zip(*front, strict=True), color="0.6", linestyle="--", zorder=1, label="not beaten in both")
-    for i, (x, y) in zip(shown, points, strict=True):
-        axes.scatter(x, y, color=f"C{i}", zorder=2, label=_label(runs[i]))
+    for (i, name, std), (x, y) in zip(shown, points, strict=True):
+        axes.scatter(x, y, color=f"C{i}", zorder=2, label=_label(name))
+        if std is not None:
+            axes.errorbar(x, y, yerr=std, color=f"C{i}", capsize=3, zorder=2)
     axes.set(xlabel=AGAINST["comm/training_wire_MiB"][0], ylabel=BITS)
     axes.grid(alpha=0.3)
     axes.margins(0.1)
@@ -95,7 +127,7 @@ def routing(runs: Sequence[Run]) -> Figure | None:
             if _says(run, tag):
                 curve = run.curves[tag]
                 marker: Any = "o" if len(curve.steps) < 30 else None
-                axes.plot(curve.steps, curve.values, color=f"C{i}", label=_label(run), marker=marker, markersize=3)
+                axes.plot(curve.steps, curve.values, color=f"C{i}", label=_label(run.name), marker=marker, markersize=3)
         axes.set(xlabel="optimizer step of a site", ylabel=ROUTING[tag])
         axes.yaxis.label.set_size(8)
         axes.grid(alpha=0.3)
@@ -110,9 +142,9 @@ def _says(run: Run, tag: str) -> bool:
     return tag in run.curves
 
 
-def _label(run: Run) -> str:
-    """A run's name as matplotlib shows it unchanged: `$` is no formula, and `_` in front does not hide it."""
-    name = run.name.replace("$", r"\$")
+def _label(name: str) -> str:
+    """A name as matplotlib shows it unchanged: `$` is no formula, and `_` in front does not hide it."""
+    name = name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 
 

@@ -14,9 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fomoe_pl.callbacks.communication import NOT_TRAINING, training_bytes
+from fomoe_pl.compare.groups import differing, grouped, heading, setting
 from fomoe_pl.compare.runs import QUALITY, Run
 from fomoe_pl.costs.memory import MIB
 from fomoe_pl.files import write_whole
+
+Shown = tuple[list[str], list[list[str]]]
+"""Headings, and rows."""
 
 
 class Column(NamedTuple):
@@ -45,6 +49,18 @@ def _ghosts(report: dict[str, Any]) -> float | None:
     return None if routing.get("ghost_fraction") == 0 else routing.get("ghost_excess")
 
 
+def _validated(report: dict[str, Any]) -> int | None:
+    """Steps of the last validation, if it was not at the end."""
+    step: int | None = report.get("validation_step")
+    return None if step == report["steps"] else step
+
+
+def _perplexity(report: dict[str, Any]) -> float | None:
+    """Of a token, so that it compares runs of one tokenizer only."""
+    value: float | None = report["validation"].get("val/perplexity")
+    return value
+
+
 def _beside(report: dict[str, Any]) -> float:
     return sum(report["bytes"]["wire"][kind] for kind in NOT_TRAINING) / MIB
 
@@ -54,7 +70,8 @@ def _beside(report: dict[str, Any]) -> float:
 MAIN = (
     Column("sites", lambda r: r["sites"], ",d"),
     Column("steps", lambda r: r["steps"], ",d"),
-    Column("bits / byte", lambda r: r["validation"].get(QUALITY), ".3f"),
+    Column("bits / byte", lambda r: r["validation"].get(QUALITY), ".3f", _validated),
+    Column("ppl", _perplexity, ",.2f", _validated),
     Column("MiB sent", lambda r: training_bytes(r["bytes"]["wire"]) / MIB, ",.1f"),
     Column("MiB sent for eval", _beside, ",.1f"),
     Column("tokens / s", lambda r: r["tokens_per_second"]["with_sync"], ",.0f"),
@@ -69,15 +86,21 @@ def _earlier(report: dict[str, Any]) -> int | None:
     return None if step == report["steps"] else step
 
 
+def _looked(report: dict[str, Any]) -> int | None:
+    """Steps of the last round that looked at probe and drift, if it was not the last."""
+    step: int | None = report.get("looked_step")
+    return None if step == report["steps"] else step
+
+
 # Of the last round, mean of the layers; necessity of the last validation that measured it: `@ 240` if at step 240.
 ROUTING = (
     Column("load entropy", _routing("load_entropy"), ".3f"),
     Column("MaxVio", _routing("max_violation"), ".2f"),
     Column("starved experts", _routing("starved_experts"), ".2f"),
     Column("ghosts beyond even", _ghosts, "+.3f"),
-    Column("churn", _routing("churn"), ".3f"),
-    Column("sites agree", _routing("site_agreement"), ".3f"),
-    Column("drift", _routing("drift"), ".4f"),
+    Column("churn", _routing("churn"), ".3f", _looked),
+    Column("sites agree", _routing("site_agreement"), ".3f", _looked),
+    Column("drift", _routing("drift"), ".4f", _looked),
     Column("necessity nats", lambda r: r["validation"].get("val/routing_necessity_nats"), ".3f", _earlier),
     Column("domain bits", lambda r: r["validation"].get("val/domain_information_bits"), ".3f"),
 )
@@ -110,6 +133,33 @@ def evaluation_columns(runs: Sequence[Run]) -> tuple[Column, ...]:
     return tuple(_evaluation(*key) for key in keys)
 
 
+def settings_table(runs: Sequence[Run]) -> list[Shown]:
+    """The settings in which runs differ, a row for each; nothing where they do not, or are not known."""
+    keys = differing(runs)
+    if not keys:
+        return []
+    return [(["run", *map(heading, keys)], [[run.name, *(setting(run, key) for key in keys)] for run in runs])]
+
+
+# What is told of several runs together; unrounded, all of MAIN and ROUTING is in the CSV file.
+OF_GROUPS = ("bits / byte", "ppl", "MiB sent", "tokens / s", "load entropy", "necessity nats")
+
+
+def groups_table(runs: Sequence[Run]) -> list[Shown]:
+    """Mean and standard deviation of runs that differ in seeds alone; nothing where there are no such."""
+    groups = grouped(runs)
+    if len(groups) == len(runs):
+        return []
+    columns = [column for column in (*MAIN, *ROUTING) if column.heading in OF_GROUPS]
+    spreads = [[group.spread(column.value) for column in columns] for group in groups]
+    shown = [i for i in range(len(columns)) if any(row[i] is not None for row in spreads)]
+    rows = [
+        [group.name, str(len(group.runs)), *("-" if (s := row[i]) is None else s.text(columns[i].form) for i in shown)]
+        for group, row in zip(groups, spreads, strict=True)
+    ]
+    return [(["runs", "n", *(columns[i].heading for i in shown)], rows)]
+
+
 def row(run: Run, columns: Sequence[Column]) -> list[str]:
     """One run's cells, its name first; `-` for missing values."""
     return [run.name, *(_cell(column, run.report) for column in columns)]
@@ -122,14 +172,15 @@ def _cell(column: Column, report: dict[str, Any]) -> str:
     return format(value, column.form) + ("" if at is None else f" @ {at}")
 
 
-def tables(runs: Sequence[Run]) -> list[tuple[list[str], list[list[str]]]]:
-    """Headings and rows of each table; those of routing and of evaluations only if a run has any."""
+def tables(runs: Sequence[Run]) -> list[Shown]:
+    """Headings and rows of each table; the first is of all runs, the others are there if there is something to show."""
     watched = any(run.report.get("routing") for run in runs)
     evaluated = evaluation_columns(runs)
-    return [
+    of_runs = [
         (["run", *(column.heading for column in columns)], [row(run, columns) for run in runs])
         for columns in (MAIN, *((ROUTING,) if watched else ()), *((evaluated,) if evaluated else ()))
     ]
+    return [*of_runs, *settings_table(runs), *groups_table(runs)]
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -142,9 +193,9 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The rows in a terminal."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    for index, heading in enumerate(headings):
+    for index, words in enumerate(headings):
         # A heading is broken between words in any case, so that the width is left to the numbers.
-        broken = heading.replace(" / ", "\n/").replace(" ", "\n")
+        broken = words.replace(" / ", "\n/").replace(" ", "\n")
         if index:
             table.add_column(broken, justify="right", no_wrap=True)
         else:  # a long name is folded before any number is cut
@@ -163,6 +214,21 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
     for run in runs:
         values = [column.value(run.report) for column in columns]
         writer.writerow([run.name, run.report.get("method", ""), *("" if v is None else v for v in values)])
+    write_whole(path, text.getvalue())
+
+
+def write_groups(runs: Sequence[Run], path: Path) -> None:
+    """Means and standard deviations of runs that differ in seeds alone, unrounded, a row for each group."""
+    columns = (*MAIN, *ROUTING, *evaluation_columns(runs))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    parts = ("mean", "std", "n")
+    writer.writerow(["runs", "n", "members", *(f"{column.heading} {part}" for column in columns for part in parts)])
+    for group in grouped(runs):
+        found = [group.spread(column.value) for column in columns]
+        numbers = [value for s in found for value in (("", "", 0) if s is None else (s.mean, s.std, s.n))]
+        members = " ".join(run.name for run in group.runs)
+        writer.writerow([group.name, len(group.runs), members, *("" if v is None else v for v in numbers)])
     write_whole(path, text.getvalue())
 
 

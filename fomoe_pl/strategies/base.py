@@ -187,6 +187,11 @@ class SiteStrategy(Strategy):
         """Make all E experts of one layer live on this site: they are."""
         return nullcontext()
 
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The method's settings by name, plain values."""
+        return {"strategy": type(self).__name__}
+
     def describe(self) -> str:
         """One line that says which method this is."""
         return f"{type(self).__name__}, {self.topology.n_sites} sites"

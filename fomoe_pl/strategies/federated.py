@@ -286,6 +286,14 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             return None
         return self.settings.age_of_copies(max(self.rounds_done - 1, 0))
 
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The federation's settings, plain values."""
+        found = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
+        found |= {"outer": self.settings.rule, "overlap": self.settings.overlap_of(self.topology.n_sites)}
+        plain = {name: v if isinstance(v, (str, int, float, type(None))) else str(v) for name, v in found.items()}
+        return super().hyperparameters | plain
+
     def describe(self) -> str:
         """One line that says which method this is."""
         return self.settings.describe(self.topology.n_sites)

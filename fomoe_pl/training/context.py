@@ -154,6 +154,10 @@ class SiteContext(Counts, Protocol):
     def agreed_bytes(self) -> int:
         """Bytes of anchors and outer momentum on this rank's device."""
 
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The method's settings by name, plain values."""
+
     def describe(self) -> str:
         """One line that names the method."""
 
@@ -243,6 +247,11 @@ class Alone:
     def agreed_bytes(self) -> int:
         """Nothing is kept twice."""
         return 0
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """All that is known."""
+        return {"strategy": type(self._trainer.strategy).__name__}
 
     def describe(self) -> str:
         """All that is known."""

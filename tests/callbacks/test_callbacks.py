@@ -56,7 +56,7 @@ class Run:
             topology=Topology(4, 1, 0), ledger=Ledger(), rounds_done=0, sync_seconds=0.0, round_stats={},
             has_rounds=True, observers=[], wire_dtype="float32", watch_seconds=0.0, placement=None,
             watch_movement=lambda: None, copy_errors=lambda: None, copy_age=lambda: None,
-            agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites",
+            agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites", hyperparameters={"local_steps": 4},
             save_seconds=0.0, measures_sync=True, optimizer_steps=0,
         )  # fmt: skip
         self.strategy.context = self.strategy
@@ -66,7 +66,8 @@ class Run:
         self.trainer: Any = SimpleNamespace(
             strategy=self.strategy, loggers=[self.logger], logger=self.logger, global_step=0, is_global_zero=True,
             callback_metrics={}, default_root_dir=str(folder), callbacks=[], optimizers=[], precision="32-true",
-            max_steps=99, world_size=1, global_rank=0, datamodule=None,
+            max_steps=99, world_size=1, global_rank=0, datamodule=None, accumulate_grad_batches=1,
+            gradient_clip_val=None,
         )  # fmt: skip
         self.module: Any = torch.nn.Linear(3, 2)
         self.module.device = torch.device("cpu")
@@ -79,6 +80,7 @@ class Run:
         )
         residency = Residency("ghost", ((0, 1), (2, 3)))
         self.module.transformer = SimpleNamespace(residency=residency, layers=[])
+        self.module.hparams = {"optimizer": {"lr": 0.5}}
 
     def start(self, callback: Any) -> None:
         callback.on_train_start(self.trainer, self.module)
@@ -465,6 +467,15 @@ def test_report(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
         "watch_seconds": 0,
         "evaluations": {},
         "other_views_step": None,
+        "looked_step": None,
+        "validation_step": None,
+        "settings": {
+            "local_steps": 4,
+            "optimizer.lr": 0.5,
+            "accumulate_grad_batches": 1,
+            "gradient_clip_val": None,
+            "precision": "32-true",
+        },
         "validation_before_training": {"val/bits_per_byte": 8.0, "val/bits_per_byte/empty": None},
         "tokens_per_second": {"local": pytest.approx(400 / 8), "with_sync": pytest.approx(400 / 9)},
         "resident_parameters": 8,

@@ -13,6 +13,7 @@ import pytest
 
 from fomoe_pl.cli import main as fomoe
 from fomoe_pl.compare import main, plots
+from fomoe_pl.compare.groups import grouped
 from fomoe_pl.compare.runs import Curve, Run, read_run, read_runs
 from fomoe_pl.planner.output import pareto_front
 
@@ -33,7 +34,10 @@ def write(folder: Path, bits_per_byte: float | None, **changes: Any) -> Path:
         "data": DATA,
         "sites": 4,
         "steps": 240,
-        "validation": {"val/bits_per_byte": bits_per_byte},
+        "validation": {
+            "val/bits_per_byte": bits_per_byte,
+            "val/perplexity": None if bits_per_byte is None else 11.5,
+        },
         "bytes": {"wire": wire},
         "tokens_per_second": {"local": 5000.4, "with_sync": 4000.0},
         "resident_parameters": 1234567,
@@ -50,10 +54,10 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [write(tmp_path / "fomoe", 2.3456), write(tmp_path / "ddp", None, tokens_per_second=speed)]
     main([*map(str, runs), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| run | sites | steps | bits / byte | MiB sent | MiB sent for eval |")
-    assert lines[1] == "| --- |" + " ---: |" * 9
-    assert lines[2] == "| fomoe | 4 | 240 | 2.346 | 3.0 | 1.5 | 4,000 | 5,000 | 1,234,567 | 512 |"
-    assert lines[3] == "| ddp | 4 | 240 | - | 3.0 | 1.5 | 4,000 | - | 1,234,567 | 512 |"
+    assert lines[0].startswith("| run | sites | steps | bits / byte | ppl | MiB sent | MiB sent for eval |")
+    assert lines[1] == "| --- |" + " ---: |" * 10
+    assert lines[2] == "| fomoe | 4 | 240 | 2.346 | 11.50 | 3.0 | 1.5 | 4,000 | 5,000 | 1,234,567 | 512 |"
+    assert lines[3] == "| ddp | 4 | 240 | - | - | 3.0 | 1.5 | 4,000 | - | 1,234,567 | 512 |"
     assert len(lines) == 5  # nobody has watched the routing
 
 
@@ -73,6 +77,71 @@ def test_necessity_of_an_earlier_validation_says_so(tmp_path: Path, capsys: pyte
     main([str(tmp_path / "now"), str(tmp_path / "then"), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[8] for line in lines[7:9]] == ["0.123", "0.123 @ 160"]
+
+
+def test_a_number_says_at_which_step_it_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    routing = ROUTING | {"site_agreement": 0.8, "drift": 0.001}
+    write(tmp_path / "run", 2.3, routing=routing, validation_step=160, looked_step=192)
+    main([str(tmp_path / "run"), "--markdown"])
+    out = capsys.readouterr().out
+    assert "| 2.300 @ 160 | 11.50 @ 160 | 3.0 |" in out
+    assert "| -0.010 | 0.100 @ 192 | 0.800 @ 192 | 0.0010 @ 192 |" in out
+
+
+def seeded(folder: Path, name: str, bits: float, **settings: Any) -> Path:
+    known = {"strategy": "FederatedStrategy", "local_steps": 8, "overlap": 2, "optimizer.lr": 0.01}
+    return write(folder / name, bits, settings=known | settings)
+
+
+def test_runs_that_differ_in_seeds_alone_are_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = {seed: {"seed": seed, "data.seed": seed} for seed in (1, 2, 3)}
+    runs = [seeded(tmp_path, f"fomoe-s{seed}", 2 + seed / 10, **both[seed]) for seed in both]
+    runs += [seeded(tmp_path, f"k32-seed{seed}", 2.5, local_steps=32, **both[seed]) for seed in (1, 2)]
+    runs.append(
+        write(tmp_path / "ddp", 1.9, settings={"strategy": "CountedDDPStrategy", "optimizer.lr": 0.01, "seed": 1})
+    )
+    main([*map(str, runs), "--markdown", "--csv", str(tmp_path / "out.csv")])
+    tables = [table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n")]
+    assert len(tables) == 3
+    differ, groups = tables[1:]
+    assert differ[0] == "| run | strategy | K | seed |", "what differs, and one seed where all are the same"
+    assert differ[2] == "| fomoe-s1 | FederatedStrategy | 8 | 1 |"
+    assert differ[7] == "| ddp | CountedDDPStrategy | - | 1 |"
+    assert groups[0] == "| runs | n | bits / byte | ppl | MiB sent | tokens / s |"
+    assert [row.split(" | ")[:3] for row in groups[2:]] == [
+        ["| fomoe", "3", "2.200 ± 0.100"], ["| k32", "2", "2.500 ± 0.000"], ["| ddp", "1", "1.900"],
+    ]  # fmt: skip
+    first, _, last = csv.DictReader((tmp_path / "out.groups.csv").open())
+    assert (first["runs"], first["n"], first["members"]) == ("fomoe", "3", "fomoe-s1 fomoe-s2 fomoe-s3")
+    assert float(first["bits / byte mean"]) == pytest.approx(2.2)
+    assert float(first["bits / byte std"]) == pytest.approx(0.1)
+    assert (last["bits / byte std"], last["bits / byte n"], last["churn mean"]) == ("", "1", "")
+
+
+def test_runs_of_other_lengths_or_older_versions_are_not_joined(tmp_path: Path) -> None:
+    folders = [seeded(tmp_path, "a", 2.0, seed=1), write(tmp_path / "b", 2.0), write(tmp_path / "c", 2.0)]
+    folders.append(write(tmp_path / "d", 2.0, steps=480, settings=json.loads(
+        (tmp_path / "a/report.json").read_text())["settings"]))  # fmt: skip
+    assert [group.name for group in grouped(read_runs(folders))] == ["a", "b", "c", "d"]
+
+
+def test_curves_of_seeds_are_a_mean_and_a_band(tmp_path: Path) -> None:
+    folders = [seeded(tmp_path, f"x-seed{seed}", 2.0, seed=seed) for seed in (1, 2)]
+    folders.append(seeded(tmp_path, "other", 2.0, overlap=4, seed=1))
+    steps = np.array([8.0, 16.0])
+    runs = [
+        dataclasses.replace(run, curves={
+            "val/bits_per_byte": Curve(steps, np.array([3.0, 2.0]) + i), "tokens/global": Curve(steps, steps * 1e6),
+            "time/train_s": Curve(steps, steps * 3600),
+        }) for i, run in enumerate(read_runs(folders))
+    ]  # fmt: skip
+    figure = plots.quality(runs)
+    assert figure is not None
+    tokens, time = figure.axes
+    assert [line.get_label() for line in tokens.lines] == ["x", "other"]
+    assert np.asarray(tokens.lines[0].get_ydata()).tolist() == [3.5, 2.5]
+    assert len(tokens.collections) == 1, "a band for the two seeds, none for one run"
+    assert (time.get_xlabel(), float(np.asarray(time.lines[0].get_xdata())[-1])) == ("training time (h)", 16.0)
 
 
 def test_table_has_a_row_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
