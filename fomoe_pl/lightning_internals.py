@@ -5,6 +5,7 @@ Nothing else may import or override a private name of Lightning's; a test looks 
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
 import signal
 import threading
@@ -20,6 +21,7 @@ from lightning.fabric.utilities.distributed import (
     _set_num_threads_if_needed,
     _sync_ddp_if_available,
 )
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, reset_seed
 from lightning.pytorch import __version__ as lightning_version
@@ -27,10 +29,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers.multiprocessing import _WorkerOutput
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch.multiprocessing.spawn import ProcessException
 from torch.nn.parallel import DistributedDataParallel
+
+from fomoe_pl.errors import ConfigError
 
 random_states, set_random_states = _collect_rng_states, _set_rng_states
 move_optimizers = _optimizers_to_device
@@ -148,6 +154,51 @@ class PatientLauncher(_SubprocessScriptLauncher):
         return function(*args, **kwargs)
 
 
+class NotebookLauncher(_MultiProcessingLauncher):
+    """The processes of this machine as forks of a notebook's, which has no script that could be started again.
+
+    The Trainer gets back how the run ended, its metrics and the path of its best checkpoint. Weights stay in
+    checkpoints: no process has those of all experts.
+
+    Args:
+        strategy: Whose processes they are.
+    """
+
+    def __init__(self, strategy: ParallelStrategy) -> None:
+        super().__init__(strategy, start_method="fork")
+        self._told: Any = None
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Call the function in all processes.
+
+        Raises:
+            ConfigError: As one of the processes raised it.
+            ProcessException: For any other error of a process, with its traceback.
+        """
+        self._told = mp.get_context("fork").SimpleQueue()
+        try:
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        except ProcessException:
+            if self._told.empty():
+                raise
+            raise self._told.get() from None
+
+    def _wrapping_function(self, process_idx: int, *args: Any, **kwargs: Any) -> None:
+        torch.set_num_threads(1)  # OpenMP's threads are the notebook's, and do not follow into a fork
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            super()._wrapping_function(process_idx, *args, **kwargs)
+        except ConfigError as error:
+            self._told.put(error)
+            raise
+
+    def _collect_rank_zero_results(self, trainer: Any, results: Any) -> Any:
+        if self._strategy.local_rank:
+            return None
+        best = getattr(trainer.checkpoint_callback, "best_model_path", None)
+        return _WorkerOutput(best, None, trainer.state, results, self.get_extra_results(trainer))
+
+
 def end_children(launcher: Any) -> None:
     """Send SIGTERM to the processes that this one started, if any."""
     if isinstance(launcher, _SubprocessScriptLauncher):
@@ -177,6 +228,9 @@ class SiteProcesses(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
+        if _IS_INTERACTIVE and not self.cluster_environment.creates_processes_externally:
+            self._launcher: Any = NotebookLauncher(self)
+            return
         seconds = self._timeout.total_seconds()
         self._launcher = PatientLauncher(self.cluster_environment, self.num_processes, self.num_nodes, seconds)
 

@@ -23,7 +23,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers.multiprocessing import _WorkerOutput
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.utils.tensorboard import SummaryWriter
 
@@ -45,6 +46,9 @@ def test_what_we_replace_in_lightning_is_there() -> None:
     assert callable(_SignalConnector._sigterm_notifier_fn)
     assert callable(_SignalConnector._slurm_sigusr_handler_fn)
     assert callable(_SubprocessScriptLauncher._call_children_scripts)
+    assert callable(_MultiProcessingLauncher._wrapping_function)
+    assert callable(_MultiProcessingLauncher._collect_rank_zero_results)
+    assert _WorkerOutput._fields == ("best_model_path", "weights_path", "trainer_state", "trainer_results", "extra")
     for name in ("_monitor_candidates", "_save_topk_checkpoint", "_save_last_checkpoint"):
         assert callable(getattr(ModelCheckpoint, name))
     assert isinstance(_FitLoop._can_stop_early, property)
