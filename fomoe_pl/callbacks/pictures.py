@@ -45,8 +45,9 @@ class RunPictures(RoundCallback):
 
     Args:
         draw_every: Fewest rounds between two drawings, which become rarer: each comes after at least half as many
-            rounds again as the one before it. There is a last one when training ends. A drawing takes about a second,
-            in which the other sites wait. One that fails gives a warning, and the run goes on.
+            rounds again as the one before it (by default after 64, 128, 192, 288, 432, ... rounds). There is a last
+            one when training ends. A drawing takes about a second, in which the other sites wait. One that fails gives
+            a warning, and the run goes on.
         every_n_steps: Steps that count as a round in synchronous training.
     """
 

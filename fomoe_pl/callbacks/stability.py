@@ -61,7 +61,8 @@ class RoutingStability(RoundCallback, RoundObserver):
     steps it logs what rank 0 sees.
 
     Args:
-        every_n_rounds: Rounds between two full measurements.
+        every_n_rounds: Rounds from one look (probe, drift, layers one by one) to the next; the first and the last round
+            are looked at too, loads are measured in all.
         every_n_steps: Interval in synchronous training, in optimizer steps.
         probe_sequences: Sequences of the probe; 0 for no probe.
         probe_tokens: Tokens of each of them.

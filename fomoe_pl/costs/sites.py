@@ -49,7 +49,10 @@ class Site:
 
     Attributes:
         name: Its name in tables.
-        accelerator: One of `ACCELERATORS`; what is given below replaces its values.
+        accelerator: A row of the table of data sheets: b200, h200, h100, a100-80, a100-40, mi300x, l40s, rtx4090,
+            rtx3090; what is given below replaces its values. Without it `tflops`, `memory_gib` and `memory_gbps` must
+            be given. Our kernels do not run on the mi300x: where one of the sites has it, memory is counted without
+            them.
         devices: Number of accelerators.
         bandwidth_mbit: Of the link to the other sites in each direction, 10^6 bits a second, as its owner sells it:
             Ethernet frames included.

@@ -90,15 +90,19 @@ def prepare(
     and moved there when it is complete; the same preparation goes on there if it was interrupted.
 
     Args:
-        source: Domains: NAME=PATH (a file or a folder), or the path of a folder with one domain per entry. PATH may be
-            a URL; tokens:PATH has token ids, hf:PATH is a Hugging Face data set folder.
-        output: Folder of the corpus. One that already holds this corpus is kept.
-        tokenizer: Bytes, bpe:VOCAB (trained on an equal share of each domain's training split), or a tokenizer.json.
+        source: Domains: NAME=PATH (a file, or all files below a folder), or the path of a folder with one domain per
+            entry. PATH may be a URL; tokens:PATH has token ids, hf:PATH is a Hugging Face data set folder.
+        output: Folder of the corpus. One that already holds this corpus is kept, one that holds another is refused.
+        tokenizer: `bytes` (257 ids), `bpe:VOCAB` (trained on an equal share of each domain's training split), or the
+            path of a tokenizer.json.
         eod: Token of a tokenizer.json that ends a document. Default: what the tokenizer itself says.
         text_field: Field of JSON and column of .parquet files that holds the text; meta.text is a field in a field.
-        separator: What stands between the documents of a .txt file, e.g. '\x1e'. Default: a file is a document.
-        skip_empty: Leave out, and count, records whose text is null, missing or a blank line.
-        skip_unreadable: Leave out, and name, files below a folder that are of no readable kind.
+        separator: What stands between the documents of a .txt file, such as '\x1e' or '¶': any characters, and Python's
+            escapes. Default: a file is a document.
+        skip_empty: Leave out, and count, records whose text is null, missing or a blank line. Without it they are
+            refused, with file and line.
+        skip_unreadable: Leave out, and name, files below a folder that are of no readable kind. Without it they are
+            refused.
         val_fraction: Share of the documents that the validation split gets, by hash of the document.
         shards_per_domain: Least number of training shards of a domain; sites x workers cannot be more than that.
         max_shard_mb: Most text in a shard in 10^6 bytes, give or take a document. A reader holds a shard in memory.

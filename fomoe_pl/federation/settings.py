@@ -42,10 +42,11 @@ class FederationConfig:
         inside: What each of them has of the site's model: all of it (`replicate`), or a slice of each tensor, gathered
             layer by layer while it computes (`shard`, FSDP2).
         overlap: Sites that hold each expert, 1..M; None is M, a full replica.
-        capacities: Experts of a layer that each site holds, one number a site: together E x overlap, none above E. None
-            is as equal as can be.
-        places: Of each site a name of the place that it is in: sites of one place fail together, and an expert's
-            holders are spread over places. None: each site is a place.
+        capacities: Experts of a layer that each site holds, one number a site such as [16, 8, 8]: together E x overlap,
+            none above E. None is as equal as can be: 32 experts on 3 sites are 11, 11 and 10.
+        places: Of each site a name of the place that it is in, such as [eu, eu, us]. Sites of one place fail together,
+            so an expert's holders are spread over places as far as overlap and capacities allow. None: each site is a
+            place.
         routing: What happens to picks of experts that are not here: `ghost` skips them, `partitioned` routes among
             the residents only, `shadow` computes them with frozen low-bit copies.
         placement: `fixed`, `random` with experts placed again every `reshuffle_rounds` rounds, or your own subclass of
@@ -55,35 +56,42 @@ class FederationConfig:
         local_steps: K, optimizer steps of a round, or a schedule {first step: K} such as {0: 1, 64: 32}.
         fragments: Parts of the model that take turns, one every K / fragments steps, each once in a round: what is
             outside layers (embedding, head, last norm) is the first, layers are dealt out to the others. 1 is all at
-            once.
+            once. At most the number of layers and one; must divide K.
         delay: Local steps that a site takes while an average is on its way, below K / fragments; 0 waits for it. The
             average is of the values before these steps.
-        alpha: Share of the site's own values in what it goes on from, 0 to 1; 0 takes the agreed ones alone.
+        alpha: Share of the site's own values in what it goes on from, 0 to 1: alpha · own + (1 − alpha) · agreed. 0
+            takes the agreed ones alone. Anchors are never mixed.
         router_every: Local steps between two averages of routers, balance biases included, within a round; divides K.
             Sites go on from the mean; anchors, the outer rule and moments wait for the round. None: with rounds alone.
         outer: Outer rule, one of `fomoe_pl.federation.outer` or your own subclass of its `OuterRule`; None is
             `Average`.
         inner_moments: What a round does to the inner optimizer's moments: keep, reset or average them.
-        moments_every: Rounds between two averages of the moments, or of the first and of the second ones.
+        moments_every: Rounds between two averages of the moments; [1, 4] averages the second ones, which change slowly,
+            in every fourth round. Moments that are not due stay the site's own.
         wire_dtype: dtype on the wire of averaged values that are not coded; anchors and outer state are always float32.
-        wire_codec: Of the sites' changes on the wire: `int8` or `int4`, groups of 64 that share a scale; `topk`, the
-            64 largest of each 4096 numbers, or another `fomoe_pl.codec.TopK`; or your own `fomoe_pl.codec.Codec`. None
-            is a cast to `wire_dtype`, which routers, norms and biases always are.
-        error_feedback: Add what coding has lost of a change to the site's next one.
-        feedback_decay: Share of what was lost that is added, above 0 to 1.
-        moments_codec: The same of averaged moments: `int8`, the second as their square roots.
+        wire_codec: How the sites' changes are coded on the wire: `int8` or `int4`, groups of 64 that share a scale;
+            `topk`, the 64 largest of each 4096 numbers in 12 bits for their places and 2 for themselves, which needs
+            `error_feedback` and suits an outer rule without momentum; another `fomoe_pl.codec.TopK`; or your own
+            `fomoe_pl.codec.Codec`. None is a cast to `wire_dtype`, which routers, norms and biases always are.
+        error_feedback: Add what coding has lost of a change to the site's next one; 4 bytes for each coded value of the
+            site. Refused without `wire_codec`.
+        feedback_decay: Share of what was lost that is added, above 0 to 1; 0.95 is usual with `topk`.
+        moments_codec: The same of averaged moments: `int8`, the second as their square roots. 4 bits are refused: runs
+            diverged.
         bucket_mib: Size of a communication buffer, MiB; one travels while another is read or written.
         outer_state: Where anchors and the outer rule's state live between rounds: on the `device`, or on the `host`,
             which saves a GPU 4 to 8 bytes a parameter, and takes twice as many over its bus in a round.
         check_agreement: Compare a hash of each dense tensor of all sites, and of each expert of its holders, after
             every round (always done before saving).
         shadow_bits: Bits of a number in a copy of an absent expert, with `shadow` routing: 2, 4, 8, 16 (32 for tests).
+            With another routing this and the next two are refused, unless they are the defaults.
         shadow_refresh: Rounds between two refreshes of the copies; they are refreshed too when experts have moved.
         shadow_input_gradient: Whether tokens get gradients through copies; false saves those products of the backward
             pass. Gates get theirs either way.
         min_sites: Fewest sites that a run under torchrun goes on with when machines are gone; None is all of them.
-        copies: Where each site has a disk of its own for checkpoints, on how many sites' disks each expert is stored,
-            1..M; None is one file system for all sites.
+            Steps and learning rates then follow the planned tokens.
+        copies: With `checkpoint_root`, on how many sites' disks each expert is stored, 1..M; None is 1 there. Copies up
+            to the overlap cost no traffic.
 
     Raises:
         ConfigError: For settings that cannot work, naming the field, the rule and what would be valid.

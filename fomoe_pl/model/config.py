@@ -21,7 +21,7 @@ class ModelConfig:
     """Architecture of a decoder-only mixture-of-experts transformer; the defaults are FoMoE's (arXiv 2606.19025, §3).
 
     Attributes:
-        vocab_size: Number of tokens V. Must be the vocabulary of the data.
+        vocab_size: Number of tokens V. At least the vocabulary of the data; more is never used (a padded vocabulary).
         d_model: Width D of the residual stream.
         n_layers: Number of blocks, each of one attention and one mixture of experts.
         n_heads: Number of query heads.

@@ -30,12 +30,15 @@ class PlanRequest:
     Attributes:
         models: Files with `model.architecture`, as in configs/model.
         sites: The places; see `Site`.
-        tokens: Tokens of the whole run, all sites together.
-        global_batch: Sequences of a step, all sites together.
+        tokens: Tokens of the whole run, all sites together; rounded up to whole rounds, and to as many rounds between
+            any two validations.
+        global_batch: Sequences of a step, all sites together, split into the largest micro-batches that fit. All sites
+            have the same share: where it does not divide it is rounded up, by 5% at most.
         sequence_length: Tokens of a sequence.
         local_steps: Values of K to consider.
         overlaps: Sites that hold each expert; null is all that divide.
-        routings: Routing modes to consider; for full replicas, which have no absent experts, the first of them.
+        routings: Routing modes to consider, `partitioned` too; for full replicas, which have no absent experts, the
+            first of them.
         shadow_bits: Bits of a number in a copy of an absent expert, with `shadow` routing: 2, 4, 8 or 16.
         shadow_refresh: Rounds between two refreshes of the copies.
         methods: `local_adamw` averages parameters and moments, `diloco` has an outer momentum, `local_sgd` averages
@@ -45,27 +48,33 @@ class PlanRequest:
             float32).
         moments_every: Rounds between two averages of the moments, with `local_adamw`.
         fragments: Numbers of parts of the model that take turns in a round, where K and the layers allow them.
-        delays: Local steps that a site takes while an average is on its way, where they are below K / fragments.
+        delays: Local steps that a site takes while an average is on its way, where they are below K / fragments: what a
+            fragment's average takes longer than them is waiting.
         router_every: Local steps between two averages of routers within a round, where it divides K and is below it;
             null is none.
         layouts: `one` device per site; `each` device a site of its own; `sharded`: a site's devices share its
             model, which `fomoe fit` runs where all sites have as many, without copies of absent experts.
-        outer_states: Where anchors and outer momentum may live; on the `host` where memory is short.
-        precision: Of the Trainer.
+        outer_states: Where anchors and outer momentum may live. The `host` is taken where memory is short and that is
+            faster than what else saves memory; whether it has as much free is not checked.
+        precision: Of the Trainer; decides memory, what DDP sends, and which peak counts.
         headroom: Share of a device's memory that stays free for the driver's context, communicators and fragments: an
             assumption, not a measurement.
         evaluation_window: Validation batches that go through a layer together.
-        val_sequences: Most sequences of a validation, over all sites.
+        val_sequences: Most sequences of a validation, over all sites. Its seconds and bytes are in the hours and GiB.
         validations: About how often a run validates the global model and saves it; the last time is at the end.
         checkpoint_copies: Sites that store each expert, where sites have disks of their own: what the holders send
             others in each save counts. null: a folder that all have.
-        bucket_mib: Size of one communication buffer, MiB.
+        bucket_mib: Size of one communication buffer, MiB; each pays the latency, and is copied while another one
+            travels.
         mtu: Largest packet of the links between sites, bytes.
-        copy_seconds_per_byte: measured: what a wire byte costs before and after its collective.
-        transport_seconds_per_byte: measured: what the host takes to send a wire byte, if that is slower than the link.
+        copy_seconds_per_byte: Measured: seconds per wire byte spent before and after its collective; overlapped with
+            the link where there are several buffers. `tools/network/shaped_links.py` gives this and the next two.
+        transport_seconds_per_byte: Measured: what the host takes to send a wire byte; the slower of host and link
+            counts.
         host_seconds_per_byte: measured: what the host takes for a wire byte while the link waits, with gloo.
-        coding_seconds_per_byte: measured: what coding and decoding takes for a byte of float32.
-        backend: What carries the averages between sites.
+        coding_seconds_per_byte: Measured: what coding and decoding takes for a byte of float32; on one core 0.7e-9 in
+            int4 and 1.06e-9 in int8, on a GPU next to nothing.
+        backend: What carries the averages between sites, `gloo` or `nccl`: they wait for latencies differently.
         round_overhead_seconds: measured: overhead of every round.
         data_root: Prepared corpus for the written file.
         accelerator: Of the written file: gpu, or cpu to try it out.

@@ -491,7 +491,9 @@ class SiteStrategy(Strategy):
     def teardown(self) -> None:
         """Drop every group: without it gloo aborts at exit now and then."""
         module = self.lightning_module  # without a Trainer in a notebook's own process, which has met nobody
-        good_end = module is not None and dist.is_initialized() and module.trainer.state.status != TrainerStatus.INTERRUPTED
+        good_end = (
+            module is not None and dist.is_initialized() and module.trainer.state.status != TrainerStatus.INTERRUPTED
+        )
         stop_listening(together=good_end)  # else it would answer for a rank that is leaving
         if self.federation is not None:
             self.federation.transport.close()

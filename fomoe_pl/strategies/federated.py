@@ -61,8 +61,9 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         timeout_seconds: After which a collective that does not complete raises.
         stop_at: Where a signal ends the run: after its `round`, or after the next local `step` of all sites.
         checkpoint_root: Where sites have no file system in common, the folder or the URL at which each stores its part
-            of checkpoints: a template with `{site}`, or a mapping from sites to folders and URLs. A folder without
-            `{site}` is for machines that have the same path each. None: all write into one folder.
+            of checkpoints: a template such as `/disk/{site}` or `s3://bucket/run/{site}`, or a mapping from sites to
+            folders and URLs. A folder without `{site}` is for machines that have the same path each. URLs need the
+            library of their protocol: the extra `remote` has those of S3 and GCS. None: all write into one folder.
         between: By what sites reach each other: `gloo` (TCP) or `nccl`; None is `nccl` on GPUs and `gloo` on CPUs. The
             ranks of a site use NCCL among each other on GPUs, whatever is between sites.
         parallel_devices: This machine's devices, one for each rank; None is the Trainer's.
