@@ -16,14 +16,16 @@ export OMP_NUM_THREADS ?= 1
 export TORCH PIP_ARGS
 
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart compare test test-slow lint clean
+.PHONY: help install quickstart compare test test-slow lint docs release-check clean
 
 help:
 	@echo "make quickstart   four sites train one Mixture-of-Experts model on real text"
 	@echo "make compare      the same run with every file of configs/strategy, and a table (half an hour on 2 cores)"
 	@echo "make test         run the tests (a quarter of an hour on 2 cores)"
-	@echo "make test-slow    run the others: faults, benchmarks, the files of docs/extending.md"
+	@echo "make test-slow    run the others: faults, benchmarks, the documents' files, notebook and site"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         the documentation as a site, build/docs/index.html"
+	@echo "make release-check  a wheel, installed afresh, trains the quickstart in an empty folder"
 	@echo "make install      only the virtual environment $(VENV) with fomoe in it"
 	@echo "make clean        remove $(VENV) and caches (results under runs/ stay)"
 
@@ -46,13 +48,20 @@ compare: $(VENV)/.stamp-install
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
 
-test-slow: $(VENV)/.stamp-test
+test-slow: $(VENV)/.stamp-test $(VENV)/.stamp-docs
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.stamp-docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+	@echo "Site: build/docs/index.html"
+
+release-check: $(VENV)/.stamp-venv
+	$(BIN)/python tools/release/check.py
 
 install: $(VENV)/.stamp-install
 
@@ -84,6 +93,10 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-install
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-install
 	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-install
+	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[docs]"
 	@touch $@
 
 clean:

@@ -73,6 +73,8 @@ def read(app: Sphinx, docname: str, content: list[str]) -> None:
             content[0] = f"{text}\n{content[0]}"
             return
     content[0] = adapted(content[0], page, page)
+    if (docname.startswith("benchmarks/") and docname != "benchmarks/README") or docname == "system-model/scale":
+        content[0] = f"---\norphan: true\n---\n{content[0]}"  # records, which other pages name
 
 
 class Settings(SphinxDirective):

@@ -1,4 +1,4 @@
-"""What the documents print: every command parses, and every setting is listed with its default."""
+"""What the documents print: every command parses, every setting has its table, every strategy file is listed."""
 
 import argparse
 import inspect
@@ -14,14 +14,22 @@ import jsonargparse
 import pytest
 import yaml
 
-from fomoe_pl.callbacks import RoutingStability, RunPictures
+from fomoe_pl.callbacks import (
+    CommunicationMonitor,
+    FoMoEProgressBar,
+    GlobalEMA,
+    RoutingStability,
+    RunPictures,
+    RunReport,
+    ThroughputMonitor,
+)
 from fomoe_pl.cli import HUB_COMMANDS, FoMoECLI, main
 from fomoe_pl.console import split
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.data import command as prepare_command
 from fomoe_pl.data.module import FoMoEData
-from fomoe_pl.data.prepare import prepare
-from fomoe_pl.federation.outer import Nesterov
+from fomoe_pl.data.prepare import collect_statistics, prepare
+from fomoe_pl.federation.outer import Average, Nesterov
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.hub.callback import TaskEvaluation
 from fomoe_pl.hub.evaluate import evaluate
@@ -34,10 +42,13 @@ from fomoe_pl.optimizer import OptimizerConfig
 from fomoe_pl.planner import command as plan_command
 from fomoe_pl.planner.request import PlanRequest
 from fomoe_pl.strategies import REGISTERED, FederatedStrategy
+from tests.tools import load
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-YAML = {"None": "null", "True": "true", "False": "false"}  # as the tables print them
+DOCUMENTS = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/tutorials").glob("*.md")),
+]  # fmt: skip
 LAUNCHER = re.compile(r"^(srun |torchrun .*-m )(?=fomoe)")
 
 
@@ -48,8 +59,11 @@ def commands(document: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if re.match(r"fomoe(_pl)? |python tools/", line)]
 
 
-ELSEWHERE = ROOT / "docs/extending.md"  # its commands are run, beside the page's own files, by tests/test_extending.py
-PRINTED = {shlex.join(words): words for path in DOCUMENTS if path != ELSEWHERE for words in commands(path.read_text())}
+# Their commands are run, beside the pages' own files, by tests/test_extending.py.
+ELSEWHERE = [ROOT / "docs/extending.md", ROOT / "docs/tutorials/your-strategy.md"]
+PRINTED = {
+    shlex.join(words): words for path in DOCUMENTS if path not in ELSEWHERE for words in commands(path.read_text())
+}
 
 
 class Parsed(Exception):  # noqa: N818  not an error: the end of what is to be run
@@ -133,58 +147,40 @@ def test_a_mistyped_command_is_refused(words: list[str], monkeypatch: pytest.Mon
         parse(words, monkeypatch)
 
 
-def listed(document: str, key: str) -> dict[str, str]:
-    """Key -> default, as the table that has this key in it prints them."""
-    table = next(t for t in re.findall(r"(?:^\|.*\n?)+", document, flags=re.MULTILINE) if f"\n| `{key}` |" in t)
-    return dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, flags=re.MULTILINE))
+tables = load("settings_tables")
+SETTINGS = {
+    "configuration": (
+        FederationConfig, FederatedStrategy, Average, Nesterov, OptimizerConfig, FoMoEModule, ModelConfig, FoMoEData,
+        RoutingStability, RunPictures, CommunicationMonitor, ThroughputMonitor, RunReport, FoMoEProgressBar, GlobalEMA,
+    ),
+    "after-training": (export, import_model, generate, evaluate, TaskEvaluation),
+    "data": (prepare, collect_statistics),
+    "system-model": (PlanRequest, Site),
+}  # fmt: skip
 
 
-def defaults(owner: Callable[..., Any]) -> dict[str, str]:
-    """Key -> default, as a table should print them; settings that are objects of their own have tables of their own."""
-    found = {}
-    for name, parameter in inspect.signature(owner).parameters.items():
-        value = parameter.default
-        if type(value).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
-            value = owner.__dataclass_fields__[name].default_factory()  # type: ignore[attr-defined]
-        if callable(value) and not inspect.isclass(value):
-            continue  # Python's alone
-        if parameter.kind is parameter.VAR_KEYWORD:
-            found |= defaults(FederationConfig)
-            continue
-        if value is parameter.empty:
-            found[name] = "required"
-        elif isinstance(value, OptimizerConfig):
-            found[name] = "above"
-        else:
-            value = list(value) if isinstance(value, tuple) else value
-            found[name] = f"`{YAML.get(str(value), value)}`"
-    return found
+@pytest.mark.parametrize("page", SETTINGS)
+def test_every_setting_has_a_table(page: str) -> None:
+    """The tables are made when the site is built, by `tools/docs/settings_tables.py`."""
+    asked = re.findall(r"^```\{settings\} (\S+)$", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.MULTILINE)
+    assert [tables.find(path) for path in asked] == list(SETTINGS[page])
 
 
-@pytest.mark.parametrize(
-    ("page", "key", "owner"),
-    [
-        ("configuration", "overlap", FederatedStrategy),
-        ("configuration", "momentum", Nesterov),
-        ("configuration", "betas", OptimizerConfig),
-        ("configuration", "evaluation_window", FoMoEModule),
-        ("configuration", "top_k", ModelConfig),
-        ("configuration", "dirichlet_alpha", FoMoEData),
-        ("configuration", "probe_tokens", RoutingStability),
-        ("configuration", "draw_every", RunPictures),
-        ("after-training", "format", export),
-        ("after-training", "n_experts", import_model),
-        ("after-training", "top_p", generate),
-        ("after-training", "num_fewshot", evaluate),
-        ("after-training", "window", TaskEvaluation),
-        ("data", "val_fraction", prepare),
-        ("system-model", "models", PlanRequest),
-        ("system-model", "devices", Site),
-    ],
-)
-def test_every_setting_is_listed_with_its_default(page: str, key: str, owner: Callable[..., Any]) -> None:
-    of_command = {"statistics": "`null`", "min_count": "`5`"} if owner is prepare else {}  # instead of a corpus
-    assert listed((ROOT / "docs" / f"{page}.md").read_text(), key) == defaults(owner) | of_command
+@pytest.mark.parametrize("owner", [owner for owners in SETTINGS.values() for owner in owners])
+def test_every_setting_is_explained(owner: Callable[..., Any]) -> None:
+    rows = tables.rows(owner)
+    assert rows.keys() >= {*inspect.signature(owner).parameters} - {"settings", "progress", "parallel_devices"}
+    assert [key for key, (_, text) in rows.items() if not text or text.startswith("As for")] == [] or (
+        owner is collect_statistics  # of which the page shows what is its own
+    )
+
+
+def test_a_table_has_defaults_as_a_file_would_have_them() -> None:
+    table = tables.markdown(OptimizerConfig)
+    assert "| `betas` | `[0.9, 0.95]` | Decay rates" in table
+    assert "| `sites` | `null` | Number of sites M; `null` is the world size. |" in tables.markdown(FederationConfig)
+    assert "| `architecture` | required | The model" in tables.markdown(FoMoEModule)
+    assert tables.markdown(collect_statistics, ["min_count"]).count("\n") == 2
 
 
 def strategy_of(path: Path) -> Any:
@@ -192,7 +188,7 @@ def strategy_of(path: Path) -> Any:
 
 
 def test_every_strategy_file_and_name_is_listed() -> None:
-    files = re.findall(r"^\| `(\w+\.yaml)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    files = re.findall(r"^\| `(\w+\.yaml)` \|", (ROOT / "docs/strategies.md").read_text(), flags=re.MULTILINE)
     assert sorted(files) == sorted(path.name for path in (ROOT / "configs/strategy").glob("*.yaml"))
     names = (ROOT / "docs/configuration.md").read_text().split("### By name")[1].split("##")[0]
     assert [name for name in REGISTERED if name != "single_site" and f"`{name}`" not in names] == []

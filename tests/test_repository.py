@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "data").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "data").rglob("*.md"))]
 
 
 def leaf_keys(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
@@ -62,7 +62,7 @@ def missing_names(document: str, folder: Path) -> list[str]:
     makefile = (ROOT / "Makefile").read_text()
     code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", document, flags=re.DOTALL))
     missing = []
-    for target in re.findall(r"\bmake ([a-z]+)\b", code):
+    for target in re.findall(r"\bmake ([a-z][a-z-]*)", code):
         if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE):
             missing.append(f"make {target}")
     for file in re.findall(r"(?<![\w./-])(?:configs|tools|docs|tests|fomoe_pl)/[\w./-]+\.(?:yaml|py|md|sh)\b", code):

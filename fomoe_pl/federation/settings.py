@@ -278,11 +278,13 @@ class FederationConfig:
         Raises:
             ConfigError: Naming the overlaps or capacities that would work.
         """
-        fewest = min(shares(n_experts, n_sites, self.overlap_of(n_sites), self.capacities))
-        if self.routing == "partitioned" and fewest < top_k:
-            rule = f"leaves a site {fewest} experts of a layer, and with partitioned routing its tokens pick {top_k}"
+        of_sites = shares(n_experts, n_sites, self.overlap_of(n_sites), self.capacities)
+        fewest, picked = min(of_sites), min(top_k, max(of_sites))
+        # Where all sites have as few, all tokens pick as few: the paper's min(k, R).
+        if self.routing == "partitioned" and fewest < picked:
+            rule = f"leaves a site {fewest} experts of a layer, and with partitioned routing others' tokens pick {picked}"
             name, value = ("overlap", self.overlap) if self.capacities is None else ("capacities", self.capacities)
-            raise ConfigError(name, value, rule, f"give each site {top_k} or more, or type routing ghost")
+            raise ConfigError(name, value, rule, f"give each site {picked} or more, or type routing ghost")
         if self.places is not None and len(self.places) != n_sites:
             rule = f"there are {n_sites} sites"
             raise ConfigError("places", list(self.places), rule, "give the place of each of them")

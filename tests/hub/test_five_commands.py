@@ -1,4 +1,4 @@
-"""The README's commands from text to a model that others load, as printed, with fewer steps."""
+"""The commands of docs/tutorials/to-hugging-face.md, from text to a model that others load, with fewer steps."""
 
 import json
 import os
@@ -21,8 +21,8 @@ STEPS = 8
 
 
 def printed() -> list[list[str]]:
-    section = (ROOT / "README.md").read_text().split("## After training\n")[1].split("\n## ")[0]
-    block = re.findall(r"^```\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)[0]
+    page = (ROOT / "docs/tutorials/to-hugging-face.md").read_text()
+    block = re.findall(r"^```\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[0]
     return [shlex.split(line) for line in block.splitlines()]
 
 
@@ -46,7 +46,7 @@ def shorter(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_commands_of_the_readme(
+def test_the_commands_of_the_page(
     tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")

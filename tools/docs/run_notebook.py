@@ -1,0 +1,42 @@
+"""Run a notebook of the documentation and keep what it prints.
+
+`python tools/docs/run_notebook.py docs/tutorials/notebook.ipynb`. It runs in the current folder. What goes to standard error (progress, warnings of libraries) is not kept.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+
+def run(path: Path, folder: Path, seconds: int = 600) -> Any:
+    """Execute all cells.
+
+    Args:
+        path: The notebook.
+        folder: Where it runs.
+        seconds: After which a cell is given up.
+
+    Returns:
+        The notebook with its outputs.
+
+    Raises:
+        CellExecutionError: A cell has failed.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=seconds, resources={"metadata": {"path": str(folder)}}).execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    notebook.metadata.pop("language_info", None)
+    return notebook
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        nbformat.write(run(Path(name), Path.cwd()), name)
