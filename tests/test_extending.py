@@ -1,4 +1,4 @@
-"""docs/extending.md as a user would try it: its files, in a folder of their own, and its commands."""
+"""docs/extending.md and docs/tutorials/your-strategy.md as a user would try them: their files and commands."""
 
 import importlib
 import json
@@ -28,8 +28,8 @@ from tests.test_cli import environment
 from tests.training import ARCHITECTURE, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-PAGE = (ROOT / "docs/extending.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, flags=re.DOTALL)
+PAGES = [ROOT / "docs/extending.md", ROOT / "docs/tutorials/your-strategy.md"]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), flags=re.DOTALL)]
 SITES = 2
 SAVED, STEPS = 3, 6  # in the middle of a round and of an interval between two draws; rounds have two steps
 SMALL: dict[str, Any] = {
@@ -60,7 +60,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the page's files, and the shipped settings."""
+    """A folder with the pages' files, and the shipped settings."""
     found = tmp_path_factory.mktemp("user")
     (found / "configs").symlink_to(ROOT / "configs")
     (found / "small.yaml").write_text(yaml.safe_dump(SMALL))
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command_of(settings: str) -> list[str]:
-    """The page's command with these settings."""
+    """The command of a page with these settings."""
     (found,) = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if settings in line]
     return shlex.split(found)
 
@@ -128,7 +128,7 @@ def by_load(folder: Path, root: str) -> Path:
     return fit(folder, root, "by_load")
 
 
-def test_all_files_of_the_page_are_named_and_all_commands_are_run_here() -> None:
+def test_all_files_of_the_pages_are_named_and_all_commands_are_run_here() -> None:
     for kind, text in BLOCKS:
         assert kind == "bash" or re.match(r"# \w+\.(py|yaml)\n", text), text
     source = Path(__file__).read_text()
@@ -147,6 +147,12 @@ def test_an_outer_rule_keeps_its_slots_moves_them_and_resumes(folder: Path, root
     assert migrated.payload("migration")
     assert migrated.payload("migration") % (3 * 4 * expert) == 0  # anchor and both slots, float32
     resumes_bit_for_bit(folder, root, "fedadam", fedadam)
+
+
+def test_the_rule_of_the_tutorial_keeps_its_slot(folder: Path, root: str) -> None:
+    run = fit(folder, root, "sign_momentum", "--trainer.strategy.init_args.local_steps", "2")
+    assert manifest(run)["identity"]["outer.rule"] == "signmomentum"
+    assert [name for name in tensors_of(checkpoint(run, STEPS)) if name.startswith("m-experts")]
 
 
 def test_a_policy_sees_all_sites_loads_and_resumes(folder: Path, root: str, fedadam: Path, by_load: Path) -> None:

@@ -107,7 +107,7 @@ def test_the_loop_of_the_page_is_table_6() -> None:
     for words, name in zip(fits, names, strict=True):
         placement, sites, k, overlap = name.split("-")
         files = ["proxy", *SITES[int(sites)], placement]
-        assert words[1 : 2 * len(files) + 1] == [w for f in files for w in ("-c", f"configs/paper/{f}.yaml")]
+        assert words[1 : 2 * len(files) + 1] == [w for f in files for w in ("-c", f"paper/{f}")]
         assert words[words.index("--trainer.strategy.init_args.local_steps") + 1] == k
         assert words[words.index("--trainer.strategy.init_args.overlap") + 1] == overlap
 

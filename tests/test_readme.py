@@ -153,7 +153,7 @@ SETTINGS = {
         FederationConfig, FederatedStrategy, Average, Nesterov, OptimizerConfig, FoMoEModule, ModelConfig, FoMoEData,
         RoutingStability, RunPictures, CommunicationMonitor, ThroughputMonitor, RunReport, FoMoEProgressBar, GlobalEMA,
     ),
-    "after-training": (export, import_model, generate, evaluate, TaskEvaluation),
+    "after-training": (export, generate, evaluate, TaskEvaluation, import_model),
     "data": (prepare, collect_statistics),
     "system-model": (PlanRequest, Site),
 }  # fmt: skip

@@ -282,7 +282,7 @@ class FederationConfig:
         fewest, picked = min(of_sites), min(top_k, max(of_sites))
         # Where all sites have as few, all tokens pick as few: the paper's min(k, R).
         if self.routing == "partitioned" and fewest < picked:
-            rule = f"leaves a site {fewest} experts of a layer, and with partitioned routing others' tokens pick {picked}"
+            rule = f"leaves a site {fewest} experts of a layer, and with partitioned routing other sites pick {picked}"
             name, value = ("overlap", self.overlap) if self.capacities is None else ("capacities", self.capacities)
             raise ConfigError(name, value, rule, f"give each site {picked} or more, or type routing ghost")
         if self.places is not None and len(self.places) != n_sites:

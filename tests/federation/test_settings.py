@@ -99,6 +99,6 @@ def test_fit_tells_of_copies_without_their_routing_in_one_message() -> None:
 def test_sites_with_fewer_experts_than_tokens_pick_are_all_alike() -> None:
     """All sites then pick as many as they have (the paper's 8 sites with 8 experts, overlap 1, top-2)."""
     FederationConfig(overlap=1, routing="partitioned").check(8, 8, top_k=2)
-    with pytest.raises(ConfigError, match=r"leaves a site 1 experts of a layer, .* tokens pick 2"):
+    with pytest.raises(ConfigError, match=r"leaves a site 1 experts of a layer, .* other sites pick 2"):
         FederationConfig(overlap=1, routing="partitioned", capacities=(3, 1)).check(4, 2, top_k=2)
     FederationConfig(overlap=1, routing="ghost", capacities=(3, 1)).check(4, 2, top_k=2)

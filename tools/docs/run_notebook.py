@@ -1,11 +1,12 @@
 """Run a notebook of the documentation and keep what it prints.
 
-`python tools/docs/run_notebook.py docs/tutorials/notebook.ipynb`. It runs in the current folder. What goes to standard error (progress, warnings of libraries) is not kept.
+`python tools/docs/run_notebook.py docs/tutorials/notebook.ipynb` runs it in the current folder. What goes to standard
+error (progress, warnings of libraries) is not kept.
 """
 
 from __future__ import annotations
 
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -38,5 +39,7 @@ def run(path: Path, folder: Path, seconds: int = 600) -> Any:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        nbformat.write(run(Path(name), Path.cwd()), name)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("notebook", type=Path)
+    path = parser.parse_args().notebook
+    nbformat.write(run(path, Path.cwd()), path)
