@@ -29,11 +29,14 @@ html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # a test runs the notebooks; their outputs are kept with them
+highlight_language = "none"  # of blocks that name none
 default_role = "code"  # docstrings have single backticks
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
+napoleon_use_ivar = True  # attributes of a dataclass in one list, as parameters
 suppress_warnings = ["myst.strikethrough"]
 
 PAGES = {ROOT / "README.md": "index", ROOT / "CONTRIBUTING.md": "contributing", ROOT / "CHANGELOG.md": "changelog"}
