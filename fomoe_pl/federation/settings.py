@@ -62,7 +62,9 @@ class FederationConfig:
         alpha: Share of the site's own values in what it goes on from, 0 to 1: alpha · own + (1 − alpha) · agreed. 0
             takes the agreed ones alone. Anchors are never mixed.
         router_every: Local steps between two averages of routers, balance biases included, within a round; divides K.
-            Sites go on from the mean; anchors, the outer rule and moments wait for the round. None: with rounds alone.
+            Sites go on from the mean; anchors, the outer rule and moments wait for the round. A few small messages
+            more: weigh them against the link's latency. With `routing: partitioned` not beside a `delay`. None: with
+            rounds alone.
         outer: Outer rule, one of `fomoe_pl.federation.outer` or your own subclass of its `OuterRule`; None is
             `Average`.
         inner_moments: What a round does to the inner optimizer's moments: keep, reset or average them.
