@@ -126,6 +126,8 @@ def bench(
         federation.synchronize(optimizer)
         federation.refresh_copies()
         seconds.append(now() - end)
+        if rank == 0:
+            print(f"{speeds[-1]:,.0f} tokens/s, a round in {seconds[-1]:.2f} s", flush=True)
     peak = torch.cuda.max_memory_allocated() if gpu else 0
     load = Load(
         precision="bf16-mixed" if gpu else "32-true", batch_size=batch_size, sequence_length=sequence_length,
