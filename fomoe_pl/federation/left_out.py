@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,11 +31,21 @@ class LeftOut:
             return torch.tensor([site not in self.known for site in sites], device=device)
         return self._told().to(device)[list(sites)] == 0
 
-    def sum(self, rows: Iterable[Tensor], sites: tuple[int, ...]) -> Tensor:
-        """Add the rows of the sites that are in the average, in the order of sites; the rows are of the sites."""
+    def sum(
+        self, rows: Iterable[Tensor], sites: tuple[int, ...], weights: Sequence[float] | None = None
+    ) -> Tensor:  # fmt: skip
+        """Add the rows of the sites that are in the average, in the order of sites; the rows are of the sites.
+
+        Args:
+            rows: Of the sites.
+            sites: Which.
+            weights: Of all sites, by which rows are multiplied; None for even ones.
+        """
         total: Tensor | None = None
         taken: Tensor | None = None
         for i, (site, row) in enumerate(zip(sites, rows, strict=True)):
+            if weights is not None:
+                row = row * weights[site]
             if total is None:
                 total, taken = torch.zeros_like(row), None if self._told is None else self.takes(sites, row.device)
             if taken is not None:
@@ -44,12 +55,18 @@ class LeftOut:
         assert total is not None
         return total
 
-    def number(self, sites: tuple[int, ...], device: torch.device) -> Tensor:
-        """How many of some sites are in the average: a tensor, by which all devices divide alike.
+    def number(
+        self, sites: tuple[int, ...], device: torch.device, weights: Sequence[float] | None = None
+    ) -> Tensor:  # fmt: skip
+        """How many of some sites are in the average, or their weights' sum: a tensor, by which all devices divide alike.
 
         By a number a GPU multiplies with its inverse, and a site on a CPU would get other bits.
         """
+        of = [1.0 if weights is None else weights[site] for site in sites]
         if self._told is None:
-            taken = len([site for site in sites if site not in self.known])
+            taken = math.fsum(weight for site, weight in zip(sites, of, strict=True) if site not in self.known)
             return torch.full((), taken, dtype=torch.float32, device=device)
-        return self.takes(sites, device).sum().float()
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        for takes, weight in zip(self.takes(sites, device), of, strict=True):  # in one order on all devices
+            total += takes * weight
+        return total

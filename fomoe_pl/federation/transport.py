@@ -125,6 +125,7 @@ class Transport:
         slices: Whether each of them has slices of its own of all values: then ranks of the same place in their sites
             average with each other. Else they all have the same: the first one speaks for the site, and gives the
             others what it gets.
+        weights: Of each site in averages, or None for even ones.
         overlapped: Whether averages travel while the site computes: then those over all sites have a group of their
             own, for what a thread sends in it must not get between the messages of others.
     """
@@ -142,6 +143,7 @@ class Transport:
         home: torch.device | None = None,
         inside: Inside | None = None,
         slices: bool = False,
+        weights: Sequence[float] | None = None,
         overlapped: bool = False,
     ) -> None:
         self.topology = topology
@@ -151,6 +153,7 @@ class Transport:
         self.home = device if home is None else home
         self.pinned = self.home.type == "cuda" and device.type == "cpu"
         self.ledger = ledger
+        self.weights = None if weights is None or len(set(weights)) == 1 else tuple(weights)
         self.device = device
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.bucket_numel = bucket_numel(bucket_bytes, dtype)
@@ -231,16 +234,23 @@ class Transport:
         if codec is not None:
             average = self._average_gathered if are_gathered(codec, len(sites)) else self._average_coded
             return average(codec, kind, sites, numel, read, left_out, lost)
-        buffer = self._filled(numel, None if self.topology.site in left_out.known else read)
+        buffer = self._filled(numel, None if self.topology.site in left_out.known else self._weighted(read))
         wait = self._start_all_reduce(kind, buffer, sites, between=between)
 
         def mean() -> Tensor:
             wait()
             total = buffer.to(self.home, non_blocking=True).float()
-            total /= left_out.number(sites, self.home)
+            total /= left_out.number(sites, self.home, self.weights)
             return total
 
         return Pending(mean)
+
+    def _weighted(self, read: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
+        """Values times this site's weight."""
+        if self.weights is None:
+            return read
+        weight = self.weights[self.topology.site]
+        return lambda: torch._foreach_mul(list(read()), weight)
 
     def _coded_values(
         self, codec: Codec, numel: int, shape: tuple[int, int], read: Callable[[], Sequence[Tensor]] | None,
@@ -327,7 +337,9 @@ class Transport:
             decoded = codec.decode(incoming.to(self.home), n_slice)
             if lost is not None and kept is not None:
                 if not out:  # of the mean of its slice, which is of all of them: the owner makes up for it
-                    kept[own] += (total.to(self.home) - decoded[own]) * left_out.number(sites, self.home)
+                    share = 1.0 if self.weights is None else self.weights[site]
+                    total_weight = left_out.number(sites, self.home, self.weights)
+                    kept[own] += (total.to(self.home) - decoded[own]) * (total_weight / share)
                 lost(kept.view(-1)[:numel])
             return decoded.reshape(-1)[:numel]
 
@@ -356,8 +368,8 @@ class Transport:
 
     def _mean_of(self, decoded: Iterable[Tensor], sites: tuple[int, ...], left_out: LeftOut) -> Tensor:
         """The mean of the sites' rows, added in the order of the sites; codes of zeros need not be zeros."""
-        total = left_out.sum(decoded, sites)
-        total /= left_out.number(sites, total.device)
+        total = left_out.sum(decoded, sites, self.weights)
+        total /= left_out.number(sites, total.device, self.weights)
         return total
 
     def _coded(self, codec: Codec, rows: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Case:
     untouched: int | None = None  # an expert that gets no gradient after the first round
     n_sites: int = SITES
     capacities: tuple[int, ...] | None = None
+    weights: tuple[int, ...] | None = None
     on_host: bool = False  # anchors and momentum, which are copied for each use
 
     def place(self, epoch: int) -> Placement:
@@ -124,7 +125,10 @@ def simulate(case: Case) -> list[dict[str, Any]]:
                         value.adamw(gradient(case, s, step, key, value.p), case.warmup)
         for key in anchor:
             held = [values[key] for values in sites if key in values]
-            delta = sum(anchor[key] - value.p for value in held) / len(held)
+            all_weights = case.weights or (1,) * case.n_sites
+            weights = [weight for weight, values in zip(all_weights, sites, strict=True) if key in values]
+            weighted = list(zip(weights, held, strict=True))
+            delta = sum(weight * (anchor[key] - value.p) for weight, value in weighted) / sum(weights)
             if is_buffer(key[0]):
                 anchor[key] = anchor[key] - delta
             elif case.rule == "average":
@@ -132,7 +136,9 @@ def simulate(case: Case) -> list[dict[str, Any]]:
             elif key[1] is None or bool((delta != 0).any()):
                 momentum[key] = case.momentum * momentum[key] + delta
                 anchor[key] = anchor[key] - case.lr * (delta + case.momentum * momentum[key])
-            mean_m, mean_v = (sum(getattr(value, n) for value in held) / len(held) for n in ("m", "v"))
+            mean_m, mean_v = (
+                sum(weight * getattr(value, n) for weight, value in weighted) / sum(weights) for n in ("m", "v")
+            )
             for value in held:
                 value.p = anchor[key].clone()
                 if case.inner_moments == "average":

@@ -29,6 +29,8 @@ CASES = [
     Case(2, "random", on_host=True),
     Case(2, "random", capacities=(4, 2, 1, 1), inner_moments="average", **NESTEROV),
     Case(3, capacities=(1, 4, 3, 4)),
+    Case(2, weights=(4, 1, 2, 1), inner_moments="average"),
+    Case(3, "random", weights=(1, 1, 5, 1), **NESTEROV),
     Case(2, "random", on_host=True, untouched=1, inner_moments="average", **NESTEROV),
 ]
 

@@ -31,9 +31,14 @@ def values(rank: int) -> Tensor:
     return torch.randn(NUMEL, generator=torch.Generator().manual_seed(rank))
 
 
-def _average(rank: int, sites: tuple[int, ...], codec: Codec, left_out: frozenset[int]) -> Any:
+EVEN = (1.0, 1.0, 1.0)
+
+
+def _average(
+    rank: int, sites: tuple[int, ...], codec: Codec, left_out: frozenset[int], weights: tuple[float, ...] = EVEN
+) -> Any:
     ledger, cpu = Ledger(), torch.device("cpu")
-    wire = Transport(Topology(3, 1, rank), [sites], ledger, device=cpu)
+    wire = Transport(Topology(3, 1, rank), [sites], ledger, device=cpu, weights=weights)
     mean, lost = None, []
     if rank in sites:
 
@@ -53,22 +58,24 @@ def coded(codec: Codec, flat: Tensor) -> Tensor:
     return codec.decode(codec.encode(flat), flat.shape[-1])
 
 
-@pytest.mark.parametrize("left_out", [(), (1,)])
-def test_of_three_it_is_the_mean_of_decoded_slices_coded_once_more(left_out: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("left_out", "weights"), [((), EVEN), ((1,), EVEN), ((), (3.0, 0.5, 1.0))])
+def test_of_three_it_is_the_mean_of_decoded_slices_coded_once_more(
+    left_out: tuple[int, ...], weights: tuple[float, ...]
+) -> None:
     codec, sites = Groups(8), (0, 1, 2)
-    found = run_distributed(_average, 3, sites, codec, frozenset(left_out))
+    found = run_distributed(_average, 3, sites, codec, frozenset(left_out), weights)
     length, taken = slice_numel(NUMEL, 3), [site for site in sites if site not in left_out]
     assert length % GROUP == 0
     padded = {s: torch.nn.functional.pad(values(s), (0, 3 * length - NUMEL)).view(3, length) for s in sites}
     total = torch.zeros(3, length)
     for site in taken:
-        total += coded(codec, padded[site])
-    expected = coded(codec, total / len(taken)).flatten()[:NUMEL]
+        total += coded(codec, padded[site]) * weights[site]
+    expected = coded(codec, total / sum(weights[site] for site in taken)).flatten()[:NUMEL]
     for site in sites:
         assert torch.equal(found[site][0], expected)
         assert found[site][2] == 2 * coded_bytes(codec, NUMEL, 3) == 2 * 2 * 2 * codec.nbytes(length)
     owned = torch.cat([torch.full((length,), site not in left_out) for site in sites])[:NUMEL]
-    check_lost(found, taken, expected, owned)
+    check_lost(found, taken, expected, owned, weights)
     for site in left_out:
         assert not found[site][1][0].any()
 
@@ -95,9 +102,12 @@ def test_two_give_each_other_all_of_it(codec: Codec, left_out: tuple[int, ...]) 
     check_lost(found, taken, expected, torch.ones(NUMEL, dtype=torch.bool))
 
 
-def check_lost(found: list[Any], taken: list[int], mean: Tensor, owned: Tensor) -> None:
+def check_lost(
+    found: list[Any], taken: list[int], mean: Tensor, owned: Tensor, weights: tuple[float, ...] = EVEN
+) -> None:
     """The mean of what sites had, less what they lost, is the mean that they got, where its owner is not left out."""
-    kept = sum(values(site) - found[site][1][0] for site in taken) / len(taken)
+    kept = sum((values(site) - found[site][1][0]) * weights[site] for site in taken)
+    kept /= sum(weights[site] for site in taken)
     torch.testing.assert_close(kept[owned], mean[owned], rtol=0, atol=1e-6)
     assert all(found[site][1][0].abs().max() > 1e-3 for site in taken)
 

@@ -55,7 +55,8 @@ def make(
     placement = case.place(0)
     layout = toy_layout(placement, rank)
     arcs = all_holder_sets(EXPERTS, LAYERS, case.n_sites, case.overlap, capacities=case.capacities)
-    wire = Transport(Topology(case.n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"), **wire_options)
+    wire = Transport(Topology(case.n_sites, 1, rank), arcs, Ledger(), device=torch.device("cpu"),
+                     weights=case.weights, **wire_options)  # fmt: skip
     federation = Federation(
         layout, placement, wire,
         outer=Average(case.lr) if case.rule == "average" else Nesterov(case.lr, case.momentum),
