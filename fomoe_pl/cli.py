@@ -185,6 +185,7 @@ class FoMoECLI(PlainCLI):
             config.trainer.strategy = self._own_strategy(config.trainer)
         elif (least := config.trainer.strategy.get("init_args", {}).get("min_sites")) is not None:
             ranks = config.trainer.strategy.init_args.get("ranks_per_site", 1)
+            ranks = ranks if isinstance(ranks, int) else 1  # ranks of each site are refused with it
             nodes = nodes_left(os.environ, config.trainer.devices, config.trainer.num_nodes, least, ranks)
             config.trainer.num_nodes = nodes
 
@@ -255,7 +256,7 @@ class FoMoECLI(PlainCLI):
             path = _newest(trainer) if path == "auto" else path
             self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path
         if isinstance(strategy, FederatedStrategy) and strategy.settings.min_sites is not None:
-            self._keep_pace(strategy, trainer.num_nodes * trainer.num_devices // strategy.settings.ranks_per_site, path)
+            self._keep_pace(strategy, strategy.settings.n_sites_of(trainer.num_nodes * trainer.num_devices), path)
         data.goes_on = path is not None
         strategy.check_run(trainer, module, data, fitting=self.subcommand == "fit")
         if path is not None and not own_disks:  # which of them a site lacks shows when all have met
@@ -272,8 +273,9 @@ class FoMoECLI(PlainCLI):
         if tokens is None:
             return
         settings = strategy.settings if isinstance(strategy, FederatedStrategy) else None
-        readers = trainer.num_devices * self._planned_nodes // (1 if settings is None else settings.ranks_per_site)
-        step_tokens = readers * trainer.accumulate_grad_batches * data.batch_size * data.sequence_length
+        processes = trainer.num_devices * self._planned_nodes
+        sizes = data.batch_sizes(processes if settings is None else settings.n_sites_of(processes))
+        step_tokens = trainer.accumulate_grad_batches * sum(sizes) * data.sequence_length
         steps = steps_for(tokens, step_tokens, None if settings is None else settings.local_steps)
         cast(Any, trainer).fit_loop.epoch_loop.max_steps = steps
         rank_zero_info(f"max_tokens = {tokens:g}: {steps} steps of {step_tokens} tokens")
@@ -281,10 +283,13 @@ class FoMoECLI(PlainCLI):
     def _keep_pace(self, strategy: FederatedStrategy, n_sites: int, path: str | None) -> None:
         """Set the number of steps that the planned tokens take with the sites that are present."""
         trainer, data = self.trainer, cast(FoMoEData, self.datamodule)
+        if not isinstance(data.batch_size, int):
+            rule = "with a batch size of each site the number of sites cannot change by itself"
+            raise ConfigError("min_sites", strategy.settings.min_sites, rule, "leave it out, or type one batch size")
         strategy.pace = Pace(
             planned=trainer.max_steps, start=0, tokens=0, sites=n_sites,
             site_tokens=trainer.accumulate_grad_batches * data.batch_size * data.sequence_length,
-            planned_sites=trainer.num_devices * self._planned_nodes // strategy.settings.ranks_per_site,
+            planned_sites=strategy.settings.n_sites_of(trainer.num_devices * self._planned_nodes),
         )  # fmt: skip
         if strategy.checkpoint_root is None or path is None:  # else it goes on when all have met
             strategy.pace.go_on(*((0, 0) if path is None else tokens_in(Path(path))), trainer)

@@ -217,8 +217,9 @@ class FoMoEModule(L.LightningModule):
         self._loss_sum = summand if self._loss_sum is None else self._loss_sum + summand
         self._loss_count = one if self._loss_count is None else self._loss_count + one
         topology = self.site.topology
-        self.tokens_seen += tokens * topology.n_ranks
-        self.tokens_of_all_sites += tokens * topology.world_size
+        of_site = tokens * topology.n_ranks
+        self.tokens_seen += of_site
+        self.tokens_of_all_sites += self.site.tokens_of_all(of_site)
         if self.watches_routing:
             assert done.gate_entropy_L is not None, "routers measure what is watched, from the start of training on"
             residency = self.transformer.residency

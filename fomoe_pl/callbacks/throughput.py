@@ -218,7 +218,7 @@ class ThroughputMonitor(TimedCallback, RoundObserver):
         values = {"throughput/local_tokens_per_s": window.local_rate} if measures_sync(strategy) else {}
         values |= {
             "throughput/with_sync_tokens_per_s": window.rate,
-            "throughput/with_sync_global_tokens_per_s": window.rate * strategy.topology.n_sites,
+            "throughput/with_sync_global_tokens_per_s": window.rate * strategy.tokens_of_all(10**6) / 10**6,
             "time/train_s": self.trained.seconds,
             "time/watch_s": self.trained.watch_seconds,
         }

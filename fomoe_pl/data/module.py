@@ -1,6 +1,7 @@
 """The LightningDataModule: a prepared corpus as training and validation batches of a site."""
 
 import hashlib
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,8 +89,10 @@ class FoMoEData(L.LightningDataModule):
         root: Folder of the corpus. If each site has a corpus of its own, a template with `{site}` or a mapping from
             sites to folders; a site opens no folder but its own.
         sequence_length: Tokens of a sequence, S.
-        batch_size: Sequences of a micro-batch of one site, B, which its ranks share.
-        val_batch_size: Sequences of a validation batch of one site, likewise; null: batch_size.
+        batch_size: Sequences of a micro-batch of one site, B, which its ranks share. One number for all sites, or one
+            for each such as [8, 8, 4], so that sites of unlike GPUs take as long for a step.
+        val_batch_size: Sequences of a validation batch of one site, likewise, one number; null: batch_size, the
+            smallest.
         val_sequences: Most validation sequences over all sites, an equal share of each domain; null: all.
         num_workers: Processes that read training data for each rank; 0: the training process reads.
         split: How training data is divided over sites: iid (each has a share of every domain), domain (each has whole
@@ -108,7 +111,7 @@ class FoMoEData(L.LightningDataModule):
         self,
         root: str | dict[int, str],
         sequence_length: int = 256,
-        batch_size: int = 8,
+        batch_size: int | list[int] = 8,
         val_batch_size: int | None = None,
         val_sequences: int | None = None,
         num_workers: int = 0,
@@ -123,7 +126,9 @@ class FoMoEData(L.LightningDataModule):
         self.root: Root = root
         self.sequence_length = sequence_length
         self.batch_size = batch_size
-        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        if val_batch_size is None:
+            val_batch_size = batch_size if isinstance(batch_size, int) else min(batch_size, default=0)
+        self.val_batch_size = val_batch_size
         self.val_sequences = val_sequences
         self.num_workers = num_workers
         self.split: SplitKind = split
@@ -198,27 +203,38 @@ class FoMoEData(L.LightningDataModule):
         """Names of the domains; a batch's `domain` is an index into them."""
         return self.manifest.domain_names if self._agreed is None else self._agreed.domains
 
-    def check(self, n_sites: int, n_ranks: int = 1) -> None:
+    def batch_sizes(self, n_sites: int) -> tuple[int, ...]:
+        """Sequences of a micro-batch of each site."""
+        return (self.batch_size,) * n_sites if isinstance(self.batch_size, int) else tuple(self.batch_size)
+
+    def check(self, n_sites: int, n_ranks: int | tuple[int, ...] = 1) -> None:
         """Check everything that can be seen before any process starts.
 
         Args:
             n_sites: Number of sites, M.
-            n_ranks: Ranks of a site.
+            n_ranks: Ranks of a site, or of each site.
 
         Raises:
             ConfigError: A setting out of range; no manifest; a missing shard; fewer shards than sites x workers. Of
                 corpora that each site has of its own nothing is seen until the sites have met.
         """
-        smallest = {"sequence_length": 1, "batch_size": 1, "val_batch_size": 1, "num_workers": 0, "seed": 0,
-                    "shuffle_sequences": 1, "max_bad_shards": 0}  # fmt: skip
+        sizes, ranks = self.batch_sizes(n_sites), (n_ranks,) * n_sites if isinstance(n_ranks, int) else n_ranks
+        if len(sizes) != n_sites:
+            rule = f"gives {len(sizes)} numbers for {n_sites} sites"
+            raise ConfigError("data.batch_size", self.batch_size, rule, "give one for each site, or one for all")
+        if min(sizes) < 1:
+            raise ConfigError("data.batch_size", self.batch_size, "must be at least 1", "Give a larger one")
+        smallest = {"sequence_length": 1, "val_batch_size": 1, "num_workers": 0, "seed": 0, "shuffle_sequences": 1,
+                    "max_bad_shards": 0}  # fmt: skip
         for key, least in smallest.items():
             if getattr(self, key) < least:
                 raise ConfigError(f"data.{key}", getattr(self, key), f"must be at least {least}", "Give a larger one")
-        for key in ("batch_size", "val_batch_size"):
-            if (size := getattr(self, key)) % n_ranks:
-                below = size // n_ranks * n_ranks
-                hint = f"type {f'{below} or ' if below else ''}{below + n_ranks}"
-                raise ConfigError(f"data.{key}", size, f"is divided among the {n_ranks} ranks of a site", hint)
+        shared = [("batch_size", size, n) for size, n in zip(sizes, ranks, strict=True)]
+        for key, size, n in (*shared, *(("val_batch_size", self.val_batch_size, n) for n in set(ranks))):
+            if size % n:
+                below = size // n * n
+                hint = f"type {f'{below} or ' if below else ''}{below + n}"
+                raise ConfigError(f"data.{key}", size, f"is divided among the {n} ranks of a site", hint)
         check_alpha(self.dirichlet_alpha)
         for name, weight in (self.weights or {}).items():
             check_range(f"data.weights.{name}", weight, "such as 90 and 10, or 0 to leave the domain out", least=0)
@@ -268,13 +284,13 @@ class FoMoEData(L.LightningDataModule):
         corpora = self._corpora(n_sites)
         stream = SiteStream(
             self.manifest, self._plans(n_sites)[site], self.sequence_length, self.seed, site,
-            batch_size=self.batch_size, consumed=self._consumed, max_bad_shards=self.max_bad_shards,
+            batch_size=self.batch_sizes(n_sites)[site], consumed=self._consumed, max_bad_shards=self.max_bad_shards,
             orders=self._order_numbers(), labels=corpora.labels(site), shuffle=self.shuffle_sequences,
         )  # fmt: skip
         return SiteLoader(
             stream,
             lambda: self._batches() - self._since,
-            batch_size=self.batch_size,
+            batch_size=self.batch_sizes(n_sites)[site],
             collate_fn=self._own_rows(),
             num_workers=self.num_workers,
             pin_memory=self._on_gpu(),
@@ -381,7 +397,7 @@ class FoMoEData(L.LightningDataModule):
         corpora = self._corpora(n_sites)
         sharing = corpora.sharing(site)
         counts = corpora.validation_counts(self.sequence_length, self.val_sequences)
-        n_ranks = self._own_rows().n_ranks
+        n_ranks = math.lcm(*map(len, context(self.trainer).topology.ranks))
         length = -(-corpora.validation_length(counts) // n_ranks) * n_ranks
         if not length:
             raise ConfigError("data.root", self.root, "no site has validation text",

@@ -325,7 +325,7 @@ def consumption(
     seed: int,
     *,
     batches: int,
-    batch_size: int,
+    batch_size: int | Sequence[int],
     consumed: Consumed | None = None,
     sites: Sequence[int] | None = None,
     orders: Sequence[int] | None = None,
@@ -341,7 +341,7 @@ def consumption(
         sequence_length: S.
         seed: Seed of all orders.
         batches: Batches that each site was given.
-        batch_size: Sequences of a batch.
+        batch_size: Sequences of a batch, of all sites or by the site's number.
         consumed: What had been read before.
         sites: Numbers of the sites that read the corpus; None: from 0 on.
         orders: As for :class:`PackedStream`.
@@ -353,8 +353,9 @@ def consumption(
     sizes = [len(manifest.shards_of("train", name)) for name in manifest.domain_names]
     read = [list(domain) for domain in consumed] if consumed else [[0] * size for size in sizes]
     for site, workers in zip(range(len(plans)) if sites is None else sites, plans, strict=True):
+        size = batch_size if isinstance(batch_size, int) else batch_size[site]
         for worker, plan in enumerate(workers):
-            sequences = batches_of_worker(batches, len(workers), worker) * batch_size
+            sequences = batches_of_worker(batches, len(workers), worker) * size
             for i, count in enumerate(count_domains(plan, seed, site, worker, sequences)):
                 domain, whole = plan.domains[i], -(-count // shuffle) * shuffle
                 order = None if orders is None else orders[domain]

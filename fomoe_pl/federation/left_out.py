@@ -58,9 +58,10 @@ class LeftOut:
     def number(
         self, sites: tuple[int, ...], device: torch.device, weights: Sequence[float] | None = None
     ) -> Tensor:  # fmt: skip
-        """How many of some sites are in the average, or their weights' sum: a tensor, by which all devices divide alike.
+        """How many of some sites are in the average, or the sum of their weights.
 
-        By a number a GPU multiplies with its inverse, and a site on a CPU would get other bits.
+        It is a tensor, by which all devices divide alike: by a number a GPU multiplies with its inverse, and a site on
+        a CPU would get other bits.
         """
         of = [1.0 if weights is None else weights[site] for site in sites]
         if self._told is None:

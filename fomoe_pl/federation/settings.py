@@ -25,6 +25,7 @@ from fomoe_pl.model.residency import Residency, Routing, Shadow, ShadowBits
 InnerMoments = Literal["keep", "reset", "average"]
 OuterPlace = Literal["device", "host"]
 Sharing = Literal["replicate", "shard"]
+Weighting = Literal["tokens", "even"]
 WireDtype = Literal["float32", "bfloat16", "float16"]
 WireFormat = Literal["int8", "int4", "topk"]
 FORMATS: dict[str, Codec] = {"int8": Groups(8), "int4": Groups(4), "topk": TopK()}
@@ -38,7 +39,7 @@ class FederationConfig:
     Attributes:
         sites: Number of sites M; None is the world size.
         ranks_per_site: Ranks of a site, which train one model together: each has a part of the site's batch, and
-            their gradients are averaged in every step.
+            their gradients are averaged in every step. One number for all sites, or one for each such as [8, 4].
         inside: What each of them has of the site's model: all of it (`replicate`), or a slice of each tensor, gathered
             layer by layer while it computes (`shard`, FSDP2).
         overlap: Sites that hold each expert, 1..M; None is M, a full replica.
@@ -61,6 +62,8 @@ class FederationConfig:
             average is of the values before these steps.
         alpha: Share of the site's own values in what it goes on from, 0 to 1: alpha · own + (1 − alpha) · agreed. 0
             takes the agreed ones alone. Anchors are never mixed.
+        weighting: What sites weigh in averages: the `tokens` of a step of theirs (`data.batch_size`), or all the same,
+            `even`.
         router_every: Local steps between two averages of routers, balance biases included, within a round; divides K.
             Sites go on from the mean; anchors, the outer rule and moments wait for the round. A few small messages
             more: weigh them against the link's latency. With `routing: partitioned` not beside a `delay`. None: with
@@ -100,7 +103,7 @@ class FederationConfig:
     """
 
     sites: int | None = None
-    ranks_per_site: int = 1
+    ranks_per_site: int | tuple[int, ...] = 1
     inside: Sharing = "replicate"
     overlap: int | None = None
     capacities: tuple[int, ...] | None = None
@@ -114,6 +117,7 @@ class FederationConfig:
     delay: int = 0
     alpha: float = 0.0
     router_every: int | None = None
+    weighting: Weighting = "tokens"
     outer: OuterRule | None = None
     inner_moments: InnerMoments = "keep"
     moments_every: int | tuple[int, int] = 1
@@ -135,7 +139,7 @@ class FederationConfig:
         """Check what can be checked without a model or processes."""
         for name, choices in (
             ("routing", Routing), ("inner_moments", InnerMoments), ("wire_dtype", WireDtype),
-            ("outer_state", OuterPlace), ("inside", Sharing),
+            ("outer_state", OuterPlace), ("inside", Sharing), ("weighting", Weighting),
             ("shadow_bits", ShadowBits),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), choices)
@@ -143,7 +147,7 @@ class FederationConfig:
             rule = "with capacities or places of each site the number of sites cannot change by itself"
             raise ConfigError("min_sites", self.min_sites, rule, "leave it out, or leave those out")
         for name in (
-            "sites", "ranks_per_site", "overlap", "min_sites", "copies", "reshuffle_rounds", "bucket_mib",
+            "sites", "overlap", "min_sites", "copies", "reshuffle_rounds", "bucket_mib",
             "shadow_refresh",
         ):  # fmt: skip
             check_range(name, getattr(self, name), "type 1 or more", least=1)
@@ -155,9 +159,7 @@ class FederationConfig:
         if self.wire_dtype == "float16" and self.inner_moments == "average":
             rule = "AdamW's second moments are mostly below float16's smallest number, and without them steps explode"
             raise ConfigError("wire_dtype", self.wire_dtype, rule, "type bfloat16 or float32, or inner_moments keep")
-        if self.inside == "shard" and self.ranks_per_site == 1:
-            rule = "shares a site's model out among its ranks, and there is one"
-            raise ConfigError("inside", self.inside, rule, "type replicate, or ranks_per_site 2 or more")
+        self._check_ranks()
         if self.inside == "shard" and self.delay:
             rule = "a checkpoint cannot hold slices of averages that are on their way"
             raise ConfigError("delay", self.delay, rule, "type 0, or inside replicate")
@@ -171,6 +173,34 @@ class FederationConfig:
             rule = "experts move after each round, whose averages then have to be there, of all fragments at once"
             name, value = ("fragments", self.fragments) if self.fragments > 1 else ("delay", self.delay)
             raise ConfigError(name, value, rule, "leave it out, or type a larger reshuffle_rounds")
+
+    def _check_ranks(self) -> None:
+        given = self.ranks_per_site
+        numbers = (given,) if isinstance(given, int) else given
+        if not numbers or min(numbers) < 1:
+            raise ConfigError("ranks_per_site", given, "must be at least 1 in each site", "type 1 or more")
+        if self.inside == "shard" and max(numbers) == 1:
+            rule = "shares a site's model out among its ranks, and there is one"
+            raise ConfigError("inside", self.inside, rule, "type replicate, or ranks_per_site 2 or more")
+        if self.inside == "shard" and len(set(numbers)) > 1:
+            rule = f"needs as many ranks in each site, not {list(numbers)}: ranks average their slices with each other"
+            raise ConfigError("inside", self.inside, rule, "type replicate, or one number of ranks for all sites")
+        if not isinstance(given, int) and self.sites not in (None, len(numbers)):
+            rule = f"gives {len(numbers)} numbers for {self.sites} sites"
+            raise ConfigError("ranks_per_site", list(given), rule, "give one for each site, or one for all")
+        if not isinstance(given, int) and self.min_sites is not None:
+            rule = "with ranks of each site the number of sites cannot change by itself"
+            raise ConfigError("min_sites", self.min_sites, rule, "leave it out, or type one number of ranks")
+
+    def n_sites_of(self, n_processes: int) -> int:
+        """Sites that so many processes make."""
+        given = self.ranks_per_site
+        return n_processes // given if isinstance(given, int) else len(given)
+
+    @property
+    def most_ranks(self) -> int:
+        """Ranks of the largest site."""
+        return self.ranks_per_site if isinstance(self.ranks_per_site, int) else max(self.ranks_per_site)
 
     def _check_formats(self) -> None:
         if isinstance(self.wire_codec, str):

@@ -196,6 +196,10 @@ class SiteStrategy(Strategy):
         """One line that says which method this is."""
         return f"{type(self).__name__}, {self.topology.n_sites} sites"
 
+    def tokens_of_all(self, tokens: int) -> int:
+        """Tokens that all sites take while this one takes so many."""
+        return tokens * self.topology.n_sites
+
     def check_run(self, trainer: Any, module: Any, data: Any, *, fitting: bool) -> None:
         """Check everything that can be seen before the processes meet.
 

@@ -64,12 +64,14 @@ def check_arguments(given: Mapping[str, Any], refused: Mapping[str, str]) -> dic
     return changed
 
 
-def check_processes(sites: int | None, ranks: int, n_processes: int, num_nodes: int, *, share_device: bool) -> int:
+def check_processes(
+    sites: int | None, ranks: int | tuple[int, ...], n_processes: int, num_nodes: int, *, share_device: bool
+) -> int:  # fmt: skip
     """Number of sites, if it fits the number of processes on all machines.
 
     Args:
         sites: As it was set; None is what the processes make.
-        ranks: Ranks of a site.
+        ranks: Ranks of a site, or of each site.
         n_processes: On all machines together.
         num_nodes: Number of machines.
         share_device: Whether sites share a GPU.
@@ -81,6 +83,12 @@ def check_processes(sites: int | None, ranks: int, n_processes: int, num_nodes: 
         rule = "sites can share a GPU of one machine only"
         raise ConfigError("trainer.num_nodes", num_nodes, rule, "set it to 1, or share_device to false")
     told = f"the number of processes ({n_processes} = trainer.devices x num_nodes)"
+    if not isinstance(ranks, int):
+        if sum(ranks) != n_processes:
+            rule = f"must add up to {told}"
+            raise ConfigError("ranks_per_site", list(ranks), rule, f"start {sum(ranks)} processes, as many on each "
+                              "machine, or give other ranks")  # fmt: skip
+        return len(ranks)
     if n_processes % ranks:
         valid = ", ".join(str(n) for n in range(1, n_processes + 1) if n_processes % n == 0)
         raise ConfigError("ranks_per_site", ranks, f"must divide {told}, for whole sites", f"type one of {valid}")
@@ -142,7 +150,9 @@ def check_precision(precision: object) -> None:
         raise ConfigError("trainer.precision", precision, "is not supported", hint)
 
 
-def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, n_ranks: int = 1, *, fitting: bool) -> None:
+def check_data(
+    trainer: Any, data: Any, config: ModelConfig, n_sites: int, n_ranks: int | tuple[int, ...] = 1, *, fitting: bool
+) -> None:  # fmt: skip
     """Check the data against the model and the Trainer.
 
     Args:
@@ -150,7 +160,7 @@ def check_data(trainer: Any, data: Any, config: ModelConfig, n_sites: int, n_ran
         data: Its datamodule, or None.
         config: The model's architecture.
         n_sites: Number of sites M.
-        n_ranks: Ranks of a site.
+        n_ranks: Ranks of a site, or of each site.
         fitting: Whether it trains; else it validates.
 
     Raises:

@@ -23,6 +23,7 @@ from fomoe_pl.checkpoint.content import FederatedContent
 from fomoe_pl.checkpoint.disks import check_roots
 from fomoe_pl.checkpoint.format import read_manifest
 from fomoe_pl.checkpoint.own_disks import PartsContent
+from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, check_choice, check_names, check_range
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inside import Inside
@@ -110,7 +111,9 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             if self.settings.sites is None:
                 raise ConfigError("sites", None, "must be given when sites share a device", "for example 4")
             between = "gloo"
-            parallel_devices = [torch.device("cuda:0")] * (self.settings.sites * self.settings.ranks_per_site)
+            ranks = self.settings.ranks_per_site
+            n_processes = self.settings.sites * ranks if isinstance(ranks, int) else sum(ranks)
+            parallel_devices = [torch.device("cuda:0")] * n_processes
         super().__init__(parallel_devices, between, timedelta(seconds=timeout_seconds))
         stops = StopsTogether(self, stop_at, lambda: end_children(self.launcher))
         self._counted = Ledger()
@@ -123,7 +126,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
 
     def _check_disks(self) -> None:
         copies = self.settings.copies
-        if self.checkpoint_root is not None and self.settings.ranks_per_site > 1:
+        if self.checkpoint_root is not None and self.settings.most_ranks > 1:
             rule = "is of sites of one rank: those of several may be on machines with a disk each"
             raise ConfigError("checkpoint_root", str(self.checkpoint_root), rule, "leave it out, and give all sites "
                               "one file system")  # fmt: skip
@@ -172,8 +175,8 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
     @property
     def topology(self) -> Topology:
         """This rank's place in the federation."""
-        ranks = self.settings.ranks_per_site
-        return Topology(self.world_size // ranks, ranks, self.global_rank)
+        settings = self.settings
+        return Topology(settings.n_sites_of(self.world_size), settings.ranks_per_site, self.global_rank)
 
     def check(self, config: ModelConfig, n_processes: int, num_nodes: int = 1) -> int:
         """Check the settings against the model and the processes of all machines, before any is started.
@@ -196,13 +199,24 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         self.settings.check(config.n_experts, n_sites, config.top_k)
         self.settings.check_fragments(config.n_layers)
         if self.settings.inside == "shard":
-            check_shares(config, self.settings.routing, ranks)
+            check_shares(config, self.settings.routing, self.settings.most_ranks)
         return n_sites
 
     def placed(self, config: ModelConfig) -> Placement:
         """Where experts are after the last time that they were placed."""
         n_sites = self.topology.n_sites
         return self.settings.place(config.n_layers, config.n_experts, n_sites, self.redraws, self.loads_at_draw)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...] | None:
+        """Sequences of a micro-batch of each site; None where all have as many, or data that does not tell."""
+        data = self.trainer.datamodule
+        return data.batch_sizes(self.topology.n_sites) if isinstance(data, FoMoEData) else None
+
+    def tokens_of_all(self, tokens: int) -> int:
+        """Tokens that all sites take while this one takes so many."""
+        sizes = self.batch_sizes
+        return super().tokens_of_all(tokens) if sizes is None else tokens * sum(sizes) // sizes[self.topology.site]
 
     def residency(self, config: ModelConfig) -> Residency:
         """The experts that this site holds."""
@@ -250,6 +264,7 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
             home=self.root_device,
             inside=self.inside,
             slices=self.slices is not None,
+            weights=self.batch_sizes if settings.weighting == "tokens" else None,
             overlapped=settings.delay > 0,
         )
         self.rounds.reset()

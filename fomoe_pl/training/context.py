@@ -114,6 +114,9 @@ class SiteContext(Counts, Protocol):
     def residency(self, config: ModelConfig) -> Residency:
         """The experts that this site holds."""
 
+    def tokens_of_all(self, tokens: int) -> int:
+        """Tokens that all sites take while this one takes so many."""
+
     def texts_of_sites(self, text: str) -> list[str]:
         """All-gather of a value, in the order of sites; a collective call, after the rendezvous."""
 
@@ -182,6 +185,10 @@ class Alone:
     def topology(self) -> Topology:
         """Every rank is a site, as far as data is concerned."""
         return Topology(self._trainer.world_size, 1, self._trainer.global_rank)
+
+    def tokens_of_all(self, tokens: int) -> int:
+        """Every rank reads as many."""
+        return tokens * int(self._trainer.world_size)
 
     @property
     def optimizer_steps(self) -> int:

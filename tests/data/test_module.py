@@ -130,6 +130,18 @@ def test_ranks_of_a_site_share_its_batches(corpus: Manifest, num_workers: int) -
             assert all((row == -100).all() for row in missing)
 
 
+def test_sites_may_have_batches_of_their_own(corpus: Manifest) -> None:
+    sizes = [6, 2, 4]
+    for site, size in enumerate(sizes):
+        data = at_site(data_of(corpus, batch_size=sizes, val_batch_size=None), site, 3)
+        assert len(next(iter(data.train_dataloader()))["inputs"]) == size
+        assert data.val_batch_size == 2
+    data.check(3, (2, 1, 2))
+    for n_sites, ranks, words in ((2, 1, "3 numbers for 2 sites"), (3, (1, 1, 3), "4: is divided among the 3 ranks")):
+        with pytest.raises(ConfigError, match=words):
+            data.check(n_sites, ranks)
+
+
 def test_train_loader_is_the_same_again(corpus: Manifest) -> None:
     def batches() -> list[list[list[int]]]:
         data = at_site(data_of(corpus, split="dirichlet", seed=3), 1, 4)

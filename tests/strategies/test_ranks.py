@@ -199,6 +199,38 @@ def test_experts_gathered_in_the_type_of_products_train_as_whole_ones(one_site: 
     assert cut["metrics"] == pytest.approx(whole["metrics"], rel=1e-4)
 
 
+def _unequal(rank: int, root: str, folder: str) -> dict[str, Any]:
+    """Two sites of 2 and 1 ranks and of 4 and 2 sequences, and the same of one rank each."""
+    found = {}
+    with launched_as(rank, 3, folder):
+        for ranks in ((1, 1), (2, 1)):
+            if rank >= sum(ranks):
+                skip_run()
+                continue
+            settings = from_yaml("fomoe_random")[1] | {"ranks_per_site": ranks, "local_steps": 2, "overlap": 1}
+            data = {**BATCH, "batch_size": [4, 2]}
+            trainer = {"max_steps": 6, "gradient_clip_val": 0.5, "limit_val_batches": None, "val_check_interval": 6}
+            run = Run(root=root, folder=folder, settings=settings | {"check_agreement": True}, data=data,
+                      trainer=trainer)  # fmt: skip
+            os.environ["WORLD_SIZE"] = str(sum(ranks))
+            losses = Losses()
+            fitted = fit(run, rank, sum(ranks), [losses])
+            module: Any = fitted.lightning_module
+            found[ranks] = losses.model, module.tokens_seen, module.tokens_of_all_sites, dict(fitted.callback_metrics)
+    return found
+
+
+def test_sites_may_have_unlike_ranks_and_batches(root: str, tmp_path: Any) -> None:
+    found = run_distributed(_unequal, 3, root, str(tmp_path))
+    for rank, site in ((0, 0), (1, 0), (2, 1)):
+        model, tokens, of_all, metrics = found[rank][2, 1]
+        whole, *told, expected = found[site][1, 1]
+        for key, value in whole.items():
+            torch.testing.assert_close(model[key], value, atol=2e-6, rtol=0, msg=key)
+        assert [tokens, of_all] == told == [6 * (4, 2)[site] * 16, 6 * 6 * 16]
+        assert float(metrics["val/loss"]) == pytest.approx(float(expected["val/loss"]), rel=1e-5)
+
+
 SHAPES = {"one": (1, "replicate"), "alike": (2, "replicate"), "cut": (2, "shard")}
 RESUMED = {"fomoe_random": ("one", "alike", "cut"), "fomoe_lean": ("one", "alike")}
 PAIRS = [(name, saved, then) for name, shapes in RESUMED.items() for saved in shapes for then in shapes]
@@ -268,6 +300,11 @@ def test_a_launch_is_told_and_a_torn_site_is_warned_of() -> None:
         ({"inside": "shard", "ranks_per_site": 2, "delay": 1}, ["delay = 1", "slices", "replicate"]),
         ({"inside": "split", "ranks_per_site": 2}, ["inside = 'split'", "replicate", "shard"]),
         ({"ranks_per_site": 0}, ["ranks_per_site = 0", "1 or more"]),
+        ({"ranks_per_site": (2, 0)}, ["ranks_per_site = (2, 0)", "1 or more"]),
+        ({"ranks_per_site": (2, 1), "sites": 3}, ["2 numbers for 3 sites"]),
+        ({"ranks_per_site": (2, 1), "inside": "shard"}, ["as many ranks in each site, not [2, 1]", "replicate"]),
+        ({"ranks_per_site": (2, 1), "min_sites": 1}, ["min_sites = 1", "one number of ranks"]),
+        ({"weighting": "size"}, ["weighting = 'size'", "tokens", "even"]),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], parts: list[str]) -> None:
