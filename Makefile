@@ -16,12 +16,13 @@ export OMP_NUM_THREADS ?= 1
 export TORCH PIP_ARGS
 
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart compare test test-slow lint docs release-check clean
+.PHONY: help install quickstart compare test test-fast test-slow lint docs release-check clean
 
 help:
 	@echo "make quickstart   four sites train one Mixture-of-Experts model on real text"
 	@echo "make compare      the same run with every file of configs/strategy, and a table (half an hour on 2 cores)"
 	@echo "make test         run the tests (a quarter of an hour on 2 cores)"
+	@echo "make test-fast    those of them that start no processes (three minutes)"
 	@echo "make test-slow    run the others: faults, benchmarks, the documents' files, notebook and site"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the documentation as a site, build/docs/index.html"
@@ -47,6 +48,9 @@ compare: $(VENV)/.stamp-install
 
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-fast: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not processes"
 
 test-slow: $(VENV)/.stamp-test $(VENV)/.stamp-docs
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow

@@ -25,7 +25,7 @@ from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, reset_seed
 from lightning.pytorch import __version__ as lightning_version
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
@@ -54,6 +54,33 @@ def save_as_newest(callback: ModelCheckpoint, trainer: Any) -> None:
 def requested_devices(trainer: Any) -> Any:
     """`trainer.devices` as it was given."""
     return trainer._accelerator_connector._devices_flag
+
+
+class OwnClock(Timer):
+    """Lightning's timer without a question to all processes after every step: the next round's message tells them.
+
+    Each process looks at its own clock, after a step: one that went on alone would wait for the others for ever.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """As of the one that it stands for."""
+        return Timer.__qualname__
+
+    @classmethod
+    def of(cls, timer: Timer) -> OwnClock:
+        """The same limit."""
+        own = cls()
+        vars(own).update(vars(timer))
+        return own
+
+    def on_fit_start(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a time that is over already is seen after the first step."""
+
+    def _check_time_remaining(self, trainer: Any) -> None:
+        remaining = self.time_remaining()
+        if remaining is not None and remaining <= 0:
+            trainer.should_stop = True
 
 
 def validation_seconds(trainer: Any) -> float | None:
@@ -142,6 +169,17 @@ class PatientLauncher(_SubprocessScriptLauncher):
     def __init__(self, cluster_environment: Any, num_processes: int, num_nodes: int, seconds: float) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._patience = max(5, int(seconds))
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """Asked in a notebook alone.
+
+        Raises:
+            ConfigError: The other processes run the script that this one runs, and a notebook is none.
+        """
+        raise ConfigError("trainer.devices", self.num_processes, "a notebook cannot start the processes of sites",
+                          "give strategy=SingleSiteStrategy() and devices=1, or train with `!fomoe fit -c FILE` in a "
+                          "cell and look at the results here")  # fmt: skip
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the other processes of this machine, unless a launcher has, then call the function."""

@@ -37,6 +37,19 @@ def _start_bound(self: subprocess.Popen, *args: Any, preexec_fn: Any = None, **k
 if sys.platform == "linux":  # children of a run end with it themselves: they listen to its first process
     subprocess.Popen.__init__ = _start_bound  # type: ignore[method-assign]
 
+_STARTERS = {"run_distributed", "subprocess", "Popen", "start_processes"}
+_SHARED = {"watched_runs", "trained"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests of modules that start processes, for `make test-fast`."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            names, fixtures = {*vars(item.module)}, {*item.fixturenames}
+            if not names.isdisjoint(_STARTERS) or not fixtures.isdisjoint(_SHARED):
+                item.add_marker("processes")
+
+
 _WORDS = {
     "farm": ["cow", "barn", "hay", "plough", "field", "harvest", "the", "a", "of", "and", "sows", "früh", "tractor"],
     "sea": ["ship", "sail", "wave", "harbour", "tide", "the", "a", "of", "and", "sinks", "écume", "anchor", "storm"],

@@ -126,6 +126,7 @@ def test_the_documents_load_it_too(trained: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.count("tensor") == 2  # the load of each layer
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_sites_at_the_end_of_a_round(root: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fomoe_pl", "fit", *small(root, tmp_path), "--trainer.max_steps", "1000000"]
     command += ["--trainer.val_check_interval", "1000000"]
@@ -159,6 +160,7 @@ def test_a_run_logs_what_the_documents_list(trained: Path) -> None:
     assert after[-1] < after[0] < before == pytest.approx(8, abs=0.3)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint(trained: Path, root: str, tmp_path: Path) -> None:
     shutil.copytree(trained / "runs", tmp_path / "runs")
     run(["fit", *small(root, tmp_path), "--ckpt_path", CHECKPOINT, "--trainer.max_steps", "6"], tmp_path)
@@ -168,6 +170,7 @@ def test_a_run_goes_on_from_its_checkpoint(trained: Path, root: str, tmp_path: P
     assert after["bytes"]["wire"]["dense"] == 1.5 * before["bytes"]["wire"]["dense"]
 
 
+@pytest.mark.slow
 def test_torchrun_trains_the_same_model(trained: Path, root: str, tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     run(["fit", *small(root, tmp_path)], tmp_path, torchrun)
@@ -175,6 +178,7 @@ def test_torchrun_trains_the_same_model(trained: Path, root: str, tmp_path: Path
     assert {key: report(tmp_path)[key] for key in keys} == {key: report(trained)[key] for key in keys}
 
 
+@pytest.mark.slow
 def test_data_parallelism_by_its_file_trains_validates_and_goes_on(root: str, tmp_path: Path) -> None:
     common = [*small(root, tmp_path), "-c", str(ROOT / "configs/strategy/ddp.yaml")]
     output = run(["fit", *common], tmp_path)
@@ -376,7 +380,6 @@ ARCHITECTURE = "--model.architecture"
         ("fit --trainer.strategy ddp_counted --trainer.val_check_interval '2 rounds'", ["has no rounds"]),
         ("fit --callbacks.RunReprt.folder x", ["callbacks.RunReprt", "Did you mean RunReport"]),
         ("fit --overwrite --ckpt_path CHECKPOINT --trainer.logger.init_args.save_dir LOGS", ["overwrite", "lies in"]),
-        ("fit --trainer.max_time 00:00:01:00", ["trainer.max_time", "middle of a round"]),
         ("fit --trainer.accumulate_grad_batches 0", ["accumulate_grad_batches = 0", "at least 1"]),
         ("fit --trainer.val_check_interval 0", ["val_check_interval = 0", "positive"]),
         ("fit --trainer.gradient_clip_val -1", ["gradient_clip_val = -1", "at least 0"]),

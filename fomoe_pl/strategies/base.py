@@ -35,7 +35,14 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Residency
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.slices import Slices
-from fomoe_pl.strategies.checks import check_data, check_launched, check_position, check_precision, check_training
+from fomoe_pl.strategies.checks import (
+    check_data,
+    check_launched,
+    check_module,
+    check_position,
+    check_precision,
+    check_training,
+)
 from fomoe_pl.strategies.meeting import meet
 from fomoe_pl.strategies.presence import Plain, shared_settings
 from fomoe_pl.strategies.stopping import Stops
@@ -212,6 +219,7 @@ class SiteStrategy(Strategy):
         Raises:
             ConfigError: Naming the setting, the rule and what would be valid.
         """
+        check_module(module)
         check_precision(trainer.precision)
         environment = self.cluster_environment if isinstance(self, ParallelStrategy) else None
         if environment is not None and environment.creates_processes_externally:

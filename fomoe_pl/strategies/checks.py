@@ -15,7 +15,7 @@ from fomoe_pl.callbacks.supported import check_callbacks
 from fomoe_pl.data.module import FoMoEData
 from fomoe_pl.errors import ConfigError, check_range
 from fomoe_pl.federation.topology import Topology
-from fomoe_pl.lightning_internals import validation_seconds
+from fomoe_pl.lightning_internals import OwnClock, validation_seconds
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.training.context import DomainData
 
@@ -125,6 +125,19 @@ def ranks_on_hosts(topology: Topology, hosts: Sequence[str]) -> tuple[str, str]:
                    "by machine: start the machines of a site one after the other, with as many processes on each as "
                    "divide ranks_per_site or are a multiple of it")  # fmt: skip
     return "; ".join(lines), warning
+
+
+def check_module(module: Any) -> None:
+    """Refuse a LightningModule that does not say of which tensors its experts are: rounds average those apart.
+
+    Raises:
+        ConfigError: Naming its class.
+    """
+    if not isinstance(getattr(module, "config", None), ModelConfig):
+        rule = "has no `config` of a mixture of experts and no `transformer`, whose experts rounds average apart"
+        hint = "use FoMoEModule or a subclass of it, which may have a loss of its own; other modules train with " \
+               "Lightning's own strategies"  # fmt: skip
+        raise ConfigError("model", type(module).__name__, rule, hint)
 
 
 def check_launched(devices: int, num_nodes: int, world_size: int) -> None:
@@ -239,9 +252,9 @@ def check_training(trainer: Trainer, *, federated: bool) -> None:
     if trainer.max_epochs not in (None, -1):
         rule = "would end the run in the middle of a round; the data has no end"
         raise ConfigError("trainer.max_epochs", trainer.max_epochs, rule, "set it to -1 and give trainer.max_steps")
-    if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        rule = "would ask all sites after every step, and end the run in the middle of a round"
-        raise ConfigError("trainer.max_time", "given", rule, "give trainer.max_steps alone")
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    # Lightning's would ask all sites after every step, and end the run in the middle of a round.
+    callbacks[:] = [OwnClock.of(callback) if type(callback) is Timer else callback for callback in callbacks]
 
 
 def check_position(trainer: Any) -> None:

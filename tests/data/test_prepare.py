@@ -310,6 +310,7 @@ def test_single_documents_may_be_alike(tmp_path: Path, caplog: pytest.LogCapture
     assert "web: '¶' stands in none of the .txt files: each is one document" in caplog.text
 
 
+@pytest.mark.slow
 def test_memory_does_not_follow_the_longest_document(tmp_path: Path) -> None:
     """A document of 4 MB among short ones: some twenty times its size, where encoding it whole takes 220 times."""
     words = "the tide and the harbour sinks of storms "

@@ -108,7 +108,7 @@ def _as_with_nccl(rank: int, folder: str, port: int, stopping: bool) -> None:
     stop_listening()
 
 
-@pytest.mark.parametrize("stopping", [False, True])
+@pytest.mark.parametrize("stopping", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_rank_without_a_sign_of_life_is_named_where_connections_do_not_break(tmp_path: Path, stopping: bool) -> None:
     run_all(_as_with_nccl, 3, str(tmp_path), find_free_network_port(), stopping, killed=1)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2)]

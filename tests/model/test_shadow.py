@@ -239,7 +239,7 @@ def test_32_bits_are_the_whole_model_bit_for_bit(
         ("loop", 4, "none"), ("loop", 2, "experts"), ("loop", 8, "blocks"),
         ("grouped", 4, "none"), ("grouped", 16, "experts"), ("grouped", 2, "blocks"),
         pytest.param("triton", 4, "none", marks=needs_kernels),
-        pytest.param("triton", 2, "experts", marks=needs_kernels),
+        pytest.param("triton", 2, "experts", marks=[needs_kernels, pytest.mark.slow]),
     ],
 )  # fmt: skip
 def test_copies_are_experts_that_do_not_learn(
@@ -375,7 +375,11 @@ def test_a_refresh_that_fails_changes_nothing(make_config: Callable[..., ModelCo
 
 @pytest.mark.parametrize(
     ("backend", "mode"),
-    [("grouped", "none"), ("grouped", "blocks"), pytest.param("triton", "experts", marks=needs_kernels)],
+    [
+        ("grouped", "none"),
+        ("grouped", "blocks"),
+        pytest.param("triton", "experts", marks=[needs_kernels, pytest.mark.slow]),
+    ],
 )
 def test_compiled_blocks_give_the_same(make_config: Callable[..., ModelConfig], backend: str, mode: str) -> None:
     torch._dynamo.reset()
@@ -399,7 +403,7 @@ def test_compiled_blocks_give_the_same(make_config: Callable[..., ModelConfig], 
 
 
 @needs_kernels
-@pytest.mark.parametrize("mode", ["none", "experts"])
+@pytest.mark.parametrize("mode", ["none", pytest.param("experts", marks=pytest.mark.slow)])
 def test_residents_gradients_are_rounded_and_nothing_else_changes(
     make_config: Callable[..., ModelConfig], mode: str
 ) -> None:

@@ -450,6 +450,7 @@ def test_three_sites_get_an_answer_in_seconds(
     assert "fomoe-1.8b: not with `fomoe fit` today" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_written_file_trains(tmp_path: Path, root: str) -> None:
     """`fomoe fit` runs what `fomoe plan` has written, on real processes, with the bytes that were planned."""
     model = tmp_path / "own.yaml"

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +12,10 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fomoe_pl.checkpoint.format import newest, read_manifest
@@ -19,7 +23,7 @@ from fomoe_pl.checkpoint.loading import load_global_model
 from fomoe_pl.data import FoMoEData
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.module import FoMoEModule
-from fomoe_pl.strategies import CountedDDPStrategy, FederatedStrategy
+from fomoe_pl.strategies import CountedDDPStrategy, FederatedStrategy, SingleSiteStrategy
 from tests.distributed import run_distributed
 from tests.training import Run, fit, launched_as, make_trainer, parameters, single
 
@@ -153,6 +157,35 @@ def test_a_run_by_epochs_validates_and_saves_its_last_step(root: str, tmp_path: 
     assert read_manifest(newest(tmp_path / "saved")[0])["optimizer_steps"] == 10  # type: ignore[arg-type]
 
 
+def test_lightnings_observers_and_profiler_see_the_run(root: str, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    profiler = SimpleProfiler(tmp_path, filename="times")
+    callbacks = [LearningRateMonitor("step"), DeviceStatsMonitor(cpu_stats=True), Timer("00:01:00:00")]
+    done = fit(alone(root, tmp_path, logger=logger, profiler=profiler, max_steps=3), 0, 1, callbacks)
+    header, *rows = (tmp_path / "csv/metrics.csv").read_text().splitlines()
+    (place,) = (i for i, name in enumerate(header.split(",")) if re.fullmatch(r"lr-\w+/pg1", name))
+    rates = [row.split(",")[place] for row in rows]
+    assert [float(rate) for rate in rates if rate] == pytest.approx([0.005, 0.01, 0.01])
+    assert "DeviceStatsMonitor.on_train_batch_start/cpu_percent" in header
+    assert "run_training_batch" in (tmp_path / "fit-times.txt").read_text()
+    assert done.global_step == 3
+
+
+@pytest.mark.parametrize("make", [SingleSiteStrategy, FederatedStrategy])
+def test_a_module_without_experts_is_refused(make: Any, tmp_path: Path) -> None:
+    trainer = L.Trainer(strategy=make(), devices=1, accelerator="cpu", max_steps=2, logger=False,
+                        enable_checkpointing=False, default_root_dir=str(tmp_path))  # fmt: skip
+    with pytest.raises(ConfigError, match="model = 'BoringModel': has no `config` of a mixture of experts"):
+        trainer.fit(BoringModel())
+
+
+def test_a_notebook_is_told_what_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
+    with pytest.raises(ConfigError, match=r"a notebook cannot start the processes of sites. Give strategy=SingleSite"):
+        L.Trainer(strategy=FederatedStrategy(local_steps=2), devices=2, accelerator="cpu", logger=False)
+    L.Trainer(strategy=SingleSiteStrategy(), devices=1, accelerator="cpu", logger=False)
+
+
 def test_another_accumulation_does_not_cut_a_step_short(root: str, tmp_path: Path) -> None:
     run = alone(root, tmp_path, accumulate_grad_batches=3, max_steps=3, enable_checkpointing=True)
     fit(run, 0, 1, [saver(tmp_path, 3)])
@@ -171,6 +204,8 @@ def _ended(rank: int, root: str, folder: str, how: str) -> tuple[int, int, list[
         callbacks: list[Any] = [seen := Seen(), saver(Path(folder), 8)]
         if how == "EarlyStopping":
             callbacks.append(EarlyStopping("val/loss", stopping_threshold=1e9, patience=100))
+        elif how == "time":
+            trainer |= {"max_time": {"seconds": 0}}
         elif how == "one site":
             callbacks += [At(6, stop)] if rank == 1 else []
         elif how == "accumulation":
@@ -186,7 +221,7 @@ def _ended(rank: int, root: str, folder: str, how: str) -> tuple[int, int, list[
 
 @pytest.mark.parametrize(
     ("how", "steps", "rounds"),
-    [("EarlyStopping", 8, 2), ("one site", 8, 2), ("accumulation", 4, 1), ("6", 6, 2), ("18", 18, 5)],
+    [("EarlyStopping", 8, 2), ("one site", 8, 2), ("time", 4, 1), ("accumulation", 4, 1), ("6", 6, 2), ("18", 18, 5)],
 )
 def test_a_run_ends_with_its_round_validated_and_saved(
     root: str, tmp_path: Path, how: str, steps: int, rounds: int
@@ -243,7 +278,7 @@ def _one_fails(rank: int, root: str, folder: str, kind: str) -> str:
         return "no error"
 
 
-@pytest.mark.parametrize("kind", ["federated", "ddp"])
+@pytest.mark.parametrize("kind", ["federated", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_the_error_of_one_rank_is_its_own_and_meets_no_round(root: str, tmp_path: Path, kind: str) -> None:
     other, failed = run_distributed(_one_fails, SITES, root, str(tmp_path), kind)
     assert failed == "CallbackError: the cause"

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_a_run_writes_consistent_tables(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     command = [sys.executable, str(ROOT / "tools/benchmarks/bench_model.py")]

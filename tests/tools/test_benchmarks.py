@@ -108,6 +108,7 @@ def test_bench_gpus_compares_runs_on_several_ranks(root: str, tmp_path: Path) ->
     assert len(results["scaling_efficiency"]["pairs"]) == 2
 
 
+@pytest.mark.slow
 def test_bench_round_measures_each_wire_and_place(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(ROOT / "tools/benchmarks/bench_round.py"), "--model", "tiny", "--output", str(tmp_path)]

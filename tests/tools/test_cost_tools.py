@@ -102,6 +102,7 @@ def test_memory_of_sites_is_measured_for_one_case_after_another_and_failures_are
     assert "validated" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_case_that_takes_too_long_is_told_and_its_process_ended(tmp_path: Path) -> None:
     """Sites that say how far they are and then hang; every case has its own limit."""
     sites, script = tool("memory_sites"), tmp_path / "hangs.py"

@@ -68,6 +68,7 @@ def test_runs_go_on_where_they_were(root: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where a run on a GPU fails")
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_has_no_result(root: str, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     failed = run(root, results, "--only", "[full]", "--accelerator", "gpu")
