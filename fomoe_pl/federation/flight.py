@@ -18,7 +18,7 @@ from fomoe_pl.federation.transport import Pending, Transport
 
 @dataclass(frozen=True)
 class Bucket:
-    """What is averaged in one collective.
+    """What is averaged in one collective, or in two of codes.
 
     Attributes:
         kind: Ledger kind.
@@ -57,7 +57,7 @@ class Flight:
         planned: In the order in which all sites start them.
         transport: Starts them.
         left_out: Sites whose weight is zero.
-        ahead: How many are started before the first of them is waited for, within one holder set; None is all of them,
+        ahead: How many buckets of full size are started before the first of them is waited for; None is all of them,
             at once, to go on while the site computes.
         names: Of the tensors that it is about.
         forgotten: The inner optimizer, if it starts afresh with these tensors when the averages are applied.
@@ -73,6 +73,7 @@ class Flight:
         self._planned = deque(planned)
         self._transport, self._left_out, self._ahead = transport, left_out, ahead
         self._started: deque[tuple[Bucket, Callable[[], Arrived] | None]] = deque()
+        self._halves: dict[int, Pending] = {}  # of started buckets, by identity: those that may need a second half
         self._wait_beside: Callable[[], None] | None = None
         if arrived is not None:
             self._started.extend(zip(planned, map(_given, arrived), strict=True))
@@ -108,6 +109,7 @@ class Flight:
             self._start_up_to(None if self._ahead is None else self._ahead + 1)
             bucket, wait = self._started.popleft()
             arrived = wait() if wait else None
+            self._halves.pop(id(bucket), None)
             if arrived is None or left_out.issuperset(bucket.sites):
                 bucket.instead()
                 continue
@@ -123,18 +125,42 @@ class Flight:
 
     def _start_up_to(self, number: int | None) -> list[Pending]:
         started = []
-        while self._planned and (number is None or len(self._started) < number):
-            bucket = self._planned[0]
-            # Of several communicators one is used at a time, unless all are in flight anyway.
-            if number is not None and self._started and self._started[0][0].sites != bucket.sites:
-                break
-            self._planned.popleft()
-            wait = None
+        while self._planned and (number is None or self._may_start(self._planned[0], number)):
+            bucket, wait = self._planned.popleft(), None
             if not self._left_out.known.issuperset(bucket.sites):
                 pending, wait = self._start(bucket)
                 started.append(pending)
+                if pending.has_middle:
+                    self._halves[id(bucket)] = pending
             self._started.append((bucket, wait))
         return started
+
+    def _may_start(self, bucket: Bucket, number: int) -> bool:
+        """Whether a bucket may be started beside those that have been, before the first of them is waited for.
+
+        Of one holder set there are `number` at a time; of several, as many as are not more than that many full ones.
+        All sites wait for buckets in one global order, so that of all that somebody waits for the first one in it has
+        been started by everybody: nobody waits forever. But within a holder set all must start in the same order,
+        second halves too, whatever else each of them has on its way: a bucket before the second half of its neighbour
+        of the same round's changes, or moments, and after those of all others.
+        """
+        if not self._started:
+            return True
+        last = self._started[-1][0]
+        if self._started[0][0].sites == bucket.sites == last.sites:
+            fits = len(self._started) < number
+        else:
+            numel = bucket.numel + sum(started.numel for started, _ in self._started)
+            fits = self._transport.side_by_side and numel <= number * self._transport.bucket_numel
+        neighbour = last if last.sites == bucket.sites and _is_of_moments(last) == _is_of_moments(bucket) else None
+        return fits and not any(
+            started.sites == bucket.sites and started is not neighbour and self._lacks_half(started)
+            for started, _ in self._started
+        )
+
+    def _lacks_half(self, bucket: Bucket) -> bool:
+        pending = self._halves.get(id(bucket))
+        return pending is not None and pending.has_middle
 
     def _start(self, bucket: Bucket) -> tuple[Pending, Callable[[], Arrived]]:
         lost: list[Tensor] = []
@@ -148,6 +174,10 @@ class Flight:
             return Arrived(mean, lost[0] if lost else None)
 
         return pending, wait
+
+
+def _is_of_moments(bucket: Bucket) -> bool:
+    return bucket.kind == "moments"
 
 
 def _given(arrived: Arrived) -> Callable[[], Arrived]:

@@ -170,6 +170,15 @@ class Transport:
             self._averages[everyone] = self._new_group(everyone, slices, timeout)
         self._queue: torch.cuda.Stream | None = None
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether averages of several holder sets may be on their way at once while the site waits for them.
+
+        Over NCCL not: a device that synchronises waits for all that has been queued, among it what another site starts
+        only after a second half that this one would have to start.
+        """
+        return self.device.type == "cpu"
+
     def _new_group(self, sites: tuple[int, ...], slices: bool, timeout: timedelta | None) -> dist.ProcessGroup | None:
         """The group of this rank's place in the sites; None where the first ranks alone have one."""
         own = None
