@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fomoe_pl.costs.rounds import Collective
@@ -143,22 +144,38 @@ class Links:
         return (g - 1) * per_site * max(2 * sending, LATENCIES_OF_A_SEGMENT * wait + sending)
 
     def round_seconds(self, calls: Sequence[Collective]) -> float:
-        """Seconds of a round's collectives, each site calling its own in the given order and waiting for its partners.
+        """Seconds of a round's collectives, each site starting its own in the given order.
 
-        Collectives of disjoint sites run side by side, unless they leave the same place.
+        Over gloo a site has several on their way, as many as are not more than two buckets: they share its link and its
+        host, and wait for latencies together. Over NCCL it has one at a time. Those of disjoint sites run side by side,
+        and share links where they leave the same place.
         """
-        free_site = [0.0] * len(self.place_of)
-        free_link = [0.0] * len(self.places)
+        host = [0.0] * len(self.place_of)  # when it has done what it was given so far
+        link = [0.0] * len(self.places)
+        on_their_way: list[deque[tuple[float, float]]] = [deque() for _ in self.place_of]
+        near = replace(self, places=tuple(replace(place, latency_ms=0.0) for place in self.places))
         for call in calls:
             here = {self.place_of[site] for site in call.sites}
             crossed = here if len(here) > 1 else set()
-            start = max([free_site[site] for site in call.sites] + [free_link[i] for i in crossed])
-            end = start + self.seconds(call)
+            held = min(2 * self.bucket_bytes, call.payload / call.share)
+            start = max(self._room(on_their_way[site], held) for site in call.sites)
+            busy, done = near.seconds(call), max([host[site] for site in call.sites] + [link[i] for i in crossed])
+            end = max(start + self.seconds(call), done + busy)
             for site in call.sites:
-                free_site[site] = end
+                host[site] = max(host[site], start) + busy
+                on_their_way[site].append((held, end))
             for i in crossed:
-                free_link[i] = end
-        return max(free_site) + self.round_overhead_seconds
+                link[i] = max(link[i], start) + busy
+        return max((end for site in on_their_way for _, end in site), default=0.0) + self.round_overhead_seconds
+
+    def _room(self, on_their_way: deque[tuple[float, float]], held: float) -> float:
+        """When a site that has these (bytes, end) on their way may start so many bytes more; forgets what it ends."""
+        start = 0.0
+        while on_their_way and (
+            self.backend == "nccl" or held + sum(other for other, _ in on_their_way) > 2 * self.bucket_bytes
+        ):
+            start = max(start, on_their_way.popleft()[1])
+        return start
 
     def leaving(self, sent: float) -> list[float]:
         """Bytes that leave each place if every site sends `sent` bytes, spread evenly over the other sites."""

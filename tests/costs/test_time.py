@@ -235,12 +235,26 @@ def test_collectives_of_codes_by_hand() -> None:
         assert calls[1].share == pytest.approx(34 / 256, rel=0.01)
 
 
-def test_disjoint_groups_run_side_by_side_and_neighbours_wait() -> None:
-    """Arcs 01, 03, 12, 23 in this order: 01; then 03 and 12 together; then 23."""
-    links = Links.between([site()] * 4)
+def test_disjoint_groups_run_side_by_side_and_neighbours_share_or_wait() -> None:
+    """Arcs 01, 03, 12, 23 in this order. Over NCCL: 01; then 03 and 12 together; then 23."""
     arcs = [Collective("expert", sites, 1_000_000) for sites in ((0, 1), (0, 3), (1, 2), (2, 3))]
-    assert links.round_seconds(arcs) == pytest.approx(3 * links.seconds(arcs[0]))
-    assert links.round_seconds([arcs[0], arcs[3]]) == pytest.approx(links.seconds(arcs[0]))
+    for backend, times in (("gloo", 2), ("nccl", 3)):
+        links = Links.between([site()] * 4, backend=backend)
+        assert links.round_seconds(arcs) == pytest.approx(times * links.seconds(arcs[0]))
+        assert links.round_seconds([arcs[0], arcs[3]]) == pytest.approx(links.seconds(arcs[0]))
+
+
+def test_small_averages_of_several_groups_wait_for_latencies_together() -> None:
+    arcs = [Collective("expert", sites, 40_000) for sites in ((0, 1), (2, 3), (0, 3), (1, 2))]
+    for backend, times in (("gloo", 1), ("nccl", 2)):
+        links = Links.between([site(latency_ms=20)] * 4, backend=backend)
+        assert links.seconds(arcs[0]) == pytest.approx(0.08 if backend == "gloo" else 0.04, rel=0.1)
+        assert links.round_seconds(arcs) == pytest.approx(times * links.seconds(arcs[0]), rel=0.05)
+    # Of large ones no more are on their way than two buckets.
+    large = [arc._replace(payload=64 * 2**20) for arc in arcs[:1] * 3]
+    links = Links.between([site(latency_ms=20, bandwidth_mbit=1e6)] * 4)
+    assert links.round_seconds(large[:2]) == pytest.approx(links.seconds(large[0]), rel=0.2)
+    assert links.round_seconds(large) == pytest.approx(2 * links.seconds(large[0]), rel=0.2)
 
 
 @pytest.mark.parametrize(("n_sites", "overlap"), [(4, 2), (8, 2), (8, 4), (16, 2), (32, 4)])
