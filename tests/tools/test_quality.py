@@ -15,7 +15,7 @@ from fomoe_pl.model.sizes import parameter_counts
 from tests.tools import load
 
 ROOT = Path(__file__).parents[2]
-ARMS = ("full", "ghost_1", "partitioned_1", "shadow4_1", "synchronous")
+ARMS = ("full", "ghost_1", "partitioned_1", "shadow4_1", "synchronous", "shadow4_1+lean", "full+diloco0.4")
 
 
 def run(root: str, results: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,7 @@ def test_runs_go_on_where_they_were(root: str, tmp_path: Path) -> None:
     assert results.read_text().splitlines()[:2] == lines
     quality, runs = load("quality"), load("quality_runs")
     available = [arm for arm in ARMS if runs.is_available(arm)]
-    assert f"5 runs, 2 are done, {len(available) - 2} to train" in second.stdout
+    assert f"7 runs, 2 are done, {len(available) - 2} to train" in second.stdout
     assert ("not available in this version: shadow4_1" in second.stdout) == ("shadow4_1" not in available)
     rows = quality.Results(results).of("tiny")
     assert sorted(item.arm for item in rows) == sorted(available)
@@ -112,6 +112,23 @@ def test_the_table_compares_seed_by_seed(tmp_path: Path) -> None:
     # 2.2 against 2.0 and 2.2 against 2.2; e^0.1 against 1 and 1; the paper has 112.00 against 103.91.
     assert "| partitioned_2 | 4.4667 | 3.9260 | 3 | +5.0% |  | +5.3% | +7.8% | 1.00 |  | 3 |" in text
     assert "Not run: partitioned_1, ghost_2, ghost_1, shadow4_2, shadow4_1." in text
+
+
+def test_the_frontier_has_the_most_bytes_first(tmp_path: Path) -> None:
+    quality, study = load("quality"), load("quality_runs").STUDIES["paper"]
+    total = parameter_counts(study.model(300)).total
+    found = []
+    for arm, k, bits, n_bytes in (("full+lean", 32, 2.2, 2**20), ("full", 64, 2.1, 2**30), ("synchronous", 32, 2.0, 0)):
+        one = row(arm, 0, (bits, bits), 1.0) | {"sent_bytes": {"dense": n_bytes}, "resident_parameters": total}
+        found.append(one | {"run": ["iid", k, arm, 0]})
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(one) + "\n" for one in found))
+    lines = quality.frontier(study, quality.Results(results).of("paper"))[4:-1]
+    assert [line.split(" | ")[0] for line in lines] == ["| synchronous", "| full", "| full+lean"]
+    gradients = study.steps * 4 * total * 2 * 3 / 4
+    assert f"| +5.0% | +0.0% | 1.0 | {gradients / 2**30:,.0f} |" in lines[1]
+    assert f"| {gradients / 2**30:,.1f} |  |" in lines[0]
+    assert quality.frontier(study, {}) == []
 
 
 def test_studies_hold_what_the_page_says() -> None:

@@ -33,9 +33,13 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 from quality_runs import FULL, STUDIES, SYNCHRONOUS, Place, Run, Study, is_available, serve
 
+from fomoe_pl.costs.bytes import ddp_step_bytes
+from fomoe_pl.costs.network import framed
 from fomoe_pl.data import load_manifest
 from fomoe_pl.errors import ConfigError
 from fomoe_pl.files import prepare, write_whole
+from fomoe_pl.model.config import ModelConfig
+from fomoe_pl.model.sizes import parameter_counts
 from fomoe_pl.planner.quality import measured_quality
 
 HEADING = "## Results"
@@ -371,9 +375,7 @@ def group_table(study: Study, rows: dict[Run, dict[str, Any]], split: str, local
     if not by_arm.keys() - {SYNCHRONOUS}:
         return []
     bits = {arm: {seed: bits_per_byte(row) for seed, row in found.items()} for arm, found in by_arm.items()}
-    perplexity = {
-        arm: {seed: math.exp(row["quality"]["loss"]) for seed, row in found.items()} for arm, found in by_arm.items()
-    }
+    perplexity = {arm: {seed: _perplexity(row) for seed, row in found.items()} for arm, found in by_arm.items()}
     lines = [
         f"### {split}, K = {local_steps}", "",
         "| arm | bits per byte | standard deviation | seeds | above full | above synchronous | perplexity above full "
@@ -403,8 +405,58 @@ def group_table(study: Study, rows: dict[Run, dict[str, Any]], split: str, local
             *(f"{statistics.fmean(numbers):.2f}" if numbers else "" for numbers in others), f"{sent:,.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    absent = [arm for arm in study.arms if arm not in by_arm]
+    absent = [arm for arm in study.arms if arm not in by_arm and "+" not in arm]
     return [*lines, "", *([f"Not run: {', '.join(absent)}.", ""] if absent else [])]
+
+
+def frontier(study: Study, rows: dict[Run, dict[str, Any]]) -> list[str]:
+    """Markdown lines: quality of equal data against what was sent for it, the most bytes first; needs `synchronous`.
+
+    A site of data parallelism would have sent float32 gradients in every step. Minutes are the bytes' with their frames,
+    without latency; those of `overlapped` arms pass beside training.
+    """
+    found: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+    for item, row in rows.items():
+        if item.split == "iid":
+            found.setdefault((item.arm, item.local_steps), {})[item.seed] = row
+    alone = next((of for (arm, _), of in found.items() if arm == SYNCHRONOUS), None)
+    if alone is None or len({arm for arm, _ in found if "+" in arm}) == 0:
+        return []
+    bits, losses = ({seed: of(row) for seed, row in alone.items()} for of in (bits_per_byte, _perplexity))
+    gradients = study.steps * ddp_step_bytes(_config_of(study, alone), study.sites)
+    lines = [
+        "### Quality against bytes, iid", "",
+        "| arm | K | bits per byte | standard deviation | seeds | above synchronous | perplexity above synchronous "
+        "| sent by a site (GiB) | fewer bytes than data parallelism | minutes at 100 Mbit/s | at 1 Gbit/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    sent = {key: statistics.fmean(sum(row["sent_bytes"].values()) for row in of.values()) for key, of in found.items()}
+    sent = {key: value if key[0] != SYNCHRONOUS else gradients for key, value in sent.items()}
+    for (arm, local_steps), of in sorted(found.items(), key=lambda item: -sent[item[0]]):
+        values = {seed: bits_per_byte(row) for seed, row in of.items()}
+        bytes_ = sent[arm, local_steps]
+        minutes = [framed(bytes_) * 8 / rate / 60 for rate in (1e8, 1e9)]
+        reference = arm == SYNCHRONOUS
+        cells = [
+            arm, "1" if reference else str(local_steps), f"{statistics.fmean(values.values()):.4f}",
+            f"{statistics.stdev(values.values()):.4f}" if len(values) > 1 else "", str(len(values)),
+            _share(None if reference else _above(values, bits)),
+            _share(None if reference else _above({seed: _perplexity(row) for seed, row in of.items()}, losses)),
+            f"{bytes_ / 2**30:,.1f}", "" if reference else f"{gradients / bytes_:,.0f}", *(f"{m:,.1f}" for m in minutes),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _perplexity(row: dict[str, Any]) -> float:
+    return math.exp(row["quality"]["loss"])
+
+
+def _config_of(study: Study, rows: dict[int, dict[str, Any]]) -> ModelConfig:
+    """The model of a full replica with tied embeddings, whose vocabulary its number of parameters tells."""
+    outside = parameter_counts(study.model(1)).total - study.model(1).d_model
+    row = next(iter(rows.values()))
+    return study.model((row["resident_parameters"] - outside) // study.model(1).d_model)
 
 
 def tables(results: Results) -> str:
@@ -423,6 +475,7 @@ def tables(results: Results) -> str:
         for local_steps in study.local_steps:
             for split in study.splits:
                 lines += group_table(study, rows, split, local_steps)
+        lines += frontier(study, rows)
     return "\n".join(lines)
 
 
