@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fomoe_pl.codec import Codec
 from fomoe_pl.federation.layout import fragment_of
@@ -176,24 +176,14 @@ def count(ledger: Ledger, calls: list[Collective], site: int) -> None:
             ledger.all_reduce(call.kind, call.payload, len(call.sites))
 
 
-def round_collectives(
-    architecture: ModelConfig,
-    *,
-    n_sites: int,
-    overlap: int,
-    routing: Routing = "ghost",
-    wire_dtype: WireDtype = "float32",
-    inner_moments: InnerMoments = "keep",
-    codec: Codec | None = None,
-    moments_codec: Codec | None = None,
-) -> list[Collective]:
-    """The averages of a round with fixed placement (a random one sends as much, on average over sites)."""
-    held = held_when_fixed(architecture, n_sites, overlap)
-    sizes = SynchronizedSizes.of(architecture, routing)
-    return collectives(
-        held, sizes, n_sites=n_sites, wire_dtype=wire_dtype, codec=codec, moments_codec=moments_codec,
-        moments=ADAMW_MOMENTS if inner_moments == "average" else 0,
-    )  # fmt: skip
+def round_collectives(architecture: ModelConfig, **settings: Any) -> list[Collective]:
+    """The averages of a round with fixed placement (a random one sends as much, on average over sites).
+
+    Args:
+        architecture: The model.
+        **settings: Of `fragment_collectives`, for one fragment.
+    """
+    return fragment_collectives(architecture, 1, **settings)[0]
 
 
 def fragment_collectives(
@@ -208,7 +198,19 @@ def fragment_collectives(
     codec: Codec | None = None,
     moments_codec: Codec | None = None,
 ) -> list[list[Collective]]:
-    """As `round_collectives`, of each fragment; what is outside layers is the first, without its few norms."""
+    """The averages of each fragment's turn, with fixed placement.
+
+    Args:
+        architecture: The model.
+        fragments: Their number; what is outside layers is the first of several, without its few norms.
+        n_sites: Number of sites M.
+        overlap: Sites that hold each expert.
+        routing: The routing mode.
+        wire_dtype: dtype of averaged values that are not coded.
+        inner_moments: Whether moments are averaged too, with `average`.
+        codec: Of the changes of matrices.
+        moments_codec: The same of moments.
+    """
     sizes, outside = SynchronizedSizes.of(architecture, routing), parameter_counts(architecture).embeddings
     found = []
     for index in range(fragments):

@@ -123,7 +123,7 @@ def scale_rows(
             calls, k, state = ddp_collectives(config, n_sites), 1, STATE_BYTES["ddp"]
         else:
             moments = "keep" if method == "diloco" else "average"
-            calls = round_collectives(config, n_sites=n_sites, overlap=overlap, inner_moments=moments)  # type: ignore[arg-type]
+            calls = round_collectives(config, n_sites=n_sites, overlap=overlap, inner_moments=moments)
             k, state = assumed.local_steps, STATE_BYTES["diloco" if method == "diloco" else "local_adamw"]
         flops = token_flops(config, assumed.sequence_length, n_resident=resident).training
         step = flops * assumed.global_batch / n_sites * assumed.sequence_length / (site.peak_flops() * site.mfu)
