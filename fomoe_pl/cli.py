@@ -477,8 +477,10 @@ def _run(words: list[str], talk: Talk) -> None:
         from fomoe_pl import compare  # TensorBoard's reader is slow to import
 
         compare.main(rest)
-    elif name in ("new", "plan", "prepare", "sweep"):
-        {"new": new, "plan": plan_command, "prepare": prepare_command, "sweep": sweep}[name].main(rest)
+    elif name == "sweep":
+        sweep.main(rest, talk.words)
+    elif name in ("new", "plan", "prepare"):
+        {"new": new, "plan": plan_command, "prepare": prepare_command}[name].main(rest)
     else:
         merged = merged_changes(words)
         with (

@@ -37,6 +37,11 @@ class Talk:
     verbose: bool = False
     quiet: bool = False
 
+    @property
+    def words(self) -> list[str]:
+        """As they were typed."""
+        return ["-v"] * self.verbose + ["-q"] * self.quiet
+
 
 def split(words: Sequence[str]) -> tuple[Talk, list[str]]:
     """Take `-v` and `-q` out of a command line; the last one wins."""

@@ -62,7 +62,11 @@ def values_of(given: str) -> tuple[str, list[str]]:
 
 def run_name(choice: Sequence[tuple[str, str]]) -> str:
     """Name of a run's folder: files by their last parts, settings as `lr=0.01`."""
-    parts = [Path(value).stem if key == _FILE else f"{key.rpartition('.')[2]}={value}" for key, value in choice]
+    short = {"seed_everything": "seed"}
+    parts = [
+        Path(value).stem if key == _FILE else f"{short.get(key, key.rpartition('.')[2])}={value}"
+        for key, value in choice
+    ]
     return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
 
 
@@ -114,13 +118,18 @@ def run_all(runs: dict[Path, list[str]], train: Callable[[list[str]], int]) -> l
     return failed
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and train."""
+def main(arguments: list[str] | None = None, also: Sequence[str] = ()) -> None:
+    """Read the command line and train.
+
+    Args:
+        arguments: After `fomoe sweep`.
+        also: Words for each `fomoe fit`.
+    """
     options, fit = make_parser().parse_known_args(arguments)
     for key, values in map(values_of, options.grid):
         for value in values if key == _FILE else ():
             config_path(value, "grid")
-    runs = commands(options.name, options.grid, options.save_dir, fit)
+    runs = commands(options.name, options.grid, options.save_dir, [*fit, *also])
     if options.dry:
         print("\n".join(shlex.join(["fomoe", *words]) for words in runs.values()))
         return

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fomoe_pl import sweep
+from fomoe_pl import cli, sweep
 from fomoe_pl.errors import ConfigError
 
 GRID = ["config=strategy/fomoe,strategy/diloco", "seed_everything=1,2"]
@@ -12,13 +12,13 @@ GRID = ["config=strategy/fomoe,strategy/diloco", "seed_everything=1,2"]
 
 def test_every_combination_has_a_command_and_a_folder(tmp_path: Path) -> None:
     runs = sweep.commands("seeds", GRID, tmp_path, ["-c", "quickstart"])
-    names = ["fomoe-seed_everything=1", "fomoe-seed_everything=2"]
-    names += ["diloco-seed_everything=1", "diloco-seed_everything=2"]
+    names = ["fomoe-seed=1", "fomoe-seed=2"]
+    names += ["diloco-seed=1", "diloco-seed=2"]
     assert [folder.name for folder in runs] == names
     assert runs[tmp_path / "seeds" / names[2]] == [
         "fit", "-c", "quickstart", "-c", "strategy/diloco", "--seed_everything", "1",
         "--trainer.logger.init_args.save_dir", str(tmp_path),
-        "--trainer.logger.init_args.name", "seeds/diloco-seed_everything=1", "--ckpt_path", "auto",
+        "--trainer.logger.init_args.name", "seeds/diloco-seed=1", "--ckpt_path", "auto",
     ]  # fmt: skip
 
 
@@ -55,9 +55,9 @@ def test_a_signal_ends_the_sweep(tmp_path: Path, status: int) -> None:
 
 
 def test_commands_are_shown_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sweep.main(["s", "-c", "quickstart", "--grid", GRID[1], "--save_dir", str(tmp_path), "--dry"])
+    cli.main(["-q", "sweep", "s", "-c", "quickstart", "--grid", GRID[1], "--save_dir", str(tmp_path), "--dry"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("fomoe fit -c quickstart --seed_everything 1 ")
+    assert lines[0].startswith("fomoe fit -c quickstart -q --seed_everything 1 ")
     with pytest.raises(ConfigError, match="neither a file nor"):
         sweep.main(["s", "--grid", "config=strategy/nothing", "--dry"])

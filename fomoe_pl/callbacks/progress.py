@@ -51,6 +51,11 @@ class FoMoEProgressBar(TQDMProgressBar):
         """Whether there are bars."""
         return super().is_enabled and _on_terminal()
 
+    @property
+    def sanity_check_description(self) -> str:
+        """What the validation before training is called."""
+        return "Before training"
+
     # -- what is shown --------------------------------------------------------------------------------------------
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -141,8 +141,8 @@ def settings_table(runs: Sequence[Run]) -> list[Shown]:
     return [(["run", *map(heading, keys)], [[run.name, *(setting(run, key) for key in keys)] for run in runs])]
 
 
-# What is told of several runs together; unrounded, all of MAIN and ROUTING is in the CSV file.
-OF_GROUPS = ("bits / byte", "ppl", "MiB sent", "tokens / s", "load entropy", "necessity nats")
+# What is told of several runs together, within 80 columns; unrounded, all numbers are in the CSV file.
+OF_GROUPS = ("bits / byte", "ppl", "MiB sent", "tokens / s")
 
 
 def groups_table(runs: Sequence[Run]) -> list[Shown]:

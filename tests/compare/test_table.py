@@ -118,6 +118,15 @@ def test_runs_that_differ_in_seeds_alone_are_one_row(tmp_path: Path, capsys: pyt
     assert (last["bits / byte std"], last["bits / byte n"], last["churn mean"]) == ("", "1", "")
 
 
+def test_names_of_groups_stand_in_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    runs = [seeded(tmp_path, f"diloco-seed={seed}", 5.2 + seed / 10, seed=seed) for seed in (1, 2)]
+    main([*map(str, runs)])
+    assert "diloco 2 5.350 ± 0.071 11.50 ± 0.00 3.0 ± 0.0 4,000 ± 0" in " ".join(capsys.readouterr().out.split())
+
+
 def test_runs_of_other_lengths_or_older_versions_are_not_joined(tmp_path: Path) -> None:
     folders = [seeded(tmp_path, "a", 2.0, seed=1), write(tmp_path / "b", 2.0), write(tmp_path / "c", 2.0)]
     folders.append(write(tmp_path / "d", 2.0, steps=480, settings=json.loads(

@@ -52,7 +52,7 @@ def in_step(copies: ExpertCopies, model: Transformer) -> bool:
     return bool(copies.of) and all(torch.equal(copies.of[w], w.to(LOW)) for w in expert_weights(model))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["none", *(pytest.param(m, marks=pytest.mark.slow) for m in MODES if m != "none")])
 def test_gradients_are_rounded_and_nothing_else_changes(make_config: Callable[..., ModelConfig], mode: Any) -> None:
     plain, model = build(make_config(expert_backend="triton")), build(
         make_config(expert_backend="triton", activation_checkpointing=mode)
