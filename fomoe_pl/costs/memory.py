@@ -30,7 +30,7 @@ from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.settings import FORMATS, WireFormat
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing, Shadow
-from fomoe_pl.model.sizes import expert_parameters, parameter_counts, resident_counts, scored_experts
+from fomoe_pl.model.sizes import ParameterCounts, expert_parameters, parameter_counts, resident_counts, scored_experts
 
 MIB, GIB = 2**20, 2**30
 
@@ -115,11 +115,11 @@ class Load:
 
 LASTING = ("weights", "copies", "moments", "anchors", "outer_momentum", "residual", "flight", "library")
 OF_MOMENT = {
-    "end of the forward pass": ("gradients_kept", "activations", "logits"),
-    "backward pass": ("backward",),
+    "end of the forward pass": ("gradients_kept", "activations", "logits", "gathered"),
+    "backward pass": ("backward", "gathered"),
     "averaging": ("wire", "recorded"),
     "refresh of the copies": ("refresh", "recorded"),
-    "global validation": ("gradient_buckets", "validation"),
+    "global validation": ("gradient_buckets", "validation", "gathered"),
 }
 """Parts of `RankMemory` that are always there, and those that are there at each moment that can be the peak."""
 
@@ -147,6 +147,7 @@ class RankMemory:
         backward: Most of what the backward pass holds besides weights, moments, anchors and outer momentum; with copies
             one layer's unpacked ones, which the forward pass has before that.
         refresh: New copies of absent experts besides the old ones, and a layer's in flight.
+        gathered: What a device of a sharded site gathers of the others' slices: all outside of layers, and two layers.
         recorded: What stays reserved of a step's passes while sites average.
         on_host: Anchors, outer momentum and residual in the host's memory, which is no part of any moment of the
             device.
@@ -169,6 +170,7 @@ class RankMemory:
     library: int
     backward: int
     refresh: int
+    gathered: int
     recorded: int
     on_host: int
 
@@ -331,6 +333,13 @@ def _refresh_bytes(config: ModelConfig, n_resident: int, shadow: Shadow) -> int:
     return config.n_layers * absent * one + config.n_experts * one + encoding
 
 
+def _gathered_bytes(config: ModelConfig, types: Types, counts: ParameterCounts, n_resident: int) -> int:
+    """Of a layer that computes and of the next one: experts in the type of products, all else as parameters are."""
+    experts = n_resident * expert_parameters(config)
+    rest = (counts.total - counts.embeddings) // config.n_layers - experts
+    return types.parameter * (counts.embeddings + 2 * rest) + types.compute * 2 * experts
+
+
 def rank_memory(
     config: ModelConfig, load: Load, *, n_resident: int, routing: Routing = "ghost", shards: int = 1,
     shadow: Shadow = Shadow(),  # noqa: B008  frozen
@@ -342,8 +351,8 @@ def rank_memory(
         load: Precision, batch and what else is held.
         n_resident: Resident experts R of each layer, 1..E.
         routing: With partitioned routing router rows go with their experts.
-        shards: Devices of a site over which its weights, gradients, moments, anchors and outer momentum are spread;
-            what a device gathers of the others' parts is not counted.
+        shards: Devices of a site over which its weights, gradients, moments, anchors and outer momentum are spread.
+            Then there are no lasting copies of weights, and gradients that last are of the parameters' type.
         shadow: How copies are kept, with shadow routing.
 
     Raises:
@@ -365,13 +374,13 @@ def rank_memory(
     lost = 4 * coded if federated and load.error_feedback else 0
     small = load.bf16_gradients and types.parameter != types.compute and types.experts_in_kernels(config)
     of_gradient = types.compute if small else types.parameter  # of experts
-    gradients = types.parameter * (parameters - experts) + of_gradient * experts
-    copies = types.compute * experts if small and config.activation_checkpointing == "none" else 0
+    gradients = types.parameter * (parameters - experts) + (of_gradient if shards == 1 else types.parameter) * experts
+    copies = types.compute * experts if small and config.activation_checkpointing == "none" and shards == 1 else 0
     buckets = DDP_COPIES * gradients if load.method == "ddp" else 0
     copied = routing == "shadow" and n_resident < config.n_experts
     in_kernels = types.experts_in_kernels(config)
-    # With copies torch's grouped products cast weights again in each pass, and keep none.
-    no_casts = bool(copies) or (copied and not in_kernels)
+    # With copies torch's grouped products cast weights again in each pass, and keep none; slices are gathered as cast.
+    no_casts = bool(copies) or shards > 1 or (copied and not in_kernels)
     activations = activation_bytes(config, types, load.tokens, n_resident, n_scored, copies=no_casts)
     stream = load.tokens * config.d_model * types.stream
     unpacked = _unpacked_bytes(config, types, n_resident, shadow) if copied else 0
@@ -402,6 +411,7 @@ def rank_memory(
         validation=_validation_bytes(config, load, types, n_resident, routing),
         library=LIBRARY_BYTES,
         backward=backward,
+        gathered=_gathered_bytes(config, types, counts, n_resident) if shards > 1 else 0,
         refresh=_refresh_bytes(config, n_resident, shadow) if copied and federated else 0,
         recorded=max(activations + logits, backward) if load.recorded else 0,
         on_host=agreed + momentum + lost if load.state_on_host else 0,

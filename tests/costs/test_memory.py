@@ -31,7 +31,7 @@ from fomoe_pl.model.attention import rotary_tables
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.losses import auxiliary_loss, token_losses
 from fomoe_pl.model.residency import Residency, Shadow
-from fomoe_pl.model.sizes import resident_counts
+from fomoe_pl.model.sizes import parameter_counts, resident_counts
 from fomoe_pl.model.transformer import Transformer
 from fomoe_pl.optimizer import OptimizerConfig, inner_optimizer
 
@@ -400,10 +400,12 @@ def test_what_is_sharded_is_divided_at_every_moment(batch: int) -> None:
     assert (half.activations, half.logits) == (whole.activations, whole.logits)
     saved = whole.lasting - half.lasting
     assert saved == whole.weights // 2 * 5
-    backward = {n: m.moments_of_peak["backward pass"] for n, m in (("whole", whole), ("half", half))}
+    backward = {n: m.moments_of_peak["backward pass"] - m.gathered for n, m in (("whole", whole), ("half", half))}
     assert backward["half"] + saved <= backward["whole"] <= backward["half"] + saved + whole.gradients // 2
     forward = whole.moments_of_peak["end of the forward pass"] - half.moments_of_peak["end of the forward pass"]
-    assert forward == saved
+    assert forward == saved - half.gathered
+    outside, layer = parameter_counts(config).embeddings, (parameters - parameter_counts(config).embeddings) // 12
+    assert half.gathered == pytest.approx(4 * (outside + 2 * layer), rel=0.01)
     assert half.peak > half.lasting
     with pytest.raises(ConfigError):
         rank_memory(config, load, n_resident=8, shards=0)

@@ -412,8 +412,8 @@ def group_table(study: Study, rows: dict[Run, dict[str, Any]], split: str, local
 def frontier(study: Study, rows: dict[Run, dict[str, Any]]) -> list[str]:
     """Markdown lines: quality of equal data against what was sent for it, the most bytes first; needs `synchronous`.
 
-    A site of data parallelism would have sent float32 gradients in every step. Minutes are the bytes' with their frames,
-    without latency; those of `overlapped` arms pass beside training.
+    A site of data parallelism would have sent float32 gradients in every step. Minutes are those of the bytes and their
+    frames, without latency; of `overlapped` arms they pass beside training.
     """
     found: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
     for item, row in rows.items():
@@ -442,7 +442,8 @@ def frontier(study: Study, rows: dict[Run, dict[str, Any]]) -> list[str]:
             f"{statistics.stdev(values.values()):.4f}" if len(values) > 1 else "", str(len(values)),
             _share(None if reference else _above(values, bits)),
             _share(None if reference else _above({seed: _perplexity(row) for seed, row in of.items()}, losses)),
-            f"{bytes_ / 2**30:,.1f}", "" if reference else f"{gradients / bytes_:,.0f}", *(f"{m:,.1f}" for m in minutes),
+            f"{bytes_ / 2**30:,.1f}", "" if reference else f"{gradients / bytes_:,.0f}",
+            *(f"{m:,.1f}" for m in minutes),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
