@@ -170,17 +170,6 @@ class PatientLauncher(_SubprocessScriptLauncher):
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._patience = max(5, int(seconds))
 
-    @property
-    def is_interactive_compatible(self) -> bool:
-        """Asked in a notebook alone.
-
-        Raises:
-            ConfigError: The other processes run the script that this one runs, and a notebook is none.
-        """
-        raise ConfigError("trainer.devices", self.num_processes, "a notebook cannot start the processes of sites",
-                          "give strategy=SingleSiteStrategy() and devices=1, or train with `!fomoe fit -c FILE` in a "
-                          "cell and look at the results here")  # fmt: skip
-
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the other processes of this machine, unless a launcher has, then call the function."""
         environment = self.cluster_environment

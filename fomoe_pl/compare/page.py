@@ -22,7 +22,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1250p
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; margin-bottom: 0; }
 table { border-collapse: collapse; font-size: 0.9rem; margin-top: 1.2rem; }
 th { border-bottom: 2px solid #444; vertical-align: bottom; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; } th:first-child, td:first-child { text-align: left; }
+th, td { padding: 0.25rem 0.7rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 tr:nth-child(even) td { background: #f4f4f4; } img { max-width: 100%; height: auto; } .note { color: #555; }
 .pictures { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: flex-start; }
 .pictures img { max-width: 49%; } .pictures img.wide { max-width: 100%; }

@@ -179,13 +179,6 @@ def test_a_module_without_experts_is_refused(make: Any, tmp_path: Path) -> None:
         trainer.fit(BoringModel())
 
 
-def test_a_notebook_is_told_what_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
-    with pytest.raises(ConfigError, match=r"a notebook cannot start the processes of sites. Give strategy=SingleSite"):
-        L.Trainer(strategy=FederatedStrategy(local_steps=2), devices=2, accelerator="cpu", logger=False)
-    L.Trainer(strategy=SingleSiteStrategy(), devices=1, accelerator="cpu", logger=False)
-
-
 def test_another_accumulation_does_not_cut_a_step_short(root: str, tmp_path: Path) -> None:
     run = alone(root, tmp_path, accumulate_grad_batches=3, max_steps=3, enable_checkpointing=True)
     fit(run, 0, 1, [saver(tmp_path, 3)])
