@@ -195,23 +195,27 @@ class FoMoECLI(PlainCLI):
         Only the first process has to choose: all others ask it where checkpoints go, and nothing else of theirs lies in
         a run's folder. Those that go on from a checkpoint all look where it is.
         """
-        folders, path = RunFolders(config.trainer.logger), config.ckpt_path
+        folders, path, overwrite = RunFolders(config.trainer.logger), config.ckpt_path, config.overwrite
+        config.overwrite = False  # the settings are saved: who trains with them again has not asked for it
         if path == "auto":
+            if overwrite:
+                raise ConfigError("overwrite", True, "ckpt_path auto goes on with the run that would be replaced",
+                                  "leave out one of them")  # fmt: skip
             folders.choose_newest()
             return
         if path is not None and folders.choose_that_of(Path(path)):
-            if config.overwrite:
+            if overwrite:
                 raise ConfigError("overwrite", True, f"the checkpoint to go on from lies in {folders.paths[0]}",
                                   "leave it out: a resumed run goes on in its folder")  # fmt: skip
             return
         if not speaks():
             return
-        if config.overwrite:
+        if overwrite:
             self._replaced = folders.paths
         elif folders.choose_free():
             print(f"A run lies in the folder of that name already: this one is written to {folders.paths[0]} "
                   "(--overwrite replaces the old one)", flush=True)  # fmt: skip
-        if not config.overwrite:
+        if not overwrite:
             check_fixed(_fixed_folders(config.trainer))
 
     @staticmethod

@@ -282,6 +282,9 @@ def test_a_run_is_written_beside_another(
     (first / "report.json").touch()
     assert (folder(), folder("--overwrite")) == ("runs/run-2/", "runs/run/")
     assert "this one is written to runs/run-2 (--overwrite replaces" in capsys.readouterr().out
+    again = in_folder(root, tmp_path, monkeypatch, "--overwrite")
+    monkeypatch.undo()
+    assert not again.config.fit.overwrite, "what is saved does not replace a run when it is read again"
     assert (first / "report.json").exists(), "nothing is removed before all is checked"
     monkeypatch.setenv("RANK", "1")
     assert folder() == "runs/run/", "other ranks ask the first one"
@@ -379,6 +382,7 @@ ARCHITECTURE = "--model.architecture"
         ("fit --max_tokens 0", ["max_tokens = 0", "above 0"]),
         ("fit --trainer.strategy ddp_counted --trainer.val_check_interval '2 rounds'", ["has no rounds"]),
         ("fit --callbacks.RunReprt.folder x", ["callbacks.RunReprt", "Did you mean RunReport"]),
+        ("fit --overwrite --ckpt_path auto", ["overwrite = True", "goes on with the run"]),
         ("fit --overwrite --ckpt_path CHECKPOINT --trainer.logger.init_args.save_dir LOGS", ["overwrite", "lies in"]),
         ("fit --trainer.accumulate_grad_batches 0", ["accumulate_grad_batches = 0", "at least 1"]),
         ("fit --trainer.val_check_interval 0", ["val_check_interval = 0", "positive"]),
