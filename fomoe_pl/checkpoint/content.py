@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from fomoe_pl.checkpoint import format as files
 from fomoe_pl.checkpoint.carryover import carry_over, differences
 from fomoe_pl.checkpoint.disks import Disk
 from fomoe_pl.checkpoint.resuming import check_weights
+from fomoe_pl.errors import ConfigError
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.inner import ROW_COUNTERS
 from fomoe_pl.federation.layout import ParameterLayout
@@ -162,6 +164,9 @@ class FederatedSite(Site, Protocol):
 
     def go_on_with(self, landed: dict[str, Any]) -> None:
         """Take up what `land` gave."""
+
+    def gathered_in_site(self, values: Tensor) -> list[Tensor]:
+        """Flat tensors of the site's ranks, which may be of different lengths, on the CPU; a collective call."""
 
     def placed(self, config: ModelConfig) -> Placement:
         """Where experts are after the last time that they were placed."""
@@ -569,7 +574,7 @@ class FederatedContent(Content):
         if copies is not None and (settings.shadow_refresh > 1 or settings.delay):  # else they are what the anchors are
             state["copies"] = dict(copies.tensors)
         if landed := self.site.land():
-            state["landed"] = landed
+            state["landed"] = landed if self.site.slices is None else {"ranks": self._of_ranks(landed)}
         if self.site.settings.policy.sees_loads:
             state["loads"] = self.site.sum_in_site(self.site.mid_round.loads())
         return state
@@ -584,7 +589,27 @@ class FederatedContent(Content):
                 packed.copy_(state["copies"][name])
         if "loads" in state and self.site.topology.leads:
             self.site.mid_round.set_loads(state["loads"])
-        self.site.go_on_with(state.get("landed", {}))
+        self.site.go_on_with(self._own_landed(state.get("landed", {})))
+
+    def _of_ranks(self, landed: dict[str, Any]) -> list[Tensor]:
+        """What has landed on each rank of the site, as bytes: buckets of slices are not those of whole tensors."""
+        file = io.BytesIO()
+        torch.save(landed, file)
+        return self.site.gathered_in_site(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8))
+
+    def _own_landed(self, landed: dict[str, Any]) -> dict[str, Any]:
+        slices, ranks = self.site.slices, landed.get("ranks")
+        if not landed or (ranks is None and slices is None):
+            return landed
+        if ranks is None or slices is None or len(ranks) != slices.n_ranks:
+            told = "whole" if ranks is None else f"in slices of {len(ranks)} ranks"
+            hint = "inside: replicate" if ranks is None else f"ranks_per_site: {len(ranks)} and inside: shard"
+            rule = f"cannot go on with averages that are on their way, which this checkpoint has {told}"
+            raise ConfigError("ranks_per_site", self.site.topology.n_ranks, rule, f"resume with {hint}, or from a "
+                              "checkpoint with none on its way, such as the run's last")  # fmt: skip
+        file = io.BytesIO(ranks[slices.place].numpy().tobytes())
+        own: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return own
 
     def load_trainer(self, folder: Path) -> dict[str, Any]:
         """Take the placement of the checkpoint's round with it: it says which weights are this site's."""

@@ -160,9 +160,6 @@ class FederationConfig:
             rule = "AdamW's second moments are mostly below float16's smallest number, and without them steps explode"
             raise ConfigError("wire_dtype", self.wire_dtype, rule, "type bfloat16 or float32, or inner_moments keep")
         self._check_ranks()
-        if self.inside == "shard" and self.delay:
-            rule = "a checkpoint cannot hold slices of averages that are on their way"
-            raise ConfigError("delay", self.delay, rule, "type 0, or inside replicate")
         self._check_formats()
         check_range("alpha", self.alpha, "0 takes the agreed values alone", least=0, most=1)
         self.schedule, self.policy  # noqa: B018  both check themselves

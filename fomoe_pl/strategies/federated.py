@@ -341,6 +341,15 @@ class FederatedStrategy(SiteStrategy, SiteProcesses):
         """Sum a small tensor over the ranks of this site."""
         return self.inside.sum(values)
 
+    def gathered_in_site(self, values: Tensor) -> list[Tensor]:
+        """Flat tensors of the site's ranks, which may be of different lengths, on the CPU; a collective call."""
+        n_ranks = self.topology.n_ranks
+        lengths = self.inside.joined(torch.tensor([values.numel()]), 0, n_ranks).tolist()
+        padded = values.new_zeros(max(lengths))
+        padded[: values.numel()] = values
+        whole = self.inside.joined(padded, 0, n_ranks * len(padded)).cpu().view(n_ranks, -1)
+        return [row[:length].clone() for row, length in zip(whole, lengths, strict=True)]
+
     def ledger_of_site(self) -> Ledger:
         """Bytes that this site sent so far, on its first rank; all of its ranks call it together."""
         if self.slices is not None:

@@ -181,7 +181,7 @@ class Rounds:
         self._watch_begin()
         told = site.sum_in_site(message(self._own_report(), site.topology)).to(federation.transport.home)
         own = frozenset({site.topology.site} if left_out_flags(told, n_sites)[site.topology.site] else ())
-        there, report = federation.transport.start_sum("control", told)
+        there, report = federation.transport.start_sum("control", told, of_slices=True)
         out = self._restored(own, optimizer)
         flight = federation.begin(
             optimizer, LeftOut(out, lambda: left_out_flags(there(), n_sites)), ahead=None, due=self._due,
