@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from fomoe_pl import sweep
 from fomoe_pl.federation.outer import Average, Nesterov
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.sizes import parameter_counts
 from fomoe_pl.strategies import CountedDDPStrategy, FederatedStrategy
 from tests.test_cli import environment
-from tests.test_readme import ParsedOnly
+from tests.test_readme import ParsedOnly, commands
 from tests.training import ROOT
 
 FOLDER = ROOT / "configs/paper"
@@ -91,25 +90,16 @@ def test_every_cell_is_a_run(arm: tuple[str, ...], sites: int) -> None:
         )  # fmt: skip
 
 
-def loop() -> list[list[str]]:
-    """The commands that the page's loop types."""
-    (block,) = re.findall(r"^```bash\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
-    said = 'fomoe() { printf "%s\\n" "$*"; }\n'
-    done = subprocess.run(["bash", "-euc", said + block], capture_output=True, text=True, timeout=60, check=True)
-    return [shlex.split(line) for line in done.stdout.splitlines()]
-
-
-def test_the_loop_of_the_page_is_table_6() -> None:
-    *fits, compare = loop()
-    assert compare[0] == "compare"
-    names = [words[words.index("--trainer.logger.init_args.name") + 1].rpartition("/")[2] for words in fits]
-    assert len(fits) == len({*names}) == (2 + 3) * 3 * 2
-    for words, name in zip(fits, names, strict=True):
-        placement, sites, k, overlap = name.split("-")
-        files = ["proxy", *SITES[int(sites)], placement]
-        assert words[1 : 2 * len(files) + 1] == [w for f in files for w in ("-c", f"paper/{f}")]
-        assert words[words.index("--trainer.strategy.init_args.local_steps") + 1] == k
-        assert words[words.index("--trainer.strategy.init_args.overlap") + 1] == overlap
+def test_the_sweeps_of_the_page_are_table_6() -> None:
+    options = [sweep.make_parser().parse_known_args(words[2:]) for words in commands(PAGE) if words[1] == "sweep"]
+    runs = {given.name: sweep.commands(given.name, given.grid, given.save_dir, fit) for given, fit in options}
+    assert {name: len(of) for name, of in runs.items()} == {
+        "paper_4": 2 * 3 * 2, "paper_8": 2 * 3 * 3, "paper_full": 2 * 3
+    }  # fmt: skip
+    for folder, words in (item for of in runs.values() for item in of.items()):
+        files = [word for before, word in itertools.pairwise(words) if before == "-c"]
+        assert [word for word in files if not (ROOT / f"configs/{word}.yaml").is_file()] == []
+        assert "paper_8" not in str(folder) or "paper/sites_8" in files
 
 
 @pytest.mark.slow
