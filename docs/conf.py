@@ -19,7 +19,7 @@ from settings_tables import find, markdown  # noqa: E402
 from fomoe_pl import __version__  # noqa: E402
 
 project, author, release = "fomoe-pl", "the fomoe-pl developers", __version__
-copyright = "Apache-2.0"
+copyright = "the fomoe-pl developers"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
@@ -77,7 +77,7 @@ def read(app: Sphinx, docname: str, content: list[str]) -> None:
             return
     content[0] = adapted(content[0], page, page)
     if (docname.startswith("benchmarks/") and docname != "benchmarks/README") or docname == "system-model/scale":
-        content[0] = f"---\norphan: true\n---\n{content[0]}"  # records, which other pages name
+        content[0] = f"---\norphan: true\nnosearch: true\n---\n{content[0]}"  # records, which other pages name
 
 
 class Settings(SphinxDirective):
