@@ -37,7 +37,7 @@ def test_every_page_is_there_with_its_search(site: Path) -> None:
     pages = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
     assert [str(page) for page in pages if page.name != "README.html" and not (site / page).is_file()] == []
     index = (site / "searchindex.js").read_text()
-    assert all(word in index for word in ("tutorials/first-run", "routing_necessity_nats", "checkpoint_root"))
+    assert all(word in index for word in ("tutorials/first-run", "metrics", "checkpoint_root"))
     assert "theme-toggle" in (site / "index.html").read_text()  # light and dark
 
 
