@@ -14,6 +14,7 @@ import jsonargparse
 import pytest
 import yaml
 
+from fomoe_pl import sweep
 from fomoe_pl.callbacks import (
     CommunicationMonitor,
     FoMoEProgressBar,
@@ -89,8 +90,13 @@ def parse(words: list[str], patch: pytest.MonkeyPatch) -> None:
     if program != "python" and rest[0] in own_parsers:
         own_parsers[rest[0]]().parse_args(rest[1:])
         return
+    if program != "python" and rest[0] == "sweep":  # whose other words are those of its runs
+        options, fit = sweep.make_parser().parse_known_args(rest[1:])
+        first = next(iter(sweep.commands(options.name, options.grid, options.save_dir, fit).values()))
+        parse(["fomoe", *first], patch)
+        return
     patch.setattr(sys, "argv", rest if program == "python" else split(words)[1])
-    if program != "python" and rest[0] not in ("compare", "new", "sweep", *HUB_COMMANDS):
+    if program != "python" and rest[0] not in ("compare", "new", *HUB_COMMANDS):
         ParsedOnly()
         return
     for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
