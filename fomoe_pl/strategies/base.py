@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fomoe_pl.checkpoint.content import Content, MidRound
 from fomoe_pl.checkpoint.saving import Checkpointer, keep_from_saving_failures
-from fomoe_pl.errors import SiteLostError
+from fomoe_pl.errors import ConfigError, SiteLostError
 from fomoe_pl.federation.exchange import gather_texts
 from fomoe_pl.federation.federation import Federation
 from fomoe_pl.federation.ledger import Ledger
@@ -230,6 +230,10 @@ class SiteStrategy(Strategy):
             check_training(trainer, federated=self.has_rounds)
         ranks = 1 if self.settings is None else self.settings.ranks_per_site
         check_data(trainer, data, module.config, n_sites, ranks, fitting=fitting)
+        sizes = getattr(data, "batch_size", 1)
+        if not self.has_rounds and not isinstance(sizes, int):
+            rule = "is of sites with rounds, which weigh averages by tokens: else all gradients weigh the same"
+            raise ConfigError("data.batch_size", sizes, rule, "type one number")
 
     def check(self, config: ModelConfig, n_processes: int, num_nodes: int = 1) -> int:
         """Check the strategy's own settings against the model and the processes of all machines.

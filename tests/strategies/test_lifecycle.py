@@ -431,6 +431,13 @@ def test_one_site_takes_the_first_of_the_gpus(
         trainer.strategy.check_run(trainer, run.module(), run.datamodule(), fitting=False)
 
 
+def test_batches_of_each_site_are_for_sites_with_rounds(root: str, tmp_path: Path) -> None:
+    run = replace(alone(root, tmp_path), strategy="single", settings={}, data={"batch_size": [3]})
+    trainer = make_trainer(run, 0, 1)
+    with pytest.raises(ConfigError, match=r"data.batch_size = \[3\].*sites with rounds"):
+        trainer.fit(run.module(), run.datamodule())
+
+
 def test_seed_everything_is_the_seed_of_what_has_none(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     run = Run(root=root, folder="")
