@@ -87,7 +87,7 @@ def how_to_install(extra: str) -> str:
     except PackageNotFoundError:  # only the code is there, on PYTHONPATH
         needed = []
     packages = " ".join(f'"{line.partition(";")[0].strip()}"' for line in needed)
-    return f"pip install {packages}" if packages else f"install the extra {extra} of fomoe-pl"
+    return f"install it: pip install {packages}" if packages else f"install the extra {extra} of fomoe-pl"
 
 
 class NamedConfig(ActionConfigFile):

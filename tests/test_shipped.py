@@ -50,7 +50,7 @@ def test_the_sample_is_a_source_by_name(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_messages_name_what_can_be_installed() -> None:
-    assert shipped.how_to_install("plots") == 'pip install "matplotlib>=3.9"'
+    assert shipped.how_to_install("plots") == 'install it: pip install "matplotlib>=3.9"'
 
 
 def test_a_new_experiment_is_the_quickstart_in_a_folder_of_its_own(

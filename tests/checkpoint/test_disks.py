@@ -224,6 +224,6 @@ def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
-    with pytest.raises(ConfigError, match=r"Install s3fs to access S3.*pip install 'fomoe-pl\[remote\]'"):
+    with pytest.raises(ConfigError, match=r'Install s3fs to access S3\)\. Install it: pip install .*"s3fs'):
         check_roots("s3://bucket/{site}")
     check_roots({0: "/disk/0", 1: "relative"})
