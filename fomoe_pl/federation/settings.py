@@ -173,9 +173,9 @@ class FederationConfig:
 
     def _check_ranks(self) -> None:
         given = self.ranks_per_site
-        numbers = (given,) if isinstance(given, int) else given
-        if not numbers or min(numbers) < 1:
-            raise ConfigError("ranks_per_site", given, "must be at least 1 in each site", "type 1 or more")
+        numbers = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+        for number in numbers or (0,):
+            check_range("ranks_per_site", number, "type 1 or more, or a number for each site", least=1)
         if self.inside == "shard" and max(numbers) == 1:
             rule = "shares a site's model out among its ranks, and there is one"
             raise ConfigError("inside", self.inside, rule, "type replicate, or ranks_per_site 2 or more")

@@ -57,7 +57,7 @@ class Run:
             has_rounds=True, observers=[], wire_dtype="float32", watch_seconds=0.0, placement=None,
             watch_movement=lambda: None, copy_errors=lambda: None, copy_age=lambda: None,
             agreed_bytes=lambda: 3 * MIB, describe=lambda: "four sites", hyperparameters={"local_steps": 4},
-            save_seconds=0.0, measures_sync=True, optimizer_steps=0,
+            save_seconds=0.0, measures_sync=True, optimizer_steps=0, tokens_of_all=lambda tokens: 4 * tokens,
         )  # fmt: skip
         self.strategy.context = self.strategy
         self.strategy.counted = self.strategy.ledger

@@ -336,9 +336,9 @@ def test_a_task_file_of_ones_own(checkpoint: Path, corpus: Manifest, tmp_path: P
 
 def test_where_the_harness_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fomoe_pl.hub.find_spec", lambda package: None if package == "lm_eval" else package)
-    with pytest.raises(ConfigError, match=': pip install "lm.eval'):
+    with pytest.raises(ConfigError, match=r': pip install "lm.eval'):
         evaluate("nothing")
-    with pytest.raises(ConfigError, match=': pip install "lm.eval'):
+    with pytest.raises(ConfigError, match=r': pip install "lm.eval'):
         TaskEvaluation()
 
 

@@ -313,7 +313,7 @@ def test_a_launch_is_told_and_a_torn_site_is_warned_of() -> None:
         ({"inside": "shard"}, ["inside = 'shard'", "there is one", "ranks_per_site 2"]),
         ({"inside": "split", "ranks_per_site": 2}, ["inside = 'split'", "replicate", "shard"]),
         ({"ranks_per_site": 0}, ["ranks_per_site = 0", "1 or more"]),
-        ({"ranks_per_site": (2, 0)}, ["ranks_per_site = (2, 0)", "1 or more"]),
+        ({"ranks_per_site": (2, 0)}, ["ranks_per_site = 0", "a number for each site"]),
         ({"ranks_per_site": (2, 1), "sites": 3}, ["2 numbers for 3 sites"]),
         ({"ranks_per_site": (2, 1), "inside": "shard"}, ["as many ranks in each site, not [2, 1]", "replicate"]),
         ({"ranks_per_site": (2, 1), "min_sites": 1}, ["min_sites = 1", "one number of ranks"]),

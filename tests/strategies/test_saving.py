@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
@@ -64,7 +65,8 @@ def _held(rank: int, root: str, folder: str, strategy: str) -> Any:
         saver = ModelCheckpoint(saved, filename="{step}", every_n_train_steps=EVERY)
         run = make_run(root, folder, strategy, STEPS)
         trainer = fit(run, rank, SITES, [Release(saved, released), seen, traffic, saver])
-        return seen.seen, traffic.record.calls, look(trainer)
+    dist.barrier()  # until then the first rank may be removing what has been replaced
+    return seen.seen, traffic.record.calls, look(trainer)
 
 
 @pytest.fixture(scope="module")
