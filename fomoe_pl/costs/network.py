@@ -202,6 +202,17 @@ class Links:
         wait = latencies * max(place.latency_ms for place in self.places) / 1e3
         return seconds + sent * self.copy_seconds_per_byte + messages * wait
 
+    def uploaded(self, sent: float) -> list[float]:
+        """Bytes that leave each place if every site sends `sent` bytes to somewhere else."""
+        return [self.place_of.count(i) * sent for i in range(len(self.places))]
+
+    def upload_seconds(self, sent: float) -> float:
+        """Seconds for every site to send this many bytes to somewhere that is as fast as any of them."""
+        return max(
+            framed(out, mtu=self.mtu) * 8 / (place.bandwidth_mbit * 1e6)
+            for out, place in zip(self.uploaded(sent), self.places, strict=True)
+        )
+
     def sent_by_place(self, calls: Sequence[Collective]) -> list[float]:
         """Bytes that leave each place in the given collectives: what rings send, without frames."""
         sent = [0.0] * len(self.places)

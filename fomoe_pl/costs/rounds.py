@@ -92,8 +92,9 @@ def held_by(placement: Placement) -> dict[tuple[int, ...], int]:
 
 
 def held_when_fixed(
-    architecture: ModelConfig, n_sites: int, overlap: int, layers: Sequence[int] | None = None
-) -> dict[tuple[int, ...], int]:
+    architecture: ModelConfig, n_sites: int, overlap: int, layers: Sequence[int] | None = None,
+    capacities: Sequence[int] | None = None,
+) -> dict[tuple[int, ...], int]:  # fmt: skip
     """What `held_by` gives for the fixed placement, without placing every expert of a large model.
 
     Args:
@@ -101,6 +102,7 @@ def held_when_fixed(
         n_sites: Number of sites M.
         overlap: Sites that hold each expert.
         layers: Of which the experts are counted; None is all.
+        capacities: Experts of a layer that each site holds; None is equal shares.
 
     Raises:
         ConfigError: If the sizes cannot be placed.
@@ -109,8 +111,9 @@ def held_when_fixed(
     # Layer i is as layer i mod 2 M: they are staggered by one site, or take turns in two ways.
     period = 2 * n_sites
     some = place(
-        "fixed", n_layers=min(n_layers, period), n_experts=architecture.n_experts, n_sites=n_sites, overlap=overlap
-    )
+        "fixed", n_layers=min(n_layers, period), n_experts=architecture.n_experts, n_sites=n_sites, overlap=overlap,
+        capacities=capacities,
+    )  # fmt: skip
     alike = Counter(layer % period for layer in (range(n_layers) if layers is None else layers))
     held: Counter[tuple[int, ...]] = Counter()
     for layer, times in alike.items():
@@ -197,6 +200,7 @@ def fragment_collectives(
     inner_moments: InnerMoments = "keep",
     codec: Codec | None = None,
     moments_codec: Codec | None = None,
+    capacities: Sequence[int] | None = None,
 ) -> list[list[Collective]]:
     """The averages of each fragment's turn, with fixed placement.
 
@@ -210,6 +214,7 @@ def fragment_collectives(
         inner_moments: Whether moments are averaged too, with `average`.
         codec: Of the changes of matrices.
         moments_codec: The same of moments.
+        capacities: Experts of a layer that each site holds; None is equal shares.
     """
     sizes, outside = SynchronizedSizes.of(architecture, routing), parameter_counts(architecture).embeddings
     found = []
@@ -221,7 +226,7 @@ def fragment_collectives(
             sizes, dense=own + (sizes.dense - outside) * n // whole, dense_buffers=sizes.dense_buffers * n // whole,
             dense_matrices=own + (sizes.dense_matrices - outside) * n // whole,
         )  # fmt: skip
-        held = held_when_fixed(architecture, n_sites, overlap, layers)
+        held = held_when_fixed(architecture, n_sites, overlap, layers, capacities)
         found.append(collectives(
             held, part, n_sites=n_sites, wire_dtype=wire_dtype, codec=codec, moments_codec=moments_codec,
             moments=ADAMW_MOMENTS if inner_moments == "average" else 0,
@@ -344,6 +349,7 @@ def checkpoint_bytes(
     momentum: bool = False,
     rounds: bool = True,
     error_feedback: bool = False,
+    capacities: Sequence[int] | None = None,
 ) -> dict[str, int]:
     """Bytes of the tensors of a checkpoint on disk; nothing of it crosses sites.
 
@@ -358,16 +364,16 @@ def checkpoint_bytes(
         momentum: Whether there is outer momentum.
         rounds: Whether there are rounds; else ranks are alike, and the first alone writes.
         error_feedback: Whether sites keep what coding has lost of their changes.
+        capacities: Experts of a layer that each site holds; None is equal shares.
 
     Returns:
         `model`: the global model, once: dense tensors and each expert, float32 where there are anchors.
         `momentum`: outer momentum, once, float32. `site`: the largest file of a site: inner moments, where there are
         rounds local values, and what coding has lost, float32. `files`: number of such files. `total`: all of them.
     """
-    shares(architecture.n_experts, n_sites, overlap)
     itemsize, sizes = ITEMSIZE[param_dtype], SynchronizedSizes.of(architecture, routing)
     total = parameter_counts(architecture).total
-    of_sites = shares(architecture.n_experts, n_sites, overlap)
+    of_sites = shares(architecture.n_experts, n_sites, overlap, capacities)
     slots = architecture.n_layers * architecture.n_experts
     # Balance biases are float32 whatever the parameters are.
     biases = ITEMSIZE["float32"] * (sizes.dense_buffers + slots * sizes.expert_buffers)

@@ -19,6 +19,8 @@ class Accelerator:
         memory_gib: Memory that the driver shows, GiB.
         memory_gbps: Bandwidth of the memory, 10^9 bytes a second.
         tflops_fp32: float32 products, 10^12 FLOP a second; not TensorFloat-32, which torch leaves off and so do we.
+        inside_gbps: From one device to the others of its machine, 10^9 bytes a second in one direction: NVLink where
+            there is one, else PCIe.
         kernels: Our kernels run there; else torch's own operations do, which take more memory.
     """
 
@@ -26,21 +28,24 @@ class Accelerator:
     memory_gib: float
     memory_gbps: float
     tflops_fp32: float
+    inside_gbps: float
     kernels: bool = True
 
 
 ACCELERATORS = {
-    "b200": Accelerator(2250, 178, 8000, 75),
-    "h200": Accelerator(989, 140, 4800, 67),
-    "h100": Accelerator(989, 79.6, 3350, 67),
-    "a100-80": Accelerator(312, 80, 2039, 19.5),
-    "a100-40": Accelerator(312, 40, 1555, 19.5),
-    "mi300x": Accelerator(1307, 192, 5300, 163, kernels=False),
-    "l40s": Accelerator(362, 45, 864, 91.6),
-    "rtx4090": Accelerator(165, 24, 1008, 82.6),
-    "rtx3090": Accelerator(71, 24, 936, 35.6),
+    "b200": Accelerator(2250, 178, 8000, 75, 900),
+    "h200": Accelerator(989, 140, 4800, 67, 450),
+    "h100": Accelerator(989, 79.6, 3350, 67, 450),
+    "a100-80": Accelerator(312, 80, 2039, 19.5, 300),
+    "a100-40": Accelerator(312, 40, 1555, 19.5, 300),
+    "mi300x": Accelerator(1307, 192, 5300, 163, 448, kernels=False),
+    "l40s": Accelerator(362, 45, 864, 91.6, 32),
+    "rtx4090": Accelerator(165, 24, 1008, 82.6, 32),
+    "rtx3090": Accelerator(71, 24, 936, 35.6, 32),
 }
 """Data sheets: dense products, SXM where there is one."""
+PCIE_GBPS = 32.0
+"""PCIe 4 of 16 lanes, 10^9 bytes a second in one direction: between devices of which nothing else is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,9 @@ class Site:
         bandwidth_mbit: Of the link to the other sites in each direction, 10^6 bits a second, as its owner sells it:
             Ethernet frames included.
         latency_ms: One way to another site, milliseconds.
-        inner_bandwidth_mbit: Between accelerators of the site.
+        inner_bandwidth_mbit: Between accelerators of the site that are sites of the federation each.
+        inside_gbps: Between accelerators that train one site's model together, 10^9 bytes a second in one direction:
+            NVLink or PCIe by the table of data sheets, else 32 (PCIe 4). Half of it is counted.
         tflops: Peak of an accelerator, 10^12 FLOP a second in bfloat16.
         tflops_fp32: The same in float32, which counts for `precision: 32-true` alone.
         memory_gib: Memory of an accelerator, GiB.
@@ -77,6 +84,7 @@ class Site:
     bandwidth_mbit: float = 1000.0
     latency_ms: float = 10.0
     inner_bandwidth_mbit: float = 200_000.0
+    inside_gbps: float | None = None
     tflops: float | None = None
     tflops_fp32: float | None = None
     memory_gib: float | None = None
@@ -102,9 +110,11 @@ class Site:
                 if sheet is None and name != "tflops_fp32":
                     raise self._refuse(name, "is not known", "give it, or an accelerator of the table")
                 object.__setattr__(self, name, getattr(sheet, name, None))
+        if self.inside_gbps is None:
+            object.__setattr__(self, "inside_gbps", PCIE_GBPS if sheet is None else sheet.inside_gbps)
         positive = (
-            "bandwidth_mbit inner_bandwidth_mbit tflops tflops_fp32 memory_gib memory_gbps host_gbps mfu step_factor "
-            "devices"
+            "bandwidth_mbit inner_bandwidth_mbit inside_gbps tflops tflops_fp32 memory_gib memory_gbps host_gbps mfu "
+            "step_factor devices"
         )
         for name in (*positive.split(), "latency_ms", "price_per_hour"):
             value = getattr(self, name)

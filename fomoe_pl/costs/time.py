@@ -11,6 +11,7 @@ from fomoe_pl.costs.memory import Load
 from fomoe_pl.costs.rounds import copy_bytes
 from fomoe_pl.costs.sites import Site
 from fomoe_pl.errors import ConfigError
+from fomoe_pl.federation.settings import Sharing
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing, Shadow
 from fomoe_pl.model.sizes import expert_parameters, resident_counts, scored_experts
@@ -23,6 +24,8 @@ MOVES_IN_VALIDATION = 2
 OPTIMIZER_MOVES = 10
 """Moves of a parameter-sized tensor a step: AdamW reads four and writes three, clipping reads one and writes it, and
 the gradient is written."""
+INSIDE_SHARE = 0.5
+"""Share of `inside_gbps` that collectives inside a site reach: an assumption."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,37 @@ def step_seconds(work: StepWork, site: Site) -> float:
     if site.step_factor is not None:
         return site.step_factor * work.seconds_at_peak(site)
     return work.flops / (site.peak_flops(work.precision) * site.mfu)
+
+
+def inside_bytes(
+    config: ModelConfig, load: Load, *, ranks: int, inside: Sharing, n_resident: int, routing: Routing = "ghost"
+) -> tuple[float, float]:
+    """Bytes that a rank of a site of several sends the others in a step: once, and with each micro-batch.
+
+    Args:
+        config: The architecture.
+        load: Precision, and whether experts' gradients are bfloat16.
+        ranks: Of the site.
+        inside: `replicate` sums gradients when the last backward pass is over, in a ring; `shard` gathers experts in
+            the type of products and all else in that of parameters, forward and backward, and sums gradients in
+            float32, each rank its slices.
+        n_resident: Resident experts R of each layer.
+        routing: The routing mode.
+    """
+    types = Types.of(load.precision, load.kernels)
+    counts = resident_counts(config, n_resident, routing)
+    experts, rest = counts.experts, counts.total - counts.experts
+    share = (ranks - 1) / ranks
+    if inside == "replicate":
+        small = load.bf16_gradients and types.experts_in_kernels(config)
+        return 2 * share * ((types.compute if small else types.parameter) * experts + types.parameter * rest), 0.0
+    return 0.0, share * (2 * (types.compute * experts + types.parameter * rest) + 4 * counts.total)
+
+
+def inside_seconds(sent: float, site: Site) -> float:
+    """Seconds for a rank to send so many bytes to the others of its site, which nothing hides."""
+    assert site.inside_gbps is not None
+    return sent / (INSIDE_SHARE * site.inside_gbps * 1e9)
 
 
 def waiting_seconds(of_fragments: Sequence[float], *, delay: int, seconds_per_step: float) -> float:

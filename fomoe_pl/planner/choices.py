@@ -13,19 +13,6 @@ from fomoe_pl.model.residency import Routing
 from fomoe_pl.planner.quality import Measurement
 from fomoe_pl.planner.request import Layout, Method, Wire
 
-MORE_FOR_LARGER_BATCHES = 0.02
-"""Share of a step that may be spent on larger micro-batches."""
-
-
-def divisions(sequences: int) -> list[tuple[int, int]]:
-    """(micro-batch, number of them) for a site's sequences of a step, or a little more; largest batch first."""
-    found: dict[int, int] = {}
-    for accumulate in range(1, sequences + 1):
-        batch = -(-sequences // accumulate)
-        if batch * accumulate <= sequences * (1 + MORE_FOR_LARGER_BATCHES):
-            found.setdefault(batch, accumulate)
-    return list(found.items())
-
 
 class Saving(NamedTuple):
     """How memory is saved, and at what price.
@@ -91,6 +78,7 @@ class Choice:
     fragments: int = 1
     delay: int = 0
     router_every: int | None = None
+    capacities: tuple[int, ...] | None = None
 
     @property
     def wire_codec(self) -> WireFormat | None:
@@ -119,32 +107,41 @@ class Plan:
 
     Attributes:
         choice: The setting.
-        shards: Devices of each place that share a model.
-        batch_size: Sequences of a micro-batch of one device.
+        place_of: For each site of the federation the index of its place.
+        ranks: Devices of a site at each place, which train its model together.
+        held_experts: Of a layer, by a site at each place, the most where they differ.
+        batches: Sequences of a micro-batch of one device of each place.
         accumulate: Micro-batches of a local step.
+        val_batch: Sequences of a validation batch of a site.
         saving: How memory is saved.
         global_batch: Sequences of a step, all sites together: what was asked, or a little more.
         length: Optimizer steps and validations.
         tokens: Of the run.
-        memory: Of a device of each place, by part; equal but for sharding.
+        memory: Of a device of each place, by part.
         sent_per_round: Bytes that leave the busiest place in a round (DDP: in a step), the mean over rounds with and
             without moments, as the ledger's wire column counts them: with the ring's factor, without frames.
         sent_per_validation: The same for a validation of the global model.
+        sent_per_save: The same for a checkpoint, as far as it crosses links between sites.
         sent_in_all: The same for the run.
         checkpoint: Bytes on disk, see `checkpoint_bytes`.
         step_seconds: Of the slowest site.
+        inside_seconds: Of it, on that site, what its devices send each other.
         round_seconds: Of a round's synchronisation (DDP: a step's), the same mean.
         waiting_seconds: Of it what sites wait for, the rest travels while they compute.
         validation_seconds: Of a validation of the global model.
-        hours: Of the run, validations included.
+        save_seconds: Of a save, what crosses links.
+        hours: Of the run, validations and saves included.
         price: Of all places for these hours; None if a price is missing.
         quality: A measurement, or None: not measured.
     """
 
     choice: Choice
-    shards: tuple[int, ...]
-    batch_size: int
+    place_of: tuple[int, ...]
+    ranks: tuple[int, ...]
+    held_experts: tuple[int, ...]
+    batches: tuple[int, ...]
     accumulate: int
+    val_batch: int
     saving: Saving
     global_batch: int
     length: RunLength
@@ -152,12 +149,15 @@ class Plan:
     memory: tuple[RankMemory, ...]
     sent_per_round: float
     sent_per_validation: float
+    sent_per_save: float
     sent_in_all: float
     checkpoint: dict[str, int]
     step_seconds: float
+    inside_seconds: float
     round_seconds: float
     waiting_seconds: float
     validation_seconds: float
+    save_seconds: float
     hours: float
     price: float | None
     quality: Measurement | None
@@ -173,14 +173,15 @@ class Plan:
         return max(memory.on_host for memory in self.memory)
 
     @property
+    def site_batches(self) -> tuple[int, ...]:
+        """Sequences of a micro-batch of each site of the federation."""
+        return tuple(self.ranks[place] * self.batches[place] for place in self.place_of)
+
+    @property
     def why_not_today(self) -> str | None:
         """Why `fomoe fit` cannot run it today; None if it can."""
-        if max(self.shards) == 1:
-            return None
-        if len(set(self.shards)) > 1:
+        if self.choice.layout == "sharded" and len(set(self.ranks)) > 1:
             return "needs as many devices at each site: `inside: shard` has no others yet"
-        if self.choice.routing == "shadow":
-            return "keeps no copies of absent experts yet: `inside: shard` refuses them"
         return None
 
 

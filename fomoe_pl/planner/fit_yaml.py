@@ -12,6 +12,7 @@ from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.sizes import parameter_counts
 from fomoe_pl.planner.choices import Plan
 from fomoe_pl.planner.output import quality_text
+from fomoe_pl.planner.plan import INSIDE
 from fomoe_pl.planner.request import PlanRequest
 
 _NESTEROV = {"class_path": "fomoe_pl.federation.outer.Nesterov", "init_args": {"lr": 0.7, "momentum": 0.9}}
@@ -19,12 +20,9 @@ OBSERVERS = ("CommunicationMonitor", "ThroughputMonitor", "FoMoEProgressBar", "R
 
 
 def processes(plan: Plan, request: PlanRequest) -> tuple[int, int]:
-    """Devices of a node and number of nodes: with `each` the greatest common divisor, so that all nodes are alike."""
+    """Devices of a node and number of nodes; the greatest common divisor of the sites', so that all nodes are alike."""
     if plan.choice.layout == "one":
         return (1, len(request.sites)) if request.accelerator == "gpu" else (len(request.sites), 1)
-    if plan.choice.layout == "sharded":  # a node is a site
-        devices, sites = request.sites[0].devices, len(request.sites)
-        return (devices, sites) if request.accelerator == "gpu" else (devices * sites, 1)
     # Written out, the divisor of 8, 8 and 4 is 4: the larger sites start two nodes.
     devices = min(site.devices for site in request.sites)
     while any(site.devices % devices for site in request.sites):
@@ -41,7 +39,11 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
         request: The request.
         model: The `model` section of the model's file; settings that are not planned are kept.
     """
-    c, n_ranks = plan.choice, plan.shards[0]
+    c, batches = plan.choice, plan.site_batches
+    inside = INSIDE.get(c.layout)
+    ranks: int | list[int] = plan.ranks[0] if len(set(plan.ranks)) == 1 else list(plan.ranks)
+    several = {"ranks_per_site": ranks, "inside": inside} if max(plan.ranks) > 1 else {}
+    alike = len(set(batches)) == 1
     devices, nodes = processes(plan, request)
     strategy: Any = "ddp_counted" if c.sites > 1 else "single_site"
     if c.method != "ddp":
@@ -52,11 +54,13 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
         strategy = {
             "class_path": "fomoe_pl.strategies.FederatedStrategy",
             "init_args": {
-                **({"ranks_per_site": n_ranks, "inside": "shard"} if n_ranks > 1 else {}),
+                **several,
                 "overlap": c.overlap,
+                **({"capacities": list(c.capacities)} if c.capacities else {}),
                 "routing": c.routing,
                 **(copies if c.routing == "shadow" else {}),
                 "placement": "fixed",
+                **({} if alike else {"weighting": "tokens"}),
                 "local_steps": c.local_steps,
                 **({"fragments": c.fragments, "delay": c.delay} if c.fragments > 1 or c.delay else {}),
                 **({"router_every": c.router_every} if c.router_every else {}),
@@ -116,8 +120,8 @@ def fit_settings(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> dic
         "data": {
             "root": request.data_root,
             "sequence_length": request.sequence_length,
-            "batch_size": n_ranks * plan.batch_size,
-            "val_batch_size": n_ranks * plan.batch_size,
+            "batch_size": batches[0] if alike else list(batches),
+            "val_batch_size": plan.val_batch,
             "val_sequences": request.val_sequences,
         },
     }
@@ -139,11 +143,14 @@ def fit_yaml(plan: Plan, request: PlanRequest, model: dict[str, Any]) -> str:
         f"{'a step' if plan.choice.method == 'ddp' else 'a round'}; quality: {quality_text(plan)}.",
         f"Start it, on each node: {start}",
     ]
-    per_site = [site.devices // devices for site in request.sites]
-    if plan.choice.layout == "each" and max(per_site) > 1 and nodes > 1:
-        nodes_of = ", ".join(f"{site.name} {n}" for site, n in zip(request.sites, per_site, strict=True))
+    per_place = [site.devices // devices for site in request.sites]
+    if plan.choice.layout != "one" and max(per_place) > 1 and nodes > 1:
+        nodes_of = ", ".join(f"{site.name} {n}" for site, n in zip(request.sites, per_place, strict=True))
         lines.append(f"All nodes have {devices} devices: nodes to start at each site: {nodes_of}, with other "
                      "devices in CUDA_VISIBLE_DEVICES.")  # fmt: skip
+    if nodes > 1 and (plan.choice.capacities or len(set(plan.ranks)) > 1 or len(set(plan.site_batches)) > 1):
+        lines.append("Settings are of each site: number the nodes in their order, with --node_rank and --master_addr "
+                     "in place of --rdzv-backend and --rdzv-endpoint.")  # fmt: skip
     lines.append("The corpus in data.root must have the model's vocabulary.")
     body = yaml.safe_dump(fit_settings(plan, request, model), sort_keys=False)
     return "".join(f"# {line}\n" for line in lines) + body

@@ -45,13 +45,19 @@ def pareto(plans: Sequence[Plan]) -> list[Plan]:
 def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
     """The fastest plan of each model, layout, overlap, method and kind of routing, and the fastest that was measured.
 
-    Shadow routing is listed apart: sites without copies are always faster, and worse.
+    Shadow routing is listed apart: sites without copies are always faster, and worse. So are unlike capacities.
     """
     seen: dict[tuple[Any, ...], Plan] = {}
     for plan in plans:
         c = plan.choice
-        seen.setdefault((c.model, c.layout, c.overlap, c.method, c.routing == "shadow", plan.quality is None), plan)
+        kind = c.routing == "shadow", c.capacities is None, plan.quality is None
+        seen.setdefault((c.model, c.layout, c.overlap, c.method, *kind), plan)
     return list(seen.values())
+
+
+def each_or_all(numbers: Sequence[int]) -> str:
+    """One number of all places, or one for each place."""
+    return str(numbers[0]) if len(set(numbers)) == 1 else "/".join(map(str, numbers))
 
 
 def setting_text(plan: Plan) -> str:
@@ -63,9 +69,11 @@ def setting_text(plan: Plan) -> str:
     saved = "" if plan.saving.checkpointing == "none" else f", {plan.saving.checkpointing} checkpointed"
     if plan.saving.outer_state == "host":
         saved += f", outer state on the host ({plan.on_host / GIB:.1f} GiB a device)"
+    ranks = "" if max(plan.ranks) == 1 else f" of {each_or_all(plan.ranks)}"
+    held = f", experts {each_or_all(plan.held_experts)}" if c.capacities else ""
     return (
-        f"{c.sites} sites ({c.layout}), overlap {c.overlap}, {c.method}, K {c.local_steps}{turns}, {c.routing}, "
-        f"{wire}, batch {plan.batch_size}×{plan.accumulate} of {plan.global_batch}{saved}"
+        f"{c.sites} sites{ranks} ({c.layout}), overlap {c.overlap}{held}, {c.method}, K {c.local_steps}{turns}, "
+        f"{c.routing}, {wire}, batch {each_or_all(plan.batches)}×{plan.accumulate} of {plan.global_batch}{saved}"
     )
 
 
@@ -80,7 +88,8 @@ def plan_table(plans: Sequence[Plan]) -> Table:
     table.add_column("setting", min_width=24)
     priced = any(plan.price is not None for plan in plans)
     cost = ["cost"] if priced else []
-    for name in ("GiB a\ndevice", "MiB a\nround", "GiB in\nall", "step\n(s)", "round\n(s)", "hours", *cost):
+    for name in ("GiB a\ndevice", "MiB a\nround", "GiB a\nsave", "GiB in\nall", "step\n(s)", "round\n(s)", "hours",
+                 *cost):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("quality", min_width=8, max_width=16)
     table.add_column("fit\ntoday", no_wrap=True)
@@ -88,8 +97,9 @@ def plan_table(plans: Sequence[Plan]) -> Table:
         cost = ["-" if plan.price is None else f"{plan.price:,.0f}"] if priced else []
         table.add_row(
             str(i), plan.choice.model, setting_text(plan), f"{max(plan.held_bytes) / GIB:.1f}",
-            f"{plan.sent_per_round / MIB:,.0f}", f"{plan.sent_in_all / GIB:,.1f}", f"{plan.step_seconds:.2f}",
-            f"{plan.round_seconds:,.1f}", f"{plan.hours:,.1f}", *cost, quality_text(plan),
+            f"{plan.sent_per_round / MIB:,.0f}", f"{plan.checkpoint['total'] / GIB:,.1f}",
+            f"{plan.sent_in_all / GIB:,.1f}", f"{plan.step_seconds:.2f}", f"{plan.round_seconds:,.1f}",
+            f"{plan.hours:,.1f}", *cost, quality_text(plan),
             "no" if plan.why_not_today else "yes",
         )  # fmt: skip
     return table
@@ -99,6 +109,15 @@ def speed_text(site: Site) -> str:
     """How a site's step time is estimated."""
     by = f"{site.mfu:.0%} of the peak" if site.step_factor is None else f"measured factor {site.step_factor:g}"
     return f"{site.name} {by}"
+
+
+def saves_text(request: PlanRequest) -> str:
+    """What of a save crosses links."""
+    if request.checkpoint_copies is not None:
+        return "on disks of the sites' own, of which copies beyond the holders' cross links"
+    if request.checkpoint_over_link:
+        return "what each site writes crosses its link, in hours and GiB in all"
+    return "in a folder that all sites reach without their links"
 
 
 def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
@@ -111,9 +130,15 @@ def notes(plans: Sequence[Plan], request: PlanRequest) -> list[str]:
         f"{' or '.join(str(n) for n in sorted({plan.length.validations for plan in plans}))} validations of "
         f"{request.val_sequences} sequences. MiB a round: what leaves the busiest site every K steps; ddp, whose K is "
         "1: every step.",
-        "batch: micro-batch × accumulation of a site, of all sites' sequences in a step; checkpointed: activations "
-        f"are recomputed. sites: {layouts}. Traffic inside a sharded site is not modelled.",
+        "batch: micro-batch of a device (of each place, where they differ) × accumulation, of all sites' sequences in "
+        f"a step; checkpointed: activations are recomputed. sites: {layouts}.",
+        f"GiB a save: on disk; {saves_text(request)}.",
     ]
+    if any(max(plan.ranks) > 1 for plan in plans):
+        lines.append("step: with what devices of a site send each other, at half of inside_gbps, nothing of it hidden; "
+                     "that steps of several ranks are not recorded as CUDA graphs is not counted.")  # fmt: skip
+    if any(plan.choice.capacities for plan in plans):
+        lines.append("experts: of a layer at each place, by the room of its devices.")
     if any(plan.saving.outer_state == "host" for plan in plans):
         lines.append("outer state on the host: anchors, outer momentum and what coding has lost, page-locked, for "
                      "which torch may take up to twice as much; a save takes a snapshot of all that it writes there "

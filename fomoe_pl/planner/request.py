@@ -14,12 +14,15 @@ from fomoe_pl.files import check_local
 from fomoe_pl.model.residency import Routing, Shadow, ShadowBits
 
 Method = Literal["local_adamw", "diloco", "local_sgd", "ddp"]
-Layout = Literal["one", "each", "sharded"]
+Layout = Literal["one", "each", "replicated", "sharded"]
+Shares = Literal["even", "speed"]
+Capacities = Literal["even", "memory"]
 Wire = Literal["float32", "bfloat16", "int8", "int4", "topk"]
 LAYOUTS = {
     "one": "one device of each site",
     "each": "every device a site of its own",
-    "sharded": "a site's devices share its model",
+    "replicated": "a site's devices have its whole model each and share its batch",
+    "sharded": "a site's devices share its model and its batch",
 }
 
 
@@ -32,11 +35,18 @@ class PlanRequest:
         sites: The places; see `Site`.
         tokens: Tokens of the whole run, all sites together; rounded up to whole rounds, and to as many rounds between
             any two validations.
-        global_batch: Sequences of a step, all sites together, split into the largest micro-batches that fit. All sites
-            have the same share: where it does not divide it is rounded up, by 5% at most.
+        global_batch: Sequences of a step, all sites together, split into the largest micro-batches that fit. What does
+            not divide among sites and their devices is rounded up, by 5% at most.
+        rounding: Share by which a step may have more or fewer sequences besides, for larger micro-batches: a device's
+            43 sequences are one micro-batch or 43; with 0.03 also two of 22.
+        shares: How sites share a step: `even`, or by `speed`, so that unlike devices take as long for it as whole
+            sequences allow; averages are then weighted by tokens. The faster of those named is taken. Data parallelism
+            has even ones.
         sequence_length: Tokens of a sequence.
         local_steps: Values of K to consider.
         overlaps: Sites that hold each expert; null is all that divide.
+        capacities: Experts that each site holds: `even`, and by `memory` where sites have room for unlike numbers of
+            them; plans of both are told.
         routings: Routing modes to consider, `partitioned` too; for full replicas, which have no absent experts, the
             first of them.
         shadow_bits: Bits of a number in a copy of an absent expert, with `shadow` routing: 2, 4, 8 or 16.
@@ -52,18 +62,22 @@ class PlanRequest:
             fragment's average takes longer than them is waiting.
         router_every: Local steps between two averages of routers within a round, where it divides K and is below it;
             null is none.
-        layouts: `one` device per site; `each` device a site of its own; `sharded`: a site's devices share its
-            model, which `fomoe fit` runs where all sites have as many, without copies of absent experts.
+        layouts: `one` device per site; `each` device a site of its own; `replicated`: a site's devices train one model
+            together and have all of it; `sharded`: each has slices of it, which `fomoe fit` runs where all sites have
+            as many devices.
         outer_states: Where anchors and outer momentum may live. The `host` is taken where memory is short and that is
             faster than what else saves memory; whether it has as much free is not checked.
         precision: Of the Trainer; decides memory, what DDP sends, and which peak counts.
         headroom: Share of a device's memory that stays free for the driver's context, communicators and fragments: an
             assumption, not a measurement.
-        evaluation_window: Validation batches that go through a layer together.
+        evaluation_window: Validation batches that go through a layer together; a validation sends absent experts once
+            a window.
         val_sequences: Most sequences of a validation, over all sites. Its seconds and bytes are in the hours and GiB.
         validations: About how often a run validates the global model and saves it; the last time is at the end.
         checkpoint_copies: Sites that store each expert, where sites have disks of their own: what the holders send
             others in each save counts. null: a folder that all have.
+        checkpoint_over_link: Whether that folder is beyond the sites' links: what a site writes then crosses its link
+            in each save, which nothing hides. false: each site reaches it without.
         bucket_mib: Size of one communication buffer, MiB; each pays the latency, and is copied while another one
             travels.
         mtu: Largest packet of the links between sites, bytes.
@@ -84,9 +98,12 @@ class PlanRequest:
     sites: list[Site]
     tokens: float
     global_batch: int = 1024
+    rounding: float = 0.0
+    shares: list[Shares] = field(default_factory=lambda: ["even", "speed"])
     sequence_length: int = 2048
     local_steps: list[int] = field(default_factory=lambda: [32])
     overlaps: list[int] | None = None
+    capacities: list[Capacities] = field(default_factory=lambda: ["even", "memory"])
     routings: list[Routing] = field(default_factory=lambda: ["ghost", "shadow"])
     shadow_bits: ShadowBits = 4
     shadow_refresh: int = 1
@@ -96,14 +113,15 @@ class PlanRequest:
     fragments: list[int] = field(default_factory=lambda: [1])
     delays: list[int] = field(default_factory=lambda: [0])
     router_every: int | None = None
-    layouts: list[Layout] = field(default_factory=lambda: ["one", "each", "sharded"])
+    layouts: list[Layout] = field(default_factory=lambda: ["one", "each", "replicated", "sharded"])
     outer_states: list[OuterPlace] = field(default_factory=lambda: ["device", "host"])
     precision: Precision = "bf16-mixed"
     headroom: float = 0.08
-    evaluation_window: int = 4
+    evaluation_window: int = 64
     val_sequences: int = 512
     validations: int = 10
     checkpoint_copies: int | None = None
+    checkpoint_over_link: bool = False
     bucket_mib: int = 64
     mtu: int = 1500
     copy_seconds_per_byte: float = 0.0
@@ -122,7 +140,7 @@ class PlanRequest:
             ConfigError: For empty lists, sizes below 1, and an overlap above the number of sites.
         """
         for name in ("models", "sites", "local_steps", "routings", "methods", "wire_dtypes", "moments_every", "layouts",
-                     "outer_states", "fragments", "delays"):  # fmt: skip
+                     "outer_states", "fragments", "delays", "shares", "capacities"):  # fmt: skip
             if not getattr(self, name):
                 raise ConfigError(name, getattr(self, name), "must not be empty", "give at least one")
         if self.overlaps is not None and not self.overlaps:
@@ -134,6 +152,10 @@ class PlanRequest:
         for name in ("copy_seconds_per_byte", "transport_seconds_per_byte", "host_seconds_per_byte",
                      "coding_seconds_per_byte", "round_overhead_seconds"):  # fmt: skip
             check_range(name, getattr(self, name), "0 adds nothing", least=0)
+        check_range("rounding", self.rounding, "it is a share of the batch, such as 0.03", least=0, below=1)
+        if self.checkpoint_over_link and self.checkpoint_copies is not None:
+            rule = "is of one folder that all sites have, and checkpoint_copies of disks of their own"
+            raise ConfigError("checkpoint_over_link", True, rule, "leave one of them out")
         check_range("headroom", self.headroom, "it is a share of the memory, such as 0.08", least=0, below=1)
         for k in self.local_steps:
             check_range("local_steps", k, "K is in optimizer steps: give 32, say", least=1)

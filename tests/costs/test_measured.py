@@ -11,7 +11,8 @@ import pytest
 
 from fomoe_pl.costs.memory import DDP_COPIES, LIBRARY_BYTES, MIB, Load, RankMemory, rank_memory
 from fomoe_pl.costs.sites import Site
-from fomoe_pl.costs.time import StepWork, calibration, step_seconds, step_work
+from fomoe_pl.costs.time import StepWork, calibration, inside_bytes, inside_seconds, step_seconds, step_work
+from fomoe_pl.federation.settings import Sharing
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.planner.command import read_settings
 
@@ -144,3 +145,18 @@ def test_another_batch_is_missed_where_the_host_is_the_limit() -> None:
     measured = 2 * TOKENS / number(found[1])
     ratio = compare("fomoe-153m, 16 sequences", 1e3 * factor * large.seconds_at_peak(h100), 1e3 * measured, "ms")
     assert 1 < ratio < 1.15
+
+
+@pytest.mark.parametrize(("inside", "most"), [("replicate", 1.15), ("shard", 1.6)])
+def test_steps_of_two_ranks_are_not_twice_as_fast(inside: Sharing, most: float) -> None:
+    """Hopeful: that their steps are not recorded, and what FSDP does on the host, is left out."""
+    rows_of = table((PAGES / "sites_of_ranks_h200_2026-11-30.md").read_text(), "One site of two ranks")
+    [alone] = (number(row[1]) for row in rows_of if row[0].startswith("one GPU"))
+    [measured] = (number(row[2]) for row in rows_of if f"`{inside}`" in row[0])
+    config = ModelConfig(**read_settings(str(ROOT / "configs/model/olmoe-1.3b.yaml"))["architecture"])
+    load = Load(batch_size=8, bf16_gradients=True)
+    sent = sum(inside_bytes(config, load, ranks=2, inside=inside, n_resident=config.n_experts))
+    step = TOKENS / alone
+    predicted = step / (step + inside_seconds(sent, Site(accelerator="h200")))
+    ratio = compare(f"two ranks, {inside}", predicted, measured, "of one GPU's")
+    assert 0.95 < ratio < most

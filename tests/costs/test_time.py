@@ -23,6 +23,8 @@ from fomoe_pl.costs.sites import ACCELERATORS, Site
 from fomoe_pl.costs.time import (
     StepWork,
     calibration,
+    inside_bytes,
+    inside_seconds,
     run_seconds,
     step_seconds,
     step_work,
@@ -36,7 +38,7 @@ from fomoe_pl.federation.placement import place
 from fomoe_pl.federation.settings import FederationConfig
 from fomoe_pl.model.config import ModelConfig
 from fomoe_pl.model.residency import Routing, Shadow
-from fomoe_pl.model.sizes import expert_parameters, flops_by_part, parameter_counts
+from fomoe_pl.model.sizes import expert_parameters, flops_by_part, parameter_counts, resident_counts
 from tests.tools import load
 
 table_1 = load("paper").table_1
@@ -428,3 +430,34 @@ def test_nonsense_is_refused_by_its_name(call: Any, key: str) -> None:
     with pytest.raises(ConfigError) as error:
         call()
     assert key in error.value.key
+
+
+def test_unlike_capacities_are_counted_as_they_are_placed() -> None:
+    config, capacities = replace(SMALL, n_layers=17), (8, 5, 3)
+    placed = place("fixed", n_layers=17, n_experts=8, n_sites=3, overlap=2, capacities=capacities)
+    assert held_when_fixed(config, 3, 2, capacities=capacities) == held_by(placed)
+    calls = fragment_collectives(config, 1, n_sites=3, overlap=2, capacities=capacities)[0]
+    one = 4 * expert_parameters(config)
+    sent = {call.sites: call.payload for call in calls if call.kind == "expert"}
+    assert sent == {sites: one * n for sites, n in held_by(placed).items()}
+    even, unlike = (checkpoint_bytes(config, n_sites=3, overlap=2, capacities=c) for c in (None, capacities))
+    assert unlike["site"] - even["site"] == 3 * 17 * one * (8 - 6)  # values and two moments
+
+
+def test_bytes_inside_a_site_by_hand() -> None:
+    """Four ranks: gradients in a ring, or gathers of all that is not a rank's own and float32 sums."""
+    counts = resident_counts(SMALL, 2, "ghost")
+    experts, rest = counts.experts, counts.total - counts.experts
+    mixed = Load(precision="bf16-mixed", bf16_gradients=True)
+    whole = inside_bytes(SMALL, mixed, ranks=4, inside="replicate", n_resident=2)
+    assert whole == (2 * 3 / 4 * (2 * experts + 4 * rest), 0)
+    cut = inside_bytes(SMALL, mixed, ranks=4, inside="shard", n_resident=2)
+    assert cut == (0, 3 / 4 * (2 * (2 * experts + 4 * rest) + 4 * (experts + rest)))
+    assert inside_seconds(16e9, site()) == 1  # half of PCIe 4
+    assert inside_seconds(225e9, Site(accelerator="h100")) == 1
+
+
+def test_uploads_share_the_link_of_their_place() -> None:
+    links = Links((site(bandwidth_mbit=100), site(bandwidth_mbit=400)), (0, 0, 1))
+    assert links.uploaded(1e6) == [2e6, 1e6]
+    assert links.upload_seconds(1e6) == pytest.approx(framed(2e6) * 8 / 100e6)
