@@ -640,6 +640,9 @@ class Planner:
     def _save(self, choice: Choice, checkpoint: dict[str, int], links: Links) -> tuple[float, float]:
         """Seconds of what of a save crosses links, and bytes of it that leave the busiest place."""
         if self.request.checkpoint_over_link:
+            if choice.method == "ddp":  # of which the first rank writes, and no other
+                first = Links.between(self.request.sites[:1], mtu=self.request.mtu)
+                return first.upload_seconds(checkpoint["total"]), checkpoint["total"]
             # The global model's files are dealt out to the sites.
             own = checkpoint["site"] + (checkpoint["model"] + checkpoint["momentum"]) / choice.sites
             return links.upload_seconds(own), max(links.uploaded(own))

@@ -879,5 +879,7 @@ def test_checkpoints_beyond_the_link_take_time() -> None:
     assert far.save_seconds == pytest.approx(own * 8 / 500e6, rel=0.05)
     assert 3600 * (far.hours - near.hours) == pytest.approx(far.length.validations * far.save_seconds)
     assert far.sent_in_all - near.sent_in_all == pytest.approx(far.length.validations * own)
+    alike = planned(checkpoint_over_link=True, methods=["ddp"])[0][0]
+    assert alike.sent_per_save == alike.checkpoint["total"]  # one site writes
     with pytest.raises(ConfigError, match="disks of their own"):
         request(checkpoint_over_link=True, checkpoint_copies=2)
