@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 import yaml
@@ -145,7 +146,9 @@ def run(options: Namespace) -> None:
     check_files(options)
     plans, refusals = plan_all(request)
     rows = shown(plans, options.rows)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, stderr=settings["json"] == "-")
+    # Never narrower than its table, of which columns would be left out: a terminal wraps lines.
+    columns = get_terminal_size().columns if sys.stdout.isatty() else 0
+    console = Console(width=max(WIDTH, columns), stderr=settings["json"] == "-", highlight=False)
     for line in answers(list(names_of(request.models)), rows):
         console.print(line)
     if rows:
