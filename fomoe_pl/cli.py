@@ -96,6 +96,13 @@ class Parser(OneMessage, LightningArgumentParser):
         if unknown is not None:
             near = get_close_matches(unknown[1], [option[2:] for option in self.options()], 1)
             message += f". Did you mean --{near[0]}?" if near else ""
+        unknown = re.match(r"(?:Key )?Option '([\w.]+)' is not accepted", message)
+        if unknown is not None:  # of a class, whose settings are no options
+            known = {*signature(FederationConfig).parameters, *(o.rpartition(".")[2] for o in self.options())}
+            near = get_close_matches(unknown[1].rpartition(".")[2], known, 1)
+            message += f". Did you mean {near[0]}?" if near else ""
+        if "following arguments are required" in message:
+            message += ". Give a configuration, such as -c quickstart; fomoe new --list names them all"
         super().error(message, ex)
 
 

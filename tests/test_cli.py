@@ -481,6 +481,9 @@ def test_completion_knows_commands_options_and_names(capsys: pytest.CaptureFixtu
         ("xyzzy", "'xyzzy' is no command. There are new, prepare"),
         ("fit --trainer.max_stepz 3", "--trainer.max_stepz 3. Did you mean --trainer.max_steps?"),
         ("fit --modl.optimizer.lr=3", "Did you mean --model.optimizer.lr?"),
+        ("fit -c quickstart --trainer.strategy.init_args.overlp 3", "'overlp' is not accepted. Did you mean overlap?"),
+        ("fit", "required: fit.model"),
+        ("fit", "Give a configuration, such as -c quickstart"),
     ],
 )
 def test_a_misspelt_word_gets_a_suggestion(command: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:

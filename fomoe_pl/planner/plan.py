@@ -187,8 +187,6 @@ class Planner:
                     choice = Choice(self.name, layout, m, overlap, method, routing, wire_dtype, k)
                     for rounds in self.request.moments_every if choice.averages_moments else (1,):
                         for fragments, delay in self._turns(k):
-                            if delay and layout == "sharded":
-                                continue  # its checkpoints cannot hold what is on its way
                             yield replace(choice, moments_every=rounds, fragments=fragments, delay=delay,
                                           router_every=self._router_every(k, delay, routing))  # fmt: skip
 
