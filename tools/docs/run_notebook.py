@@ -10,9 +10,6 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-import nbformat
-from nbclient import NotebookClient
-
 
 def run(path: Path, folder: Path, seconds: int = 600) -> Any:
     """Execute all cells.
@@ -28,6 +25,9 @@ def run(path: Path, folder: Path, seconds: int = 600) -> Any:
     Raises:
         CellExecutionError: A cell has failed.
     """
+    import nbformat  # of the extra docs: the command line can be read without it
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=seconds, resources={"metadata": {"path": str(folder)}}).execute()
     for cell in notebook.cells:
@@ -42,4 +42,7 @@ if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("notebook", type=Path)
     path = parser.parse_args().notebook
-    nbformat.write(run(path, Path.cwd()), path)
+    found = run(path, Path.cwd())
+    import nbformat
+
+    nbformat.write(found, path)
