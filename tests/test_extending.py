@@ -71,8 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command_of(settings: str) -> list[str]:
-    """The command of a page with these settings."""
-    (found,) = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if settings in line]
+    """The command of a page that trains with these settings."""
+    (found,) = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()
+                if settings in line and " sweep " not in line]  # fmt: skip
     return shlex.split(found)
 
 

@@ -105,7 +105,7 @@ def test_bench_gpus_compares_runs_on_several_ranks(root: str, tmp_path: Path) ->
     assert not list(tmp_path.glob("*.ckpt"))
     # On a CPU both backends are gloo, and a run is repeated to the bit.
     assert {found["largest"] for found in results["loss_distances"].values()} == {0.0}
-    assert len(results["scaling_efficiency"]["pairs"]) == 2
+    assert len(results["scaling_efficiency"]["local_adamw"]["pairs"]) == 2
 
 
 @pytest.mark.slow
